@@ -1,0 +1,1 @@
+"""What `pte-vllm bench` runs."""

@@ -1,0 +1,1 @@
+"""The mathematics: `reference.py` defines it, the other modules make it fast."""

@@ -1,0 +1,179 @@
+"""Every equation of the method, once (arXiv 2602.16839, section 3; `ridge` is ours).
+
+All functions broadcast over leading dimensions `*`, so that one call serves one layer of one
+sequence, a batch of sequences, or all layers at once (an encoder whose tensors are stacked).
+
+Shapes: m evicted tokens, G global tokens, r rank, d_kv = KV heads × head size, n_h learned
+global vectors.  `S: [*, G, r]` is the thought state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-6
+
+Sums = dict[str, Tensor]
+"""What a sequence keeps between folds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEncoder:
+    """The encoder of one layer, or of several when every tensor has a leading layer dimension."""
+
+    query: Tensor  # [*, G, d_kv]   q_g
+    global_: Tensor  # [*, n_h, d_kv] h_g
+    w_q: Tensor  # [*, r, d_kv]
+    w_k: Tensor  # [*, r, d_kv]
+    w_v: Tensor  # [*, r, d_kv]
+    gain: Tensor  # [*]            g
+    b_k: Tensor  # [*, r]
+    b_v: Tensor  # [*, r]
+    log_ridge: Tensor  # [*]            log λ
+
+    @classmethod
+    def stack(cls, encoders: Sequence[LayerEncoder]) -> LayerEncoder:
+        """All layers as one encoder with a leading dimension of layers."""
+        return cls(
+            **{f.name: torch.stack([getattr(e, f.name) for e in encoders]) for f in fields(cls)}
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LayerEncoder:
+        """Apply `function` to every tensor, such as a move to a device."""
+        return LayerEncoder(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
+
+
+def project(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as encoded: `K_e W_Kᵀ + b_K`, `V_e W_Vᵀ + b_V`, each `[*, m, r]`."""
+    k = k_e @ encoder.w_k.mT + encoder.b_k[..., None, :]
+    v = v_e @ encoder.w_v.mT + encoder.b_v[..., None, :]
+    return k, v
+
+
+def contribution(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> Tensor:
+    """S' = (g/m) (q_g W_Qᵀ) (K_e W_Kᵀ)ᵀ (V_e W_Vᵀ), `[*, G, r]`.
+
+    `k_e, v_e: [*, m, d_kv]`. Linear attention: a sum over evicted tokens, in any order.
+    """
+    k, v = project(encoder, k_e, v_e)
+    queries = encoder.query @ encoder.w_q.mT
+    scale = encoder.gain[..., None, None] / k_e.shape[-2]
+    return scale * (queries @ (k.mT @ v))
+
+
+def normalize(s: Tensor, how: str) -> Tensor:
+    """`matrix`: Frobenius norm √r; `row`: every row of L2 norm 1."""
+    if how == "row":
+        return F.normalize(s, dim=-1, eps=EPS)
+    norm = s.flatten(-2).norm(dim=-1)[..., None, None]
+    return s * (math.sqrt(s.shape[-1]) / (norm + EPS))
+
+
+def initial_state(encoder: LayerEncoder, how: str) -> Tensor:
+    """S_0 = Normalize(S'(K_e = V_e = h_g)): the state before any fold."""
+    return normalize(contribution(encoder, encoder.global_, encoder.global_), how)
+
+
+def modulate(a: Tensor, s: Tensor, read: str) -> Tensor:
+    """What stands between A and B: `Sᵀ(A x)` for read `key`, `S(A x)` for `value`.
+
+    `a: [*, T, G]`, `s: [*, G, r]`; returns `[*, T, r]` (for `value`, G must equal r).
+    """
+    return a @ (s if read == "key" else s.mT)
+
+
+def relative_update(s: Tensor, s_new: Tensor) -> Tensor:
+    """ρ = ‖S'‖ / ‖S‖, how much one fold weighs against what is remembered; `[*]`."""
+    return s_new.flatten(-2).norm(dim=-1) / (s.flatten(-2).norm(dim=-1) + EPS)
+
+
+class PaperRule:
+    """S ← Normalize(S + S') after each fold."""
+
+    def start(self, encoder: LayerEncoder, how: str) -> Sums:
+        return {"S": initial_state(encoder, how)}
+
+    def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
+        return {"S": normalize(sums["S"] + contribution(encoder, k_e, v_e), how)}
+
+    def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
+        return sums["S"]
+
+
+class SumRule(PaperRule):
+    """S ← S + S'; normalised when read, so that no fold fades."""
+
+    def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
+        return {"S": sums["S"] + contribution(encoder, k_e, v_e)}
+
+    def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
+        return normalize(sums["S"], how)
+
+
+class NoneRule(PaperRule):
+    """S stays S_0: the paper's "Global-Only" control."""
+
+    def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
+        return sums
+
+
+class RidgeRule:
+    """S = (C/n + λ·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv; zero before any fold."""
+
+    def start(self, encoder: LayerEncoder, how: str) -> Sums:
+        rank = encoder.w_k.shape[-2]
+        zero = encoder.w_k.new_zeros(*encoder.w_k.shape[:-2], rank, rank)
+        return {"C": zero, "M": zero.clone(), "n": encoder.gain.new_zeros(encoder.gain.shape)}
+
+    def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
+        k, v = project(encoder, k_e, v_e)
+        return {
+            "C": sums["C"] + k.mT @ k,
+            "M": sums["M"] + k.mT @ v,
+            "n": sums["n"] + k_e.shape[-2],
+        }
+
+    def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
+        count = sums["n"][..., None, None]
+        mean_c, mean_m = sums["C"] / count.clamp(min=1), sums["M"] / count.clamp(min=1)
+        identity = torch.eye(mean_c.shape[-1], dtype=mean_c.dtype, device=mean_c.device)
+        level = mean_c.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        # Before the first fold C is zero: damp by one, so that the solve is well posed and S zero.
+        damp = torch.where(count > 0, encoder.log_ridge.exp()[..., None, None] * level + EPS, 1.0)
+        # solve_ex does not wait for the device to report singularity; C + damp is definite.
+        return torch.linalg.solve_ex(mean_c + damp * identity, mean_m)[0]
+
+
+RULES: dict[str, PaperRule | RidgeRule] = {
+    "paper": PaperRule(),
+    "sum": SumRule(),
+    "none": NoneRule(),
+    "ridge": RidgeRule(),
+}
+"""By name: what is kept between folds, and how S is read from it."""
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), -1)
+
+
+def unrotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Undo RoPE ("half" layout, as Llama and Qwen) on cached keys.
+
+    `k: [*, m, H, D]`; `cos, sin: [m, rotary_dim / 2]` as the model applied them, attention scaling
+    included: dividing by cos² + sin² undoes a scaled rotation too. Dimensions past `rotary_dim`
+    are untouched.
+    """
+    rotary_dim = 2 * cos.shape[-1]
+    cos2 = torch.cat((cos, cos), -1)[:, None, :]
+    sin2 = torch.cat((sin, sin), -1)[:, None, :]
+    turned, rest = k[..., :rotary_dim], k[..., rotary_dim:]
+    plain = (turned * cos2 - rotate_half(turned) * sin2) / (cos2 * cos2 + sin2 * sin2)
+    return torch.cat((plain, rest), -1) if rest.shape[-1] else plain

@@ -1,0 +1,119 @@
+"""FoldPlan: when a sequence folds which blocks, as a pure function of position.
+
+The scheduler, the cache manager, the attention metadata, the folding code and the replay all ask
+this one class, so they can never disagree. Token positions count from 0 over the whole sequence;
+every interval is half-open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+UNBOUNDED = 2**62
+"""A position no sequence reaches; boundaries of a plan without a window lie there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldPlan:
+    """Eviction of one sequence.
+
+    The token at position `pos` attends to `[0, pinned_blocks * bs)` and to
+    `[(pinned_blocks + folded_blocks(pos)) * bs, pos]`; the thought state holds what lies between.
+
+    Raises:
+        ValueError: naming the option, if a value is out of range.
+    """
+
+    pin_tokens: int
+    """Tokens at the start that are never evicted: the question."""
+    window_tokens: int
+    """KV room for thoughts, in tokens, a multiple of `block_size`; 0 keeps everything."""
+    evict_ratio: float = 0.25
+    """Part of the window that one fold frees, in (0, 1)."""
+    block_size: int
+    """Tokens in one block of the KV cache."""
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be positive, got {self.block_size}")
+        if self.pin_tokens < 0:
+            raise ValueError(f"pin_tokens must not be negative, got {self.pin_tokens}")
+        if self.window_tokens % self.block_size or self.window_tokens < 0:
+            raise ValueError(
+                f"window of {self.window_tokens} tokens is not a multiple of the KV cache's block "
+                f"size, {self.block_size}"
+            )
+        if self.bounded and self.window_blocks < 2:
+            raise ValueError(
+                f"window of {self.window_tokens} tokens is less than two blocks of "
+                f"{self.block_size} tokens"
+            )
+        if not 0.0 < self.evict_ratio < 1.0:
+            raise ValueError(f"evict ratio must lie in (0, 1), got {self.evict_ratio}")
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the sequence ever folds."""
+        return self.window_tokens > 0
+
+    @property
+    def pinned_blocks(self) -> int:
+        """Blocks never evicted; the last one may hold a few thoughts."""
+        return -(-self.pin_tokens // self.block_size)
+
+    @property
+    def window_blocks(self) -> int:
+        return self.window_tokens // self.block_size
+
+    @property
+    def evict_blocks(self) -> int:
+        """Blocks that one fold frees."""
+        return max(1, round(self.evict_ratio * self.window_blocks))
+
+    @property
+    def first_fold(self) -> int:
+        """Position of the first token that is computed after a fold."""
+        if not self.bounded:
+            return UNBOUNDED
+        return (self.pinned_blocks + self.window_blocks) * self.block_size
+
+    @property
+    def stride(self) -> int:
+        """Tokens between two folds, and tokens encoded by one."""
+        return self.evict_blocks * self.block_size
+
+    def folded_blocks(self, pos: int) -> int:
+        """Blocks folded before the token at `pos` is computed."""
+        if pos < self.first_fold:
+            return 0
+        return self.evict_blocks * (1 + (pos - self.first_fold) // self.stride)
+
+    def next_boundary(self, pos: int) -> int:
+        """First boundary after `pos`; a chunk that starts at `pos` must end there at the latest."""
+        if pos < self.first_fold:
+            return self.first_fold
+        return self.first_fold + ((pos - self.first_fold) // self.stride + 1) * self.stride
+
+    def held_blocks(self, pos: int) -> int:
+        """Blocks that the token at `pos` needs in the cache, its own included."""
+        return pos // self.block_size + 1 - self.folded_blocks(pos)
+
+    def peak_blocks(self, num_tokens: int) -> int:
+        """Most blocks a sequence of `num_tokens` ever holds, one to spare for running ahead."""
+        blocks = -(-num_tokens // self.block_size)
+        if not self.bounded:
+            return blocks
+        return min(blocks, self.pinned_blocks + self.window_blocks + 1)
+
+    def gap(self, pos: int) -> tuple[int, int]:
+        """Half-open range of logical blocks that the token at `pos` does not see."""
+        return self.pinned_blocks, self.pinned_blocks + self.folded_blocks(pos)
+
+    def segments(self, num_tokens: int) -> Iterator[tuple[int, int]]:
+        """Split `[0, num_tokens)` at the boundaries."""
+        start = 0
+        while start < num_tokens:
+            end = min(self.next_boundary(start), num_tokens)
+            yield start, end
+            start = end

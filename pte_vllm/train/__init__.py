@@ -1,0 +1,1 @@
+"""The trainer: a separate process that never imports vLLM."""

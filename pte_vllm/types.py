@@ -1,0 +1,17 @@
+"""Names shared by every part; imports nothing of the project."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Rule = Literal["paper", "sum", "none", "ridge"]
+Read = Literal["key", "value"]
+Normalize = Literal["matrix", "row"]
+Keys = Literal["unrotated", "rotated"]
+Init = Literal["aligned", "aligned_mean", "aligned_key", "random"]
+
+RULES: tuple[str, ...] = get_args(Rule)
+READS: tuple[str, ...] = get_args(Read)
+NORMALIZES: tuple[str, ...] = get_args(Normalize)
+KEYS: tuple[str, ...] = get_args(Keys)
+INITS: tuple[str, ...] = get_args(Init)
