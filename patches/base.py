@@ -1,0 +1,84 @@
+"""What a patch is: one symbol of vLLM, checked against the source it was written for."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+MARK = "__pte_patched__"
+
+
+class PatchError(RuntimeError):
+    """vLLM's source differs from what a patch relies on; the message names the symbol."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """A wrapper around one function of vLLM. See `patches/README.md` for the ledger."""
+
+    name: str
+    target: str
+    """`module.Class.function`."""
+    upstream: str
+    """Path at the version that `sha256` was taken from."""
+    why: str
+    remove_when: str
+    sha256: str
+    """Of the upstream function's source."""
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+    def _owner(self) -> tuple[Any, str]:
+        owner, _, attribute = self.target.rpartition(".")
+        module, _, class_name = owner.rpartition(".")
+        return resolve_obj_by_qualname(f"{module}.{class_name}"), attribute
+
+    def _live(self) -> Callable[..., Any]:
+        owner, attribute = self._owner()
+        return getattr(owner, attribute)
+
+    def source_sha256(self) -> str:
+        """SHA-256 of the source that is installed, patched or not."""
+        original = getattr(self._live(), MARK, self._live())
+        return hashlib.sha256(inspect.getsource(original).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Raise PatchError if the upstream source changed or the symbol is gone."""
+        try:
+            found = self.source_sha256()
+        except (ImportError, AttributeError, OSError) as error:
+            raise PatchError(f"{self.name}: cannot read {self.target}: {error}") from error
+        if found != self.sha256:
+            raise PatchError(
+                f"{self.name}: the source of {self.target} ({self.upstream}) has changed "
+                f"(SHA-256 {found[:12]}…, expected {self.sha256[:12]}…)"
+            )
+
+    def apply(self) -> None:
+        """Install the wrapper; a second call does nothing."""
+        if hasattr(self._live(), MARK):
+            return
+        owner, attribute = self._owner()
+        original = getattr(owner, attribute)
+        wrapper = self.wrap(original)
+        setattr(wrapper, MARK, original)
+        setattr(owner, attribute, wrapper)
+
+    def verify(self) -> None:
+        """Raise PatchError unless the live symbol is ours."""
+        if not hasattr(self._live(), MARK):
+            raise PatchError(f"{self.name}: {self.target} is not patched")
+
+
+def apply_all(patches: list[Patch]) -> None:
+    """Check every patch, then apply every patch, then verify."""
+    for patch in patches:
+        patch.check()
+    for patch in patches:
+        patch.apply()
+    for patch in patches:
+        patch.verify()

@@ -1,0 +1,86 @@
+"""Refuse a request with impossible PTE options where it enters, so that HTTP answers 400.
+
+vLLM's `validate_params` of logits processors sees no prompt, and `Platform.validate_request` no
+engine config; the input processor sees both, before the request reaches the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreRequest
+
+from pte_vllm.adapter import ENCODER_FILE
+from pte_vllm.config import EngineConfig, RequestOptions
+from pte_vllm.patches.base import Patch
+
+
+def check_request(vllm_config: Any, request: EngineCoreRequest) -> None:
+    """Validate the PTE options of a request, and keep its prefix blocks apart where they differ.
+
+    Raises:
+        VLLMValidationError: (a ValueError) naming the option.
+    """
+    engine = EngineConfig.from_vllm(vllm_config)
+    params = request.sampling_params
+    if engine is None or params is None:
+        return
+    try:
+        _check(engine, vllm_config, request, params)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+
+
+def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, params: Any) -> None:
+    options = RequestOptions.parse(params.extra_args)
+    cache = vllm_config.cache_config
+    num_prompt_tokens = len(request.prompt_token_ids or ())
+    if request.prompt_token_ids is None:
+        raise ValueError("prompt embeddings are not supported with PTE")
+    plan = options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=cache.block_size)
+    if plan.bounded and request.resumable:
+        raise ValueError("streaming input sessions need full attention: send pte_window 0")
+    longest = min(num_prompt_tokens + params.max_tokens, vllm_config.model_config.max_model_len)
+    peak, usable = plan.peak_blocks(longest), (cache.num_gpu_blocks or 0) - 1
+    if usable > 0 and peak > usable:
+        raise ValueError(
+            f"the request may hold {peak} KV cache blocks, but the pool has {usable}; lower "
+            "max_tokens, pte_window or pte_pin_tokens"
+        )
+    if options.rule is not None:
+        _check_rule(options.rule, request)
+        # Before the first fold some rules start from different states; never share their blocks.
+        request.cache_salt = f"{request.cache_salt or ''}|pte_update={options.rule}"
+
+
+def _check_rule(rule: str, request: EngineCoreRequest) -> None:
+    lora = request.lora_request
+    if lora is None:
+        raise ValueError("pte_update needs a PTE adapter: name one as the request's model")
+    if not (Path(lora.lora_path) / ENCODER_FILE).exists():
+        raise ValueError(f"pte_update needs a PTE adapter; {lora.lora_name} is a plain LoRA")
+
+
+def _wrap(original: Callable[..., EngineCoreRequest]) -> Callable[..., EngineCoreRequest]:
+    @wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> EngineCoreRequest:
+        request = original(self, *args, **kwargs)
+        check_request(self.vllm_config, request)
+        return request
+
+    return process_inputs
+
+
+PATCH = Patch(
+    name="p01_request_options",
+    target="vllm.v1.engine.input_processor.InputProcessor.process_inputs",
+    upstream="vllm/v1/engine/input_processor.py at v0.32.0",
+    why="no plugin point sees prompt, sampling parameters and engine config of a request together",
+    remove_when="vLLM offers request validation to plugins with the engine's config",
+    sha256="e22b5f772979054c158de62fa720f7a03db03382a91902852c9148d0144cd27b",
+    wrap=_wrap,
+)

@@ -1,0 +1,183 @@
+"""Attention backend: the platform's own, over a block table without the gap.
+
+Physical position = logical position − folded tokens. Kernels need no change, and the work per
+token is O(pinned + window). The runner publishes the gaps of the step in `StepInfo`; here they are
+cut out of the metadata.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadata, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from pte_vllm.cache import PTESpec, check_spec
+from pte_vllm.config import EngineConfig
+
+
+@dataclass
+class Gaps:
+    """Gaps of the rows of the running batch, in blocks; written by the runner before each step.
+
+    Persistent tensors on the model's device, so that CUDA graphs replay over them.
+    """
+
+    first: torch.Tensor  # [max_num_seqs] int32: pinned blocks
+    length: torch.Tensor  # [max_num_seqs] int32: folded blocks
+    length_cpu: torch.Tensor  # [max_num_seqs] int32
+    any: bool = False
+    """Whether any row has a gap; without one the metadata passes through untouched."""
+
+    @classmethod
+    def allocate(cls, max_num_seqs: int, device: torch.device) -> Gaps:
+        zeros = torch.zeros(max_num_seqs, dtype=torch.int32)
+        return cls(first=zeros.to(device), length=zeros.clone().to(device), length_cpu=zeros.clone())
+
+    def publish(self, first: list[int], length: list[int]) -> None:
+        """Set the rows of this step, in batch order; rows past them have no gap."""
+        num_rows = len(length)
+        self.any = any(length)
+        self.length_cpu.zero_()
+        self.length_cpu[:num_rows] = torch.tensor(length, dtype=torch.int32)
+        self.length.copy_(self.length_cpu)
+        self.first[:num_rows] = torch.tensor(first, dtype=torch.int32).to(self.first.device)
+
+    def clear(self) -> None:
+        """No gaps, as for profiling and graph capture."""
+        self.publish([], [])
+
+
+_gaps: Gaps | None = None
+
+
+def set_gaps(gaps: Gaps | None) -> None:
+    """Install the worker's gaps; one engine worker lives in a process."""
+    global _gaps
+    _gaps = gaps
+
+
+def cut_gaps(
+    common: CommonAttentionMetadata,
+    gaps: Gaps,
+    block_size: int,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> CommonAttentionMetadata:
+    """Metadata of the same queries over physical positions.
+
+    Args:
+        common: the step's metadata over logical positions, `num_reqs` rows.
+        gaps: `first` and `length` per row.
+        block_size: tokens per block.
+        out: persistent `(block_table [max_reqs, blocks], seq_lens [max_reqs])` to write into.
+    """
+    rows = common.num_reqs
+    table, seq_lens = common.block_table_tensor[:rows], common.seq_lens[:rows]
+    first, length = gaps.first[:rows, None], gaps.length[:rows, None]
+    column = torch.arange(table.shape[1], device=table.device, dtype=torch.int32)[None]
+    source = torch.where(column < first, column, column + length)
+    source = source.clamp_(max=table.shape[1] - 1).long()
+    new_table = table.gather(1, source)
+    new_seq_lens = seq_lens - length[:, 0] * block_size
+    if out is not None:
+        out[0][:rows, : table.shape[1]].copy_(new_table)
+        out[1][:rows].copy_(new_seq_lens)
+        new_table, new_seq_lens = out[0][:rows, : table.shape[1]], out[1][:rows]
+    changes: dict[str, object] = {"block_table_tensor": new_table, "seq_lens": new_seq_lens}
+    upper = common.seq_lens_cpu_upper_bound
+    if upper is not None:
+        physical = upper[:rows] - gaps.length_cpu[:rows] * block_size
+        changes["seq_lens_cpu_upper_bound"] = physical
+        changes["max_seq_len"] = int(physical.max())
+    return replace(
+        common,
+        **changes,
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
+
+
+class GapCuttingBuilder:
+    """Mixin over a platform's metadata builder: `build` sees physical positions."""
+
+    _persistent: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> AttentionMetadata:
+        if _gaps is not None and (_gaps.any or self._graphs):
+            common_attn_metadata = cut_gaps(
+                common_attn_metadata,
+                _gaps,
+                self.kv_cache_spec.block_size,
+                self._buffers(common_attn_metadata) if self._graphs else None,
+            )
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+    @property
+    def _graphs(self) -> bool:
+        """Whether captured graphs may hold on to the addresses of the metadata."""
+        return self.device.type != "cpu"
+
+    def _buffers(self, common: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._persistent is None:
+            assert _gaps is not None
+            max_reqs, width = _gaps.length.shape[0], common.block_table_tensor.shape[1]
+            self._persistent = (
+                common.block_table_tensor.new_zeros(max_reqs, width),
+                common.seq_lens.new_zeros(max_reqs),
+            )
+        return self._persistent
+
+
+class PTEBackend:
+    """Mixin over a platform's attention backend: our spec and our builder."""
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        spec = super().customize_spec(spec)
+        engine = EngineConfig.from_vllm(get_current_vllm_config_or_none())
+        if engine is None:
+            return spec
+        check_spec(spec)
+        return PTESpec.from_full(spec, engine)
+
+    @classmethod
+    def get_builder_cls(cls):
+        return _with_gap_cutting(super().get_builder_cls())
+
+
+@cache
+def _with_gap_cutting(builder: type) -> type:
+    return type(f"PTE{builder.__name__}", (GapCuttingBuilder, builder), {})
+
+
+class PTECPUAttentionBackend(PTEBackend, CPUAttentionBackend):
+    """vLLM's CPU backend; keeps the name CPU_ATTN, under which it is registered."""
+
+
+_CUDA_BACKENDS = {
+    "PTEFlashAttentionBackend": "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend",
+    "PTETritonAttentionBackend": "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend",
+}
+
+
+def __getattr__(name: str) -> type[AttentionBackend]:
+    """Our backend over one of CUDA's, built when vLLM asks for it by path."""
+    if name not in _CUDA_BACKENDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _cuda_backend(name)
+
+
+@cache
+def _cuda_backend(name: str) -> type[AttentionBackend]:
+    base = resolve_obj_by_qualname(_CUDA_BACKENDS[name])
+    return type(name, (PTEBackend, base), {"get_name": staticmethod(lambda: "CUSTOM")})

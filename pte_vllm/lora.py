@@ -1,0 +1,191 @@
+"""State-modulated LoRA: y = W x + (alpha/r) B (Sᵀ (A x)) inside vLLM's multi-LoRA.
+
+vLLM loads, packs, shards and swaps adapters as always; two things are ours. A manager that reads
+the encoder beside the LoRA, and a view of vLLM's punica wrapper per layer that multiplies by the
+tokens' states between shrink and expand (upstream: `PunicaWrapperCPU.add_lora_linear` in
+vllm/lora/punica_wrapper/punica_cpu.py and its CUDA sibling).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from pte_vllm.adapter import Adapter, AdapterError, ModelShape, is_pte_adapter, layer_of
+from pte_vllm.ops.modulate import Segment, modulate_segments, modulate_tokens
+from pte_vllm.state import LoadedEncoder, StatePool
+
+
+@dataclass
+class TokenSlots:
+    """Which state modulates which token of the step; written by the runner before the forward."""
+
+    slots: Tensor  # [max_num_batched_tokens] int64, persistent: graphs replay over it
+    segments: list[Segment] = field(default_factory=list)
+    any: bool = False
+    """Whether any token has a thought state."""
+
+    @classmethod
+    def allocate(cls, max_num_batched_tokens: int, device: torch.device) -> TokenSlots:
+        return cls(slots=torch.zeros(max_num_batched_tokens, dtype=torch.int64, device=device))
+
+    def publish(self, segments: list[Segment]) -> None:
+        """Set the step's tokens, in batch order; tokens past them use the identity."""
+        self.segments = segments
+        self.any = any(slot for _, _, slot in segments)
+        self.slots.zero_()
+        if self.any:
+            lengths = torch.tensor([end - start for start, end, _ in segments])
+            slots = torch.tensor([slot for _, _, slot in segments])
+            per_token = torch.repeat_interleave(slots, lengths)
+            self.slots[: len(per_token)] = per_token.to(self.slots.device)
+
+
+class LayerPunica:
+    """vLLM's punica wrapper as one decoder layer sees it."""
+
+    def __init__(self, wrapper: Any, states: Tensor, tokens: TokenSlots) -> None:
+        self._wrapper = wrapper
+        self._states = states  # [slots, R, R] of this layer
+        self._tokens = tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapper, name)
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """y[:, slice] += B_slice (Sᵀ (A_slice x)); alpha/r is already merged into B.
+
+        `y: [T, d_out]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
+        """
+        if x.device.type == "cpu":
+            self._add_grouped(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
+            return
+        rank = lora_b_stacked[0].size(-1)
+        # The shrink kernel zeroes the buffer itself.
+        buffer = torch.empty(
+            (len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device
+        )
+        self._wrapper.add_shrink(buffer, x, lora_a_stacked, scale)
+        slots = self._tokens.slots[: x.size(0)]
+        for a in buffer:
+            a.copy_(modulate_tokens(a, self._states, slots))
+        self._wrapper.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs)
+
+    def _add_grouped(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+    ) -> None:
+        """On CPU vLLM gathers weights per token; adapters of a batch are few, so group instead."""
+        indices = self._wrapper.token_lora_indices
+        present = indices.unique().tolist()
+        for index in present:
+            if index < 0:
+                continue
+            rows = None if len(present) == 1 else (indices == index).nonzero()[:, 0]
+            offset = 0
+            for a_all, b_all, size in zip(
+                lora_a_stacked, lora_b_stacked, output_slices, strict=True
+            ):
+                a, b = a_all[index, 0], b_all[index, 0]
+                shrunk = self._modulate(F.linear(x if rows is None else x[rows], a).float(), rows)
+                out = y[:, offset : offset + size]
+                delta = F.linear((shrunk * scale).to(b.dtype), b).to(y.dtype)
+                if rows is None:
+                    out += delta
+                else:
+                    out.index_add_(0, rows, delta)
+                offset += size
+
+    def _modulate(self, shrunk: Tensor, rows: Tensor | None) -> Tensor:
+        if not self._tokens.any:
+            return shrunk
+        slots = self._tokens.slots
+        if rows is not None:
+            return modulate_tokens(shrunk, self._states, slots[rows])
+        return modulate_segments(
+            shrunk, self._states, slots[: shrunk.shape[0]], self._tokens.segments
+        )
+
+
+def install_views(model: torch.nn.Module, pool: StatePool, tokens: TokenSlots) -> None:
+    """Give every LoRA layer of the decoder its view."""
+    for name, module in model.named_modules():
+        layer = layer_of(name)
+        if isinstance(module, BaseLayerWithLoRA) and layer is not None:
+            module.punica_wrapper = LayerPunica(module.punica_wrapper, pool.states[layer], tokens)
+
+
+class PTELoRAManager(LRUCacheWorkerLoRAManager):
+    """vLLM's adapter manager, which also holds the encoders of the adapters it loads."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        self._shape = ModelShape.from_hf(vllm_config.model_config.hf_config.get_text_config())
+        self._encoders: dict[int, LoadedEncoder] = {}
+        self._plain: set[int] = set()
+
+    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        path = Path(get_adapter_absolute_path(lora_request.lora_path))
+        loaded = self._load_encoder(lora_request, path) if is_pte_adapter(path) else None
+        model = super()._load_adapter(lora_request)
+        if loaded is None:
+            self._plain.add(lora_request.lora_int_id)
+        else:
+            self._encoders[lora_request.lora_int_id] = loaded
+        return model
+
+    def _load_encoder(self, lora_request: LoRARequest, path: Path) -> LoadedEncoder:
+        if lora_request.load_inplace:
+            raise AdapterError(
+                f"{path}: load_inplace is not supported for PTE adapters; load the new version "
+                "under a new name, so that no sequence mixes two versions"
+            )
+        adapter = Adapter.load(path, self._shape)
+        assert adapter.pte is not None
+        rank, limit = max(adapter.pte.rank, adapter.pte.global_tokens), self.lora_config.max_lora_rank
+        if rank > limit:
+            raise AdapterError(f"{path}: rank {rank} exceeds this server's --max-lora-rank {limit}")
+        return LoadedEncoder(
+            config=adapter.pte,
+            layers=adapter.layers,
+            encoder=adapter.stacked_encoder().map(lambda t: t.to(self.device)),
+        )
+
+    def encoder_of(self, lora_request: LoRARequest) -> LoadedEncoder | None:
+        """The adapter's encoder, loading the adapter if need be; None for a plain LoRA."""
+        adapter_id = lora_request.lora_int_id
+        if adapter_id not in self._encoders and adapter_id not in self._plain:
+            self.add_adapter(lora_request)
+        return self._encoders.get(adapter_id)
+
+    def forget_unused(self, in_use: set[int]) -> None:
+        """Drop encoders of adapters that vLLM has unloaded and no sequence uses."""
+        keep = in_use | self.list_adapters()
+        self._encoders = {i: e for i, e in self._encoders.items() if i in keep}
+        self._plain &= keep

@@ -1,0 +1,42 @@
+"""Modulation between LoRA's shrink and expand: every token by the state of its sequence.
+
+Definition: `ops.reference.modulate`. States are stored ready to be multiplied from the right
+(transposed for read `value`), so one product serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Segment = tuple[int, int, int]
+"""Tokens `[start, end)` of the step and the slot of their sequence."""
+
+
+def modulate_tokens(a: Tensor, states: Tensor, token_slots: Tensor) -> Tensor:
+    """One state per token, no host synchronisation: for graphs and for decode.
+
+    `a: [T, R]` fp32, `states: [slots, R, R]`, `token_slots: [T]` int64; returns `[T, R]`.
+    """
+    return torch.bmm(a[:, None], states.index_select(0, token_slots))[:, 0]
+
+
+def modulate_segments(
+    a: Tensor, states: Tensor, token_slots: Tensor, segments: Sequence[Segment]
+) -> Tensor:
+    """The same by sequence: a product for each longer chunk, one batched product for the rest."""
+    out = torch.empty_like(a)
+    single = []
+    for start, end, slot in segments:
+        if end - start == 1:
+            single.append(start)
+        else:
+            torch.mm(a[start:end], states[slot], out=out[start:end])
+    if len(single) == len(a):
+        return modulate_tokens(a, states, token_slots)
+    if single:
+        rows = torch.tensor(single, device=a.device)
+        out[rows] = modulate_tokens(a[rows], states, token_slots[rows])
+    return out

@@ -1,0 +1,46 @@
+"""The one place that registers with vLLM; runs in every process vLLM starts.
+
+Without `additional_config["pte"]` (a plain `vllm serve`) everything registered stays inert.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+VLLM_VERSION = "0.32.0"
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`; safe to call repeatedly.
+
+    Raises:
+        RuntimeError: on another version of vLLM, or if its source differs from what patches expect.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from pte_vllm.cache import register_spec
+    from pte_vllm.patches import all_patches
+    from pte_vllm.patches.base import apply_all
+
+    if vllm.__version__.split("+")[0] != VLLM_VERSION:
+        raise RuntimeError(
+            f"pte-vllm supports vLLM {VLLM_VERSION}, found {vllm.__version__}: install "
+            f"vllm=={VLLM_VERSION}, or remove pte-vllm"
+        )
+    register_spec()
+    if current_platform.is_cpu():
+        # The CPU platform takes CPU_ATTN's path whatever backend is selected.
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN, "pte_vllm.attention.PTECPUAttentionBackend"
+        )
+    else:
+        register_backend(AttentionBackendEnum.CUSTOM, f"pte_vllm.attention.{cuda_backend()}")
+    apply_all(all_patches())
+
+
+def cuda_backend() -> str:
+    """FlashAttention where vLLM was built with it, else Triton."""
+    has_flash = importlib.util.find_spec("vllm.vllm_flash_attn._vllm_fa2_C") is not None
+    return "PTEFlashAttentionBackend" if has_flash else "PTETritonAttentionBackend"

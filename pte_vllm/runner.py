@@ -1,0 +1,246 @@
+"""Model runner: folds what is due before each step, then tells attention and LoRA who is who.
+
+Over vLLM's V1 runner (`GPUModelRunner`, also the base of `CPUModelRunner`). The order matters:
+`_update_states` of the parent zeroes and hands out blocks that the scheduler has just freed, so
+they are read before it runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.logger import init_logger
+from vllm.v1.worker import lora_model_runner_mixin
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from pte_vllm.adapter import layer_of
+from pte_vllm.attention import Gaps, set_gaps
+from pte_vllm.config import EngineConfig, RequestOptions
+from pte_vllm.lora import PTELoRAManager, TokenSlots, install_views
+from pte_vllm.ops.fold import BlockLayout, RopeTable, read_evicted
+from pte_vllm.plan import FoldPlan
+from pte_vllm.scheduler import PoolReport, request_plan
+from pte_vllm.state import IDENTITY_SLOT, Sequence, StatePool
+from pte_vllm.support import check_vllm_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+logger = init_logger(__name__)
+
+
+class PTERunnerMixin:
+    """Over one of vLLM's V1 model runners."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        engine = EngineConfig.from_vllm(self.vllm_config)
+        assert engine is not None, "the PTE runner needs additional_config['pte']"
+        check_vllm_config(self.vllm_config, engine)
+        self.pte_engine = engine
+        self.pte_gaps = Gaps.allocate(self.max_num_reqs, self.device)
+        self.pte_tokens = TokenSlots.allocate(self.max_num_tokens, self.device)
+        self.pte_pool = StatePool(
+            num_layers=self.model_config.get_num_layers(self.parallel_config),
+            max_num_seqs=self.max_num_reqs,
+            max_rank=self.lora_config.max_lora_rank if self.lora_config else 1,
+            device=self.device,
+        )
+        self.pte_report = PoolReport(usable_blocks=0, free_blocks=0)
+        set_gaps(self.pte_gaps)
+
+    # -- start-up ---------------------------------------------------------------------------------
+
+    def load_lora_model(self, model: Any, vllm_config: Any, device: Any) -> Any:
+        # The parent names its manager class; swap the name for the length of the call.
+        upstream = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+        lora_model_runner_mixin.LRUCacheWorkerLoRAManager = PTELoRAManager
+        try:
+            model = super().load_lora_model(model, vllm_config, device)
+        finally:
+            lora_model_runner_mixin.LRUCacheWorkerLoRAManager = upstream
+        assert isinstance(self.lora_manager, PTELoRAManager)
+        install_views(model, self.pte_pool, self.pte_tokens)
+        return model
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        # The backend's `customize_spec` finds the engine's options through the current config.
+        with set_current_vllm_config(self.vllm_config):
+            return super().get_kv_cache_spec()
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        (group,) = kv_cache_config.kv_cache_groups
+        self.pte_block_size = group.kv_cache_spec.block_size
+        for attn_group in self.attn_groups[0]:
+            if attn_group.kernel_block_size not in (None, self.pte_block_size):
+                raise ValueError(
+                    f"the attention kernel splits blocks of {self.pte_block_size} tokens into "
+                    f"{attn_group.kernel_block_size}; set --block-size to the latter for PTE"
+                )
+        layers = self.compilation_config.static_forward_context
+        self.pte_attention = {layer_of(name): layers[name] for name in group.layer_names}
+        self.pte_layout = BlockLayout.probe(layers[group.layer_names[0]])
+        self.pte_rope = self._find_rope(group.layer_names[0])
+
+    def _find_rope(self, attention_name: str) -> RopeTable | None:
+        """The table of the model's rotary embedding; None if it has none."""
+        parent = self.get_model().get_submodule(attention_name.rpartition(".")[0])
+        rotary = getattr(parent, "rotary_emb", None)
+        return None if rotary is None else RopeTable.of(rotary)
+
+    # -- each step --------------------------------------------------------------------------------
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Callable | None:
+        self._stop_sequences(scheduler_output)
+        self._fold_due(scheduler_output)
+        result = super()._update_states(scheduler_output)
+        self._start_sequences(scheduler_output)
+        self._publish(scheduler_output)
+        return result
+
+    def _stop_sequences(self, scheduler_output: SchedulerOutput) -> None:
+        for request_id in scheduler_output.finished_req_ids:
+            self.pte_pool.finish(request_id)
+        for request_id in scheduler_output.preempted_req_ids or ():
+            sequence = self.pte_pool.sequences.get(request_id)
+            if sequence is not None:
+                # Without a slot until it resumes; its plan and its record stay.
+                self.pte_pool.start(request_id, sequence.plan, adapter=sequence.adapter)
+        if self.lora_config and scheduler_output.finished_req_ids:
+            self.lora_manager.forget_unused(
+                {r.lora_request.lora_int_id for r in self.requests.values() if r.lora_request}
+            )
+
+    def _fold_due(self, scheduler_output: SchedulerOutput) -> None:
+        """Fold for running sequences that start a step at or past a boundary."""
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id, num_computed in zip(
+            cached.req_ids, cached.num_computed_tokens, strict=True
+        ):
+            if request_id not in cached.resumed_req_ids:
+                sequence = self.pte_pool.sequences[request_id]
+                self._fold_until(sequence, num_computed, self.requests[request_id].block_ids[0])
+
+    def _fold_until(self, sequence: Sequence, num_computed: int, block_ids: list[int]) -> None:
+        plan = sequence.plan
+        due = plan.folded_blocks(num_computed)
+        while sequence.folded_blocks < due:
+            first = plan.pinned_blocks + sequence.folded_blocks
+            if sequence.loaded is not None and sequence.rule != "none":
+                self._fold(sequence, block_ids[first : first + plan.evict_blocks], first)
+            sequence.folded_blocks += plan.evict_blocks
+
+    @torch.inference_mode()
+    def _fold(self, sequence: Sequence, block_ids: list[int], first_block: int) -> None:
+        loaded = sequence.loaded
+        assert loaded is not None
+        k_e, v_e = read_evicted(
+            [self.pte_attention[layer].kv_cache for layer in loaded.layers],
+            self.pte_layout,
+            torch.tensor(block_ids, device=self.device),
+            first_block * self.pte_block_size,
+            self.pte_rope if loaded.config.keys == "unrotated" else None,
+        )
+        self.pte_pool.fold(sequence, k_e, v_e)
+
+    def _start_sequences(self, scheduler_output: SchedulerOutput) -> None:
+        """Start new requests, and preempted ones again, from S_0."""
+        for new in scheduler_output.scheduled_new_reqs:
+            request = self.requests[new.req_id]
+            plan = request_plan(
+                self.pte_engine,
+                request.sampling_params,
+                request.num_prompt_tokens,
+                self.pte_block_size,
+            )
+            self._start(new.req_id, plan)
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            self._start(request_id, self.pte_pool.sequences[request_id].plan)
+
+    def _start(self, request_id: str, plan: FoldPlan) -> None:
+        request = self.requests[request_id]
+        lora: LoRARequest | None = request.lora_request
+        loaded = self.lora_manager.encoder_of(lora) if lora is not None else None
+        params = request.sampling_params
+        options = RequestOptions.parse(params.extra_args if params is not None else None)
+        sequence = self.pte_pool.start(
+            request_id,
+            plan,
+            adapter=lora.lora_name if lora is not None else None,
+            rule=options.rule,
+            loaded=loaded,
+        )
+        # A prefix hit ends before the first fold, so nothing is due here.
+        assert plan.folded_blocks(request.num_computed_tokens) == sequence.folded_blocks == 0
+
+    def _publish(self, scheduler_output: SchedulerOutput) -> None:
+        """Tell attention the gaps, and LoRA the slots, of the batch in its final order."""
+        report = getattr(scheduler_output, "pte_pool", None)
+        if report is not None:
+            self.pte_report = report
+        first, length, segments, start = [], [], [], 0
+        for request_id in self.input_batch.req_ids:
+            sequence = self.pte_pool.sequences[request_id]
+            num_scheduled = scheduler_output.num_scheduled_tokens[request_id]
+            first.append(sequence.plan.pinned_blocks)
+            length.append(sequence.folded_blocks)
+            segments.append((start, start + num_scheduled, sequence.slot))
+            start += num_scheduled
+            sequence.num_tokens = self.requests[request_id].num_computed_tokens + num_scheduled
+            sequence.held_blocks = self.pte_report.held_blocks.get(request_id, 0)
+            sequence.peak_blocks = max(sequence.peak_blocks, sequence.held_blocks)
+        self.pte_gaps.publish(first, length)
+        self.pte_tokens.publish(segments)
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        # Profiling and graph capture use rows and tokens that belong to no sequence.
+        self.pte_gaps.clear()
+        self.pte_tokens.publish([])
+        return super()._dummy_run(*args, **kwargs)
+
+    # -- called through collective_rpc ------------------------------------------------------------
+
+    def pte_requests(self) -> dict[str, Any]:
+        """Running and recently finished requests, and the pool as of the last step."""
+        pool = self.pte_pool
+        return {
+            "block_size": self.pte_block_size,
+            "usable_blocks": self.pte_report.usable_blocks,
+            "free_blocks": self.pte_report.free_blocks,
+            "running": [s.summary(request_id) for request_id, s in pool.sequences.items()],
+            "finished": list(pool.finished),
+        }
+
+    def pte_check_integrity(self) -> dict[str, int]:
+        """Counts of what is in use.
+
+        Raises:
+            AssertionError: if slots, sequences and requests disagree.
+        """
+        self.pte_pool.check_integrity()
+        strangers = set(self.pte_pool.sequences) - set(self.requests)
+        assert not strangers, f"sequences without a request: {sorted(strangers)[:5]}"
+        assert not self.pte_report.errors, self.pte_report.errors
+        used = [s for s in self.pte_pool.sequences.values() if s.slot != IDENTITY_SLOT]
+        return {
+            "sequences": len(self.pte_pool.sequences),
+            "slots_in_use": len(used),
+            "free_blocks": self.pte_report.free_blocks,
+            "usable_blocks": self.pte_report.usable_blocks,
+        }
+
+
+class PTECPUModelRunner(PTERunnerMixin, CPUModelRunner):
+    """On CPU."""
+
+
+class PTEGPUModelRunner(PTERunnerMixin, GPUModelRunner):
+    """On CUDA."""

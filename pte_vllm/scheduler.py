@@ -1,0 +1,153 @@
+"""Scheduler: a chunk of tokens never crosses a fold boundary, and blocks are counted as held.
+
+`make_scheduler` is what `--scheduler-cls` names; it follows vLLM's choice of async scheduling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from pte_vllm.cache import PTEManager
+from pte_vllm.config import EngineConfig, RequestOptions
+from pte_vllm.plan import FoldPlan
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolReport:
+    """The pool after a step was scheduled; rides on the scheduler's output to the worker."""
+
+    usable_blocks: int
+    free_blocks: int
+    held_blocks: dict[str, int] = field(default_factory=dict)
+    """By request: blocks of the pool it holds. Shared prefix blocks count for each holder."""
+    errors: tuple[str, ...] = ()
+    """What `check_integrity` found wrong."""
+
+
+def request_plan(
+    engine: EngineConfig, params: Any, num_prompt_tokens: int, block_size: int
+) -> FoldPlan:
+    """The plan of a request, the same in every process.
+
+    Args:
+        engine: the engine's defaults.
+        params: its SamplingParams; None (pooling) means unbounded.
+        num_prompt_tokens: tokens of its prompt.
+        block_size: tokens per block.
+    """
+    if params is None:
+        return FoldPlan(pin_tokens=num_prompt_tokens, window_tokens=0, block_size=block_size)
+    options = RequestOptions.parse(params.extra_args)
+    return options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=block_size)
+
+
+class PTESchedulerMixin:
+    """Over vLLM's Scheduler or AsyncScheduler."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        engine = EngineConfig.from_vllm(self.vllm_config)
+        assert engine is not None, "the PTE scheduler needs additional_config['pte']"
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        assert isinstance(manager, PTEManager), "the attention backend did not register PTESpec"
+        self.pte_engine = engine
+        self.pte_manager = manager
+        self.pte_plans = manager.plans
+
+    def add_request(self, request: Request) -> None:
+        if request.request_id not in self.requests:
+            self.pte_plans[request.request_id] = request_plan(
+                self.pte_engine,
+                request.sampling_params,
+                request.num_prompt_tokens,
+                self.pte_manager.block_size,
+            )
+        super().add_request(request)
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        self.pte_plans.pop(request.request_id, None)
+
+    def _get_local_prefix_cache_hit(
+        self, request: Request
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        """End a prefix hit before the first fold.
+
+        Blocks from `first_fold` on belong to another plan's view of the same tokens, and a hit
+        that ended at the boundary itself would hold the blocks to fold and a whole new chunk.
+        """
+        blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        limit = self.pte_plans[request.request_id].first_fold - self.pte_manager.block_size
+        if num_hit > limit:
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, limit)
+            num_hit = limit
+        return blocks, num_hit, boundary, diverged
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """End every chunk, running or waiting, at the next boundary.
+
+        With async scheduling a fold may still be under way, its blocks not yet free: then the
+        chunk may fill one block more than the plan holds, and no further.
+        """
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        plan = self.pte_plans[request.request_id]
+        if not plan.bounded:
+            return num_new_tokens
+        processed = max(0, num_computed_tokens - request.num_in_flight_tokens)
+        room = plan.pinned_blocks + plan.window_blocks + 1 + plan.folded_blocks(processed)
+        end = min(plan.next_boundary(num_computed_tokens), room * plan.block_size)
+        return max(0, min(num_new_tokens, end - num_computed_tokens))
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        output.pte_pool = self.pte_pool_report()
+        return output
+
+    def pte_pool_report(self) -> PoolReport:
+        pool, manager = self.kv_cache_manager.block_pool, self.pte_manager
+        errors = []
+        if len(self.pte_plans) != len(self.requests):
+            errors.append(f"{len(self.pte_plans)} plans for {len(self.requests)} requests")
+        held = {request.request_id: manager.num_held_blocks(request.request_id)
+                for request in self.running}
+        return PoolReport(
+            usable_blocks=pool.num_gpu_blocks - 1,  # block 0 is vLLM's null block
+            free_blocks=pool.get_num_free_blocks(),
+            held_blocks=held,
+            errors=tuple(errors),
+        )
+
+    def pte_check_integrity(self) -> None:
+        """Raise AssertionError unless plans, requests and blocks agree."""
+        assert set(self.pte_plans) == set(self.requests)
+        self.pte_manager.check_integrity()
+
+
+class PTEScheduler(PTESchedulerMixin, Scheduler):
+    """Synchronous."""
+
+
+class PTEAsyncScheduler(PTESchedulerMixin, AsyncScheduler):
+    """One step ahead of the worker."""
+
+
+def make_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
+    """Build the scheduler that vLLM's config asks for."""
+    config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    scheduler_class = (
+        PTEAsyncScheduler if config.scheduler_config.async_scheduling else PTEScheduler
+    )
+    return scheduler_class(*args, **kwargs)

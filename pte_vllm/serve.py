@@ -1,0 +1,91 @@
+"""vLLM's own OpenAI-compatible server with our classes plugged in.
+
+`engine_args` does the same for the offline `LLM`:
+
+    llm = LLM(model, block_size=32, **engine_args(EngineConfig(window_tokens=256)))
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pte_vllm.config import EngineConfig
+
+SCHEDULER_CLS = "pte_vllm.scheduler.make_scheduler"
+
+
+def engine_args(engine: EngineConfig) -> dict[str, Any]:
+    """Keyword arguments for vLLM's `LLM` or `EngineArgs` that turn PTE on.
+
+    Also selects the V1 model runner for this process and those it starts.
+    """
+    # TODO(vllm>=0.33): drop once Model Runner V2, vLLM's default on GPU, has our hooks.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    from vllm.platforms import current_platform
+
+    args: dict[str, Any] = {
+        "scheduler_cls": SCHEDULER_CLS,
+        "additional_config": {EngineConfig.KEY: engine.to_dict()},
+    }
+    if current_platform.is_cpu():
+        args["worker_cls"] = "pte_vllm.worker.PTECPUWorker"
+    else:
+        args["worker_cls"] = "pte_vllm.worker.PTEGPUWorker"
+        args["attention_backend"] = "CUSTOM"
+    return args
+
+
+def serve(model: str, engine: EngineConfig, vllm_args: list[str]) -> None:
+    """Run the server until it is stopped.
+
+    Args:
+        model: name or directory, vLLM's positional argument.
+        engine: PTE's options.
+        vllm_args: any of `vllm serve`'s flags.
+
+    Raises:
+        ValueError: naming the flag, if a combination is not supported.
+    """
+    _allow_plugins(os.environ)
+    overrides = engine_args(engine)
+
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from pte_vllm.support import check_serve_args
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="pte-vllm")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    args = parser.parse_args(["serve", model, *vllm_args])
+    for name in ("scheduler_cls", "attention_backend"):
+        given = getattr(args, name, None)
+        if given is not None and name in overrides and given != overrides[name]:
+            raise ValueError(f"--{name.replace('_', '-')} {given} cannot be combined with PTE")
+    overrides["additional_config"] |= getattr(args, "additional_config", None) or {}
+    for name, value in overrides.items():
+        setattr(args, name, value)
+    check_serve_args(args, engine)
+    command.validate(args)
+    command.cmd(args)
+
+
+def _allow_plugins(environ: Any) -> None:
+    """Let vLLM load our routes, which it does only for plugins named in VLLM_PLUGINS.
+
+    The variable filters general plugins too, so those that are loaded by default are named as well.
+    """
+    from importlib.metadata import entry_points
+
+    names = environ.get("VLLM_PLUGINS")
+    allowed = (
+        [name for name in names.split(",") if name]
+        if names is not None
+        else [plugin.name for plugin in entry_points(group="vllm.general_plugins")]
+    )
+    environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, "pte"]))
+
+

@@ -1,0 +1,53 @@
+"""Workers that build our model runner in place of vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from vllm.v1.worker import cpu_worker, gpu_model_runner
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from pte_vllm.runner import PTECPUModelRunner, PTEGPUModelRunner
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """`module.name` is `value` inside the block."""
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+class PTEWorkerMixin:
+    """Methods reached with `collective_rpc`."""
+
+    def pte_requests(self) -> dict[str, Any]:
+        return self.model_runner.pte_requests()
+
+    def pte_check_integrity(self) -> dict[str, int]:
+        return self.model_runner.pte_check_integrity()
+
+
+class PTECPUWorker(PTEWorkerMixin, CPUWorker):
+    """On CPU."""
+
+    def init_device(self) -> None:
+        with _replaced(cpu_worker, "CPUModelRunner", PTECPUModelRunner):
+            super().init_device()
+
+
+class PTEGPUWorker(PTEWorkerMixin, Worker):
+    """On CUDA."""
+
+    def init_device(self) -> None:
+        # The parent imports the class from its module when it builds the runner.
+        with _replaced(gpu_model_runner, "GPUModelRunner", PTEGPUModelRunner):
+            super().init_device()
+

@@ -1,0 +1,62 @@
+"""Endpoint plugin `pte`: our routes on vLLM's FastAPI app. The engine is reached by RPC only."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, HTTPException, Request
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+
+from pte_vllm import __version__
+from pte_vllm.config import REQUEST_OPTIONS, EngineConfig
+from pte_vllm.types import RULES
+
+router = APIRouter(prefix="/pte/v1", tags=["pte"])
+
+
+def _engine(request: Request) -> EngineClient:
+    client = getattr(request.app.state, "pte_engine_client", None)
+    if client is None:
+        raise HTTPException(503, "this server runs without PTE; start it with `pte-vllm serve`")
+    return client
+
+
+@router.get("/info")
+async def info(request: Request) -> dict[str, Any]:
+    """The method, the default plan and the limits of this server."""
+    config = _engine(request).vllm_config
+    engine = EngineConfig.from_vllm(config)
+    assert engine is not None
+    return {
+        "version": __version__,
+        "paper": "arXiv 2602.16839",
+        "plan": {**engine.to_dict(), "block_size": config.cache_config.block_size},
+        "request_options": list(REQUEST_OPTIONS),
+        "rules": list(RULES),
+        "max_model_len": config.model_config.max_model_len,
+        "max_lora_rank": config.lora_config.max_lora_rank if config.lora_config else None,
+    }
+
+
+@router.get("/requests")
+async def requests(request: Request) -> dict[str, Any]:
+    """Running and recently finished requests: tokens, folds and KV blocks; see docs/api.md."""
+    return (await _engine(request).collective_rpc("pte_requests"))[0]
+
+
+class PTEEndpointPlugin:
+    """See `vllm/plugins/endpoint_plugins/interface.py`."""
+
+    name = "pte"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.include_router(router)
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        if engine_client is not None and EngineConfig.from_vllm(engine_client.vllm_config):
+            state.pte_engine_client = engine_client
