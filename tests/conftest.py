@@ -1,0 +1,65 @@
+"""Models, adapters and engines that several tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(__file__).parent.parent / ".cache"
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, converted once and kept in `.cache`."""
+    from pte_vllm.model_fetch import fetch
+
+    directory = CACHE / "models" / "smollm2"
+    fetch("smollm2", directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny random checkpoint of an architecture, made once."""
+    from tests.support import make_tiny_model
+
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            make_tiny_model(architecture, root / architecture)
+            made[architecture] = root / architecture
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Random adapter of a model, made once per set of options; `plain=True` for a plain LoRA."""
+    from tests.support import make_plain_lora, make_random_adapter
+
+    root, made = tmp_path_factory.mktemp("adapters"), {}
+
+    def get(model: Path, *, plain: bool = False, **options: object) -> Path:
+        key = (str(model), plain, *sorted((k, str(v)) for k, v in options.items()))
+        if key not in made:
+            directory = root / f"{model.name}-{len(made)}"
+            make = make_plain_lora if plain else make_random_adapter
+            make(model, directory, **options)
+            made[key] = directory
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline() -> Iterator[None]:
+    """No test asks a model hub for anything."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    yield

@@ -1,0 +1,90 @@
+"""All rules, ranks and architectures, eight folds and more, against the replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ARCHITECTURES
+from tests.engine import BLOCK, Engine, Job, lora
+from tests.parity.reference import assert_parity, difference
+from tests.support import random_tokens
+
+WINDOW = 4 * BLOCK
+LENGTH = WINDOW + 9 * BLOCK + 7  # first fold after the window, then one a block
+RULES = ("paper", "sum", "none", "ridge")
+
+
+def _jobs(model: Path, adapters: Callable[..., Path], rank: int, vocab: int) -> list[Job]:
+    jobs = []
+    for i, rule in enumerate(RULES):
+        adapter = adapters(model, rank=rank, rule=rule, seed=i)
+        prompt = random_tokens(19 + 23 * i, vocab, seed=i)
+        jobs.append(Job(prompt, LENGTH, lora(f"{rule}-{rank}", adapter, rank * 10 + i + 1)))
+    return jobs
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tiny_models(
+    architecture: str, tiny: Callable[[str], Path], adapters: Callable[..., Path]
+) -> None:
+    model = tiny(architecture)
+    engine = Engine(model, window_tokens=WINDOW, lora_rank=32)
+    try:
+        for rank in (8, 32):
+            jobs = engine.run(_jobs(model, adapters, rank, 500))
+            assert_parity(model, jobs, WINDOW, min_folds=8)
+        engine.check_idle()
+    finally:
+        engine.close()
+
+
+def test_named_options(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> None:
+    """read, keys and normalize away from their defaults; fewer layers; G unlike r; an override."""
+    model = tiny("llama")
+    variants = [
+        {"read": "value", "rule": "paper"},
+        {"keys": "rotated", "rule": "sum"},
+        {"normalize": "row", "rule": "paper"},
+        {"layers": [1], "rule": "ridge"},
+        {"global_tokens": 12, "rule": "paper"},
+        {"targets": ["q_proj", "v_proj", "down_proj"], "rule": "sum"},
+    ]
+    jobs = [
+        Job(random_tokens(40, 500, i), LENGTH, lora(f"v{i}", adapters(model, rank=8, **v), i + 1))
+        for i, v in enumerate(variants)
+    ]
+    paper = adapters(model, rank=8, rule="paper")
+    for i, rule in enumerate(RULES):
+        adapter = lora("override", paper, 9)
+        jobs.append(Job(random_tokens(33, 500, 50 + i), LENGTH, adapter, {"pte_update": rule}))
+    engine = Engine(model, window_tokens=WINDOW, lora_rank=16)
+    try:
+        assert_parity(model, engine.run(jobs), WINDOW, min_folds=8)
+    finally:
+        engine.close()
+
+
+def test_smollm2(smollm2: Path, adapters: Callable[..., Path]) -> None:
+    engine = Engine(smollm2, window_tokens=WINDOW, lora_rank=32)
+    try:
+        jobs = _jobs(smollm2, adapters, 8, 40000) + _jobs(smollm2, adapters, 32, 40000)
+        assert_parity(smollm2, engine.run(jobs), WINDOW, min_folds=8)
+        engine.check_idle()
+    finally:
+        engine.close()
+
+
+def test_smollm2_bf16(smollm2: Path, adapters: Callable[..., Path]) -> None:
+    """bf16 rounds differently in the two programs; the mean says whether they compute the same."""
+    engine = Engine(smollm2, window_tokens=WINDOW, lora_rank=32, dtype="bfloat16")
+    try:
+        jobs = engine.run(_jobs(smollm2, adapters, 32, 40000))
+    finally:
+        engine.close()
+    found = torch.cat([difference(smollm2, j, WINDOW, dtype=torch.bfloat16) for j in jobs])
+    print(f"bf16: mean |Δ log p| {found.mean():.1e}, max {found.max():.1e}")
+    assert found.mean() < 5e-2

@@ -1,0 +1,190 @@
+"""The same requests under every schedule: each must match the replay, which knows no schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine import BLOCK, Engine, Job, lora
+from tests.parity.reference import assert_parity, replayed
+from tests.support import random_tokens
+
+WINDOW = 4 * BLOCK
+LENGTH = WINDOW + 8 * BLOCK + 5
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[str], Path]) -> Path:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[Engine]:
+    engine = Engine(model, window_tokens=WINDOW, lora_rank=8)
+    yield engine
+    engine.check_idle()
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def make_jobs(model: Path, adapters: Callable[..., Path]) -> Callable[[], list[Job]]:
+    """Three requests under test: two PTE rules and a window without an adapter."""
+    paper = lora("paper", adapters(model, rank=8, rule="paper"), 1)
+    ridge = lora("ridge", adapters(model, rank=8, rule="ridge"), 2)
+
+    def make() -> list[Job]:
+        return [
+            Job(random_tokens(45, 500, 1), LENGTH, paper, seed=1),
+            Job(random_tokens(70, 500, 2), LENGTH, ridge, seed=2),
+            Job(random_tokens(20, 500, 3), LENGTH, seed=3),
+        ]
+
+    return make
+
+
+def test_alone(engine: Engine, model: Path, make_jobs: Callable[[], list[Job]]) -> None:
+    for job in make_jobs():
+        engine.run([job])
+        assert_parity(model, [job], WINDOW, min_folds=8)
+
+
+def test_mixed_with_others(
+    engine: Engine, model: Path, make_jobs: Callable[[], list[Job]], adapters: Callable[..., Path]
+) -> None:
+    """Fifteen others of different lengths, plans and adapters in the same batches."""
+    plain = lora("plain", adapters(model, plain=True, rank=8), 3)
+    others = []
+    for i in range(15):
+        window = [0, 2 * BLOCK, 3 * BLOCK, 8 * BLOCK][i % 4]
+        prompt = random_tokens(5 + 17 * i, 500, 100 + i)
+        options = {"pte_window": window}
+        if i % 3 == 0:
+            options["pte_pin_tokens"] = len(prompt) // 2
+        adapter = [None, plain, *(j.adapter for j in make_jobs()[:2])][i % 4]
+        others.append(Job(prompt, 60 + 23 * i, adapter, options))
+    jobs = make_jobs()
+    engine.run(jobs + others)
+    assert_parity(model, jobs, WINDOW, min_folds=8)
+    assert_parity(model, others, WINDOW)
+
+
+def test_forced_preemption(
+    engine: Engine, model: Path, make_jobs: Callable[[], list[Job]]
+) -> None:
+    jobs = make_jobs()
+    others = [Job(random_tokens(30, 500, 200 + i), 150) for i in range(5)]
+    preempted = []
+
+    def on_step(step: int, request_ids: list[str]) -> None:
+        if step % 37 == 36:
+            for position in (0, -1):
+                if len(engine.scheduler.running) > 1:
+                    preempted.append(engine.scheduler.running[position].request_id)
+                    engine.preempt(position)
+
+    engine.run(jobs + others, on_step)
+    assert len(preempted) > 10
+    assert_parity(model, jobs, WINDOW, min_folds=8)
+    assert_parity(model, others, WINDOW)
+
+
+def test_prefix_hits(engine: Engine, model: Path, make_jobs: Callable[[], list[Job]]) -> None:
+    """A group shares its question; a longer request shares it with a full-attention one."""
+    adapter = make_jobs()[0].adapter
+    question = random_tokens(5 * BLOCK, 500, 7)
+    first = Job(question, LENGTH, adapter, seed=1)
+    engine.run([first])
+    pool = engine.scheduler.kv_cache_manager
+    group = [Job(question, LENGTH, adapter, seed=10 + i) for i in range(4)]
+    engine.run(group)
+    # 300 tokens under full attention leave 9 cached blocks; a windowed reader may use those before
+    # its own first fold only.
+    long = random_tokens(300, 500, 8)
+    full = Job(long, 40, adapter, {"pte_window": 0})
+    engine.run([full])
+    hits = []
+    original = engine.scheduler._get_local_prefix_cache_hit
+
+    def spy(request):  # records what the real method returned
+        result = original(request)
+        hits.append(result[1])
+        return result
+
+    engine.scheduler._get_local_prefix_cache_hit = spy
+    try:
+        windowed = Job(long, LENGTH, adapter, {"pte_pin_tokens": 40})
+        again = Job(long, 40, adapter, {"pte_window": 0}, seed=5)
+        engine.run([windowed, again])
+    finally:
+        del engine.scheduler._get_local_prefix_cache_hit
+    assert sorted(hits) == [5 * BLOCK, 9 * BLOCK], hits  # cut before (2 + 4) blocks, and uncut
+    assert pool.enable_caching
+    assert_parity(model, [first, *group, full, windowed, again], WINDOW)
+
+
+def test_rule_overrides_do_not_share_blocks(
+    engine: Engine, model: Path, make_jobs: Callable[[], list[Job]]
+) -> None:
+    """Before the first fold `paper` stands at S_0 and `ridge` at zero: other keys and values."""
+    question, adapter = random_tokens(4 * BLOCK + 3, 500, 9), make_jobs()[0].adapter
+    jobs = [
+        Job(question, 200, adapter, {"pte_update": rule} if rule else {})
+        for rule in (None, "ridge", "paper", "ridge", "none")
+    ]
+    for job in jobs:
+        engine.run([job])
+    assert_parity(model, jobs, WINDOW)
+
+
+def test_thoughts_in_the_prompt(
+    engine: Engine, model: Path, make_jobs: Callable[[], list[Job]]
+) -> None:
+    """Prefill folds too: prompt log-probs of a resumed chain of thoughts."""
+    adapter = make_jobs()[1].adapter
+    for pin in (10, BLOCK, 100):
+        prompt = random_tokens(600, 500, pin)
+        job = Job(prompt, 50, adapter, {"pte_pin_tokens": pin}, prompt_logprobs=True)
+        engine.run([job])
+        assert_parity(model, [job], WINDOW, min_folds=8)
+        expected = replayed(model, Path(adapter.lora_path), prompt, job.plan(WINDOW))
+        worst = max(abs(a - b) for a, b in zip(job.prompt_scores, expected.tolist(), strict=True))
+        assert worst <= 2e-4
+
+
+@pytest.mark.parametrize("chunk", [16, 50])
+def test_small_prefill_chunks(
+    model: Path, make_jobs: Callable[[], list[Job]], chunk: int
+) -> None:
+    engine = Engine(
+        model, window_tokens=WINDOW, lora_rank=8, max_num_batched_tokens=chunk, max_num_seqs=8
+    )
+    jobs = make_jobs()
+    jobs.append(Job(random_tokens(400, 500, 4), 60, jobs[0].adapter, {"pte_pin_tokens": 30}))
+    try:
+        engine.run(jobs)
+        engine.check_idle()
+    finally:
+        engine.close()
+    assert_parity(model, jobs, WINDOW, min_folds=8)
+
+
+def test_async_scheduling(model: Path, make_jobs: Callable[[], list[Job]]) -> None:
+    engine = Engine(model, window_tokens=WINDOW, lora_rank=8, async_scheduling=True, num_blocks=40)
+    assert type(engine.scheduler).__name__ == "PTEAsyncScheduler"
+    jobs = make_jobs()
+    jobs.append(Job(random_tokens(400, 500, 4), 200, jobs[0].adapter, {"pte_pin_tokens": 30}))
+    others = [Job(random_tokens(30 + i, 500, 300 + i), 150, jobs[i % 2].adapter) for i in range(6)]
+
+    def on_step(step: int, request_ids: list[str]) -> None:
+        if step % 61 == 60 and len(engine.scheduler.running) > 1:
+            engine.preempt()
+
+    try:
+        engine.run(jobs + others, on_step)
+        engine.check_idle()
+    finally:
+        engine.close()
+    assert_parity(model, jobs, WINDOW, min_folds=8)
+    assert_parity(model, others, WINDOW)

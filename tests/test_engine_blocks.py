@@ -1,0 +1,195 @@
+"""Memory is bounded, nothing leaks, and a pool smaller than the sequences still gives exact answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.engine import BLOCK, Engine, Job, lora
+from tests.parity.reference import assert_parity
+from tests.support import random_tokens
+
+WINDOW = 4 * BLOCK
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[str], Path]) -> Path:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path, adapters: Callable[..., Path]) -> Path:
+    return adapters(model, rank=8, rule="ridge")
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_peak_blocks_at_16k_tokens(model: Path, adapter: Path, async_scheduling: bool) -> None:
+    engine = Engine(
+        model,
+        window_tokens=WINDOW,
+        lora_rank=8,
+        max_model_len=17000,
+        num_blocks=60,
+        max_prompt_tokens=128,
+        async_scheduling=async_scheduling,
+    )
+    thoughts = lora("ridge", adapter, 1)
+    # 40 tokens of question, 13k of thoughts to resume, 3k to generate; and one generated throughout.
+    jobs = [
+        Job(random_tokens(13_000, 500, 1), 3_200, thoughts, {"pte_pin_tokens": 40}),
+        Job(random_tokens(40, 500, 2), 1_500, thoughts),
+    ]
+    peaks: dict[str, int] = {}
+
+    def on_step(step: int, request_ids: list[str]) -> None:
+        for request_id, held in engine.scheduler.pte_pool_report().held_blocks.items():
+            peaks[request_id] = max(peaks.get(request_id, 0), held)
+
+    try:
+        engine.run(jobs, on_step)
+        finished = {r["request_id"]: r for r in engine.runner.pte_requests()["finished"]}
+        engine.check_idle()
+    finally:
+        engine.close()
+    bound = 2 + 4 + 1  # pinned + window + 1
+    assert len(peaks) == 2
+    for request_id, peak in peaks.items():
+        assert peak <= bound
+        summary = next(r for i, r in finished.items() if i == request_id)
+        assert summary["peak_blocks"] <= bound
+        assert summary["folded_tokens"] >= summary["num_tokens"] - (2 + 4 + 1) * BLOCK
+    print("peak blocks", sorted(peaks.values()))
+
+
+def test_pool_of_640_tokens_serves_four_generations_of_2000(model: Path, adapter: Path) -> None:
+    engine = Engine(
+        model,
+        window_tokens=WINDOW,
+        lora_rank=8,
+        num_blocks=640 // BLOCK,
+        max_model_len=2_560,
+        max_prompt_tokens=64,
+    )
+    thoughts = lora("ridge", adapter, 1)
+    jobs = [Job(random_tokens(30 + 9 * i, 500, i), 2_000, thoughts) for i in range(4)]
+    preemptions = 0
+    original = engine.scheduler._preempt_request
+
+    def count(*args, **kwargs):
+        nonlocal preemptions
+        preemptions += 1
+        return original(*args, **kwargs)
+
+    engine.scheduler._preempt_request = count
+    try:
+        engine.run(jobs)
+        engine.check_idle()
+    finally:
+        engine.close()
+    assert preemptions > 0
+    print(f"{preemptions} preemptions")
+    assert_parity(model, jobs, WINDOW, min_folds=50)
+
+
+def test_no_leaks_over_500_requests(model: Path, adapter: Path, adapters: Callable) -> None:
+    engine = Engine(model, window_tokens=2 * BLOCK, lora_rank=8, num_blocks=48, max_num_seqs=16)
+    choices = [
+        None,
+        lora("ridge", adapter, 1),
+        lora("paper", adapters(model, rank=8, rule="paper"), 2),
+        lora("plain", adapters(model, plain=True, rank=8), 3),
+    ]
+    probes = [Job(random_tokens(40, 500, 1), 200, a, seed=5) for a in choices]
+    engine.run(probes)
+    before = [job.tokens for job in probes]
+    rng = random.Random(0)
+    aborted = 0
+
+    def disturb(step: int, request_ids: list[str]) -> None:
+        nonlocal aborted
+        running = engine.scheduler.running
+        if step % 5 == 4 and running:
+            victim = rng.choice([r.request_id for r in engine.scheduler.requests.values()])
+            engine.engine.abort_request([victim], internal=True)
+            aborted += 1
+        if step % 11 == 10 and len(engine.scheduler.running) > 1:
+            engine.preempt(rng.randrange(-1, 1))
+
+    try:
+        for batch in range(10):
+            jobs = [
+                Job(
+                    random_tokens(rng.randrange(1, 120), 500, batch * 50 + i),
+                    rng.randrange(1, 90),
+                    rng.choice(choices),
+                    {"pte_window": rng.choice([0, 2 * BLOCK, 3 * BLOCK])},
+                )
+                for i in range(50)
+            ]
+            engine.run(jobs, disturb)
+            engine.check_idle()
+        assert aborted > 100
+        again = [Job(job.prompt, job.max_tokens, job.adapter, seed=5) for job in probes]
+        engine.run(again)
+        assert [job.tokens for job in again] == before
+        engine.check_idle()
+    finally:
+        engine.close()
+
+
+def test_window_zero_is_vllm(model: Path, adapters: Callable[..., Path]) -> None:
+    """With the plugin and `pte_window: 0`, the tokens are those of vLLM started without it."""
+    plain = adapters(model, plain=True, rank=8)
+
+    def jobs() -> list[Job]:
+        return [
+            Job(random_tokens(20 + 31 * i, 500, i), 400, None if i % 2 else lora("p", plain, 1), seed=i)
+            for i in range(6)
+        ]
+
+    ours, theirs = jobs(), jobs()
+    engine = Engine(model, window_tokens=WINDOW, lora_rank=8)
+    for job in ours:
+        job.options["pte_window"] = 0
+    try:
+        engine.run(ours)
+        engine.check_idle()
+    finally:
+        engine.close()
+    vanilla = Engine(model, pte=False, lora_rank=8)
+    try:
+        vanilla.run(theirs)
+    finally:
+        vanilla.close()
+    assert [job.tokens for job in ours] == [job.tokens for job in theirs]
+
+
+def test_parallel_samples(model: Path, adapter: Path) -> None:
+    """n > 1: each choice has its own state."""
+    engine = Engine(model, window_tokens=2 * BLOCK, lora_rank=8)
+    try:
+        collected = {}
+        engine.engine.add_request(
+            "group",
+            {"prompt_token_ids": random_tokens(50, 500, 1)},
+            Job([], 200, n=3, temperature=1.0).params(3),
+            lora_request=lora("ridge", adapter, 1),
+        )
+        while engine.engine.has_unfinished_requests():
+            for output in engine.engine.step():
+                collected = {c.index: c for c in output.outputs}
+        assert sorted(collected) == [0, 1, 2]
+        jobs = []
+        for choice in collected.values():
+            job = Job(random_tokens(50, 500, 1), 200, lora("ridge", adapter, 1))
+            job.tokens, job.finished = list(choice.token_ids), True
+            job.logprobs = [e[t].logprob for t, e in zip(job.tokens, choice.logprobs, strict=True)]
+            jobs.append(job)
+        assert len({tuple(job.tokens) for job in jobs}) == 3
+        assert_parity(model, jobs, 2 * BLOCK, min_folds=4)
+        engine.check_idle()
+    finally:
+        engine.close()
