@@ -1,0 +1,184 @@
+"""Tiny checkpoints and random adapters, made by the tests themselves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from pte_vllm.adapter import Adapter, ModelShape
+from pte_vllm.config import PTEConfig
+from pte_vllm.ops.reference import LayerEncoder
+
+VOCAB = 512
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def make_tiny_model(architecture: str, directory: Path, *, seed: int = 0, layers: int = 3) -> None:
+    """Write a random checkpoint with grouped-query attention and a byte tokenizer.
+
+    Weights are large enough that attention and next-token distributions are far from uniform.
+    """
+    config_class, model_class = _CLASSES[architecture]
+    torch.manual_seed(seed)
+    config = config_class(
+        vocab_size=VOCAB,
+        hidden_size=128 if architecture == "qwen2" else 96,  # Qwen2 derives its head size
+        intermediate_size=160,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=32_768,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        **({"sliding_window": None} if architecture == "mistral" else {}),
+    )
+    model = model_class(config).float()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero by default, which would hide a forgotten bias
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(directory)
+    _tokenizer().save_pretrained(directory)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, after <s> and </s>."""
+    symbols = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    vocab |= {f"<extra_{i}>": i for i in range(len(vocab), VOCAB)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
+    )
+
+
+def random_tokens(count: int, vocab: int = 500, seed: int = 0) -> list[int]:
+    """Tokens without the special ones."""
+    rng = random.Random(seed)
+    return [rng.randrange(2, vocab) for _ in range(count)]
+
+
+def _random_lora(
+    shape: ModelShape,
+    rank: int,
+    rows: int,
+    layers: Sequence[int],
+    targets: Sequence[str],
+    strength: float,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    lora_a, lora_b = {}, {}
+    for layer in layers:
+        for target in targets:
+            block = "self_attn" if target[0] in "qkvo" else "mlp"
+            module = f"model.layers.{layer}.{block}.{target}"
+            d_in, d_out = shape.linear(target)
+            lora_a[module] = torch.randn(rows, d_in) / d_in**0.5
+            lora_b[module] = strength * torch.randn(d_out, rank) / rank**0.5
+    return lora_a, lora_b
+
+
+def _peft(rank: int, targets: Sequence[str]) -> dict[str, object]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(targets),
+        "base_model_name_or_path": "test",
+    }
+
+
+def make_plain_lora(
+    model: Path, directory: Path, *, rank: int = 8, seed: int = 0, strength: float = 0.1
+) -> None:
+    """A LoRA without an encoder."""
+    torch.manual_seed(seed)
+    shape = ModelShape.from_hf(AutoConfig.from_pretrained(model))
+    lora_a, lora_b = _random_lora(
+        shape, rank, rank, range(shape.num_layers), TARGETS, strength
+    )
+    peft = _peft(rank, TARGETS)
+    Adapter(peft=peft, pte=None, lora_a=lora_a, lora_b=lora_b, encoders={}).save(directory)
+
+
+def make_random_adapter(
+    model: Path,
+    directory: Path,
+    *,
+    rank: int = 8,
+    global_tokens: int | None = None,
+    rule: str = "paper",
+    read: str = "key",
+    keys: str = "unrotated",
+    normalize: str = "matrix",
+    layers: Sequence[int] | None = None,
+    targets: Sequence[str] = TARGETS,
+    seed: int = 0,
+    strength: float = 0.1,
+) -> None:
+    """A PTE adapter whose state changes the log-probs; every optional tensor is there."""
+    torch.manual_seed(seed)
+    shape = ModelShape.from_hf(AutoConfig.from_pretrained(model))
+    rows = global_tokens or rank
+    used = list(range(shape.num_layers)) if layers is None else list(layers)
+    lora_a, lora_b = _random_lora(shape, rank, rows, used, targets, strength)
+    d = shape.d_kv
+    encoders = {
+        layer: LayerEncoder(
+            query=torch.randn(rows, d),
+            global_=torch.randn(5, d),
+            w_q=torch.randn(rank, d) / d**0.5,
+            w_k=torch.randn(rank, d) / d**0.5,
+            w_v=torch.randn(rank, d) / d**0.5,
+            gain=torch.rand(()) + 0.5,
+            b_k=0.3 * torch.randn(rank),
+            b_v=0.3 * torch.randn(rank),
+            log_ridge=0.5 * torch.randn(()),
+        )
+        for layer in used
+    }
+    pte = PTEConfig(
+        rank=rank,
+        global_tokens=rows,
+        rule=rule,
+        read=read,
+        keys=keys,
+        normalize=normalize,
+        init="random",
+    )
+    Adapter(
+        peft=_peft(rank, targets), pte=pte, lora_a=lora_a, lora_b=lora_b, encoders=encoders
+    ).save(directory)
