@@ -34,6 +34,8 @@ class TokenSlots:
     segments: list[Segment] = field(default_factory=list)
     any: bool = False
     """Whether any token has a thought state."""
+    groups: list[tuple[int, Tensor | None]] | None = None
+    """Per adapter of the step its index and its tokens (None: all); found by the first layer."""
 
     @classmethod
     def allocate(cls, max_num_batched_tokens: int, device: torch.device) -> TokenSlots:
@@ -41,7 +43,7 @@ class TokenSlots:
 
     def publish(self, segments: list[Segment]) -> None:
         """Set the step's tokens, in batch order; tokens past them use the identity."""
-        self.segments = segments
+        self.segments, self.groups = segments, None
         self.any = any(slot for _, _, slot in segments)
         self.slots.zero_()
         if self.any:
@@ -102,12 +104,9 @@ class LayerPunica:
         output_slices: tuple[int, ...],
     ) -> None:
         """On CPU vLLM gathers weights per token; adapters of a batch are few, so group instead."""
-        indices = self._wrapper.token_lora_indices
-        present = indices.unique().tolist()
-        for index in present:
-            if index < 0:
-                continue
-            rows = None if len(present) == 1 else (indices == index).nonzero()[:, 0]
+        if self._tokens.groups is None:
+            self._tokens.groups = _group_by_adapter(self._wrapper.token_lora_indices)
+        for index, rows in self._tokens.groups:
             offset = 0
             for a_all, b_all, size in zip(
                 lora_a_stacked, lora_b_stacked, output_slices, strict=True
@@ -131,6 +130,14 @@ class LayerPunica:
         return modulate_segments(
             shrunk, self._states, slots[: shrunk.shape[0]], self._tokens.segments
         )
+
+
+def _group_by_adapter(indices: Tensor) -> list[tuple[int, Tensor | None]]:
+    """Tokens of each adapter; `indices: [T]`, -1 for no adapter."""
+    present = indices.unique().tolist()
+    if len(present) == 1:
+        return [(present[0], None)] if present[0] >= 0 else []
+    return [(i, (indices == i).nonzero()[:, 0]) for i in present if i >= 0]
 
 
 def install_views(model: torch.nn.Module, pool: StatePool, tokens: TokenSlots) -> None:

@@ -239,7 +239,34 @@ class PTERunnerMixin:
 
 
 class PTECPUModelRunner(PTERunnerMixin, CPUModelRunner):
-    """On CPU."""
+    """On CPU, where a seeded request must also survive a chunked prefill.
+
+    vLLM samples for every row, drops the tokens of rows that are still prefilling, and takes their
+    generators back by a CUDA offset, which CPU generators do not have (a crash at v0.32.0). With
+    folds, chunked prefill is the rule rather than the exception.
+    TODO(vllm>=0.33): drop if `GPUModelRunner._bookkeeping_sync` handles CPU generators.
+    """
+
+    def _discarded_generators(self) -> dict[int, torch.Generator]:
+        generators = self.input_batch.generators
+        rows = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
+        return {row: generators[row] for row in rows if row in generators}
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        saved = [(g, g.get_state()) for g in self._discarded_generators().values()]
+        output = super()._sample(*args, **kwargs)
+        for generator, state in saved:
+            generator.set_state(state)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self._discarded_generators()
+        for row in hidden:
+            del self.input_batch.generators[row]
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators.update(hidden)
 
 
 class PTEGPUModelRunner(PTERunnerMixin, GPUModelRunner):

@@ -33,7 +33,6 @@ def replayed(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Log-prob of every token after the first, `[T - 1]`."""
-    torch.set_num_threads(2)
     loaded = None if adapter is None else Adapter.load(adapter)
     with Replay(_model(model, dtype), loaded) as replay:
         return replay.log_probs(tokens, plan, rule=rule).logprobs

@@ -73,7 +73,8 @@ def test_mixed_with_others(
 def test_forced_preemption(
     engine: Engine, model: Path, make_jobs: Callable[[], list[Job]]
 ) -> None:
-    jobs = make_jobs()
+    undisturbed, jobs = make_jobs(), make_jobs()
+    engine.run(undisturbed)
     others = [Job(random_tokens(30, 500, 200 + i), 150) for i in range(5)]
     preempted = []
 
@@ -87,6 +88,8 @@ def test_forced_preemption(
     engine.run(jobs + others, on_step)
     assert len(preempted) > 10
     assert_parity(model, jobs, WINDOW, min_folds=8)
+    # Seeds survive the replayed prefill.
+    assert [job.tokens for job in jobs] == [job.tokens for job in undisturbed]
     assert_parity(model, others, WINDOW)
 
 
@@ -171,7 +174,14 @@ def test_small_prefill_chunks(
 
 
 def test_async_scheduling(model: Path, make_jobs: Callable[[], list[Job]]) -> None:
-    engine = Engine(model, window_tokens=WINDOW, lora_rank=8, async_scheduling=True, num_blocks=40)
+    engine = Engine(
+        model,
+        window_tokens=WINDOW,
+        lora_rank=8,
+        async_scheduling=True,
+        num_blocks=40,
+        max_prompt_tokens=128,
+    )
     assert type(engine.scheduler).__name__ == "PTEAsyncScheduler"
     jobs = make_jobs()
     jobs.append(Job(random_tokens(400, 500, 4), 200, jobs[0].adapter, {"pte_pin_tokens": 30}))
