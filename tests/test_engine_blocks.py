@@ -95,7 +95,14 @@ def test_pool_of_640_tokens_serves_four_generations_of_2000(model: Path, adapter
 
 
 def test_no_leaks_over_500_requests(model: Path, adapter: Path, adapters: Callable) -> None:
-    engine = Engine(model, window_tokens=2 * BLOCK, lora_rank=8, num_blocks=48, max_num_seqs=16)
+    engine = Engine(
+        model,
+        window_tokens=2 * BLOCK,
+        lora_rank=8,
+        num_blocks=48,
+        max_num_seqs=16,
+        max_prompt_tokens=128,
+    )
     choices = [
         None,
         lora("ridge", adapter, 1),
