@@ -62,6 +62,8 @@ def make_tiny_model(architecture: str, directory: Path, *, seed: int = 0, layers
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # zero by default, which would hide a forgotten bias
             torch.nn.init.normal_(parameter, std=0.3)
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):  # Qwen3; one by default
+            torch.nn.init.uniform_(parameter, 1.0, 3.0)  # unit norms leave attention flat
     model.save_pretrained(directory)
     _tokenizer().save_pretrained(directory)
 
@@ -102,7 +104,9 @@ def _random_lora(
         for target in targets:
             block = "self_attn" if target[0] in "qkvo" else "mlp"
             module = f"model.layers.{layer}.{block}.{target}"
-            d_in, d_out = shape.linear(target)
+            sizes = shape.linear(target)
+            assert sizes is not None, target
+            d_in, d_out = sizes
             lora_a[module] = torch.randn(rows, d_in) / d_in**0.5
             lora_b[module] = strength * torch.randn(d_out, rank) / rank**0.5
     return lora_a, lora_b
@@ -127,9 +131,7 @@ def make_plain_lora(
     """A LoRA without an encoder."""
     torch.manual_seed(seed)
     shape = ModelShape.from_hf(AutoConfig.from_pretrained(model))
-    lora_a, lora_b = _random_lora(
-        shape, rank, rank, range(shape.num_layers), TARGETS, strength
-    )
+    lora_a, lora_b = _random_lora(shape, rank, rank, range(shape.num_layers), TARGETS, strength)
     peft = _peft(rank, TARGETS)
     Adapter(peft=peft, pte=None, lora_a=lora_a, lora_b=lora_b, encoders={}).save(directory)
 
