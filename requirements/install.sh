@@ -41,11 +41,12 @@ if ! fits "$venv/bin/python"; then
     "$python" -m venv "$venv" || fail "cannot create $venv (Debian and Ubuntu: apt install python3.11-venv)"
 fi
 rm -f "$stamp"
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+# Byte code is left to the first import: most of what is installed is never imported.
+install() { "$venv/bin/python" -m pip --disable-pip-version-check install -qq --no-compile --no-deps "$@"; }
 
 torch=$(grep -E '^torch=' "$lock")
 echo "==> installing $torch"
-if ! pip install --quiet --no-deps "$torch"; then
+if ! install "$torch"; then
     case $torch in
     *+cpu) fail "pip cannot install $torch for Python $version." \
         "It is not on PyPI; it comes from PyTorch's CPU wheel index. Make pip look there, either with" \
@@ -54,8 +55,8 @@ if ! pip install --quiet --no-deps "$torch"; then
     esac
 fi
 echo "==> installing $(grep -c '^[^#]' "$lock") packages of $lock (1 to 3 minutes)"
-pip install --quiet --no-deps -r "$lock" || fail "pip cannot install $lock (see above)"
+install -r "$lock" || fail "pip cannot install $lock (see above)"
 echo "==> installing this checkout"
-pip install --quiet --no-deps --no-build-isolation -e . || fail "pip cannot install this checkout (see above)"
+install --no-build-isolation -e . || fail "pip cannot install this checkout (see above)"
 echo "$key" >"$stamp"
 echo "==> ready: $venv/bin/pte-vllm"

@@ -38,7 +38,7 @@ def resolve(requirements: list[str], *, no_deps: bool = False) -> list[dict]:
     """What pip would install into an empty environment: the metadata of each package."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]
+        command = [sys.executable, "-m", "pip", "install", "-qq", "--dry-run"]
         command += ["--ignore-installed", "--only-binary", ":all:", "--report", str(report)]
         command += ["--no-deps"] * no_deps + requirements
         if subprocess.run(command).returncode:
