@@ -1,0 +1,42 @@
+PYTHON ?= python3.11
+LOCK ?= requirements/cpu.lock
+BIN := .venv/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "LOCK=requirements/cuda.lock sets up for a GPU; ARGS='...' goes to demo, bench and the tests"
+
+setup: ## create .venv from the lock and install this checkout
+	@PYTHON="$(PYTHON)" requirements/install.sh "$(LOCK)"
+
+demo: setup ## chats with a fixed KV cache beside full attention, live (ARGS='--tokens 800')
+	$(BIN)/pte-vllm demo $(ARGS)
+
+test: setup ## the tests that need no GPU and little time
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: setup ## the long tests
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## measure memory and speed against full attention
+	$(BIN)/pte-vllm bench $(ARGS)
+
+lock: ## resolve requirements/*.lock again (KINDS='cpu cuda train')
+	$(PYTHON) requirements/lock.py $(KINDS)
+
+clean: ## remove caches and outputs; keeps .venv and .cache
+	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
