@@ -23,7 +23,7 @@ def check_request(vllm_config: Any, request: EngineCoreRequest) -> None:
     """Validate the PTE options of a request, and keep its prefix blocks apart where they differ.
 
     Raises:
-        VLLMValidationError: (a ValueError) naming the option.
+        VLLMValidationError: naming the option; the server answers HTTP 400.
     """
     engine = EngineConfig.from_vllm(vllm_config)
     params = request.sampling_params

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.exceptions import VLLMValidationError
 
 from pte_vllm.config import EngineConfig
 from pte_vllm.support import UnsupportedError, check_serve_args
@@ -41,7 +42,7 @@ def model(tiny: Callable[[str], Path]) -> Path:
 def test_bad_request_options(
     engine: Engine, option: str, value: object, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(VLLMValidationError, match=message) as error:
         engine.run([Job(random_tokens(40, 500, 0), 5, options={option: value})])
     assert option in str(error.value)
     engine.run([Job(random_tokens(40, 500, 0), 5)])
@@ -49,12 +50,12 @@ def test_bad_request_options(
 
 
 def test_request_larger_than_the_pool(engine: Engine) -> None:
-    with pytest.raises(ValueError, match="KV cache blocks, but the pool has 30"):
+    with pytest.raises(VLLMValidationError, match="KV cache blocks, but the pool has 30"):
         engine.run([Job(random_tokens(40, 500, 0), 2000, options={"pte_window": 0})])
 
 
 def test_pinned_part_beyond_the_bound(engine: Engine) -> None:
-    with pytest.raises(ValueError, match="--pte-max-prompt-tokens 256"):
+    with pytest.raises(VLLMValidationError, match="--pte-max-prompt-tokens 256"):
         engine.run([Job(random_tokens(300, 500, 0), 5)])
     engine.run([Job(random_tokens(300, 500, 0), 5, options={"pte_pin_tokens": 256})])
     engine.check_idle()
