@@ -1,0 +1,176 @@
+"""One engine under measurement, in a process of its own that runs a workload when told to.
+
+Arms are started together and take turns, so that what disturbs the machine disturbs all alike.
+The parent speaks to an arm in lines of JSON; everything else an engine prints goes to its log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+READY_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmSpec:
+    """What one arm runs."""
+
+    name: str
+    model: str
+    window_tokens: int | None = None
+    """None: vLLM as it is."""
+    adapter: str | None = None
+    dtype: str = "auto"
+    block_size: int = 32
+    max_model_len: int = 16_384
+    num_blocks: int = 2_048
+    max_num_seqs: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Sequences to generate, all at once, greedily and past any end-of-sequence token."""
+
+    num_seqs: int
+    prompt_tokens: int
+    output_tokens: int
+    pin_tokens: int | None = None
+    seed: int = 0
+
+
+class Arm:
+    """A running arm, as the parent sees it.
+
+    Raises:
+        RuntimeError: with the end of the log, if the process dies.
+    """
+
+    def __init__(self, spec: ArmSpec, log: Path) -> None:
+        self.spec, self._log = spec, log
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pte_vllm.bench.arm", json.dumps(asdict(spec))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+        )
+
+    def wait_ready(self) -> None:
+        self._receive()
+
+    def run(self, workload: Workload) -> dict[str, Any]:
+        """`{"seconds", "output_tokens", "step_ms": [...], "positions": [...]}`."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asdict(workload)) + "\n")
+        self._process.stdin.flush()
+        return self._receive()
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            tail = "\n".join(self._log.read_text().splitlines()[-15:])
+            raise RuntimeError(f"arm {self.spec.name} ended:\n{tail}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _build(spec: ArmSpec) -> tuple[Any, Any]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # vLLM serves with one torch thread per worker unless told otherwise; use the whole machine.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    from vllm import EngineArgs
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from pte_vllm.config import EngineConfig
+    from pte_vllm.serve import engine_args
+
+    args: dict[str, Any] = {
+        "model": spec.model,
+        "dtype": spec.dtype,
+        "block_size": spec.block_size,
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": spec.max_num_seqs,
+        "num_gpu_blocks_override": spec.num_blocks + 1,
+        "kv_cache_memory_bytes": 2**32,
+        "enable_prefix_caching": False,
+        "enforce_eager": True,  # as vLLM does for LoRA on CPU; so the base model is compared alike
+    }
+    if spec.window_tokens is not None:
+        args |= engine_args(EngineConfig(window_tokens=spec.window_tokens))
+    lora = None
+    if spec.adapter is not None:
+        args |= {"enable_lora": True, "max_lora_rank": 32, "max_loras": 1}
+        lora = LoRARequest(lora_name="bench", lora_int_id=1, lora_path=spec.adapter)
+    return LLMEngine.from_engine_args(EngineArgs(**args)), lora
+
+
+def _run(engine: Any, lora: Any, workload: Workload, vocab: int) -> dict[str, Any]:
+    import random
+
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    rng = random.Random(workload.seed)
+    pin = {} if workload.pin_tokens is None else {"pte_pin_tokens": workload.pin_tokens}
+    for i in range(workload.num_seqs):
+        prompt = [rng.randrange(10, vocab) for _ in range(workload.prompt_tokens)]
+        params = SamplingParams(
+            max_tokens=workload.output_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            extra_args=pin,
+            output_kind=RequestOutputKind.CUMULATIVE,
+        )
+        request_id = f"{workload.seed}-{i}"
+        engine.add_request(request_id, {"prompt_token_ids": prompt}, params, lora_request=lora)
+    step_ms, positions, produced = [], [], 0
+    began = time.perf_counter()
+    while engine.has_unfinished_requests():
+        step_began = time.perf_counter()
+        outputs = engine.step()
+        if outputs:
+            step_ms.append((time.perf_counter() - step_began) * 1e3)
+            generated = [len(o.outputs[0].token_ids) for o in outputs]
+            positions.append(workload.prompt_tokens + max(generated))
+            produced += len(outputs)
+    seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "output_tokens": produced,
+        "step_ms": step_ms,
+        "positions": positions,
+    }
+
+
+def main() -> None:
+    """Serve workloads from standard input until it closes."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    engine, lora = _build(ArmSpec(**json.loads(sys.argv[1])))
+    vocab = engine.model_config.get_vocab_size()
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        result = _run(engine, lora, Workload(**json.loads(line)), vocab)
+        print(json.dumps(result), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
