@@ -65,11 +65,6 @@ def init_adapter(
         raise ValueError(f"b must be one of {', '.join(B_STARTS)}, got {b!r}")
     if alpha is not None and alpha <= 0:
         raise ValueError(f"alpha must be positive, got {alpha}")
-    if config.read == "value" and config.rank != config.global_tokens:
-        raise ValueError(
-            f"read value needs global_tokens equal to rank, got {config.global_tokens} "
-            f"and {config.rank}"
-        )
     if token_ids.dim() != 2 or token_ids.shape[1] < 16:
         raise ValueError(
             f"sample text must be [N, T >= 16] token ids, got {tuple(token_ids.shape)}"

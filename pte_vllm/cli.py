@@ -32,11 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        # Both forward arguments that argparse would otherwise read or reorder.
-        if args[:1] == ["serve"]:
-            return _serve(args[1:])
-        if args[:1] == ["demo"]:
-            return _demo(args[1:])
+        # These read their own arguments: argparse would take or reorder what is not its own.
+        own = {"serve": _serve, "demo": _demo, "bench": _bench}.get(args[0] if args else "")
+        if own is not None:
+            return own(args[1:])
         options = _parser().parse_args(args)
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
@@ -70,9 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pte-vllm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    # Listed for --help only: `main` takes both before argparse sees them.
+    # Listed for --help only: `main` takes these before argparse sees them.
     commands.add_parser("serve", help="start the OpenAI-compatible server", add_help=False)
     commands.add_parser("demo", help="watch chats with and without a window", add_help=False)
+    commands.add_parser("bench", help="measure speed against vLLM as it is", add_help=False)
     adapter = commands.add_parser("adapter", help="make or check an adapter")
     adapter_commands = adapter.add_subparsers(required=True, metavar="COMMAND")
     _add_init(adapter_commands)
@@ -146,6 +146,12 @@ def _demo(args: list[str]) -> int:
     from pte_vllm.demo import main as run_demo
 
     return run_demo(args) or 0
+
+
+def _bench(args: list[str]) -> int:
+    from pte_vllm.bench.runs import main as run_bench
+
+    return run_bench(args)
 
 
 def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -66,6 +66,11 @@ class PTEConfig:
         _check_choice("keys", self.keys, KEYS)
         _check_choice("init", self.init, INITS)
         check_rule_fits(self.rule, self.rank, self.global_tokens)
+        if self.read == "value" and self.rank != self.global_tokens:
+            raise ValueError(
+                f"read value needs global_tokens equal to rank, got {self.global_tokens} "
+                f"and {self.rank}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PTEConfig:

@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,21 @@ from pte_vllm.bench.arm import Arm, ArmSpec, Workload
 console = Console()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def main(argv: list[str]) -> int:
+    """`pte-vllm bench ...`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="pte-vllm bench",
+        description="Measure speed, every baseline in the same run, the arms taking turns. "
+        "throughput: tokens/s of the base model, LoRA and PTE. latency: time per token of one "
+        "sequence at 1k and past 8k tokens.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_arguments(parser)
+    _run(parser.parse_args(argv))
+    return 0
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["throughput", "latency"])
     parser.add_argument("--model", default=".cache/models/smollm2", help="checkpoint directory")
     parser.add_argument("--window", type=int, default=256, help="tokens of the window")
@@ -31,12 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="JSON and plot")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Entry point of the CLI.
-
-    Raises:
-        ValueError: if the model directory does not exist.
-    """
+def _run(args: argparse.Namespace) -> None:
     if not Path(args.model).exists():
         raise ValueError(f"--model {args.model} does not exist; make it with `pte-vllm model fetch`")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -63,14 +72,12 @@ def _machine() -> str:
 
 def _make_adapters(model: Path, scratch: Path) -> tuple[str, str]:
     """A PTE adapter with random B, and the same LoRA without its encoder."""
-    from dataclasses import replace
-
-    from pte_vllm.adapter import Adapter
-    from pte_vllm.adapter_init import init_adapter
+    from pte_vllm.adapter_make import make_adapter
+    from pte_vllm.config import PTEConfig
 
     thoughts, plain = scratch / "thoughts", scratch / "plain"
-    init_adapter(str(model), rank=32, init="random", b="random").save(thoughts)
-    replace(Adapter.load(thoughts), pte=None, encoders={}).save(plain)
+    adapter = make_adapter(str(model), thoughts, PTEConfig(init="random"), b="random")
+    replace(adapter, pte=None, encoders={}).save(plain)
     return str(thoughts), str(plain)
 
 

@@ -1,0 +1,286 @@
+"""The real server over HTTP: exact, refusing bad input, and none the worse for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from pte_vllm.plan import FoldPlan
+from tests.engine import BLOCK
+from tests.parity.reference import TOLERANCE, replayed
+from tests.support import random_tokens
+
+WINDOW = 4 * BLOCK
+
+
+@dataclass
+class Server:
+    url: str
+    model: Path
+    adapters: dict[str, Path]
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def get(self, path: str) -> dict:
+        return httpx.get(self.url + path, timeout=30).raise_for_status().json()
+
+    def wait_idle(self) -> dict:
+        """The pool once nothing runs; the worker hears of the last request one step later."""
+        for _ in range(100):
+            report = self.get("/pte/v1/requests")
+            if not report["running"] and report["free_blocks"] == report["usable_blocks"]:
+                return report
+            time.sleep(0.1)
+        raise AssertionError(f"not idle: {report}")
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny: Callable[[str], Path],
+    adapters: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    model = tiny("qwen3")
+    served = {
+        "paper": adapters(model, rank=8, rule="paper"),
+        "ridge": adapters(model, rank=8, rule="ridge"),
+        "plain": adapters(model, plain=True, rank=8),
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    flags = [
+        *("--pte-window", str(WINDOW), "--pte-max-prompt-tokens", "512"),
+        *("--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--block-size", str(BLOCK), "--max-model-len", "4096"),
+        *("--num-gpu-blocks-override", "121", "--kv-cache-memory-bytes", str(2**28)),
+        *("--max-num-seqs", "32", "--enforce-eager", "--max-logprobs", "5"),
+        *("--enable-lora", "--max-lora-rank", "8", "--max-loras", "4"),
+        *("--lora-modules", *(f"{name}={path}" for name, path in served.items())),
+    ]
+    environment = {
+        **os.environ,
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pte_vllm", "serve", str(model), *flags],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", model, served)
+    try:
+        _wait_healthy(server, process, log)
+        yield server
+        server.wait_idle()
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait_healthy(server: Server, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            if httpx.get(f"{server.url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+def _complete(server: Server, model: str, prompt: list[int], tokens: int, **options: object):
+    return server.client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=tokens,
+        temperature=0.8,
+        logprobs=0,
+        seed=3,
+        extra_body={"ignore_eos": True, "return_token_ids": True, "vllm_xargs": options},
+    )
+
+
+def _check(server: Server, model: str, prompt: list[int], response, **options: object) -> float:
+    choice = response.choices[0]
+    plan = FoldPlan(
+        pin_tokens=options.get("pte_pin_tokens", len(prompt)),
+        window_tokens=options.get("pte_window", WINDOW),
+        block_size=BLOCK,
+    )
+    tokens = [*prompt, *choice.token_ids]
+    expected = replayed(
+        server.model, server.adapters.get(model), tokens, plan, rule=options.get("pte_update")
+    )
+    found = torch.tensor(choice.logprobs.token_logprobs)
+    worst = (found - expected[len(prompt) - 1 :]).abs().max().item()
+    folds = plan.folded_blocks(len(tokens) - 1) // plan.evict_blocks
+    print(f"{model} {options}: {folds} folds, max |Δ log p| {worst:.1e}")
+    assert worst <= TOLERANCE
+    return worst
+
+
+def test_parity_over_http(server: Server) -> None:
+    prompt, length = random_tokens(50, 500, 1), WINDOW + 8 * BLOCK + 9
+    for model in ("base", "paper", "ridge", "plain"):
+        _check(server, model, prompt, _complete(server, model, prompt, length))
+    for options in (
+        {"pte_window": 2 * BLOCK},
+        {"pte_window": 0},
+        {"pte_pin_tokens": 10},
+        {"pte_update": "sum"},
+    ):
+        response = _complete(server, "paper", prompt, length, **options)
+        _check(server, "paper", prompt, response, **options)
+
+
+def test_requests_route_shows_a_bounded_cache(server: Server) -> None:
+    before = len(server.get("/pte/v1/requests")["finished"])
+    response = _complete(server, "paper", random_tokens(50, 500, 2), 800)
+    report = server.wait_idle()
+    record = next(r for r in report["finished"] if r["request_id"].startswith(response.id))
+    assert len(report["finished"]) > before
+    assert record["adapter"] == record["rule"] == "paper"
+    assert record["peak_blocks"] <= 2 + 4 + 1
+    assert record["folded_tokens"] == record["folds"] * BLOCK > 600
+    assert server.get("/pte/v1/info")["plan"]["window_tokens"] == WINDOW
+
+
+def test_chat_streaming_and_many_choices(server: Server) -> None:
+    messages = [{"role": "user", "content": "Count the birds on the roof."}]
+    extra = {"ignore_eos": True, "vllm_xargs": {"pte_window": 2 * BLOCK}}
+    stream = server.client.chat.completions.create(
+        model="ridge", messages=messages, max_tokens=200, stream=True, extra_body=extra,
+        stream_options={"include_usage": True},
+    )
+    usage = [chunk.usage for chunk in stream if chunk.usage is not None]
+    assert usage[-1].completion_tokens == 200
+    answer = server.client.chat.completions.create(
+        model="ridge", messages=messages, max_tokens=150, n=3, temperature=1.0, extra_body=extra
+    )
+    assert len({choice.message.content for choice in answer.choices}) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pte_window": 33}, "multiple"),
+        ({"pte_window": "wide"}, "pte_window must be an integer"),
+        ({"pte_window": -32}, "must not be negative"),
+        ({"pte_pin_tokens": 51}, "beyond the prompt"),
+        ({"pte_update": "median"}, "paper, sum, none, ridge"),
+        ({"pte_bogus": 1}, "unknown option"),
+    ],
+)
+def test_bad_options_get_400(server: Server, options: dict, message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        _complete(server, "paper", random_tokens(50, 500, 3), 5, **options)
+    with pytest.raises(openai.BadRequestError, match="multiple"):
+        server.client.chat.completions.create(
+            model="paper",
+            messages=[{"role": "user", "content": "Hello"}],
+            extra_body={"vllm_xargs": {"pte_window": 33}},
+        )
+    assert _complete(server, "paper", random_tokens(50, 500, 3), 5).usage.completion_tokens == 5
+
+
+def test_update_rule_needs_a_pte_adapter(server: Server) -> None:
+    for model in ("base", "plain"):
+        with pytest.raises(openai.BadRequestError, match="needs a PTE adapter"):
+            _complete(server, model, random_tokens(50, 500, 3), 5, pte_update="sum")
+
+
+def test_broken_adapter_is_refused(server: Server, tmp_path: Path) -> None:
+    """Loading fails with the reason, and the server serves on."""
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(server.adapters["paper"], broken)
+    config = json.loads((broken / "adapter_config.json").read_text())
+    config["pte"]["rule"] = "median"
+    (broken / "adapter_config.json").write_text(json.dumps(config))
+    body = {"lora_name": "broken", "lora_path": str(broken)}
+    answer = httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60)
+    assert answer.status_code == 400 and "rule must be one of" in answer.text, answer.text
+    prompt = random_tokens(40, 500, 4)
+    _check(server, "paper", prompt, _complete(server, "paper", prompt, 200))
+
+
+def test_loading_an_adapter_while_serving(server: Server, adapters: Callable) -> None:
+    fresh = adapters(server.model, rank=8, rule="sum", seed=9)
+    body = {"lora_name": "fresh", "lora_path": str(fresh)}
+    answer = httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    server.adapters["fresh"] = fresh
+    prompt = random_tokens(40, 500, 5)
+    _check(server, "fresh", prompt, _complete(server, "fresh", prompt, 300))
+    unload = {"lora_name": "fresh"}
+    assert httpx.post(f"{server.url}/v1/unload_lora_adapter", json=unload).status_code == 200
+    del server.adapters["fresh"]
+
+
+def test_disconnects_leave_nothing_behind(server: Server) -> None:
+    """Sixty streams, most of them dropped in the middle; the others are exact."""
+    kept, length = random_tokens(60, 500, 6), 250
+
+    async def run() -> list:
+        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+        async def drop(i: int) -> None:
+            stream = await client.completions.create(
+                model=("base", "paper", "ridge", "plain")[i % 4],
+                prompt=random_tokens(10 + i, 500, i),
+                max_tokens=400,
+                stream=True,
+                extra_body={"ignore_eos": True, "vllm_xargs": {"pte_window": 2 * BLOCK}},
+            )
+            seen = 0
+            async for _ in stream:
+                seen += 1
+                if seen > 3 * i:
+                    await stream.close()
+                    return
+
+        async def keep() -> object:
+            return await client.completions.create(
+                model="ridge",
+                prompt=kept,
+                max_tokens=length,
+                logprobs=0,
+                temperature=0.8,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )
+
+        *_, first, second = await asyncio.gather(*(drop(i) for i in range(58)), keep(), keep())
+        return [first, second]
+
+    for response in asyncio.run(run()):
+        _check(server, "ridge", kept, response)
+    report = server.wait_idle()
+    assert report["free_blocks"] == report["usable_blocks"] == 120
