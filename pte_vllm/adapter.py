@@ -187,6 +187,32 @@ class Adapter:
             _expect(where, f"layers.{layer}.w_k columns (d_kv)", encoder.w_k.shape[1], model.d_kv)
 
 
+def load_for_engine(
+    path: str | Path, *, model: ModelShape, max_lora_rank: int, load_inplace: bool
+) -> Adapter | None:
+    """The adapter as an engine would load it; None for a plain LoRA, which is vLLM's to check.
+
+    Raises:
+        AdapterError: if the adapter is broken, does not fit the model or the engine, or would
+            replace another version under the same name.
+    """
+    if not is_pte_adapter(path):
+        return None
+    if load_inplace:
+        raise AdapterError(
+            f"{path}: load_inplace is not supported for PTE adapters; load the new version under "
+            "a new name, so that no sequence mixes two versions"
+        )
+    adapter = Adapter.load(path, model)
+    assert adapter.pte is not None
+    rank = max(adapter.pte.rank, adapter.pte.global_tokens)
+    if rank > max_lora_rank:
+        raise AdapterError(
+            f"{path}: rank {rank} exceeds this server's --max-lora-rank {max_lora_rank}"
+        )
+    return adapter
+
+
 def is_pte_adapter(path: str | Path) -> bool:
     """Whether the directory claims to hold an encoder."""
     if (Path(path) / ENCODER_FILE).exists():

@@ -9,7 +9,6 @@ vllm/lora/punica_wrapper/punica_cpu.py and its CUDA sibling).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from pte_vllm.adapter import Adapter, AdapterError, ModelShape, is_pte_adapter, layer_of
+from pte_vllm.adapter import AdapterError, ModelShape, layer_of, load_for_engine
 from pte_vllm.ops.modulate import Segment, modulate_segments, modulate_tokens
 from pte_vllm.state import LoadedEncoder, StatePool
 
@@ -158,31 +157,25 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         self._plain: set[int] = set()
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
-        path = Path(get_adapter_absolute_path(lora_request.lora_path))
-        loaded = self._load_encoder(lora_request, path) if is_pte_adapter(path) else None
-        model = super()._load_adapter(lora_request)
-        if loaded is None:
-            self._plain.add(lora_request.lora_int_id)
-        else:
-            self._encoders[lora_request.lora_int_id] = loaded
-        return model
-
-    def _load_encoder(self, lora_request: LoRARequest, path: Path) -> LoadedEncoder:
-        if lora_request.load_inplace:
-            raise AdapterError(
-                f"{path}: load_inplace is not supported for PTE adapters; load the new version "
-                "under a new name, so that no sequence mixes two versions"
-            )
-        adapter = Adapter.load(path, self._shape)
-        assert adapter.pte is not None
-        rank, limit = max(adapter.pte.rank, adapter.pte.global_tokens), self.lora_config.max_lora_rank
-        if rank > limit:
-            raise AdapterError(f"{path}: rank {rank} exceeds this server's --max-lora-rank {limit}")
-        return LoadedEncoder(
-            config=adapter.pte,
-            layers=adapter.layers,
-            encoder=adapter.stacked_encoder().map(lambda t: t.to(self.device)),
+        adapter_id, path = lora_request.lora_int_id, get_adapter_absolute_path(lora_request.lora_path)
+        adapter = load_for_engine(
+            path,
+            model=self._shape,
+            max_lora_rank=self.lora_config.max_lora_rank,
+            load_inplace=lora_request.load_inplace,
         )
+        if lora_request.load_inplace and adapter_id in self._encoders:
+            raise AdapterError(f"{path}: load_inplace cannot replace a PTE adapter")
+        model = super()._load_adapter(lora_request)
+        if adapter is None or adapter.pte is None:
+            self._plain.add(adapter_id)
+        else:
+            self._encoders[adapter_id] = LoadedEncoder(
+                config=adapter.pte,
+                layers=adapter.layers,
+                encoder=adapter.stacked_encoder().map(lambda t: t.to(self.device)),
+            )
+        return model
 
     def encoder_of(self, lora_request: LoRARequest) -> LoadedEncoder | None:
         """The adapter's encoder, loading the adapter if need be; None for a plain LoRA."""

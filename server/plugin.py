@@ -5,11 +5,19 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.datastructures import State
+from vllm import envs
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.models.api_router import models
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from pte_vllm import __version__
+from pte_vllm.adapter import AdapterError, ModelShape, load_for_engine
 from pte_vllm.config import REQUEST_OPTIONS, EngineConfig
 from pte_vllm.types import RULES
 
@@ -46,6 +54,26 @@ async def requests(request: Request) -> dict[str, Any]:
     return (await _engine(request).collective_rpc("pte_requests"))[0]
 
 
+async def load_lora_adapter(body: LoadLoRAAdapterRequest, request: Request) -> Response:
+    """vLLM's route, after a PTE adapter was validated: what is broken gets 400, not 500."""
+    config = _engine(request).vllm_config
+    if config.lora_config is not None:
+        try:
+            await run_in_threadpool(
+                load_for_engine,
+                body.lora_path,
+                model=ModelShape.from_hf(config.model_config.hf_config.get_text_config()),
+                max_lora_rank=config.lora_config.max_lora_rank,
+                load_inplace=body.load_inplace,
+            )
+        except AdapterError as error:
+            raise HTTPException(400, str(error)) from error
+    result = await models(request).load_lora_adapter(body)
+    if isinstance(result, ErrorResponse):
+        return JSONResponse(result.model_dump(), status_code=result.error.code)
+    return PlainTextResponse(result)
+
+
 class PTEEndpointPlugin:
     """See `vllm/plugins/endpoint_plugins/interface.py`."""
 
@@ -54,6 +82,12 @@ class PTEEndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
+        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+            app.post(
+                "/v1/load_lora_adapter",
+                dependencies=[Depends(validate_json_request)],
+                response_class=PlainTextResponse,
+            )(load_lora_adapter)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
