@@ -145,10 +145,14 @@ def test_serve_args_fit_the_model(tmp_path):
     config = {"num_attention_heads": 2, "hidden_size": 64, "num_hidden_layers": 2}
     config["max_position_embeddings"] = 2048
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter").mkdir()
+    modules = json.dumps({"target_modules": ["q_proj", "v_proj"]})
+    (tmp_path / "adapter" / "adapter_config.json").write_text(modules)
     args = demo.serve_args(demo.parse(["--tokens", "1000"]), tmp_path, tmp_path / "adapter")
     assert args[0] == str(tmp_path)
     assert args[args.index("--max-model-len") + 1] == "2048"
     assert args[args.index("--lora-modules") + 1] == f"thoughts={tmp_path / 'adapter'}"
+    assert args[args.index("--lora-target-modules") + 1 :] == ["q_proj", "v_proj"]
     with pytest.raises(LaunchError, match="--tokens 1600"):
         demo.serve_args(demo.parse(["--tokens", "1600"]), tmp_path, tmp_path / "adapter")
 
