@@ -154,6 +154,8 @@ class Adapter:
         if self.pte is not None:
             save_file(self._encoder_tensors(), path / ENCODER_FILE, metadata={"format": "pt"})
             config["pte"] = self.pte.to_dict()
+        else:
+            (path / ENCODER_FILE).unlink(missing_ok=True)
         (path / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def _encoder_tensors(self) -> dict[str, Tensor]:
@@ -307,6 +309,11 @@ def _read_encoders(file: Path, pte: PTEConfig) -> dict[int, LayerEncoder]:
         by_layer.setdefault(int(match["layer"]), {})[match["name"]] = tensor
     if not by_layer:
         raise AdapterError(f"{file} holds no encoder")
+    for layer, tensors in by_layer.items():
+        for name in ("w_k", "global"):  # their own shapes say d_kv and n_h
+            if name in tensors and tensors[name].dim() != 2:
+                shape = tuple(tensors[name].shape)
+                raise AdapterError(f"{file}: layers.{layer}.{name} must be a matrix, got {shape}")
     widths = {tensors["w_k"].shape[-1] for tensors in by_layer.values() if "w_k" in tensors}
     if len(widths) > 1:
         raise AdapterError(f"{file}: layers disagree on d_kv: {sorted(widths)}")

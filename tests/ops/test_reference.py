@@ -1,0 +1,210 @@
+"""Every equation against loops that follow the paper's symbols one number at a time (fp64)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from pte_vllm.ops import reference
+from pte_vllm.ops.reference import RULES, LayerEncoder
+
+D_KV = 7
+
+
+def _encoder(g: int = 5, r: int = 5, n_h: int = 3, *, seed: int = 0) -> LayerEncoder:
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return LayerEncoder(
+        query=noise(g, D_KV),
+        global_=noise(n_h, D_KV),
+        w_q=noise(r, D_KV),
+        w_k=noise(r, D_KV),
+        w_v=noise(r, D_KV),
+        gain=torch.tensor(0.7, dtype=torch.float64),
+        b_k=noise(r),
+        b_v=noise(r),
+        log_ridge=torch.tensor(-0.4, dtype=torch.float64),
+    )
+
+
+def _evicted(m: int, *, seed: int = 1, dim: int = D_KV) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    k, v = torch.randn(2, m, dim, generator=generator, dtype=torch.float64)
+    return k, v
+
+
+def _project(weight: Tensor, bias: Tensor, x: Tensor) -> np.ndarray:
+    out = np.zeros((x.shape[0], weight.shape[0]))
+    for t in range(x.shape[0]):
+        for j in range(weight.shape[0]):
+            out[t, j] = sum(float(x[t, d] * weight[j, d]) for d in range(x.shape[1])) + bias[j]
+    return out
+
+
+def _contribution(e: LayerEncoder, k_e: Tensor, v_e: Tensor) -> np.ndarray:
+    k, v = _project(e.w_k, e.b_k, k_e), _project(e.w_v, e.b_v, v_e)
+    g, r, m = e.query.shape[0], e.w_k.shape[0], k_e.shape[0]
+    s = np.zeros((g, r))
+    for row in range(g):
+        asks = [sum(float(e.query[row, d] * e.w_q[j, d]) for d in range(D_KV)) for j in range(r)]
+        for t in range(m):
+            match = sum(asks[j] * k[t, j] for j in range(r))
+            for c in range(r):
+                s[row, c] += float(e.gain) / m * match * v[t, c]
+    return s
+
+
+def _normalize(s: np.ndarray, how: str) -> np.ndarray:
+    if how == "row":
+        return s / np.sqrt((s**2).sum(1, keepdims=True))
+    return s / math.sqrt((s**2).sum()) * math.sqrt(s.shape[1])
+
+
+def _close(found: Tensor, wanted: np.ndarray, tolerance: float = 1e-5) -> None:
+    wanted = np.asarray(wanted)
+    error = np.abs(found.numpy() - wanted).max() / max(np.abs(wanted).max(), 1e-12)
+    assert error < tolerance, error
+
+
+@pytest.mark.parametrize("m", [1, 2, 13])
+@pytest.mark.parametrize(("g", "r"), [(5, 5), (3, 6), (6, 3), (1, 1), (9, 8)])
+def test_contribution(g: int, r: int, m: int) -> None:
+    encoder, (k, v) = _encoder(g, r), _evicted(m)
+    _close(reference.contribution(encoder, k, v), _contribution(encoder, k, v), 1e-12)
+
+
+def test_contribution_is_a_sum_over_blocks_in_any_order() -> None:
+    encoder, (k, v) = _encoder(4, 6), _evicted(11)
+    blocks = [slice(5, 11), slice(0, 2), slice(2, 5)]
+    parts = [
+        reference.contribution(encoder, k[b], v[b]) * (b.stop - b.start) / 11 for b in blocks
+    ]
+    _close(sum(parts), reference.contribution(encoder, k, v).numpy(), 1e-12)
+
+
+@pytest.mark.parametrize("how", ["matrix", "row"])
+@pytest.mark.parametrize("shape", [(5, 5), (3, 8), (7, 2)])
+def test_normalize(shape: tuple[int, int], how: str) -> None:
+    s = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found = reference.normalize(s, how)
+    _close(found, _normalize(s.numpy(), how))
+    if how == "matrix":
+        assert float(found.norm()) == pytest.approx(math.sqrt(shape[1]), rel=1e-5)
+    else:
+        assert torch.allclose(found.norm(dim=1), torch.ones(shape[0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("how", ["matrix", "row"])
+def test_normalize_of_nothing_is_finite(how: str) -> None:
+    assert torch.equal(reference.normalize(torch.zeros(4, 3), how), torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("how", ["matrix", "row"])
+@pytest.mark.parametrize(("g", "r"), [(5, 5), (3, 6), (6, 3)])
+def test_paper_rule_normalises_at_every_fold(g: int, r: int, how: str) -> None:
+    encoder, rule = _encoder(g, r), RULES["paper"]
+    wanted = _normalize(_contribution(encoder, encoder.global_, encoder.global_), how)
+    sums = rule.start(encoder, how)
+    _close(rule.read(sums, encoder, how), wanted)
+    for seed, m in ((3, 4), (4, 1), (5, 9)):
+        k, v = _evicted(m, seed=seed)
+        wanted = _normalize(wanted + _contribution(encoder, k, v), how)
+        sums = rule.fold(sums, encoder, k, v, how)
+        _close(rule.read(sums, encoder, how), wanted)
+
+
+def test_sum_rule_normalises_when_read_only() -> None:
+    encoder, rule = _encoder(3, 6), RULES["sum"]
+    total = _normalize(_contribution(encoder, encoder.global_, encoder.global_), "matrix")
+    sums = rule.start(encoder, "matrix")
+    for seed, m in ((3, 4), (4, 1), (5, 9)):
+        k, v = _evicted(m, seed=seed)
+        total = total + _contribution(encoder, k, v)
+        sums = rule.fold(sums, encoder, k, v, "matrix")
+        _close(rule.read(sums, encoder, "matrix"), _normalize(total, "matrix"))
+
+
+def test_none_rule_keeps_the_initial_state() -> None:
+    encoder, rule = _encoder(), RULES["none"]
+    sums = rule.fold(rule.start(encoder, "matrix"), encoder, *_evicted(4), "matrix")
+    wanted = _normalize(_contribution(encoder, encoder.global_, encoder.global_), "matrix")
+    _close(rule.read(sums, encoder, "matrix"), wanted)
+
+
+@pytest.mark.parametrize("r", [1, 3, 5, 8])
+def test_ridge_rule_solves_for_the_map_from_keys_to_values(r: int) -> None:
+    encoder, rule = _encoder(r, r), RULES["ridge"]
+    sums = rule.start(encoder, "matrix")
+    assert torch.equal(rule.read(sums, encoder, "matrix"), torch.zeros(r, r, dtype=torch.float64))
+    c, moment, n = np.zeros((r, r)), np.zeros((r, r)), 0
+    for seed, m in ((3, 4), (4, 1), (5, 9)):
+        k_e, v_e = _evicted(m, seed=seed)
+        sums = rule.fold(sums, encoder, k_e, v_e, "matrix")
+        k, v = _project(encoder.w_k, encoder.b_k, k_e), _project(encoder.w_v, encoder.b_v, v_e)
+        for t in range(m):
+            c += np.outer(k[t], k[t])
+            moment += np.outer(k[t], v[t])
+        n += m
+        damp = math.exp(float(encoder.log_ridge)) * np.diag(c / n).mean() * np.eye(r)
+        _close(rule.read(sums, encoder, "matrix"), np.linalg.solve(c / n + damp, moment / n))
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_layers_and_sequences_broadcast(name: str) -> None:
+    encoders = [_encoder(seed=seed) for seed in range(3)]
+    stacked, rule = LayerEncoder.stack(encoders), RULES[name]
+    evicted = [_evicted(6, seed=seed) for seed in range(3)]
+    k, v = (torch.stack(side) for side in zip(*evicted, strict=True))
+    together = rule.fold(rule.start(stacked, "matrix"), stacked, k, v, "matrix")
+    states = rule.read(together, stacked, "matrix")
+    for layer, encoder in enumerate(encoders):
+        alone = rule.fold(rule.start(encoder, "matrix"), encoder, *evicted[layer], "matrix")
+        _close(states[layer], rule.read(alone, encoder, "matrix").numpy(), 1e-10)
+
+
+def test_modulate_reads_by_key_or_by_value() -> None:
+    a, s = torch.randn(7, 4), torch.randn(4, 4)
+    for t in range(7):
+        torch.testing.assert_close(reference.modulate(a, s, "key")[t], s.T @ a[t])
+        torch.testing.assert_close(reference.modulate(a, s, "value")[t], s @ a[t])
+    assert reference.modulate(torch.randn(7, 3), torch.randn(3, 6), "key").shape == (7, 6)
+
+
+def test_relative_update_is_a_ratio_of_norms() -> None:
+    s, new = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    for i in range(2):
+        wanted = math.sqrt(float((new[i] ** 2).sum() / (s[i] ** 2).sum()))
+        assert float(reference.relative_update(s, new)[i]) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 1.37])
+@pytest.mark.parametrize(("heads", "dim", "rotary_dim"), [(1, 2, 2), (3, 10, 10), (2, 14, 6)])
+def test_unrotate_inverts_the_models_own_rotation(
+    heads: int, dim: int, rotary_dim: int, scaling: float
+) -> None:
+    m, generator = 9, torch.Generator().manual_seed(0)
+    plain = torch.randn(2, heads, m, dim, generator=generator, dtype=torch.float64)
+    positions = torch.arange(1000, 1000 + m, dtype=torch.float64)
+    freqs = 1e4 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    angle = positions[:, None] * freqs
+    cos, sin = angle.cos() * scaling, angle.sin() * scaling
+    full_cos, full_sin = (torch.cat((t, t), -1)[None] for t in (cos, sin))
+    turned = plain[..., :rotary_dim]
+    _, turned = apply_rotary_pos_emb(turned, turned, full_cos, full_sin)
+    cached = torch.cat((turned, plain[..., rotary_dim:]), -1).transpose(1, 2)  # [2, m, H, D]
+    back = reference.unrotate(cached, cos, sin)
+    torch.testing.assert_close(back, plain.transpose(1, 2))
+
+
+def test_map_reaches_every_tensor() -> None:
+    doubled = _encoder().map(lambda t: t * 2)
+    for name, tensor in vars(_encoder()).items():
+        assert torch.equal(getattr(doubled, name), tensor * 2)

@@ -1,0 +1,107 @@
+"""Options of adapters, engines and requests."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pte_vllm.config import EngineConfig, PTEConfig, RequestOptions
+
+
+def test_adapter_options_survive_json() -> None:
+    config = PTEConfig(rank=8, global_tokens=5, rule="sum", read="key", normalize="row")
+    assert PTEConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version 2 is not supported"),
+        ({"rank": 0}, "rank must be a positive integer, got 0"),
+        ({"rank": True}, "rank must be a positive integer"),
+        ({"global_tokens": 2.5}, "global_tokens must be a positive integer"),
+        ({"rule": "mean"}, "rule must be one of paper, sum, none, ridge, got 'mean'"),
+        ({"read": "both"}, "read must be one of"),
+        ({"normalize": "l2"}, "normalize must be one of"),
+        ({"keys": "raw"}, "keys must be one of"),
+        ({"init": "zeros"}, "init must be one of"),
+        ({"rule": "ridge", "rank": 8, "global_tokens": 4}, "rule ridge needs global_tokens equal"),
+        ({"colour": "red", "size": 1}, "unknown fields in \"pte\": colour, size"),
+    ],
+)
+def test_bad_adapter_options_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PTEConfig.from_dict({**PTEConfig().to_dict(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window_tokens": -1}, "--pte-window must not be negative, got -1"),
+        ({"window_tokens": 1.5}, "--pte-window must be an integer"),
+        ({"evict_ratio": 0.0}, r"--pte-evict-ratio must lie in \(0, 1\), got 0.0"),
+        ({"max_prompt_tokens": 0}, "--pte-max-prompt-tokens must be positive, got 0"),
+    ],
+)
+def test_bad_engine_options_name_the_flag(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**change)
+
+
+def test_engine_options_travel_in_additional_config() -> None:
+    config = EngineConfig(window_tokens=256, evict_ratio=0.5, max_prompt_tokens=99)
+    carried = SimpleNamespace(additional_config={EngineConfig.KEY: config.to_dict()})
+    assert EngineConfig.from_vllm(carried) == config
+    assert EngineConfig.from_vllm(SimpleNamespace(additional_config={"other": 1})) is None
+    assert EngineConfig.from_vllm(SimpleNamespace()) is None
+
+
+@pytest.mark.parametrize("value", [128, "128", 128.0, " 128 "])
+def test_request_numbers_come_in_several_forms(value: object) -> None:
+    assert RequestOptions.parse({"pte_window": value}).window_tokens == 128
+
+
+def test_request_options_of_others_are_left_alone() -> None:
+    assert RequestOptions.parse({"my_plugin": 1}) == RequestOptions()
+    assert RequestOptions.parse(None) == RequestOptions()
+    assert RequestOptions.parse({"pte_window": None}) == RequestOptions()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pte_windw": 1}, "unknown option 'pte_windw'"),
+        ({"pte_window": "wide"}, "pte_window must be an integer, got 'wide'"),
+        ({"pte_window": True}, "pte_window must be an integer"),
+        ({"pte_window": -16}, "pte_window must not be negative"),
+        ({"pte_pin_tokens": "-3"}, "pte_pin_tokens must not be negative"),
+        ({"pte_update": "mean"}, "pte_update must be one of"),
+    ],
+)
+def test_bad_request_options_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RequestOptions.parse(given)
+
+
+def test_request_plan_takes_the_engines_defaults() -> None:
+    engine = EngineConfig(window_tokens=256, evict_ratio=0.5)
+    plan = RequestOptions().plan(engine, num_prompt_tokens=40, block_size=32)
+    assert (plan.pin_tokens, plan.window_tokens, plan.evict_ratio) == (40, 256, 0.5)
+    own = RequestOptions.parse({"pte_window": 64, "pte_pin_tokens": 0})
+    plan = own.plan(engine, num_prompt_tokens=40, block_size=32)
+    assert (plan.pin_tokens, plan.window_tokens) == (0, 64)
+    assert engine.plan(pin_tokens=40, block_size=32).first_fold == 320
+
+
+def test_request_plan_refuses_what_does_not_fit() -> None:
+    engine = EngineConfig(window_tokens=256, max_prompt_tokens=30)
+    with pytest.raises(ValueError, match="pte_pin_tokens is 41, beyond the prompt of 40"):
+        RequestOptions(pin_tokens=41).plan(engine, num_prompt_tokens=40, block_size=32)
+    with pytest.raises(ValueError, match="pte_window: window of 100 tokens is not a multiple"):
+        RequestOptions(window_tokens=100).plan(engine, num_prompt_tokens=20, block_size=32)
+    with pytest.raises(ValueError, match="40 pinned tokens exceed .*--pte-max-prompt-tokens 30"):
+        RequestOptions().plan(engine, num_prompt_tokens=40, block_size=32)
+    unbounded = RequestOptions(window_tokens=0).plan(engine, num_prompt_tokens=40, block_size=32)
+    assert not unbounded.bounded
