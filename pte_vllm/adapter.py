@@ -1,12 +1,13 @@
 """The adapter on disk: a PEFT LoRA plus the encoder that writes thought states.
 
     adapter_config.json        PEFT's LoRA fields, plus "pte": PTEConfig
-    adapter_model.safetensors  base_model.model.<module>.lora_A.weight [G, d_in], lora_B.weight [d_out, r]
+    adapter_model.safetensors  base_model.model.<module>.lora_A.weight [G, d_in]
+                               base_model.model.<module>.lora_B.weight [d_out, r]
     pte_encoder.safetensors    layers.{i}.{query, global, w_q, w_k, w_v, gain}, fp32;
                                optional layers.{i}.{b_k, b_v, log_ridge}
 
-A directory without `pte_encoder.safetensors` is a plain LoRA (S = identity). A layer without encoder
-tensors has no state and no adapter. Everything is validated before anything is used.
+A directory without `pte_encoder.safetensors` is a plain LoRA (S = identity). A layer without
+encoder tensors has no state and no adapter. Everything is validated before anything is used.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ LORA_FILE = "adapter_model.safetensors"
 ENCODER_FILE = "pte_encoder.safetensors"
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_LORA_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
+_LORA_KEY = re.compile(
+    r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$"
+)
 _ENCODER_KEY = re.compile(r"^layers\.(?P<layer>\d+)\.(?P<name>\w+)$")
 _REQUIRED = ("query", "global", "w_q", "w_k", "w_v", "gain")
 _OPTIONAL = ("b_k", "b_v", "log_ridge")
@@ -168,6 +171,9 @@ class Adapter:
 
     def _validate(self, path: Path, model: ModelShape | None) -> None:
         lora_file = path / LORA_FILE
+        if self.pte is not None:
+            # The scale, and the room vLLM gives the adapter, come from PEFT's r.
+            _expect(path / CONFIG_FILE, "r", self.peft["r"], self.pte.rank)
         for module in self.lora_a:
             a, b = self.lora_a[module], self.lora_b[module]
             if self.pte is not None:

@@ -56,7 +56,7 @@ def make_adapter(
             f"{config.rank - shape.head_dim} rows beyond it start small and random"
         )
     console.print(f"loading {model}", soft_wrap=True)
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar is enough
+    disable_progress_bar()  # one bar is enough
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     network.eval()
     reports: list[LayerReport] = []

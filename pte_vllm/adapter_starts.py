@@ -4,8 +4,8 @@ A random start rarely learns to ask the state for what it holds. The `aligned` s
 the very directions in which keys are stored, so that the state answers like linear attention before
 any training.
 
-Letters in shapes: G global tokens, r rank, H query heads, D head size, d_kv = KV heads × D, d hidden size,
-N sequences, m tokens.
+Letters in shapes: G global tokens, r rank, H query heads, D head size, d_kv = KV heads × D,
+d hidden size, N sequences, m tokens.
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ def _query_weight(sample: LayerSample) -> Tensor:
     """q_proj by head, scaled by q_norm where there is one: `[H, D, d]`, on the CPU."""
     heads, size = sample.q_scale.shape
     weight = sample.attention.q_proj.weight.detach().float().cpu().view(heads, size, -1)
-    return weight * sample.q_scale.cpu()[..., None]
+    scaled: Tensor = weight * sample.q_scale.cpu()[..., None]
+    return scaled
 
 
 def _fit_rows(ask: Tensor, config: PTEConfig, generator: torch.Generator) -> Tensor:

@@ -37,7 +37,9 @@ class Gaps:
     @classmethod
     def allocate(cls, max_num_seqs: int, device: torch.device) -> Gaps:
         zeros = torch.zeros(max_num_seqs, dtype=torch.int32)
-        return cls(first=zeros.to(device), length=zeros.clone().to(device), length_cpu=zeros.clone())
+        return cls(
+            first=zeros.to(device), length=zeros.clone().to(device), length_cpu=zeros.clone()
+        )
 
     def publish(self, first: list[int], length: list[int]) -> None:
         """Set the rows of this step, in batch order; rows past them have no gap."""

@@ -156,10 +156,8 @@ def check_spec(spec: KVCacheSpec) -> None:
     """Raise ValueError unless the layer is plain full attention."""
     if type(spec) is not FullAttentionSpec:
         raise ValueError(
-            f"PTE supports models with plain full attention only, this one has {type(spec).__name__}"
-            " (sliding-window, MLA, chunked and cross attention are not supported)"
+            f"PTE supports models with full attention only, this one has {type(spec).__name__} "
+            "(sliding-window, MLA, chunked and cross attention are not supported)"
         )
     if spec.sliding_window is not None or spec.attention_chunk_size is not None:
         raise ValueError("PTE does not support sliding-window or chunked attention")
-
-

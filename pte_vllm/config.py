@@ -76,7 +76,7 @@ class PTEConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> PTEConfig:
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"unknown fields in \"pte\": {', '.join(sorted(unknown))}")
+            raise ValueError(f'unknown fields in "pte": {", ".join(sorted(unknown))}')
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.layers import BaseLayerWithLoRA, LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
@@ -131,6 +131,25 @@ class LayerPunica:
         )
 
 
+class LogitsPunica:
+    """vLLM's punica wrapper as the output layer sees it.
+
+    vLLM multiplies the logits of every token by an all-zero LoRA when no adapter targets the output
+    layer: 28 ms of a 130 ms step (SmolLM2-135M, 8 sequences, two cores). Skip it then.
+    """
+
+    def __init__(self, wrapper: Any, manager: PTELoRAManager) -> None:
+        self._wrapper = wrapper
+        self._manager = manager
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapper, name)
+
+    def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
+        if self._manager.targets_output_layer:
+            self._wrapper.add_lora_logits(*args, **kwargs)
+
+
 def _group_by_adapter(indices: Tensor) -> list[tuple[int, Tensor | None]]:
     """Tokens of each adapter; `indices: [T]`, -1 for no adapter."""
     present = indices.unique().tolist()
@@ -139,12 +158,19 @@ def _group_by_adapter(indices: Tensor) -> list[tuple[int, Tensor | None]]:
     return [(i, (indices == i).nonzero()[:, 0]) for i in present if i >= 0]
 
 
-def install_views(model: torch.nn.Module, pool: StatePool, tokens: TokenSlots) -> None:
-    """Give every LoRA layer of the decoder its view."""
+def install_views(
+    model: torch.nn.Module, manager: PTELoRAManager, pool: StatePool, tokens: TokenSlots
+) -> None:
+    """Give every LoRA layer of the decoder, and the output layer on CPU, its view."""
     for name, module in model.named_modules():
-        layer = layer_of(name)
-        if isinstance(module, BaseLayerWithLoRA) and layer is not None:
-            module.punica_wrapper = LayerPunica(module.punica_wrapper, pool.states[layer], tokens)
+        if not isinstance(module, BaseLayerWithLoRA):
+            continue
+        layer, wrapper = layer_of(name), module.punica_wrapper
+        if layer is not None:
+            module.punica_wrapper = LayerPunica(wrapper, pool.states[layer], tokens)
+        elif isinstance(module, LogitsProcessorWithLoRA) and wrapper.device.type == "cpu":
+            # On CUDA a captured graph must not depend on which adapters are loaded.
+            module.punica_wrapper = LogitsPunica(wrapper, manager)
 
 
 class PTELoRAManager(LRUCacheWorkerLoRAManager):
@@ -155,9 +181,14 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         self._shape = ModelShape.from_hf(vllm_config.model_config.hf_config.get_text_config())
         self._encoders: dict[int, LoadedEncoder] = {}
         self._plain: set[int] = set()
+        self.targets_output_layer = False
+        """Whether any adapter loaded so far has weights for the output layer."""
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
-        adapter_id, path = lora_request.lora_int_id, get_adapter_absolute_path(lora_request.lora_path)
+        adapter_id, path = (
+            lora_request.lora_int_id,
+            get_adapter_absolute_path(lora_request.lora_path),
+        )
         adapter = load_for_engine(
             path,
             model=self._shape,
@@ -167,6 +198,7 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         if lora_request.load_inplace and adapter_id in self._encoders:
             raise AdapterError(f"{path}: load_inplace cannot replace a PTE adapter")
         model = super()._load_adapter(lora_request)
+        self.targets_output_layer |= any(name.endswith("lm_head") for name in model.loras)
         if adapter is None or adapter.pte is None:
             self._plain.add(adapter_id)
         else:

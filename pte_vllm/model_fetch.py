@@ -139,7 +139,7 @@ def _convert(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
     where = {"gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,

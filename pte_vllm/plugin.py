@@ -32,9 +32,7 @@ def register() -> None:
     register_spec()
     if current_platform.is_cpu():
         # The CPU platform takes CPU_ATTN's path whatever backend is selected.
-        register_backend(
-            AttentionBackendEnum.CPU_ATTN, "pte_vllm.attention.PTECPUAttentionBackend"
-        )
+        register_backend(AttentionBackendEnum.CPU_ATTN, "pte_vllm.attention.PTECPUAttentionBackend")
     else:
         register_backend(AttentionBackendEnum.CUSTOM, f"pte_vllm.attention.{cuda_backend()}")
     apply_all(all_patches())

@@ -67,7 +67,7 @@ class PTERunnerMixin:
         finally:
             lora_model_runner_mixin.LRUCacheWorkerLoRAManager = upstream
         assert isinstance(self.lora_manager, PTELoRAManager)
-        install_views(model, self.pte_pool, self.pte_tokens)
+        install_views(model, self.lora_manager, self.pte_pool, self.pte_tokens)
         return model
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -75,7 +75,9 @@ class PTERunnerMixin:
         with set_current_vllm_config(self.vllm_config):
             return super().get_kv_cache_spec()
 
-    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
+    ) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         (group,) = kv_cache_config.kv_cache_groups
         self.pte_block_size = group.kv_cache_spec.block_size

@@ -77,9 +77,7 @@ class PTESchedulerMixin:
         super()._free_blocks(request)
         self.pte_plans.pop(request.request_id, None)
 
-    def _get_local_prefix_cache_hit(
-        self, request: Request
-    ) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """End a prefix hit before the first fold.
 
         Blocks from `first_fold` on belong to another plan's view of the same tokens, and a hit
@@ -121,8 +119,10 @@ class PTESchedulerMixin:
         errors = []
         if len(self.pte_plans) != len(self.requests):
             errors.append(f"{len(self.pte_plans)} plans for {len(self.requests)} requests")
-        held = {request.request_id: manager.num_held_blocks(request.request_id)
-                for request in self.running}
+        held = {
+            request.request_id: manager.num_held_blocks(request.request_id)
+            for request in self.running
+        }
         return PoolReport(
             usable_blocks=pool.num_gpu_blocks - 1,  # block 0 is vLLM's null block
             free_blocks=pool.get_num_free_blocks(),

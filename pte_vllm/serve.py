@@ -87,5 +87,3 @@ def _allow_plugins(environ: Any) -> None:
         else [plugin.name for plugin in entry_points(group="vllm.general_plugins")]
     )
     environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, "pte"]))
-
-

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pte_vllm.config import PTEConfig, check_rule_fits
-from pte_vllm.ops.reference import RULES, LayerEncoder, Sums, relative_update
+from pte_vllm.ops.reference import RULES, LayerEncoder, Sums
 from pte_vllm.plan import FoldPlan
 
 IDENTITY_SLOT = 0
@@ -41,13 +42,11 @@ class Sequence:
     slot: int = IDENTITY_SLOT
     sums: Sums = field(default_factory=dict)
     folded_blocks: int = 0
-    rho: list[Tensor] = field(default_factory=list)
-    """Per fold: how far the state moved, ‖ΔS‖ / ‖S‖, mean over layers; on the device."""
     num_tokens: int = 0
     held_blocks: int = 0
     peak_blocks: int = 0
 
-    def summary(self, request_id: str) -> dict:
+    def summary(self, request_id: str) -> dict[str, Any]:
         """What the API shows of it."""
         plan = self.plan
         return {
@@ -83,7 +82,7 @@ class StatePool:
         self.states[:, IDENTITY_SLOT] = torch.eye(max_rank, device=device)
         self.free_slots = list(range(max_num_seqs, 0, -1))
         self.sequences: dict[str, Sequence] = {}
-        self.finished: deque[dict] = deque(maxlen=self.KEPT_FINISHED)
+        self.finished: deque[dict[str, Any]] = deque(maxlen=self.KEPT_FINISHED)
 
     def start(
         self,
@@ -128,20 +127,17 @@ class StatePool:
         assert sequence.loaded is not None and sequence.rule is not None
         loaded, rule = sequence.loaded, RULES[sequence.rule]
         how = loaded.config.normalize
-        before = rule.read(sequence.sums, loaded.encoder, how)
         sequence.sums = rule.fold(sequence.sums, loaded.encoder, k_e, v_e, how)
-        after = self._write(sequence)
-        sequence.rho.append(relative_update(before, after - before).mean())
+        self._write(sequence)
 
-    def _write(self, sequence: Sequence) -> Tensor:
-        """Put what the rule reads into the slot; returns it, `[L, G, r]`."""
+    def _write(self, sequence: Sequence) -> None:
+        """Put what the rule reads, `[L, G, r]`, into the slot."""
         assert sequence.loaded is not None and sequence.rule is not None
         loaded = sequence.loaded
         state = RULES[sequence.rule].read(sequence.sums, loaded.encoder, loaded.config.normalize)
         stored = state if loaded.config.read == "key" else state.mT
         rows, columns = stored.shape[-2:]
         self.states[loaded.layers, sequence.slot, :rows, :columns] = stored
-        return state
 
     def state_of(self, request_id: str) -> Tensor | None:
         """`[L, G, r]` of a running request, None without a thought state."""

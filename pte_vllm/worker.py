@@ -50,4 +50,3 @@ class PTEGPUWorker(PTEWorkerMixin, Worker):
         # The parent imports the class from its module when it builds the runner.
         with _replaced(gpu_model_runner, "GPUModelRunner", PTEGPUModelRunner):
             super().init_device()
-

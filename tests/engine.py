@@ -108,7 +108,11 @@ class Engine:
             "enforce_eager": True,
             "disable_log_stats": True,
             **(engine_args(engine_config) if pte else {}),
-            **({"enable_lora": True, "max_lora_rank": lora_rank, "max_loras": 4} if lora_rank else {}),
+            **(
+                {"enable_lora": True, "max_lora_rank": lora_rank, "max_loras": 4}
+                if lora_rank
+                else {}
+            ),
             **vllm_args,
         }
         config = EngineArgs(**args).create_engine_config()

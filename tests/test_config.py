@@ -28,7 +28,7 @@ def test_adapter_options_survive_json() -> None:
         ({"keys": "raw"}, "keys must be one of"),
         ({"init": "zeros"}, "init must be one of"),
         ({"rule": "ridge", "rank": 8, "global_tokens": 4}, "rule ridge needs global_tokens equal"),
-        ({"colour": "red", "size": 1}, "unknown fields in \"pte\": colour, size"),
+        ({"colour": "red", "size": 1}, 'unknown fields in "pte": colour, size'),
     ],
 )
 def test_bad_adapter_options_are_named(change: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Memory is bounded, nothing leaks, and a pool smaller than the sequences still gives exact answers."""
+"""Memory is bounded, nothing leaks, and a pool smaller than its sequences gives exact answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_peak_blocks_at_16k_tokens(model: Path, adapter: Path, async_scheduling:
         async_scheduling=async_scheduling,
     )
     thoughts = lora("ridge", adapter, 1)
-    # 40 tokens of question, 13k of thoughts to resume, 3k to generate; and one generated throughout.
+    # 40 tokens of question, 13k of thoughts to resume, 3k to generate; and a shorter one.
     jobs = [
         Job(random_tokens(13_000, 500, 1), 3_200, thoughts, {"pte_pin_tokens": 40}),
         Job(random_tokens(40, 500, 2), 1_500, thoughts),
@@ -153,7 +153,12 @@ def test_window_zero_is_vllm(model: Path, adapters: Callable[..., Path]) -> None
 
     def jobs() -> list[Job]:
         return [
-            Job(random_tokens(20 + 31 * i, 500, i), 400, None if i % 2 else lora("p", plain, 1), seed=i)
+            Job(
+                random_tokens(20 + 31 * i, 500, i),
+                400,
+                None if i % 2 else lora("p", plain, 1),
+                seed=i,
+            )
             for i in range(6)
         ]
 

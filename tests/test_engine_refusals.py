@@ -39,9 +39,7 @@ def model(tiny: Callable[[str], Path]) -> Path:
         ("pte_windows", 64, "unknown option"),
     ],
 )
-def test_bad_request_options(
-    engine: Engine, option: str, value: object, message: str
-) -> None:
+def test_bad_request_options(engine: Engine, option: str, value: object, message: str) -> None:
     with pytest.raises(VLLMValidationError, match=message) as error:
         engine.run([Job(random_tokens(40, 500, 0), 5, options={option: value})])
     assert option in str(error.value)

@@ -47,7 +47,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     if not Path(args.model).exists():
-        raise ValueError(f"--model {args.model} does not exist; make it with `pte-vllm model fetch`")
+        raise ValueError(
+            f"--model {args.model} does not exist; make it with `pte-vllm model fetch`"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     console.print(f"{args.what}: {args.model}, {args.dtype}, window {args.window}; {_machine()}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -144,9 +146,7 @@ def _latency(args: argparse.Namespace, scratch: Path, thoughts: str, plain: str)
     lengths = (1_000, 8_200)
     medians: dict[str, dict[int, float]] = {spec.name: {} for spec in specs}
     for length in lengths:
-        workload = Workload(
-            num_seqs=1, prompt_tokens=length - 64, output_tokens=128, pin_tokens=64
-        )
+        workload = Workload(num_seqs=1, prompt_tokens=length - 64, output_tokens=128, pin_tokens=64)
         for name, runs in _alternate(specs, workload, args.repeats, scratch).items():
             # The first output comes with the prefill; the rest are one token each.
             medians[name][length] = statistics.median(ms for r in runs for ms in r["step_ms"][1:])

@@ -2,7 +2,7 @@
 
 Attention kernels are free to store a block in any order: vLLM's CPU kernels keep keys transposed
 (ISA `vec`) or tiled (`amx`). The order is found once, by writing known values through the
-backend's own `do_kv_cache_update`, and undone by a gather; so this is right on every ISA and device.
+backend's own `do_kv_cache_update`, and undone by a gather: right on every ISA and device.
 """
 
 from __future__ import annotations

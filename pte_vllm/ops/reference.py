@@ -72,7 +72,8 @@ def normalize(s: Tensor, how: str) -> Tensor:
     if how == "row":
         return F.normalize(s, dim=-1, eps=EPS)
     norm = s.flatten(-2).norm(dim=-1)[..., None, None]
-    return s * (math.sqrt(s.shape[-1]) / (norm + EPS))
+    scaled: Tensor = s * (math.sqrt(s.shape[-1]) / (norm + EPS))
+    return scaled
 
 
 def initial_state(encoder: LayerEncoder, how: str) -> Tensor:
@@ -88,9 +89,14 @@ def modulate(a: Tensor, s: Tensor, read: str) -> Tensor:
     return a @ (s if read == "key" else s.mT)
 
 
-def relative_update(s: Tensor, s_new: Tensor) -> Tensor:
-    """ρ = ‖S'‖ / ‖S‖, how much one fold weighs against what is remembered; `[*]`."""
-    return s_new.flatten(-2).norm(dim=-1) / (s.flatten(-2).norm(dim=-1) + EPS)
+def relative_update(s: Tensor, update: Tensor) -> Tensor:
+    """‖update‖ / ‖S‖ per state, `[*]`; 1 where S is zero and everything in it is new.
+
+    With `update` = S' this is the paper's weight of a fold; with S_new − S, how far S moved.
+    """
+    norm = s.flatten(-2).norm(dim=-1)
+    ratio = update.flatten(-2).norm(dim=-1) / norm.clamp(min=EPS)
+    return torch.where(norm > EPS, ratio, torch.ones_like(ratio))
 
 
 class PaperRule:
@@ -147,7 +153,8 @@ class RidgeRule:
         # Before the first fold C is zero: damp by one, so that the solve is well posed and S zero.
         damp = torch.where(count > 0, encoder.log_ridge.exp()[..., None, None] * level + EPS, 1.0)
         # solve_ex does not wait for the device to report singularity; C + damp is definite.
-        return torch.linalg.solve_ex(mean_c + damp * identity, mean_m)[0]
+        solution: Tensor = torch.linalg.solve_ex(mean_c + damp * identity, mean_m)[0]
+        return solution
 
 
 RULES: dict[str, PaperRule | RidgeRule] = {

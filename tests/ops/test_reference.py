@@ -84,9 +84,7 @@ def test_contribution(g: int, r: int, m: int) -> None:
 def test_contribution_is_a_sum_over_blocks_in_any_order() -> None:
     encoder, (k, v) = _encoder(4, 6), _evicted(11)
     blocks = [slice(5, 11), slice(0, 2), slice(2, 5)]
-    parts = [
-        reference.contribution(encoder, k[b], v[b]) * (b.stop - b.start) / 11 for b in blocks
-    ]
+    parts = [reference.contribution(encoder, k[b], v[b]) * (b.stop - b.start) / 11 for b in blocks]
     _close(sum(parts), reference.contribution(encoder, k, v).numpy(), 1e-12)
 
 

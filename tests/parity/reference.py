@@ -57,7 +57,12 @@ def difference(
 
 
 def assert_parity(
-    model: Path, jobs: list[Job], window_tokens: int, *, min_folds: int = 0, evict_ratio: float = 0.25
+    model: Path,
+    jobs: list[Job],
+    window_tokens: int,
+    *,
+    min_folds: int = 0,
+    evict_ratio: float = 0.25,
 ) -> float:
     """Every job within TOLERANCE of the replay; returns the largest difference."""
     worst = 0.0

@@ -70,9 +70,7 @@ def test_mixed_with_others(
     assert_parity(model, others, WINDOW)
 
 
-def test_forced_preemption(
-    engine: Engine, model: Path, make_jobs: Callable[[], list[Job]]
-) -> None:
+def test_forced_preemption(engine: Engine, model: Path, make_jobs: Callable[[], list[Job]]) -> None:
     undisturbed, jobs = make_jobs(), make_jobs()
     engine.run(undisturbed)
     others = [Job(random_tokens(30, 500, 200 + i), 150) for i in range(5)]
@@ -157,9 +155,7 @@ def test_thoughts_in_the_prompt(
 
 
 @pytest.mark.parametrize("chunk", [16, 50])
-def test_small_prefill_chunks(
-    model: Path, make_jobs: Callable[[], list[Job]], chunk: int
-) -> None:
+def test_small_prefill_chunks(model: Path, make_jobs: Callable[[], list[Job]], chunk: int) -> None:
     engine = Engine(
         model, window_tokens=WINDOW, lora_rank=8, max_num_batched_tokens=chunk, max_num_seqs=8
     )

@@ -176,7 +176,11 @@ def test_chat_streaming_and_many_choices(server: Server) -> None:
     messages = [{"role": "user", "content": "Count the birds on the roof."}]
     extra = {"ignore_eos": True, "vllm_xargs": {"pte_window": 2 * BLOCK}}
     stream = server.client.chat.completions.create(
-        model="ridge", messages=messages, max_tokens=200, stream=True, extra_body=extra,
+        model="ridge",
+        messages=messages,
+        max_tokens=200,
+        stream=True,
+        extra_body=extra,
         stream_options={"include_usage": True},
     )
     usage = [chunk.usage for chunk in stream if chunk.usage is not None]
