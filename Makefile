@@ -2,6 +2,7 @@ PYTHON ?= python3.11
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 ARGS ?=
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint format bench lock clean
@@ -17,7 +18,7 @@ demo: setup ## chats with a fixed KV cache beside full attention, live (ARGS='--
 	$(BIN)/pte-vllm demo $(ARGS)
 
 test: setup ## the tests that need no GPU and little time
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: setup ## the long tests
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.utils import get_adapter_absolute_path
 from vllm.v1.engine import EngineCoreRequest
 
-from pte_vllm.adapter import ENCODER_FILE
-from pte_vllm.config import EngineConfig, RequestOptions
+from pte_vllm.adapter import read_pte_config
+from pte_vllm.config import EngineConfig, RequestOptions, check_rule_fits
 from pte_vllm.patches.base import Patch
 
 
@@ -61,8 +61,10 @@ def _check_rule(rule: str, request: EngineCoreRequest) -> None:
     lora = request.lora_request
     if lora is None:
         raise ValueError("pte_update needs a PTE adapter: name one as the request's model")
-    if not (Path(lora.lora_path) / ENCODER_FILE).exists():
+    pte = read_pte_config(get_adapter_absolute_path(lora.lora_path))
+    if pte is None:
         raise ValueError(f"pte_update needs a PTE adapter; {lora.lora_name} is a plain LoRA")
+    check_rule_fits(rule, pte.rank, pte.global_tokens)
 
 
 def _wrap(original: Callable[..., EngineCoreRequest]) -> Callable[..., EngineCoreRequest]:

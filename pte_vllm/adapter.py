@@ -39,6 +39,7 @@ _LORA_KEY = re.compile(
 _ENCODER_KEY = re.compile(r"^layers\.(?P<layer>\d+)\.(?P<name>\w+)$")
 _REQUIRED = ("query", "global", "w_q", "w_k", "w_v", "gain")
 _OPTIONAL = ("b_k", "b_v", "log_ridge")
+_UNSUPPORTED_PEFT = ("use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern")
 
 
 class AdapterError(ValueError):
@@ -174,6 +175,9 @@ class Adapter:
         if self.pte is not None:
             # The scale, and the room vLLM gives the adapter, come from PEFT's r.
             _expect(path / CONFIG_FILE, "r", self.peft["r"], self.pte.rank)
+            for field in _UNSUPPORTED_PEFT:
+                if self.peft.get(field) not in (None, False, "none", {}, []):
+                    raise AdapterError(f"{path / CONFIG_FILE}: {field} is not supported with PTE")
         for module in self.lora_a:
             a, b = self.lora_a[module], self.lora_b[module]
             if self.pte is not None:
@@ -227,6 +231,18 @@ def is_pte_adapter(path: str | Path) -> bool:
         return True
     config = Path(path) / CONFIG_FILE
     return config.exists() and "pte" in _read_config(config)
+
+
+def read_pte_config(path: str | Path) -> PTEConfig | None:
+    """The method's options of an adapter, None for a plain LoRA; reads no tensors.
+
+    Raises:
+        AdapterError: if the config is broken.
+    """
+    if not is_pte_adapter(path):
+        return None
+    file = Path(path) / CONFIG_FILE
+    return _parse_pte(file, _read_config(file).get("pte"))
 
 
 def layer_of(module: str) -> int | None:

@@ -207,3 +207,20 @@ class RequestOptions:
                 "send a smaller pte_pin_tokens, so that the rest of the prompt counts as thoughts"
             )
         return plan
+
+
+def request_plan(
+    engine: EngineConfig, params: Any, num_prompt_tokens: int, block_size: int
+) -> FoldPlan:
+    """The plan of a request, the same in every process.
+
+    Args:
+        engine: the engine's defaults.
+        params: its SamplingParams; None (pooling) means unbounded.
+        num_prompt_tokens: tokens of its prompt.
+        block_size: tokens per block.
+    """
+    if params is None:
+        return FoldPlan(pin_tokens=num_prompt_tokens, window_tokens=0, block_size=block_size)
+    options = RequestOptions.parse(params.extra_args)
+    return options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=block_size)

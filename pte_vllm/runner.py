@@ -18,13 +18,13 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from pte_vllm.adapter import layer_of
 from pte_vllm.attention import Gaps, set_gaps
-from pte_vllm.config import EngineConfig, RequestOptions
+from pte_vllm.config import EngineConfig, RequestOptions, request_plan
 from pte_vllm.lora import PTELoRAManager, TokenSlots, install_views
 from pte_vllm.ops.fold import BlockLayout, RopeTable, read_evicted
 from pte_vllm.plan import FoldPlan
-from pte_vllm.scheduler import PoolReport, request_plan
 from pte_vllm.state import IDENTITY_SLOT, Sequence, StatePool
 from pte_vllm.support import check_vllm_config
+from pte_vllm.types import PoolReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,49 +5,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from pte_vllm.cache import PTEManager
-from pte_vllm.config import EngineConfig, RequestOptions
-from pte_vllm.plan import FoldPlan
+from pte_vllm.config import EngineConfig, request_plan
+from pte_vllm.types import PoolReport
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolReport:
-    """The pool after a step was scheduled; rides on the scheduler's output to the worker."""
-
-    usable_blocks: int
-    free_blocks: int
-    held_blocks: dict[str, int] = field(default_factory=dict)
-    """By request: blocks of the pool it holds. Shared prefix blocks count for each holder."""
-    errors: tuple[str, ...] = ()
-    """What `check_integrity` found wrong."""
-
-
-def request_plan(
-    engine: EngineConfig, params: Any, num_prompt_tokens: int, block_size: int
-) -> FoldPlan:
-    """The plan of a request, the same in every process.
-
-    Args:
-        engine: the engine's defaults.
-        params: its SamplingParams; None (pooling) means unbounded.
-        num_prompt_tokens: tokens of its prompt.
-        block_size: tokens per block.
-    """
-    if params is None:
-        return FoldPlan(pin_tokens=num_prompt_tokens, window_tokens=0, block_size=block_size)
-    options = RequestOptions.parse(params.extra_args)
-    return options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=block_size)
 
 
 class PTESchedulerMixin:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Rule = Literal["paper", "sum", "none", "ridge"]
@@ -15,3 +16,15 @@ READS: tuple[str, ...] = get_args(Read)
 NORMALIZES: tuple[str, ...] = get_args(Normalize)
 KEYS: tuple[str, ...] = get_args(Keys)
 INITS: tuple[str, ...] = get_args(Init)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolReport:
+    """The pool after a step was scheduled; rides on the scheduler's output to the worker."""
+
+    usable_blocks: int
+    free_blocks: int
+    held_blocks: dict[str, int] = field(default_factory=dict)
+    """By request: blocks of the pool it holds. Shared prefix blocks count for each holder."""
+    errors: tuple[str, ...] = ()
+    """What `check_integrity` found wrong."""

@@ -15,6 +15,7 @@ from vllm.entrypoints.openai.models.api_router import models
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.lora.utils import get_adapter_absolute_path
 
 from pte_vllm import __version__
 from pte_vllm.adapter import AdapterError, ModelShape, load_for_engine
@@ -61,7 +62,7 @@ async def load_lora_adapter(body: LoadLoRAAdapterRequest, request: Request) -> R
         try:
             await run_in_threadpool(
                 load_for_engine,
-                body.lora_path,
+                get_adapter_absolute_path(body.lora_path),
                 model=ModelShape.from_hf(config.model_config.hf_config.get_text_config()),
                 max_lora_rank=config.lora_config.max_lora_rank,
                 load_inplace=body.load_inplace,

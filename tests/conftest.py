@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Before anything imports torch: several test processes share the machine, and OpenMP threads that
+# spin against each other cost far more than they give.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 CACHE = Path(__file__).parent.parent / ".cache"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -55,11 +61,3 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return get
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _offline() -> Iterator[None]:
-    """No test asks a model hub for anything."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    yield

@@ -11,7 +11,6 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # more spin against each other on a busy machine
 
 from vllm import EngineArgs, SamplingParams  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402

@@ -37,9 +37,9 @@ def test_peak_blocks_at_16k_tokens(model: Path, adapter: Path, async_scheduling:
         async_scheduling=async_scheduling,
     )
     thoughts = lora("ridge", adapter, 1)
-    # 40 tokens of question, 13k of thoughts to resume, 3k to generate; and a shorter one.
+    # 40 tokens of question, 15k of thoughts to resume, more to generate; and a shorter one.
     jobs = [
-        Job(random_tokens(13_000, 500, 1), 3_200, thoughts, {"pte_pin_tokens": 40}),
+        Job(random_tokens(15_000, 500, 1), 1_200, thoughts, {"pte_pin_tokens": 40}),
         Job(random_tokens(40, 500, 2), 1_500, thoughts),
     ]
     peaks: dict[str, int] = {}

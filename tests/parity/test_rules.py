@@ -78,6 +78,7 @@ def test_smollm2(smollm2: Path, adapters: Callable[..., Path]) -> None:
         engine.close()
 
 
+@pytest.mark.slow
 def test_smollm2_bf16(smollm2: Path, adapters: Callable[..., Path]) -> None:
     """bf16 rounds differently in the two programs; the mean says whether they compute the same."""
     engine = Engine(smollm2, window_tokens=WINDOW, lora_rank=32, dtype="bfloat16")

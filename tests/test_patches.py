@@ -1,0 +1,43 @@
+"""Patches notice a changed upstream, and apply once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pte_vllm.patches import all_patches
+from pte_vllm.patches.base import MARK, Patch, PatchError, apply_all
+from pte_vllm.plugin import register
+
+
+def test_every_patch_fits_the_installed_vllm() -> None:
+    for patch in all_patches():
+        patch.check()
+
+
+def test_registering_twice_patches_once() -> None:
+    register()
+    before = [patch._live() for patch in all_patches()]
+    register()
+    assert [patch._live() for patch in all_patches()] == before
+    for patch in all_patches():
+        patch.verify()
+        assert not hasattr(getattr(patch._live(), MARK), MARK)
+
+
+@pytest.mark.parametrize("patch", all_patches(), ids=lambda patch: patch.name)
+def test_drift_is_named(patch: Patch) -> None:
+    with pytest.raises(PatchError, match=patch.target):
+        replace(patch, sha256="0" * 64).check()
+    with pytest.raises(PatchError, match="process_gone"):
+        replace(patch, target=patch.target.rpartition(".")[0] + ".process_gone").check()
+
+
+def test_nothing_is_applied_if_one_check_fails() -> None:
+    (good,) = all_patches()
+    applied = []
+    spy = replace(good, name="spy", wrap=lambda original: applied.append(original) or original)
+    with pytest.raises(PatchError):
+        apply_all([spy, replace(good, sha256="0" * 64)])
+    assert not applied
