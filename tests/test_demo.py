@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pte_vllm import demo
-from pte_vllm.demo import Sample, Stream
+from pte_vllm import demo, demo_view
+from pte_vllm.demo_view import Sample, Stream
 from pte_vllm.launch import LaunchError, ProcessGroup, Server, log_tail
 from pte_vllm.plan import FoldPlan
 
@@ -50,41 +50,41 @@ def stream(**changes: object) -> Stream:
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (32, 1), (33, 2), (1500, 47)])
 def test_full_blocks(tokens, blocks):
-    assert demo.full_blocks(tokens) == blocks
+    assert demo_view.full_blocks(tokens) == blocks
 
 
 def test_saved_percent():
-    assert demo.saved_percent(0, 0) == 0.0
-    assert demo.saved_percent(10, 40) == 75.0
-    assert demo.saved_percent(40, 40) == 0.0
+    assert demo_view.saved_percent(0, 0) == 0.0
+    assert demo_view.saved_percent(10, 40) == 75.0
+    assert demo_view.saved_percent(40, 40) == 0.0
 
 
 def test_tokens_per_s_looks_at_the_last_seconds_only():
-    assert demo.tokens_per_s([]) == 0.0
-    assert demo.tokens_per_s([Sample(1.0, 5, 1, 0)]) == 0.0
+    assert demo_view.tokens_per_s([]) == 0.0
+    assert demo_view.tokens_per_s([Sample(1.0, 5, 1, 0)]) == 0.0
     samples = [Sample(0.0, 0, 1, 0), Sample(10.0, 10, 1, 0), Sample(12.0, 50, 2, 0)]
-    assert demo.tokens_per_s(samples) == 20.0
+    assert demo_view.tokens_per_s(samples) == 20.0
     # Polls further apart than the span still give a rate.
-    assert demo.tokens_per_s(samples, span_s=0.5) == 20.0
+    assert demo_view.tokens_per_s(samples, span_s=0.5) == 20.0
 
 
 def test_a_response_is_found_by_its_prefix_running_or_finished():
     both = report(running=[record("chatcmpl-aa-1f")], finished=[record("chatcmpl-bb-2e")])
-    assert demo.find_record(both, "chatcmpl-aa")["request_id"] == "chatcmpl-aa-1f"
-    assert demo.find_record(both, "chatcmpl-bb")["request_id"] == "chatcmpl-bb-2e"
-    assert demo.find_record(both, "chatcmpl-cc") is None
+    assert demo_view.find_record(both, "chatcmpl-aa")["request_id"] == "chatcmpl-aa-1f"
+    assert demo_view.find_record(both, "chatcmpl-bb")["request_id"] == "chatcmpl-bb-2e"
+    assert demo_view.find_record(both, "chatcmpl-cc") is None
 
 
 def test_samples_of_one_stream():
     s = stream()
-    demo.take_sample(s, report(running=[record("x-1")]), 1.0)
+    demo_view.take_sample(s, report(running=[record("x-1")]), 1.0)
     assert s.samples == []  # no response yet, so no id to look for
     s.response_id = "x"
-    demo.take_sample(s, report(running=[record("x-1", num_tokens=40, held_blocks=2)]), 2.0)
-    demo.take_sample(s, report(running=[record("x-1")]), 3.0)
+    demo_view.take_sample(s, report(running=[record("x-1", num_tokens=40, held_blocks=2)]), 2.0)
+    demo_view.take_sample(s, report(running=[record("x-1")]), 3.0)
     ended = record("x-1", num_tokens=410, held_blocks=0, peak_blocks=11)
-    demo.take_sample(s, report(finished=[ended]), 4.0)
-    demo.take_sample(s, report(finished=[ended]), 5.0)
+    demo_view.take_sample(s, report(finished=[ended]), 4.0)
+    demo_view.take_sample(s, report(finished=[ended]), 5.0)
     assert s.samples == [Sample(2.0, 40, 2, 2), Sample(3.0, 400, 9, 2), Sample(4.0, 410, 9, 2)]
     assert s.peak_blocks == 11
 
@@ -161,12 +161,12 @@ def test_tables_lines_and_plot(tmp_path):
     windowed, full = stream(response_id="a"), stream(name="chat 2", windowed=False)
     windowed.samples = [Sample(1.0, 40, 2, 0), Sample(2.0, 400, 9, 2)]
     full.samples = [Sample(1.0, 40, 2, 0), Sample(2.0, 400, 13, 0)]
-    line = demo.plain_line([windowed, full], 2.0)
+    line = demo_view.plain_line([windowed, full], 2.0)
     assert "chat 1 window 400 tok 9/13 blocks" in line
     assert "chat 2 full 400 tok 13/13 blocks" in line
-    assert demo.live_table([windowed, full], report()).row_count == 3
-    assert demo.summary_table([windowed, full]).row_count == 2
-    demo.save_plot([windowed, full, stream(name="silent")], tmp_path / "blocks.png")
+    assert demo_view.live_table([windowed, full], report()).row_count == 3
+    assert demo_view.summary_table([windowed, full]).row_count == 2
+    demo_view.save_plot([windowed, full, stream(name="silent")], tmp_path / "blocks.png")
     assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
 
 
