@@ -47,6 +47,16 @@ def test_bad_request_options(engine: Engine, option: str, value: object, message
     engine.check_idle()
 
 
+def test_ridge_needs_a_square_state(
+    engine: Engine, model: Path, adapters: Callable[..., Path]
+) -> None:
+    adapter = lora("tall", adapters(model, rank=6, global_tokens=8, rule="paper"), 79)
+    with pytest.raises(VLLMValidationError, match="ridge needs global_tokens equal to rank"):
+        engine.run([Job(random_tokens(40, 500, 0), 5, adapter, {"pte_update": "ridge"})])
+    engine.run([Job(random_tokens(40, 500, 0), 5, adapter, {"pte_update": "sum"})])
+    engine.check_idle()
+
+
 def test_request_larger_than_the_pool(engine: Engine) -> None:
     with pytest.raises(VLLMValidationError, match="KV cache blocks, but the pool has 30"):
         engine.run([Job(random_tokens(40, 500, 0), 2000, options={"pte_window": 0})])
@@ -75,6 +85,11 @@ def _edit_config(directory: Path, **changes: object) -> None:
     file.write_text(json.dumps(config))
 
 
+def _edit_peft(directory: Path, **changes: object) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
 def _edit_tensor(directory: Path, name: str, change: Callable | None, part: str = "") -> None:
     """Change the first tensor whose name contains `part`, or remove it."""
     tensors = load_file(directory / name)
@@ -87,6 +102,8 @@ def _edit_tensor(directory: Path, name: str, change: Callable | None, part: str 
 
 BROKEN = {
     "unknown rule": lambda d: _edit_config(d, rule="median"),
+    "rank unlike PEFT's": lambda d: _edit_peft(d, r=4),
+    "rank pattern": lambda d: _edit_peft(d, rank_pattern={"q_proj": 4}),
     "unknown format": lambda d: _edit_config(d, format_version=9),
     "NaN in the encoder": lambda d: _edit_tensor(
         d, "pte_encoder.safetensors", lambda t: torch.full_like(t, float("nan"))
