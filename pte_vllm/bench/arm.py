@@ -29,7 +29,8 @@ class ArmSpec:
     adapter: str | None = None
     dtype: str = "auto"
     block_size: int = 32
-    max_model_len: int = 16_384
+    max_model_len: int = 2_048
+    """May exceed the model's own limit: only speed is measured."""
     num_blocks: int = 2_048
     max_num_seqs: int = 16
 
@@ -108,6 +109,7 @@ def _build(spec: ArmSpec) -> tuple[Any, Any]:
         "dtype": spec.dtype,
         "block_size": spec.block_size,
         "max_model_len": spec.max_model_len,
+        "hf_overrides": {"max_position_embeddings": spec.max_model_len},
         "max_num_seqs": spec.max_num_seqs,
         "num_gpu_blocks_override": spec.num_blocks + 1,
         "kv_cache_memory_bytes": 2**32,

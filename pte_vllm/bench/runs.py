@@ -138,7 +138,12 @@ def _throughput(args: argparse.Namespace, scratch: Path, thoughts: str, plain: s
 
 def _latency(args: argparse.Namespace, scratch: Path, thoughts: str, plain: str) -> None:
     """Time per token of one sequence near 1k and past 8k tokens; earlier thoughts are prefilled."""
-    common: dict[str, Any] = {"model": args.model, "dtype": args.dtype, "max_num_seqs": 1}
+    common: dict[str, Any] = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "max_num_seqs": 1,
+        "max_model_len": 12_288,
+    }
     specs = [
         ArmSpec(name="vLLM, full attention", **common),
         ArmSpec(name="window, PTE", window_tokens=args.window, adapter=thoughts, **common),
