@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["throughput", "latency"])
+    parser.add_argument("what", nargs="?", choices=["throughput", "latency", "all"], default="all")
     parser.add_argument("--model", default=".cache/models/smollm2", help="checkpoint directory")
     parser.add_argument("--window", type=int, default=256, help="tokens of the window")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
@@ -54,8 +54,9 @@ def _run(args: argparse.Namespace) -> None:
     console.print(f"{args.what}: {args.model}, {args.dtype}, window {args.window}; {_machine()}")
     with tempfile.TemporaryDirectory() as scratch:
         thoughts, plain = _make_adapters(Path(args.model), Path(scratch))
-        runs = {"throughput": _throughput, "latency": _latency}
-        runs[args.what](args, Path(scratch), thoughts, plain)
+        for name, measure in (("throughput", _throughput), ("latency", _latency)):
+            if args.what in (name, "all"):
+                measure(args, Path(scratch), thoughts, plain)
 
 
 def _machine() -> str:
@@ -133,7 +134,7 @@ def _throughput(args: argparse.Namespace, scratch: Path, thoughts: str, plain: s
     console.print(
         f"{args.seqs} sequences, 128 + {args.tokens} tokens each, {args.repeats} alternating runs"
     )
-    _write(args, {"tokens_per_second": rates})
+    _write(args, "throughput", {"tokens_per_second": rates})
 
 
 def _latency(args: argparse.Namespace, scratch: Path, thoughts: str, plain: str) -> None:
@@ -160,11 +161,11 @@ def _latency(args: argparse.Namespace, scratch: Path, thoughts: str, plain: str)
         first, last = by_length[lengths[0]], by_length[lengths[1]]
         table.add_row(name, f"{first:.1f}", f"{last:.1f}", f"{last / first:.2f}")
     console.print(table)
-    _write(args, {"ms_per_token": medians})
+    _write(args, "latency", {"ms_per_token": medians})
 
 
-def _write(args: argparse.Namespace, results: dict[str, Any]) -> None:
+def _write(args: argparse.Namespace, name: str, results: dict[str, Any]) -> None:
     options = {k: str(v) for k, v in vars(args).items() if isinstance(v, str | int | Path)}
-    file = args.out / f"{args.what}.json"
+    file = args.out / f"{name}.json"
     file.write_text(json.dumps({"machine": _machine(), "options": options, **results}, indent=2))
     console.print(f"written to {file}")
