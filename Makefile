@@ -32,7 +32,8 @@ format: setup ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## measure memory and speed against full attention
+bench: setup ## tokens/s and time per token beside vLLM as it is (ARGS='latency --repeats 2')
+	$(BIN)/pte-vllm model fetch smollm2 .cache/models/smollm2
 	$(BIN)/pte-vllm bench $(ARGS)
 
 lock: ## resolve requirements/*.lock again (KINDS='cpu cuda train')
