@@ -15,15 +15,22 @@ from tests.support import random_tokens
 
 WINDOW = 4 * BLOCK
 LENGTH = WINDOW + 9 * BLOCK + 7  # first fold after the window, then one a block
+SMALL_WINDOW = 2 * BLOCK  # fewer tokens to eight folds, for the model that takes its time
 RULES = ("paper", "sum", "none", "ridge")
 
 
-def _jobs(model: Path, adapters: Callable[..., Path], rank: int, vocab: int) -> list[Job]:
+def _jobs(
+    model: Path,
+    adapters: Callable[..., Path],
+    rank: int,
+    vocab: int,
+    length: int = LENGTH,
+) -> list[Job]:
     jobs = []
     for i, rule in enumerate(RULES):
         adapter = adapters(model, rank=rank, rule=rule, seed=i)
         prompt = random_tokens(19 + 23 * i, vocab, seed=i)
-        jobs.append(Job(prompt, LENGTH, lora(f"{rule}-{rank}", adapter, rank * 10 + i + 1)))
+        jobs.append(Job(prompt, length, lora(f"{rule}-{rank}", adapter, rank * 10 + i + 1)))
     return jobs
 
 
@@ -69,10 +76,13 @@ def test_named_options(tiny: Callable[[str], Path], adapters: Callable[..., Path
 
 
 def test_smollm2(smollm2: Path, adapters: Callable[..., Path]) -> None:
-    engine = Engine(smollm2, window_tokens=WINDOW, lora_rank=32)
+    length = SMALL_WINDOW + 8 * BLOCK + 7
+    engine = Engine(smollm2, window_tokens=SMALL_WINDOW, lora_rank=32)
     try:
-        jobs = _jobs(smollm2, adapters, 8, 40000) + _jobs(smollm2, adapters, 32, 40000)
-        assert_parity(smollm2, engine.run(jobs), WINDOW, min_folds=8)
+        jobs = _jobs(smollm2, adapters, 8, 40000, length) + _jobs(
+            smollm2, adapters, 32, 40000, length
+        )
+        assert_parity(smollm2, engine.run(jobs), SMALL_WINDOW, min_folds=8)
         engine.check_idle()
     finally:
         engine.close()
@@ -81,11 +91,12 @@ def test_smollm2(smollm2: Path, adapters: Callable[..., Path]) -> None:
 @pytest.mark.slow
 def test_smollm2_bf16(smollm2: Path, adapters: Callable[..., Path]) -> None:
     """bf16 rounds differently in the two programs; the mean says whether they compute the same."""
-    engine = Engine(smollm2, window_tokens=WINDOW, lora_rank=32, dtype="bfloat16")
+    length = SMALL_WINDOW + 8 * BLOCK + 7
+    engine = Engine(smollm2, window_tokens=SMALL_WINDOW, lora_rank=32, dtype="bfloat16")
     try:
-        jobs = engine.run(_jobs(smollm2, adapters, 32, 40000))
+        jobs = engine.run(_jobs(smollm2, adapters, 32, 40000, length))
     finally:
         engine.close()
-    found = torch.cat([difference(smollm2, j, WINDOW, dtype=torch.bfloat16) for j in jobs])
+    found = torch.cat([difference(smollm2, j, SMALL_WINDOW, dtype=torch.bfloat16) for j in jobs])
     print(f"bf16: mean |Δ log p| {found.mean():.1e}, max {found.max():.1e}")
     assert found.mean() < 5e-2
