@@ -66,7 +66,7 @@ def pool_blocks(*, streams: int, full_streams: int, tokens: int, window: int) ->
 
 
 def serving_dtype(cpu_flags: set[str]) -> str:
-    """16-bit weights where the CPU multiplies them, else float32, which is then 3 times faster."""
+    """16-bit weights where the CPU multiplies them, else float32, which is then faster."""
     return "bfloat16" if cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
 
 

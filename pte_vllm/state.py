@@ -139,14 +139,6 @@ class StatePool:
         rows, columns = stored.shape[-2:]
         self.states[loaded.layers, sequence.slot, :rows, :columns] = stored
 
-    def state_of(self, request_id: str) -> Tensor | None:
-        """`[L, G, r]` of a running request, None without a thought state."""
-        sequence = self.sequences.get(request_id)
-        if sequence is None or sequence.loaded is None or sequence.rule is None:
-            return None
-        loaded = sequence.loaded
-        return RULES[sequence.rule].read(sequence.sums, loaded.encoder, loaded.config.normalize)
-
     def check_integrity(self) -> None:
         """Raise AssertionError unless every slot is free or owned by exactly one sequence."""
         owned = [s.slot for s in self.sequences.values() if s.slot != IDENTITY_SLOT]
