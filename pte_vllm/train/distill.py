@@ -1,201 +1,251 @@
-"""Distillation: a warm start without rewards.
-
-Teacher and student are the same model; the teacher has full attention and no adapter, the student
-the adapter and the window. The loss of a step is forward KL, for the tokens beyond the first fold:
-
-    loss = mean over tokens of KL( softmax(z_teacher / T) ‖ softmax(z_student / T) )
-
-without a factor T², so that it reads in nats at any temperature. Gradients come from the replay in
-constant memory: the student's part does not grow with the length of a sequence; the teacher's KV
-cache does, and one hidden state is kept of each token (`teacher.py`).
-"""
+"""`pte-vllm train distill`: a warm start for an adapter, without rewards (see `distill_step`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import AutoTokenizer
 
-from pte_vllm.train.batch import Batch
-from pte_vllm.train.distill_data import Example, align
+from pte_vllm.sample_text import SAMPLE_TEXT
+from pte_vllm.train.build import build_model
+from pte_vllm.train.config import DistillRun, OptimizerOptions
+from pte_vllm.train.distill_data import Example, batches, pack, read_rollouts, read_texts
+from pte_vllm.train.distill_state import ADAPTER, Checkpoints, Metrics
+from pte_vllm.train.distill_step import Evaluation, evaluate, take_step
 from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import Scores, replay
-from pte_vllm.train.teacher import CHUNK_TOKENS, Teacher, ask_teacher
+
+SAMPLES_FILE = "samples.jsonl"
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """One optimizer step."""
-
-    loss: float
-    """Mean KL in nats, before the step."""
-    grad_norm: float
-    """Before clipping."""
-    wanted_tokens: int
-    """Tokens with a loss."""
-    tokens: int
-    """All tokens of the batch."""
-    folds: int
+def main(arguments: Sequence[str]) -> int:
+    """Run `pte-vllm train distill [RUN.toml] [--section.option VALUE ...]`."""
+    train(DistillRun.parse(arguments, prog="pte-vllm train distill"))
+    return 0
 
 
-def accumulate_gradient(
-    model: PTEModel,
-    examples: Sequence[Example],
-    *,
-    micro_batch_sequences: int,
-    temperature: float = 1.0,
-    teacher_top_k: int = 0,
-    teacher_chunk_tokens: int = CHUNK_TOKENS,
-) -> StepReport:
-    """Add the gradient of one batch's loss to the model's parameters; `grad_norm` is theirs.
-
-    Args:
-        micro_batch_sequences: replayed at once; does not change the result.
-        teacher_top_k: see `Teacher.kl`; 0 is exact.
+def load_examples(run: DistillRun, tokenizer: Any, console: Console) -> list[Example]:
+    """What the run is trained and measured on, in a fixed order.
 
     Raises:
-        ValueError: if no token of the batch lies beyond a first fold.
+        ValueError: naming the option, if there is too little of it.
+        OSError: if a source cannot be read.
     """
-    wanted_tokens = sum(sum(example.wanted) for example in examples)
-    if not wanted_tokens:
-        raise ValueError("no token of the batch lies beyond its first fold")
-    loss, folds = 0.0, 0
-    for batch in micro_batches(examples, micro_batch_sequences):
-        teacher = ask_teacher(
-            model,
-            batch,
-            temperature=temperature,
-            top_k=teacher_top_k,
-            chunk_tokens=teacher_chunk_tokens,
+    options = run.distill
+    if options.data == "text":
+        if options.text is None:
+            texts: Iterator[str] = iter([SAMPLE_TEXT])
+        else:
+            texts = read_texts(options.text, split=options.text_split, field=options.text_field)
+        return pack(
+            texts,
+            tokenizer,
+            run.plan.fold_plan(pin_tokens=options.pin_tokens),
+            sequence_tokens=options.sequence_tokens,
+            max_sequences=options.max_sequences,
         )
+    if options.data == "rollouts":
+        assert options.rollouts is not None
+        path = Path(options.rollouts)
+    else:
+        path = run.run.directory / SAMPLES_FILE
+        if not path.exists():
+            sample_answers(run, tokenizer, path, console)
+    with path.open(encoding="utf-8") as lines:
+        examples = read_rollouts(
+            lines,
+            lambda pin_tokens: run.plan.fold_plan(pin_tokens=pin_tokens),
+            max_sequences=options.max_sequences,
+        )
+    if not examples:
+        raise ValueError(f"{path}: no answer reaches beyond its first fold")
+    return examples
 
-        def kl(scores: Scores, teacher: Teacher = teacher) -> Tensor:
-            return teacher.kl(scores).sum() / wanted_tokens
 
-        result = replay(model, batch, temperature=temperature, backward="segments", loss=kl)
-        loss += result.loss
-        folds += sum(len(f) for f in result.folds)
-    gradients = [p.grad for p in model.trainable_parameters() if p.grad is not None]
-    return StepReport(
-        loss=loss,
-        grad_norm=float(torch.nn.utils.get_total_norm(gradients)),
-        wanted_tokens=wanted_tokens,
-        tokens=sum(len(example.tokens) for example in examples),
-        folds=folds,
+def hold_out(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, the latter spread over the whole.
+
+    Raises:
+        ValueError: if nothing would be left to train on.
+    """
+    if count >= len(examples):
+        raise ValueError(
+            f"--distill.eval_sequences {count} leaves nothing of {len(examples)} sequences to "
+            "train on"
+        )
+    held = {i * len(examples) // count for i in range(count)}
+    return (
+        [e for i, e in enumerate(examples) if i not in held],
+        [e for i, e in enumerate(examples) if i in held],
     )
 
 
-def micro_batches(examples: Sequence[Example], size: int) -> Iterable[Batch]:
-    """At most `size` examples each, of like length, so that little is padded."""
-    ordered = sorted(examples, key=lambda example: len(example.tokens))
-    for first in range(0, len(ordered), size):
-        yield align(ordered[first : first + size])
+def learning_rate(options: OptimizerOptions, step: int) -> float:
+    """Of the step that follows `step` others: a linear warm-up, then the schedule."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    done = (step - options.warmup_steps) / max(options.steps - options.warmup_steps, 1)
+    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return options.lr * shape[options.schedule]
 
 
-def take_step(
+def train(run: DistillRun) -> Metrics:
+    """Distil, from the newest checkpoint on if there is one; returns what was measured.
+
+    Raises:
+        ValueError: naming the option, if one does not fit.
+        OSError: if a file cannot be read or written.
+        FloatingPointError: if a gradient is not finite.
+    """
+    console = Console(stderr=True, highlight=False)
+    directory, options = run.run.directory, run.distill
+    checkpoints = Checkpoints(directory, keep=run.run.keep_checkpoints)
+    done = _steps_done(run, checkpoints)
+    run.save(directory / "run.toml")
+    tokenizer = AutoTokenizer.from_pretrained(run.model.base)
+    examples, held_out = hold_out(load_examples(run, tokenizer, console), options.eval_sequences)
+    console.print(f"{len(examples)} sequences to train on, {len(held_out)} held out")
+    model = build_model(
+        run.model,
+        run.adapter,
+        seed=run.run.seed,
+        start=checkpoints.adapter(done) if done else None,
+    )
+    optimizer = torch.optim.AdamW(
+        model.trainable_parameters(),
+        lr=run.optimizer.lr,
+        betas=run.optimizer.betas,
+        weight_decay=run.optimizer.weight_decay,
+    )
+    if done:
+        checkpoints.restore(done, optimizer)
+        console.print(f"going on after step {done}")
+    metrics = Metrics(directory, step=done, tensorboard=run.run.tensorboard)
+    try:
+        _steps(run, model, optimizer, examples, held_out, checkpoints, metrics, done, console)
+    finally:
+        metrics.close()
+    model.save_pretrained(directory / ADAPTER)
+    plot(metrics, directory / "distill.png")
+    console.print(f"wrote {directory / ADAPTER}", soft_wrap=True)
+    return metrics
+
+
+def _steps_done(run: DistillRun, checkpoints: Checkpoints) -> int:
+    steps = checkpoints.steps()
+    if steps and not run.run.resume:
+        raise ValueError(
+            f"--run.out {run.run.out} holds checkpoints, and --run.resume is false; "
+            "give another directory"
+        )
+    return steps[-1] if steps else 0
+
+
+def _steps(
+    run: DistillRun,
     model: PTEModel,
     optimizer: torch.optim.Optimizer,
     examples: Sequence[Example],
-    *,
-    max_grad_norm: float,
-    **options: Any,
-) -> StepReport:
-    """One optimizer step on a batch; `options` are `accumulate_gradient`'s.
+    held_out: Sequence[Example],
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    done: int,
+    console: Console,
+) -> None:
+    options, last = run.distill, run.optimizer.steps
 
-    Raises:
-        FloatingPointError: if the gradient is not finite; the adapter is then unchanged.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    report = accumulate_gradient(model, examples, **options)
-    if not math.isfinite(report.grad_norm):
-        raise FloatingPointError(
-            f"the gradient's norm is {report.grad_norm}; the adapter is unchanged"
-        )
-    torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), max_grad_norm)
-    optimizer.step()
-    return report
+    def measure(step: int) -> None:
+        if not held_out:
+            return
+        found = evaluate(model, held_out, micro_batch_sequences=options.micro_batch_sequences)
+        metrics.add(step, {f"eval/{k}": v for k, v in found.as_metrics().items()})
+        console.print(_summary(step, found))
 
-
-# -- how good is it -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Text beyond the first fold at temperature 1, means over `tokens` tokens, in nats."""
-
-    tokens: int
-    loss_full: float
-    """Negative log-likelihood under full attention: the teacher."""
-    loss_window: float
-    """The base model, which forgets what leaves the window."""
-    loss_student: float
-    kl_window: float
-    """KL(teacher ‖ base model under the window)."""
-    kl_student: float
-
-    @property
-    def perplexities(self) -> tuple[float, float, float]:
-        """Full attention, window, student."""
-        return math.exp(self.loss_full), math.exp(self.loss_window), math.exp(self.loss_student)
-
-    @property
-    def recovered(self) -> float:
-        """Part of the window's KL to the teacher that the adapter takes away; 1 is all of it."""
-        return 1.0 - self.kl_student / self.kl_window if self.kl_window else math.nan
-
-    def as_metrics(self) -> dict[str, float]:
-        full, window, student = self.perplexities
-        return {
-            **asdict(self),
-            "perplexity_full": full,
-            "perplexity_window": window,
-            "perplexity_student": student,
-            "recovered": self.recovered,
-        }
+    if not done:
+        measure(0)
+    stream = batches(examples, options.batch_sequences, seed=run.run.seed, start=done)
+    with _progress(console) as progress:
+        task = progress.add_task("distill", total=last, completed=done, shown="")
+        for step in range(done + 1, last + 1):
+            rate, began = learning_rate(run.optimizer, step - 1), time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            report = take_step(
+                model,
+                optimizer,
+                next(stream),
+                max_grad_norm=run.optimizer.max_grad_norm,
+                micro_batch_sequences=options.micro_batch_sequences,
+                temperature=options.temperature,
+                teacher_top_k=options.teacher_top_k,
+            )
+            speed = report.tokens / (time.monotonic() - began)
+            if step % run.run.log_every_steps == 0 or step == last:
+                metrics.add(step, {**report.as_metrics(), "lr": rate, "tokens_per_s": speed})
+            progress.update(
+                task,
+                advance=1,
+                shown=f"KL {report.loss:.4f} · {report.folds} folds · {speed:.0f} tok/s",
+            )
+            every = options.eval_every_steps
+            if step == last or (every and step % every == 0):
+                measure(step)
+            if step == last or step % run.run.save_every_steps == 0:
+                checkpoints.save(step, model.adapter(), optimizer)
 
 
-@torch.no_grad()
-def evaluate(
-    model: PTEModel,
-    examples: Sequence[Example],
-    *,
-    micro_batch_sequences: int = 4,
-    rule: str | None = None,
-) -> Evaluation:
-    """Full attention, the window, and the window with the adapter on the same tokens.
-
-    Args:
-        rule: overrides the adapter's.
-
-    Raises:
-        ValueError: if no token lies beyond a first fold.
-    """
-    sums = torch.zeros(5, dtype=torch.float64)
-    tokens = 0
-    for batch in micro_batches(examples, micro_batch_sequences):
-        teacher = ask_teacher(model, batch)
-        tokens += teacher.num_tokens
-
-        def kl(scores: Scores, teacher: Teacher = teacher) -> Tensor:
-            return teacher.kl(scores).sum()
-
-        with model.adapter_disabled():
-            window = replay(model, batch, loss=kl)
-        student = replay(model, batch, loss=kl, rule=rule)
-        nll = (-x.logprobs.double().sum().cpu() for x in (teacher, window, student))
-        sums += torch.stack([*nll, *(torch.tensor(x.loss).double() for x in (window, student))])
-    if not tokens:
-        raise ValueError("no token of the evaluation lies beyond its first fold")
-    full, window_nll, student_nll, window_kl, student_kl = (sums / tokens).tolist()
-    return Evaluation(
-        tokens=tokens,
-        loss_full=full,
-        loss_window=window_nll,
-        loss_student=student_nll,
-        kl_window=window_kl,
-        kl_student=student_kl,
+def _summary(step: int, found: Evaluation) -> str:
+    full, window, student = found.perplexities
+    return (
+        f"step {step}: perplexity beyond the first fold: full {full:.3f}, window {window:.3f}, "
+        f"student {student:.3f}; KL to full: window {found.kl_window:.4f}, "
+        f"student {found.kl_student:.4f} ({found.tokens} tokens)"
     )
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+        console=console,
+    )
+
+
+def plot(metrics: Metrics, path: Path) -> None:
+    """The KL of every step, and the held-out KL of window and student."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(*metrics.series("loss"), color="tab:gray", linewidth=1, label="training batch")
+    for name, label, color in (
+        ("eval/kl_window", "held out: window only", "tab:red"),
+        ("eval/kl_student", "held out: student", "tab:blue"),
+    ):
+        axes.plot(*metrics.series(name), color=color, marker="o", label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("KL to full attention, nats a token")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,41 @@ def align(examples: Sequence[Example]) -> Batch:
     return Batch.align(
         [e.tokens for e in examples], [e.plan for e in examples], [e.wanted for e in examples]
     )
+
+
+def read_rollouts(
+    lines: Iterable[str], plan_of: Callable[[int], FoldPlan], *, max_sequences: int | None = None
+) -> list[Example]:
+    """Answers that were sampled before, whatever plan they were sampled under.
+
+    Args:
+        lines: of JSON, one `Rollout` each.
+        plan_of: the student's plan, given how many tokens are pinned.
+        max_sequences: reading stops there.
+
+    Returns:
+        Those that reach beyond their first fold.
+
+    Raises:
+        ValueError: if a record is malformed.
+    """
+    from pte_vllm.train.rollout import Rollout
+
+    examples: list[Example] = []
+    for line in lines:
+        if not line.strip():
+            continue
+        rollout = Rollout.from_json(line)
+        example = Example(
+            tokens=tuple(rollout.token_ids),
+            plan=plan_of(rollout.plan.pin_tokens),
+            mask=(0,) * len(rollout.prompt_ids) + tuple(rollout.mask),
+        )
+        if any(example.wanted):
+            examples.append(example)
+        if len(examples) == max_sequences:
+            break
+    return examples
 
 
 def read_texts(source: str, *, split: str = "train", field: str = "text") -> Iterator[str]:

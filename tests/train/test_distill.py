@@ -116,11 +116,7 @@ def test_kl_of_the_teacher_to_itself_is_zero(tiny: Tiny, adapters: Adapters) -> 
 def test_gradient_is_that_of_the_kl_spelled_out(
     rule: str, top_k: int, tiny: Tiny, adapters: Adapters
 ) -> None:
-    """Against a KL over whole logits: `full` through everything, `segments` part by part.
-
-    The naive side holds the teacher's whole distributions `[T, V]` of plain forwards, and takes the
-    KL of torch.
-    """
+    """Against whole distributions `[T, V]` of plain forwards and torch's own KL."""
     path, chosen = tiny("llama"), examples()
     model = student(path, adapters, rule=rule)
     batch = align(chosen)

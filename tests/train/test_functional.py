@@ -108,8 +108,8 @@ def test_gradients_add_up(tiny: Tiny, adapters: Adapters) -> None:
     (shared.sum() + 2 * shared.sum()).backward()
     thrice = gradients(model)
     for name, gradient in once.items():
-        torch.testing.assert_close(twice[name], 2 * gradient)
-        torch.testing.assert_close(thrice[name], 3 * gradient, rtol=1e-4, atol=1e-5)
+        assert (twice[name] - 2 * gradient).norm() <= 1e-4 * gradient.norm(), name
+        assert (thrice[name] - 3 * gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
 def test_optimizer_sees_the_gradients(tiny: Tiny, adapters: Adapters) -> None:
