@@ -24,6 +24,7 @@ from pte_vllm.sample_text import SAMPLE_TEXT
 from pte_vllm.train.build import build_model
 from pte_vllm.train.config import DistillRun, OptimizerOptions
 from pte_vllm.train.distill_data import Example, batches, pack, read_rollouts, read_texts
+from pte_vllm.train.distill_samples import sample_answers
 from pte_vllm.train.distill_state import ADAPTER, Checkpoints, Metrics
 from pte_vllm.train.distill_step import Evaluation, evaluate, take_step
 from pte_vllm.train.modeling import PTEModel
@@ -172,7 +173,7 @@ def _steps(
             return
         found = evaluate(model, held_out, micro_batch_sequences=options.micro_batch_sequences)
         metrics.add(step, {f"eval/{k}": v for k, v in found.as_metrics().items()})
-        console.print(_summary(step, found))
+        console.print(_summary(step, found), soft_wrap=True)
 
     if not done:
         measure(0)
