@@ -31,11 +31,16 @@ def replayed(
     *,
     rule: str | None = None,
     dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """Log-prob of every token after the first, `[T - 1]`."""
     loaded = None if adapter is None else Adapter.load(adapter)
     with Replay(_model(model, dtype), loaded) as replay:
-        return replay.log_probs(tokens, plan, rule=rule).logprobs
+        result = replay.log_probs(tokens, plan, rule=rule, keep_logits=temperature != 1.0)
+    if result.logits is None:
+        return result.logprobs
+    targets = torch.tensor(tokens[1:])[:, None]
+    return (result.logits[:-1] / temperature).log_softmax(-1).gather(1, targets)[:, 0]
 
 
 def difference(
