@@ -104,16 +104,18 @@ def _passkey(rng: random.Random, facts: int) -> Body:
     return body, [list(pair) for pair in pairs], set(keys)
 
 
+ASSIGNMENTS = 3
+
+
 def _state(rng: random.Random, facts: int) -> Body:
     """Each of a few variables is assigned several times; asked is what holds at the end."""
     variables = rng.sample(range(NODES), max(1, facts // 3))
     body, values = [], dict.fromkeys(variables, 0)
-    for _ in range(3):
+    for turn in range(ASSIGNMENTS):
+        body += _noise(rng, 8 if turn else 0)
         for variable in rng.sample(variables, len(variables)):
             values[variable] = rng.randrange(NODES)
-            body += [fact_token(variable, values[variable]), *_noise(rng, rng.randrange(4))]
-    while fact_of(body[-1]) is None:
-        body.pop()
+            body.append(fact_token(variable, values[variable]))
     questions = [list(pair) for pair in values.items()]
     rng.shuffle(questions)
     return body, questions, set(variables)

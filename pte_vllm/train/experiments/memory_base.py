@@ -78,6 +78,7 @@ def build(config: BaseConfig) -> Any:
             head_dim=config.head_dim,
             max_position_embeddings=4096,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            initializer_range=config.hidden_size**-0.5,
             tie_word_embeddings=False,
             bos_token_id=0,
             eos_token_id=None,
@@ -135,17 +136,15 @@ def pretrain(config: BaseConfig, progress: Progress | None = None) -> tuple[Any,
     assert matrices
     rng = random.Random(config.seed)
     began, solved, reached = time.monotonic(), 0, dict.fromkeys(TASKS, 0.0)
-    step = 0
+    step, longest = 0, 16.0
     for step in range(1, config.steps + 1):
         rate = min(1.0, step / 100) * max(0.05, 1 - step / config.steps)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * rate
-        # Short gaps first: the look-up is learned in fewer tokens, then carried to longer ones.
-        longest = min(config.max_gap_tokens, 16 + step * config.max_gap_tokens // (config.steps // 2))
         samples = sample_batch(
             rng,
             config.batch_size,
-            gap_tokens=(0, rng.randint(8, longest)),
+            gap_tokens=(0, round(longest)),
             facts=rng.randint(3, config.max_facts),
         )
         logits, answers = answer_logits(model, *collate(samples))
@@ -154,6 +153,9 @@ def pretrain(config: BaseConfig, progress: Progress | None = None) -> tuple[Any,
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        # Short gaps first: the look-up is learned in fewer tokens, then carried to longer ones.
+        if float(loss.detach()) < 0.5:
+            longest = min(config.max_gap_tokens, longest * 1.02)
         if step % 100 == 0:
             reached = {
                 task: full_accuracy(model, task, gap_tokens=config.max_gap_tokens) for task in TASKS
