@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _SHOWN_ERRORS = 3
-_UNSET = "unset"  # `--model.adapter unset` takes back what the file says; "none" is a choice of some
+_UNSET = (
+    "unset"  # `--model.adapter unset` takes back what the file says; "none" is a choice of some
+)
+
+_WORDING = {"missing": "needs more values", "model_type": "must be a table of options"}
+"""Where pydantic's message would puzzle a user."""
 
 
 class Section(BaseModel):
@@ -68,7 +74,7 @@ class RunOptions(Section):
             options = parser.parse_args(list(arguments))
             file = options.file
             del options.file
-            overrides = source(parsed_args=options)()
+            overrides = _typed_tables(cls, source(parsed_args=options)())
         except SettingsError as error:
             raise ValueError(_one_line(str(error))) from error
         values = _read_toml(file) if file is not None else {}
@@ -103,10 +109,9 @@ class RunOptions(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            errors = error.errors(include_url=False)
-            lines = [_describe(cls, item, file) for item in errors[:_SHOWN_ERRORS]]
-            if len(errors) > _SHOWN_ERRORS:
-                lines.append(f"and {len(errors) - _SHOWN_ERRORS} more")
+            lines = _describe_all(cls, error.errors(include_url=False), file)
+            if len(lines) > _SHOWN_ERRORS:
+                lines[_SHOWN_ERRORS:] = [f"and {len(lines) - _SHOWN_ERRORS} more"]
             raise ValueError("; ".join(lines)) from error
 
 
@@ -156,6 +161,33 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+def _typed_tables(cls: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables of free form from the command line, `a=1,b=x`, with numbers as numbers.
+
+    Where an option has a type, pydantic reads the text; here nothing says what it should be.
+    """
+    typed: dict[str, Any] = {}
+    for name, value in values.items():
+        field = cls.model_fields[name]
+        section = _section_of(field.annotation)
+        if isinstance(value, Mapping) and section is not None:
+            typed[name] = _typed_tables(section, value)
+        elif isinstance(value, Mapping):
+            typed[name] = {key: _read_json(item) for key, item in value.items()}
+        else:
+            typed[name] = value
+    return typed
+
+
+def _read_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
 def _option_names(cls: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Dotted names of all options."""
     for name, field in cls.model_fields.items():
@@ -174,28 +206,36 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _describe(cls: type[BaseModel], error: ErrorDetails, file: str | Path | None) -> str:
-    """One error of pydantic's: the flag, what is wrong, the value."""
-    names = [str(part) for part in error["loc"]]
+def _describe_all(
+    cls: type[BaseModel], errors: Sequence[ErrorDetails], file: str | Path | None
+) -> list[str]:
+    """A line for each option that is wrong: the flag, what is wrong, the value, the fix."""
     known = list(_option_names(cls))
-    # A union adds the names of its members to the place; tables of free form add their keys.
-    dotted = next((n for k in range(len(names), 0, -1) if (n := ".".join(names[:k])) in known), "")
-    if error["type"] == "value_error":  # ours; names the flag itself
-        return str(error["ctx"]["error"])
-    if error["type"] == "extra_forbidden":
-        name = ".".join(names)
-        where = f"{file}: " if file is not None else ""
-        return f"{where}unknown option {name}{_suggest(name, known)}"
-    if error["type"] == "missing":
-        name = ".".join(names)
-        wanted = [n for n in known if n == name or n.startswith(f"{name}.")]
-        required = [n for n in wanted if _field(cls, n).is_required()] or [name]
-        about = _one_line(_field(cls, required[0]).description or "").rstrip(".")
-        return f"--{required[0]} is missing: {about}"
-    flag = f"--{dotted or '.'.join(names)}"
-    message = error["msg"].removeprefix("Input ")
-    value = error["input"]
-    return f"{flag}: {message[:1].lower()}{message[1:]}, got {_one_line(repr(value))}"
+    lines: list[str] = []
+    wrong: dict[str, tuple[list[str], Any]] = {}  # flag → what it should be, what it is
+    for error in errors:
+        name = ".".join(str(part) for part in error["loc"])
+        # The place goes on below an option: the member of a union, the element of a list.
+        option = next((k for k in known if f"{name}.".startswith(f"{k}.")), None)
+        if error["type"] == "value_error":  # ours; names the flag itself
+            lines.append(str(error["ctx"]["error"]))
+        elif error["type"] == "extra_forbidden":
+            where = f"{file}: " if file is not None else ""
+            lines.append(f"{where}unknown option {name}{_suggest(name, known)}")
+        elif error["type"] == "missing" and (option is None or option == name):
+            below = [k for k in known if k == name or k.startswith(f"{name}.")]
+            flag = next((k for k in below if _field(cls, k).is_required()), name)
+            about = _one_line(_field(cls, flag).description or "").rstrip(".")
+            lines.append(f"--{flag} is missing: {about}")
+        else:
+            message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+            message = _WORDING.get(error["type"], message)
+            value = None if error["type"] == "missing" else error["input"]
+            wrong.setdefault(option or name, ([], value))[0].append(message)
+    for flag, (messages, value) in wrong.items():
+        got = "" if value is None else f", got {_one_line(repr(value))}"
+        lines.append(f"--{flag} {' or '.join(messages)}{got}")
+    return lines
 
 
 def _field(cls: type[BaseModel], dotted: str) -> Any:

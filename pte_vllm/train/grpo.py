@@ -34,6 +34,10 @@ _TINY = 1e-6
 class DriftError(RuntimeError):
     """The server's log-probs are not the replay's: the two do not compute the same policy."""
 
+    def __init__(self, message: str, drift: float) -> None:
+        super().__init__(message)
+        self.drift = drift
+
 
 # -- rewards and groups ---------------------------------------------------------------------------
 
@@ -213,5 +217,6 @@ def check_drift(drift: float, max_drift: float, version: int) -> None:
         raise DriftError(
             f"server and replay disagree about version {version}: mean |Δ log p| is {drift:.2e}, "
             f"more than --grpo.max_logprob_drift {max_drift:.2e}. Check that the server runs the "
-            "same base model, dtype, rule and temperature, and reports processed log-probs"
+            "same base model, dtype, rule and temperature, and reports processed log-probs",
+            drift,
         )

@@ -1,4 +1,4 @@
-"""HTTP with patience: what is worth another try is tried again, anything else is one clear error."""
+"""HTTP with patience: some failures are tried again, all others are one clear error at once."""
 
 from __future__ import annotations
 
