@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,7 +60,11 @@ class PTEGRPOTrainer(GRPOTrainer):
             if getattr(args, name) != wanted:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)!r}")
         self.pte, self.client, self.adapter_name, self.version = model, client, adapter_name, 0
-        self.plan = client.info()["plan"]
+        served = client.info()["plan"]
+        self.plan = FoldPlan(
+            pin_tokens=0,  # of each sequence: its prompt
+            **{name: served[name] for name in ("window_tokens", "evict_ratio", "block_size")},
+        )
         # TRL trains what it finds in its model: there LoRA's A and B lie already, the encoder not.
         encoder = {n: p for n, p in model.named_trainable() if n.startswith("encoder.")}
         model.base.pte_encoder = nn.ParameterDict(
@@ -104,7 +109,7 @@ class PTEGRPOTrainer(GRPOTrainer):
     def _replay(self, input_ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         num_prompt = mask[:, :-keep].sum(1)  # [B]
         sequences = [ids[own.bool()].tolist() for ids, own in zip(input_ids, mask, strict=True)]
-        plans = [FoldPlan(**{**self.plan, "pin_tokens": n}) for n in num_prompt.tolist()]
+        plans = [replace(self.plan, pin_tokens=n) for n in num_prompt.tolist()]
         wanted = [
             [t >= plan.pin_tokens for t in range(len(tokens))]
             for tokens, plan in zip(sequences, plans, strict=True)

@@ -50,7 +50,7 @@ def test_a_few_steps(example: Any, tiny: Tiny, adapters: Adapters, tmp_path: Pat
         assert entry["sampling/sampling_logp_difference/max"] <= 2e-3
         assert entry["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
         assert entry["grad_norm"] > 0
-    plan = FoldPlan(pin_tokens=13, window_tokens=WINDOW, block_size=trainer.plan["block_size"])
+    plan = FoldPlan(pin_tokens=13, window_tokens=WINDOW, block_size=trainer.plan.block_size)
     longest = max(entry["completions/max_length"] for entry in history)
     assert 13 + longest > plan.first_fold + plan.stride  # there were folds
     assert versions["name"] == "policy" and versions["newest"] == STEPS + 1
@@ -85,9 +85,8 @@ def test_log_probs_by_position(example: Any, tiny: Tiny, adapters: Adapters) -> 
     path = tiny("qwen3")
     trainer = example.PTEGRPOTrainer.__new__(example.PTEGRPOTrainer)
     trainer.pte = PTEModel.from_pretrained(path, adapters(path, rank=8))
-    trainer.plan = {"window_tokens": 64, "evict_ratio": 0.25, "block_size": 16}
-    trainer._metrics = {}
-    trainer.__dict__["temperature"] = 0.7
+    trainer.plan = FoldPlan(pin_tokens=0, window_tokens=64, block_size=16)
+    trainer.temperature = 0.7
     sizes = ((5, 150), (40, 90), (23, 201))
     prompts = [random_tokens(p, seed=p) for p, _ in sizes]
     answers = [random_tokens(a, seed=a) for _, a in sizes]
