@@ -55,7 +55,8 @@ if ! install "$torch"; then
     esac
 fi
 echo "==> installing $(grep -c '^[^#]' "$lock") packages of $lock (1 to 3 minutes)"
-install -r "$lock" || fail "pip cannot install $lock (see above)"
+install -r "$lock" || fail "pip cannot install $lock (see above)." \
+    "One package, pycosat, is compiled: that needs a C compiler and Python's headers (Debian and Ubuntu: gcc, python3.11-dev)."
 echo "==> installing this checkout"
 install --no-build-isolation -e . || fail "pip cannot install this checkout (see above)"
 echo "$key" >"$stamp"
