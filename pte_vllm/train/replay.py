@@ -1,30 +1,54 @@
-"""Reference replay: log-probs of given tokens under a plan, in plain transformers.
+"""Replay: log-probs of given tokens under a plan, in plain transformers, and their gradients.
 
-Independent of vLLM, and the measure of everything else: the sequence is cut at the plan's
-boundaries; at each of them the oldest blocks of the window are folded into the thought state
-(`ops.reference`) and dropped from a `DynamicCache`. Supports models whose decoder layers are
-`model.model.layers` with rotary embeddings in half layout: Llama, Mistral, Qwen2, Qwen3.
+Independent of vLLM, and the measure of everything else: sequences are cut at the plan's boundaries;
+at each of them the oldest blocks of the window are folded into the thought states (`ops.reference`)
+and dropped from the KV cache.
 
-Shapes: T tokens, n of them in a chunk, V vocabulary, L layers with an encoder, H KV heads, D head
-size, m evicted tokens; G, r and d_kv as in `ops.reference`.
+Two ways to back-propagate a loss that adds up over tokens:
+
+    segments  memory does not grow with the length: each segment back-propagates on its own, keys
+              and values of earlier segments count as constants, and what reaches a state is
+              collected and sent once through the chain of folds
+    full      through everything, keys and values included; memory grows with the length
+
+Shapes: B sequences in T columns (`batch.Batch`), n columns of a segment, N tokens that are scored
+at once, V vocabulary, L layers with an encoder, H KV heads, D head size, m evicted tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 
-from pte_vllm.adapter import Adapter, layer_of
-from pte_vllm.config import PTEConfig, check_rule_fits
 from pte_vllm.ops import reference
-from pte_vllm.ops.reference import RULES, LayerEncoder, Sums
 from pte_vllm.plan import FoldPlan
+from pte_vllm.train.attention import attention_mask
+from pte_vllm.train.batch import Batch
+from pte_vllm.train.memory import FoldChain, Memory
+from pte_vllm.train.modeling import PTEModel
+from pte_vllm.train.window_cache import WindowCache
+
+Backward = Literal["none", "segments", "full"]
+SCORED_AT_ONCE = 1024
+"""Most tokens whose logits are held at once, unless the backward is `full`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Tokens of one segment whose log-probs were asked for."""
+
+    logits: Tensor  # [N, V] fp32, divided by the temperature
+    logprobs: Tensor  # [N]
+    rows: Tensor  # [N] which sequence
+    tokens: Tensor  # [N] which token of it is scored
+
+
+TokenLoss = Callable[[Scores], Tensor]
+"""A scalar; the losses of all calls add up. Must not depend on which tokens come together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,223 +62,227 @@ class Fold:
     rho: Tensor  # [L] ‖ΔS‖ / ‖S‖ of each layer with an encoder
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ReplayResult:
     """What a replay found."""
 
-    logprobs: Tensor  # [T - 1] fp32: of token t + 1 given the tokens up to t
-    states: Tensor | None  # [L, G, r] after the last fold; None without an encoder
-    folds: list[Fold]
-    logits: Tensor | None = None  # [T, V] fp32, where asked for
+    logprobs: Tensor  # [B, longest] fp32: of token t given those before it; 0 where not asked for
+    states: Tensor | None  # [L, B, G, r] after each sequence's last fold; None without an encoder
+    folds: list[list[Fold]]
+    """By sequence."""
+    loss: float = 0.0
 
 
-class Replay:
-    """A transformers model with an adapter attached by forward hooks; a context manager.
+@dataclass(kw_only=True)
+class _Run:
+    """One replay under way."""
 
-    Gradients flow if the caller leaves them on; a caller who needs none sets `torch.no_grad`.
+    model: PTEModel
+    batch: Batch
+    backward: Backward
+    temperature: float
+    loss: TokenLoss | None
+    memory: Memory | None
+    cache: WindowCache = field(default_factory=WindowCache)
+    chain: FoldChain = field(default_factory=FoldChain)
+    total: Tensor | None = None  # of the losses: with a graph in mode full
+
+
+def replay(
+    model: PTEModel,
+    batch: Batch,
+    *,
+    rule: str | None = None,
+    temperature: float = 1.0,
+    backward: Backward = "none",
+    loss: TokenLoss | None = None,
+    chunk_tokens: int | None = None,
+) -> ReplayResult:
+    """Replay a batch; gradients are added to the model's trainable parameters.
 
     Args:
-        model: a causal LM in eval mode; its weights are not changed.
-        adapter: None for the bare model, a plain LoRA (S = identity), or a PTE adapter. The
-            adapter is applied in fp32 whatever the model's dtype.
+        rule: overrides the adapter's; without an encoder it has no effect.
+        temperature: of the sampler whose log-probs are wanted; logits are divided by it.
+        backward: see above; `none` keeps no graph.
+        loss: called with the scored tokens of each segment, or parts of it.
+        chunk_tokens: most columns of one forward, with `none` only; None: whole segments. Does not
+            change the result.
 
     Raises:
-        ValueError: if the model cannot be replayed, or lacks a module of the adapter.
+        ValueError: if an option does not fit the model or another option.
     """
-
-    def __init__(self, model: Any, adapter: Adapter | None = None) -> None:
-        _check_model(model)
-        self.model = model
-        self.adapter = adapter
-        self.device: torch.device = next(model.parameters()).device
-        self.encoders: dict[int, LayerEncoder] = {}
-        self._memory: _Memory | None = None
-        self._hooks: list[Any] = []
-        if adapter is None:
-            return
-        self.encoders = {
-            i: adapter.encoders[i].map(lambda t: t.to(self.device)) for i in adapter.layers
-        }
-        linears = {  # found before the first is hooked, so that an error leaves no hook behind
-            name: _submodule(model, name)
-            for name in adapter.lora_a
-            if adapter.pte is None or layer_of(name) in self.encoders
-        }
-        for name, linear in linears.items():
-            self._hooks.append(linear.register_forward_hook(self._hook(adapter, name)))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Detach the adapter from the model."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
-    def _hook(self, adapter: Adapter, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        """y + scale · B (modulate(A x, S)) for the linear `name`."""
-        a = adapter.lora_a[name].float().to(self.device)
-        b = adapter.lora_b[name].float().to(self.device)
-        layer = layer_of(name)
-
-        def forward(linear: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            shrunk = F.linear(inputs[0].float(), a)  # [1, n, G]
-            if adapter.pte is not None:
-                assert self._memory is not None and layer is not None, "call log_probs"
-                shrunk = reference.modulate(shrunk, self._memory.states[layer], adapter.pte.read)
-            return (output + adapter.scale * F.linear(shrunk, b)).to(output.dtype)
-
-        return forward
-
-    def log_probs(
-        self,
-        token_ids: Sequence[int],
-        plan: FoldPlan,
-        *,
-        rule: str | None = None,
-        chunk_tokens: int | None = None,
-        keep_logits: bool = False,
-    ) -> ReplayResult:
-        """Replay one sequence of T tokens.
-
-        Args:
-            token_ids: question and thoughts.
-            plan: when to fold; `pin_tokens` may be less than the question.
-            rule: overrides the adapter's; without an encoder it has no effect.
-            chunk_tokens: most tokens of one forward; None: whole segments. Bounds the memory that
-                logits take, above all where the plan is unbounded. Does not change the result.
-            keep_logits: also return the logits.
-
-        Raises:
-            ValueError: on an empty sequence, an unknown rule or one that does not fit the adapter.
-        """
-        if not token_ids:
-            raise ValueError("token_ids is empty")
-        if chunk_tokens is not None and chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
-        ids = torch.tensor(list(token_ids), device=self.device)
-        pte = self.adapter.pte if self.adapter is not None else None
-        self._memory = memory = _Memory(self.encoders, pte, rule) if pte is not None else None
-        cache, folded = DynamicCache(), 0
-        folds: list[Fold] = []
-        logprobs: list[Tensor] = []
-        kept: list[Tensor] = []
-        for start, end in plan.segments(len(ids)):
-            due = plan.folded_blocks(start)
-            if due > folded:
-                rho = self._fold(cache, plan, folded, due)
-                blocks = (plan.pinned_blocks + folded, plan.pinned_blocks + due)
-                folds.append(Fold(at=start, blocks=blocks, rho=rho))
-                folded = due
-            for first, last in _chunks(start, end, chunk_tokens):
-                logits = self._forward(ids[first:last], first, cache)
-                targets = ids[first + 1 : last + 1]  # one short at the end of the sequence
-                scores = logits[: len(targets)].log_softmax(-1)
-                logprobs.append(scores.gather(1, targets[:, None])[:, 0])
-                if keep_logits:
-                    kept.append(logits)
-        return ReplayResult(
-            logprobs=torch.cat(logprobs),
-            states=memory.stacked() if memory is not None else None,
-            folds=folds,
-            logits=torch.cat(kept) if keep_logits else None,
+    if backward != "none" and loss is None:
+        raise ValueError(f"backward {backward!r} needs a loss")
+    if backward == "full" and model.gradient_checkpointing:
+        raise ValueError("gradient checkpointing works with backward 'segments' only")
+    if chunk_tokens is not None and (chunk_tokens < 1 or backward != "none"):
+        raise ValueError(f"chunk_tokens must be positive and without backward, got {chunk_tokens}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    batch = batch.to(model.device)
+    with torch.set_grad_enabled(backward != "none"):
+        memory = None
+        if model.layers:
+            assert model.config is not None
+            memory = Memory(model.encoder, model.config, rule, len(batch.ids))
+        run = _Run(
+            model=model,
+            batch=batch,
+            backward=backward,
+            temperature=temperature,
+            loss=loss,
+            memory=memory,
         )
+        try:
+            return _replay(run, chunk_tokens)
+        finally:
+            model.states = None
 
-    def _forward(self, ids: Tensor, start: int, cache: DynamicCache) -> Tensor:
-        """Logits `[n, V]` of the tokens from `start`; they see all of the cache, then each other.
 
-        Positions are true ones. The causal mask is left to transformers, which derives it from the
-        cache's length, so that every attention implementation gets the form it expects.
-        """
-        positions = torch.arange(start, start + len(ids), device=self.device)
-        output = self.model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            past_key_values=cache,
-            use_cache=True,
+def log_probs(
+    model: PTEModel, tokens: Sequence[int], plan: FoldPlan, **options: Any
+) -> ReplayResult:
+    """One sequence without gradients; `options` are `replay`'s."""
+    return replay(model, Batch.align([tokens], [plan]), **options)
+
+
+def _replay(run: _Run, chunk_tokens: int | None) -> ReplayResult:
+    batch, plan = run.batch, run.batch.plan
+    columns = torch.zeros(batch.ids.shape, device=batch.ids.device)
+    folds: list[list[Fold]] = [[] for _ in range(len(batch.ids))]
+    final = run.memory.states.detach() if run.memory is not None else None
+    folded = 0
+    for start, end in plan.segments(batch.ids.shape[1]):
+        due = plan.folded_blocks(start)
+        if due > folded:
+            rho = _fold(run, folded, due)
+            going_on = batch.left + batch.lengths > start
+            for b in going_on.nonzero()[:, 0].tolist():
+                folds[b].append(_record(batch, b, start, folded, due, rho[:, b]))
+            if run.memory is not None and final is not None:
+                final = torch.where(going_on[:, None, None], run.memory.states.detach(), final)
+            folded = due
+        for first, last in _chunks(start, end, chunk_tokens):
+            _segment(run, columns, first, last, folded * plan.block_size)
+    if run.backward == "full" and run.total is not None:
+        run.total.backward()
+    run.chain.backward()
+    return ReplayResult(
+        logprobs=batch.by_token(columns),
+        states=final,
+        folds=folds,
+        loss=float(run.total.detach()) if run.total is not None else 0.0,
+    )
+
+
+def _segment(run: _Run, logprobs: Tensor, start: int, end: int, folded_tokens: int) -> None:
+    """Run columns `[start, end)` and score the tokens after each, `[start + 1, end + 1)`."""
+    batch, model = run.batch, run.model
+    wanted = batch.wanted[:, start + 1 : end + 1]
+    rows, offsets = wanted.nonzero(as_tuple=True)
+    scored = len(rows) > 0
+    # Without a loss in it, a segment only writes keys and values, which are constants.
+    graph = run.backward == "full" or (run.backward == "segments" and scored)
+    with torch.set_grad_enabled(graph):
+        if run.memory is not None:
+            states = run.memory.states
+            model.states = run.chain.cut(states) if run.backward == "segments" else states
+        hidden = _forward(run, start, end, folded_tokens)  # [B, n, d]
+        if scored:
+            targets = start + 1 + offsets
+            picked = hidden[rows, offsets]  # [N, d]
+            found = _score(run, picked, rows, targets)
+            logprobs[rows, targets] = found
+    run.cache.commit(detach=run.backward != "full")
+
+
+def _forward(run: _Run, start: int, end: int, folded_tokens: int) -> Tensor:
+    """Last hidden states `[B, n, d]`; a token sees what the cache holds of its sequence."""
+    batch, base = run.batch, run.model.base
+    device = batch.ids.device
+    columns = torch.arange(start, end, device=device)
+    pinned = batch.plan.pin_tokens if folded_tokens else start
+    held = torch.cat(
+        (
+            torch.arange(min(pinned, start), device=device),
+            torch.arange(min(pinned, start) + folded_tokens, start, device=device),
+            columns,
         )
-        logits: Tensor = output.logits[0].float()
-        return logits
-
-    def _fold(self, cache: DynamicCache, plan: FoldPlan, folded: int, due: int) -> Tensor:
-        """Fold blocks `[folded, due)` of the thoughts, the oldest, and drop them; rho `[L]`."""
-        bs = plan.block_size
-        begin, m = plan.pinned_blocks * bs, (due - folded) * bs
-        first_position = (plan.pinned_blocks + folded) * bs
-        layers: list[Any] = cache.layers
-        rho = []
-        for i, layer in enumerate(layers):
-            if self._memory is not None and i in self.encoders:
-                k, v = (
-                    t[0, :, begin : begin + m].transpose(0, 1) for t in (layer.keys, layer.values)
-                )
-                k_e, v_e = self._as_encoded(k, first_position), v.float().flatten(1)
-                rho.append(self._memory.fold(i, k_e, v_e))
-            layer.keys, layer.values = (
-                torch.cat((t[:, :, :begin], t[:, :, begin + m :]), 2)
-                for t in (layer.keys, layer.values)
-            )
-        return torch.stack(rho) if rho else torch.zeros(0, device=self.device)
-
-    def _as_encoded(self, k: Tensor, first_position: int) -> Tensor:
-        """Cached keys `[m, H, D]` as the encoder takes them: `[m, d_kv]`, fp32."""
-        assert self.adapter is not None and self.adapter.pte is not None
-        if self.adapter.pte.keys == "rotated":
-            return k.float().flatten(1)
-        positions = torch.arange(len(k), device=self.device)[None] + first_position
-        cos, sin = self.model.model.rotary_emb(k, positions)  # rounded to k's dtype, as applied
-        half = cos.shape[-1] // 2  # transformers repeats the frequencies
-        plain = reference.unrotate(k.float(), cos[0, :, :half].float(), sin[0, :, :half].float())
-        return plain.flatten(1)
+    )
+    causal = held[None] <= columns[:, None]  # [n, t]
+    own = held[None] >= batch.left[:, None]  # [B, t] padding belongs to nobody
+    itself = held[None] == columns[:, None]  # but sees itself, so that no softmax is empty
+    visible = (causal & own[:, None]) | itself
+    positions = (columns[None] - batch.left[:, None]).clamp(min=0)
+    implementation = base.config._attn_implementation
+    output = base.model(
+        input_ids=batch.ids[:, start:end],
+        position_ids=positions,
+        attention_mask=attention_mask(visible, implementation, base.dtype),
+        past_key_values=run.cache,
+        use_cache=True,
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
-class _Memory:
-    """The sums and thought states of one sequence, from S_0 on."""
+def _score(run: _Run, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs `[N]` of the tokens in columns `targets`; adds up the loss, and backs it through.
 
-    def __init__(self, encoders: dict[int, LayerEncoder], pte: PTEConfig, rule: str | None) -> None:
-        name = rule or pte.rule
-        if name not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {name!r}")
-        check_rule_fits(name, pte.rank, pte.global_tokens)
-        self.encoders, self.rule, self.how = encoders, RULES[name], pte.normalize
-        self.sums: dict[int, Sums] = {}
-        self.states: dict[int, Tensor] = {}  # by layer, [G, r]
-        for i, encoder in encoders.items():
-            self.sums[i] = self.rule.start(encoder, self.how)
-            self.states[i] = self.rule.read(self.sums[i], encoder, self.how)
-
-    def fold(self, layer: int, k_e: Tensor, v_e: Tensor) -> Tensor:
-        """Fold `K_e, V_e: [m, d_kv]` of one layer; how far its state moved, relatively."""
-        encoder, before = self.encoders[layer], self.states[layer]
-        self.sums[layer] = self.rule.fold(self.sums[layer], encoder, k_e, v_e, self.how)
-        self.states[layer] = self.rule.read(self.sums[layer], encoder, self.how)
-        return reference.relative_update(before, self.states[layer] - before)
-
-    def stacked(self) -> Tensor:
-        """`[L, G, r]`, layers ascending."""
-        return torch.stack([self.states[i] for i in sorted(self.states)])
-
-
-def _check_model(model: Any) -> None:
-    rope_type = model.model.rotary_emb.rope_type
-    if not isinstance(rope_type, str) or "dynamic" in rope_type or rope_type == "longrope":
-        raise ValueError(f"rope type {rope_type!r}: frequencies that vary cannot be undone")
-    layer_types = getattr(model.config, "layer_types", None)
-    window = getattr(model.config, "sliding_window", None)
-    if set(layer_types) != {"full_attention"} if layer_types else window is not None:
-        raise ValueError("replay supports models with plain full attention only")
+    In mode `segments` the output layer runs on parts, each of which back-propagates at once to the
+    hidden states `[N, d]`; from there on they go back together.
+    """
+    segments = run.backward == "segments"
+    leaf = hidden.detach().requires_grad_() if segments else hidden
+    size = len(rows) if run.backward == "full" else SCORED_AT_ONCE
+    found = []
+    for first in range(0, len(rows), size):
+        part = slice(first, first + size)
+        logits = run.model.base.get_output_embeddings()(leaf[part]).float() / run.temperature
+        ids = run.batch.ids[rows[part], targets[part]]
+        logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        found.append(logprobs.detach())
+        if run.loss is None:
+            continue
+        tokens = targets[part] - run.batch.left[rows[part]]
+        loss = run.loss(Scores(logits=logits, logprobs=logprobs, rows=rows[part], tokens=tokens))
+        if segments:
+            loss.backward()
+            loss = loss.detach()
+        run.total = loss if run.total is None else run.total + loss
+    if segments and leaf.grad is not None and hidden.requires_grad:
+        hidden.backward(leaf.grad)
+    return torch.cat(found)
 
 
-def _submodule(model: Any, name: str) -> nn.Module:
-    try:
-        module: nn.Module = model.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(f"the model has no module {name}, which the adapter changes") from error
-    return module
+def _fold(run: _Run, folded: int, due: int) -> Tensor:
+    """Fold blocks `[folded, due)` of the thoughts, the oldest, and drop them; rho `[L, B]`."""
+    batch, plan = run.batch, run.batch.plan
+    m = (due - folded) * plan.block_size
+    evicted = run.cache.evict(plan.pin_tokens, m, run.model.layers)
+    if evicted is None or run.memory is None:
+        return torch.zeros(0, len(batch.ids))
+    k, v = evicted  # [L, B, m, H, D]
+    first = plan.pin_tokens + folded * plan.block_size
+    positions = torch.arange(first, first + m, device=k.device)[None] - batch.left[:, None]
+    return run.memory.fold(_as_encoded(run.model, k, positions), v.float().flatten(-2))
+
+
+def _as_encoded(model: PTEModel, k: Tensor, positions: Tensor) -> Tensor:
+    """Cached keys `[L, B, m, H, D]` at `positions: [B, m]` as encoded: `[L, B, m, d_kv]`, fp32."""
+    assert model.config is not None
+    if model.config.keys == "rotated":
+        return k.float().flatten(-2)
+    cos, sin = model.base.model.rotary_emb(k, positions)  # rounded to k's dtype, as applied
+    half = cos.shape[-1] // 2  # transformers repeats the frequencies
+    plain = reference.unrotate(k.float(), cos[..., :half].float(), sin[..., :half].float())
+    return plain.flatten(-2)
+
+
+def _record(batch: Batch, b: int, start: int, folded: int, due: int, rho: Tensor) -> Fold:
+    shift = int(batch.left[b])
+    first = batch.plan.pinned_blocks - shift // batch.plan.block_size
+    return Fold(at=start - shift, blocks=(first + folded, first + due), rho=rho)
 
 
 def _chunks(start: int, end: int, size: int | None) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from pte_vllm.adapter import Adapter
 from pte_vllm.plan import FoldPlan
-from pte_vllm.train.replay import Replay
+from pte_vllm.train.modeling import PTEModel
+from pte_vllm.train.replay import log_probs
 from tests.engine import Job
 
 TOLERANCE = 2e-4
@@ -34,8 +35,11 @@ def replayed(
 ) -> torch.Tensor:
     """Log-prob of every token after the first, `[T - 1]`."""
     loaded = None if adapter is None else Adapter.load(adapter)
-    with Replay(_model(model, dtype), loaded) as replay:
-        return replay.log_probs(tokens, plan, rule=rule).logprobs
+    attached = PTEModel(_model(model, dtype), loaded)
+    try:
+        return log_probs(attached, tokens, plan, rule=rule).logprobs[0, 1:]
+    finally:
+        attached.detach()
 
 
 def difference(

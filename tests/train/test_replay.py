@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pte_vllm.adapter import Adapter
 from pte_vllm.plan import FoldPlan
-from pte_vllm.train.replay import Replay
+from pte_vllm.train.modeling import PTEModel
+from pte_vllm.train.replay import Fold, Scores, log_probs
 from tests.support import random_tokens
 from tests.train import naive
 
@@ -53,6 +55,42 @@ def load(path: Path, attention: str = "sdpa", **options: Any) -> Any:
     ).eval()
 
 
+@dataclass
+class Found:
+    logprobs: torch.Tensor  # [T - 1]
+    states: torch.Tensor | None  # [L, G, r]
+    folds: list[Fold]
+    logits: torch.Tensor | None  # [T - 1, V]
+
+
+class Replay:
+    """One sequence at a time; gives the model back at the end."""
+
+    def __init__(self, model: Any, adapter: Adapter | None = None) -> None:
+        self.model = PTEModel(model, adapter)
+
+    def __enter__(self) -> Replay:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.model.detach()
+
+    def log_probs(self, ids: list[int], fold_plan: FoldPlan, **options: Any) -> Found:
+        logits: list[torch.Tensor] = []
+
+        def keep(scores: Scores) -> torch.Tensor:
+            logits.append(scores.logits)
+            return scores.logprobs.sum()
+
+        found = log_probs(self.model, ids, fold_plan, loss=keep, **options)
+        return Found(
+            logprobs=found.logprobs[0, 1:],
+            states=None if found.states is None else found.states[:, 0],
+            folds=found.folds[0],
+            logits=torch.cat(logits) if logits else None,
+        )
+
+
 def assert_matches_naive(
     path: Path, adapter: Adapter, fold_plan: FoldPlan, rule: str, **options: Any
 ) -> None:
@@ -60,7 +98,7 @@ def assert_matches_naive(
     expected, states = naive.log_probs(
         load(path, "eager", **options), adapter, ids, fold_plan, rule
     )
-    with torch.no_grad(), Replay(load(path, **options), adapter) as replay:
+    with Replay(load(path, **options), adapter) as replay:
         found = replay.log_probs(ids, fold_plan, rule=rule)
     assert found.states is not None
     assert len(found.folds) == len(naive.walk(LENGTH, fold_plan)[1]) > 0
@@ -71,13 +109,13 @@ def assert_matches_naive(
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral"])
 def test_unbounded_plan_is_one_full_forward(architecture: str, tiny: Tiny) -> None:
     model, ids = load(tiny(architecture)), random_tokens(LENGTH)
-    with torch.no_grad(), Replay(model) as replay:
-        found = replay.log_probs(ids, plan(window_blocks=0), keep_logits=True)
+    with Replay(model) as replay:
+        found = replay.log_probs(ids, plan(window_blocks=0))
         logits = model(torch.tensor([ids])).logits[0]
     expected = logits.log_softmax(-1)[torch.arange(LENGTH - 1), torch.tensor(ids[1:])]
     torch.testing.assert_close(found.logprobs, expected, atol=1e-5, rtol=0)
     assert found.logits is not None
-    torch.testing.assert_close(found.logits, logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.logits, logits[:-1], atol=1e-5, rtol=0)
     assert found.folds == [] and found.states is None
 
 
@@ -145,10 +183,10 @@ def test_chunks_and_attention_do_not_matter(
 ) -> None:
     path, ids = tiny("llama"), random_tokens(LENGTH, seed=3)
     adapter = Adapter.load(adapters(path))
-    with torch.no_grad(), Replay(load(path), adapter) as replay:
-        whole = replay.log_probs(ids, plan(), keep_logits=True)
-    with torch.no_grad(), Replay(load(path, attention), adapter) as replay:
-        cut = replay.log_probs(ids, plan(), chunk_tokens=chunk_tokens, keep_logits=True)
+    with Replay(load(path), adapter) as replay:
+        whole = replay.log_probs(ids, plan())
+    with Replay(load(path, attention), adapter) as replay:
+        cut = replay.log_probs(ids, plan(), chunk_tokens=chunk_tokens)
     torch.testing.assert_close(cut.logprobs, whole.logprobs, atol=1e-4, rtol=0)
     torch.testing.assert_close(cut.states, whole.states, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(cut.logits, whole.logits, atol=2e-4, rtol=0)
@@ -180,7 +218,7 @@ def test_folds_are_reported_and_none_at_the_end(tiny: Tiny, adapters: Adapters) 
     adapter = Adapter.load(adapters(path))
     ids, first = random_tokens(160), plan().first_fold
     assert first == 112
-    with torch.no_grad(), Replay(load(path), adapter) as replay:
+    with Replay(load(path), adapter) as replay:
         results = {n: replay.log_probs(ids[:n], plan()) for n in (1, first, first + 1, 160)}
     assert [len(r.folds) for r in results.values()] == [0, 0, 1, 3]
     assert [r.logprobs.shape[0] for r in results.values()] == [0, first - 1, first, 159]
@@ -224,10 +262,10 @@ def test_closing_restores_the_model(tiny: Tiny, adapters: Adapters) -> None:
     model = load(path)
     with torch.no_grad():
         before = model(ids).logits
-        with Replay(model, Adapter.load(adapters(path, plain=True))) as replay:
+        with Replay(model, Adapter.load(adapters(path, plain=True))):
             assert not torch.equal(model(ids).logits, before)
         assert torch.equal(model(ids).logits, before)
-        replay.close()
+    assert not any("lora" in name for name, _ in model.named_modules())
 
 
 def test_bf16_model_keeps_an_fp32_state(tiny: Tiny, adapters: Adapters) -> None:
@@ -235,24 +273,12 @@ def test_bf16_model_keeps_an_fp32_state(tiny: Tiny, adapters: Adapters) -> None:
     adapter = Adapter.load(adapters(path, rule="ridge"))
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        with torch.no_grad(), Replay(load(path, dtype=dtype), adapter) as replay:
+        with Replay(load(path, dtype=dtype), adapter) as replay:
             found[dtype] = replay.log_probs(ids, plan())
     exact, rounded = found[torch.float32], found[torch.bfloat16]
     assert exact.states is not None and rounded.states is not None
     assert rounded.logprobs.dtype == rounded.states.dtype == torch.float32
     assert (rounded.states - exact.states).norm() < 0.1 * exact.states.norm()
-
-
-def test_gradients_reach_the_encoder_through_folds(tiny: Tiny, adapters: Adapters) -> None:
-    path = tiny("llama")
-    adapter = Adapter.load(adapters(path))
-    tensors = [e.w_k for e in adapter.encoders.values()] + list(adapter.lora_a.values())
-    for tensor in tensors:
-        tensor.requires_grad_()
-    with Replay(load(path), adapter) as replay:
-        replay.log_probs(random_tokens(LENGTH), plan()).logprobs.sum().backward()
-    for tensor in tensors:
-        assert tensor.grad is not None and tensor.grad.isfinite().all() and tensor.grad.any()
 
 
 @pytest.mark.parametrize(
@@ -295,7 +321,7 @@ def test_arguments_that_are_refused(tiny: Tiny, adapters: Adapters) -> None:
     model.model.layers = model.model.layers[:2]
     with pytest.raises(ValueError, match=r"layers\.2\."):
         Replay(model, wide)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any("lora" in name for name, _ in model.named_modules())
 
 
 def test_import_leaves_vllm_alone() -> None:

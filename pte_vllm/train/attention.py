@@ -1,0 +1,70 @@
+"""Attention implementations of a replay, by the names that `--model.attention` takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ATTENTIONS = ("sdpa", "eager", "xformers")
+_XFORMERS = "pte_xformers"
+
+
+def resolve_attention(name: str, device: torch.device) -> str:
+    """The name under which transformers knows an implementation; registers xformers' if asked for.
+
+    Raises:
+        ValueError: on an unknown name, or where xformers cannot run.
+    """
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {name!r}")
+    if name != "xformers":
+        return name
+    if device.type != "cuda":
+        raise ValueError(
+            f"attention xformers runs on CUDA only, and the device is {device.type}; use sdpa"
+        )
+    try:
+        import xformers.ops  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "attention xformers needs the package xformers: pip install 'pte-vllm[xformers]'"
+        ) from error
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_XFORMERS, _xformers_attention)
+    return _XFORMERS
+
+
+def _xformers_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`query: [B, heads, n, D]`, `key, value: [B, KV heads, t, D]`, mask `[B, 1, n, t]`, added."""
+    from xformers.ops import memory_efficient_attention
+
+    group = query.shape[1] // key.shape[1]
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    if group > 1:
+        k, v = (t.repeat_interleave(group, 2) for t in (k, v))
+    num_keys = k.shape[1]
+    # xformers wants a bias whose rows start at multiples of 8 elements.
+    room = -(-num_keys // 8) * 8
+    bias = attention_mask.new_zeros(*attention_mask.shape[:-1], room)
+    bias[..., :num_keys] = attention_mask
+    bias = bias.expand(-1, query.shape[1], -1, -1)[..., :num_keys].to(q.dtype)
+    return memory_efficient_attention(q, k, v, attn_bias=bias, scale=scaling), None
+
+
+def attention_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """`visible: [B, n, t]` bool in the form an implementation takes: `[B, 1, n, t]`."""
+    if implementation == "sdpa":
+        return visible[:, None]
+    zero = torch.zeros((), dtype=dtype, device=visible.device)
+    return torch.where(visible, zero, torch.finfo(dtype).min)[:, None]

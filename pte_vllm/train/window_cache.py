@@ -1,0 +1,79 @@
+"""The KV cache of a replay: what is held between segments, and what a fold takes out.
+
+A layer's `update` is a pure function of what was committed and the new tokens, so that gradient
+checkpointing may run a decoder layer twice; `commit` makes the new tokens part of the past.
+
+Shapes: B sequences, H KV heads, D head size, t tokens held, m evicted tokens, L layers asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class WindowLayer(DynamicLayer):
+    """One decoder layer's keys (after RoPE) and values, `[B, H, t, D]` (upstream: DynamicLayer)."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.past: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Past and new tokens together; replaces what an earlier, uncommitted call returned."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.past is None:
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys = torch.cat((self.past[0], key_states), -2)
+            self.values = torch.cat((self.past[1], value_states), -2)
+        return self.keys, self.values
+
+
+class WindowCache(Cache):
+    """All layers; made anew for each replay."""
+
+    layers: list[Any]  # of WindowLayer; the parent's declaration allows any kind
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=WindowLayer)
+
+    @property
+    def num_tokens(self) -> int:
+        """Committed tokens, t."""
+        past = self.layers[0].past if self.layers else None
+        return past[0].shape[-2] if past is not None else 0
+
+    def commit(self, *, detach: bool) -> None:
+        """Keep the tokens of the forward that just ran; `detach` cuts their gradient."""
+        for layer in self.layers:
+            keys, values = layer.keys, layer.values
+            assert keys is not None and values is not None
+            layer.past = (keys.detach(), values.detach()) if detach else (keys, values)
+            layer.keys, layer.values = layer.past
+
+    def evict(self, begin: int, m: int, layers: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """Drop tokens `[begin, begin + m)` from every layer.
+
+        Returns:
+            Their keys and values in `layers`, each `[L, B, m, H, D]`; None without layers.
+        """
+        taken = {}
+        for i, layer in enumerate(self.layers):
+            assert layer.past is not None
+            if i in layers:
+                taken[i] = tuple(t[:, :, begin : begin + m].transpose(1, 2) for t in layer.past)
+            k, v = (torch.cat((t[:, :, :begin], t[:, :, begin + m :]), 2) for t in layer.past)
+            layer.past = (k, v)
+            layer.keys, layer.values = k, v
+        if not layers:
+            return None
+        keys, values = zip(*(taken[i] for i in layers), strict=True)
+        return torch.stack(keys), torch.stack(values)
