@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pte_vllm.adapter import Adapter, layer_of
 from pte_vllm.adapter_starts import STARTS, LayerReport, evicted_kv, lora_a_rows
-from pte_vllm.calibration import LayerSample, decoder_layers, visit_layers
+from pte_vllm.calibration import TEXT_SPANS, LayerSample, Spans, decoder_layers, visit_layers
 from pte_vllm.cli import B_STARTS, TARGET_MODULES
 from pte_vllm.config import PTEConfig
 from pte_vllm.ops.reference import LayerEncoder, contribution, initial_state, relative_update
@@ -39,6 +39,7 @@ def init_adapter(
     alpha: float | None = None,
     seed: int = 0,
     base_model: str | None = None,
+    spans: Spans = TEXT_SPANS,
     progress: Callable[[LayerReport], None] | None = None,
 ) -> Adapter:
     """Make an untrained adapter for a transformers model built like Llama, Qwen2 or Qwen3.
@@ -53,6 +54,7 @@ def init_adapter(
         alpha: LoRA's alpha; None: the rank, a scale of 1.
         base_model: recorded in the adapter; None: `model.config`'s name. Of an absolute path, only
             the last part.
+        spans: which parts of the sample text count as pinned, window and recalled.
         progress: called after each layer.
 
     Returns:
@@ -94,7 +96,7 @@ def init_adapter(
         if progress is not None:
             progress(replace(start.report, gain=float(encoder.gain), rho=tuple(rho.tolist())))
 
-    visit_layers(model, token_ids, chosen, visit)
+    visit_layers(model, token_ids, chosen, visit, spans)
     name = base_model or getattr(model.config, "_name_or_path", "") or type(model).__name__
     peft = _peft_config(config.rank, alpha, target_modules, name)
     if len(chosen) < len(decoder_layers(model)):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pte_vllm.calibration import PINNED_TOKENS, LayerSample
+from pte_vllm.calibration import LayerSample
 from pte_vllm.config import PTEConfig
 from pte_vllm.ops.reference import LayerEncoder
 
@@ -174,7 +174,7 @@ def query_key_form(q: Tensor, k: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def evicted_kv(sample: LayerSample, keys: str) -> tuple[Tensor, Tensor]:
     """Keys as encoded, and values, after the pinned tokens: `[N, m, d_kv]`, on the CPU."""
     k = sample.rotate(sample.k) if keys == "rotated" else sample.k
-    start = min(PINNED_TOKENS, k.shape[2] // 4)
+    start = sample.spans.evicted_from(k.shape[2])
     k, v = (t[:, :, start:].transpose(1, 2).flatten(2).cpu() for t in (k, sample.v))
     return k, v
 

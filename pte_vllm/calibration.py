@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -16,12 +16,42 @@ from torch import Tensor, nn
 
 from pte_vllm.ops.reference import rotate_half
 
-PINNED_TOKENS = 32
-"""Tokens at the start of a sample sequence that count as pinned: attention sinks among them."""
-RECALL_TOKENS = 64
-"""Tokens at its end that repeat what was said early, so that heads which look it up show."""
-LOCAL_TOKENS = 64
-"""Tokens before those that count as the window."""
+
+@dataclass(frozen=True, kw_only=True)
+class Spans:
+    """Parts of a sample sequence; the defaults fit text of 256 tokens and more.
+
+    Where a sequence is shorter than they ask for, half of it at most counts as recalled, and a
+    quarter as pinned.
+    """
+
+    pinned_tokens: int = 32
+    """At the start, never evicted: attention sinks are among them."""
+    recall_tokens: int = 64
+    """At the end: they repeat or ask what was said early, so that heads which look it up show."""
+    local_tokens: int = 64
+    """Before those: what counts as the window."""
+
+    def __post_init__(self) -> None:
+        for name in ("pinned_tokens", "recall_tokens", "local_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def evicted_from(self, tokens: int) -> int:
+        """First token that counts as evicted, of a sequence of `tokens`."""
+        return min(self.pinned_tokens, tokens // 4)
+
+    def recalled(self, tokens: int) -> int:
+        """How many tokens at the end count as recalled."""
+        return min(self.recall_tokens, tokens // 2)
+
+    def far(self, tokens: int) -> slice:
+        """Tokens beyond the window of those recalled."""
+        end = tokens - self.recalled(tokens) - self.local_tokens
+        return slice(self.evicted_from(tokens), max(tokens // 2, end))
+
+
+TEXT_SPANS = Spans()
 SEQUENCES, SEQUENCE_TOKENS = 12, 256
 _MAX_WORDS = 30
 
@@ -39,7 +69,7 @@ def sample_sequences(
     Raises:
         ValueError: if the text holds fewer than two sentences, or a sequence has no room.
     """
-    if num_tokens < PINNED_TOKENS + RECALL_TOKENS + LOCAL_TOKENS + 16:
+    if num_tokens < sum(astuple(TEXT_SPANS)) + 16:
         raise ValueError(f"a sample sequence of {num_tokens} tokens is too short")
     sentences = _sentences(text)
     if len(sentences) < 2:
@@ -60,21 +90,26 @@ def _sentences(text: str) -> list[str]:
 
 
 def _sequence(pieces: list[list[int]], num_tokens: int, rng: random.Random) -> list[int]:
-    body_tokens = num_tokens - RECALL_TOKENS
+    body_tokens = num_tokens - TEXT_SPANS.recall_tokens
+    far_tokens = body_tokens - TEXT_SPANS.local_tokens
     body: list[int] = []
     early: list[list[int]] = []
     while len(body) < body_tokens:
         for piece in rng.sample(pieces, len(pieces)):
-            if PINNED_TOKENS <= len(body) < body_tokens - LOCAL_TOKENS - len(piece):
+            if (
+                TEXT_SPANS.pinned_tokens
+                <= len(body)
+                < body_tokens - TEXT_SPANS.local_tokens - len(piece)
+            ):
                 early.append(piece)
             body += piece
-    early = early or [body[PINNED_TOKENS : body_tokens - LOCAL_TOKENS]]
+    early = early or [body[TEXT_SPANS.pinned_tokens : far_tokens]]
     rng.shuffle(early)
     tail: list[int] = []
-    while len(tail) < RECALL_TOKENS:
+    while len(tail) < TEXT_SPANS.recall_tokens:
         tail += early[0]
         early = [*early[1:], early[0]]
-    return body[:body_tokens] + tail[:RECALL_TOKENS]
+    return body[:body_tokens] + tail[: TEXT_SPANS.recall_tokens]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +124,7 @@ class LayerSample:
     q_scale: Tensor  # [H, D] of q against the output of q_proj; 1 where there is no q_norm
     cos: Tensor  # [T, rotary_dim]
     sin: Tensor  # [T, rotary_dim]
+    spans: Spans
 
     def rotate(self, x: Tensor) -> Tensor:
         """RoPE by position; `x: [.., T, D]`."""
@@ -100,17 +136,15 @@ class LayerSample:
         """Attention of each query head, `[H]`, from the recalled tokens to beyond the window.
 
         The mean over recalled tokens of the attention they pay to
-        `[PINNED_TOKENS, T - RECALL_TOKENS - LOCAL_TOKENS)`.
+        `spans.far(T)`.
         """
         tokens, group = self.q.shape[2], self.q.shape[1] // self.k.shape[1]
-        recall = min(RECALL_TOKENS, tokens // 2)
+        recall = self.spans.recalled(tokens)
         q, k = self.rotate(self.q)[:, :, -recall:], self.rotate(self.k)
         mask = torch.ones(recall, tokens, dtype=torch.bool, device=q.device)
         mask = mask.tril(tokens - recall)
         scaling = getattr(self.attention, "scaling", q.shape[-1] ** -0.5)
-        far = slice(
-            min(PINNED_TOKENS, tokens // 4), max(tokens // 2, tokens - recall - LOCAL_TOKENS)
-        )
+        far = self.spans.far(tokens)
         mass = []
         for head in range(q.shape[1]):  # one head at a time: [N, H, recall, T] may be large
             scores = q[:, head] @ k[:, head // group].mT * scaling
@@ -143,7 +177,11 @@ def decoder_layers(model: nn.Module) -> Sequence[Any]:
 
 @torch.no_grad()
 def visit_layers(
-    model: Any, token_ids: Tensor, layers: Collection[int], visit: Callable[[LayerSample], None]
+    model: Any,
+    token_ids: Tensor,
+    layers: Collection[int],
+    visit: Callable[[LayerSample], None],
+    spans: Spans = TEXT_SPANS,
 ) -> None:
     """Run the model on `token_ids: [N, T]` and show `visit` each of `layers`, in order.
 
@@ -162,7 +200,7 @@ def visit_layers(
 
     def show(layer: int) -> Callable[..., None]:
         def hook(attention: nn.Module, inputs: Any, output: Any) -> None:
-            visit(_layer_sample(layer, attention, seen, cos[0], sin[0]))
+            visit(_layer_sample(layer, attention, seen, cos[0], sin[0], spans))
             seen.clear()
             if layer == last:
                 raise _Finished
@@ -187,7 +225,7 @@ def visit_layers(
 
 
 def _layer_sample(
-    layer: int, attention: Any, seen: dict[str, Tensor], cos: Tensor, sin: Tensor
+    layer: int, attention: Any, seen: dict[str, Tensor], cos: Tensor, sin: Tensor, spans: Spans
 ) -> LayerSample:
     sequences, tokens = seen["q_proj"].shape[:2]
 
@@ -208,4 +246,5 @@ def _layer_sample(
         q_scale=scale,
         cos=cos.float(),
         sin=sin.float(),
+        spans=spans,
     )

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         # These read their own arguments: argparse would take or reorder what is not its own.
-        own = {"serve": _serve, "demo": _demo, "bench": _bench}.get(args[0] if args else "")
+        commands = {"serve": _serve, "train": _train, "demo": _demo, "bench": _bench}
+        own = commands.get(args[0] if args else "")
         if own is not None:
             return own(args[1:])
         options = _parser().parse_args(args)
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Listed for --help only: `main` takes these before argparse sees them.
     commands.add_parser("serve", help="start the OpenAI-compatible server", add_help=False)
+    commands.add_parser("train", help="train adapters: grpo, distill, ...", add_help=False)
     commands.add_parser("demo", help="watch chats with and without a window", add_help=False)
     commands.add_parser("bench", help="measure speed against vLLM as it is", add_help=False)
     adapter = commands.add_parser("adapter", help="make or check an adapter")
@@ -162,6 +164,12 @@ def _demo(args: list[str]) -> int:
     from pte_vllm.demo import main as run_demo
 
     return run_demo(args) or 0
+
+
+def _train(args: list[str]) -> int:
+    from pte_vllm.train.cli import main as run_train
+
+    return run_train(args)
 
 
 def _bench(args: list[str]) -> int:

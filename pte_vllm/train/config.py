@@ -115,10 +115,26 @@ class GrpoOptions(Section):
 class DistillOptions(Section):
     """Forward KL from the base model under full attention to the same model under the window."""
 
-    data: Literal["text", "samples"] = "text"
-    """text: running text from the file text; samples: answers sampled to the questions of data."""
+    data: Literal["text", "samples", "rollouts"] = "text"
+    """text: running text; samples: answers that the base model, with full attention, gives to the
+    questions of data; rollouts: records that a server wrote before."""
     text: str | None = None
-    """File of text; without it, the package's sample text."""
+    """A .txt or .jsonl file, a directory of text files, or the name or path of a data set; without
+    it, the package's sample text."""
+    text_field: str = "text"
+    """Field with the text in a data set or .jsonl file."""
+    text_split: str = "train"
+    """Split of a data set."""
+    rollouts: str | None = None
+    """File of rollout records, one JSON object a line, for data rollouts."""
+    max_sequences: Count = 4096
+    """Most sequences that are read or sampled."""
+    eval_sequences: CountOrZero = 8
+    """Sequences held out to measure perplexity beyond the first fold; 0: none."""
+    eval_every_steps: CountOrZero = 0
+    """Steps between two measurements; 0: only before the first step and after the last."""
+    teacher_top_k: CountOrZero = 0
+    """Classes of the teacher's distribution: its k best tokens, and all others as one; 0: exact."""
     temperature: Positive = 1.0
     """Temperature of both distributions."""
     sequence_tokens: Annotated[int, Field(ge=2)] = 2048
@@ -137,6 +153,8 @@ class DistillOptions(Section):
                 f"--distill.pin_tokens {self.pin_tokens} must be less than "
                 f"--distill.sequence_tokens {self.sequence_tokens}"
             )
+        if self.data == "rollouts" and self.rollouts is None:
+            raise ValueError("--distill.rollouts is missing: --distill.data rollouts reads a file")
         return self
 
 
