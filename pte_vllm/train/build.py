@@ -15,7 +15,7 @@ from pte_vllm.calibration import sample_sequences
 from pte_vllm.cli import parse_layers
 from pte_vllm.config import PTEConfig
 from pte_vllm.sample_text import SAMPLE_TEXT
-from pte_vllm.train.config import AdapterOptions, ModelOptions
+from pte_vllm.train.config_sections import AdapterOptions, ModelOptions
 from pte_vllm.train.modeling import PTEModel
 
 

@@ -1,40 +1,56 @@
-"""`pte-vllm train distill`: a warm start for an adapter, without rewards (see `distill_step`)."""
+"""`pte-vllm train distill`: a warm start for an adapter, without rewards (see `distill_step`).
+
+    OUT/run.toml        every option, defaults included
+    OUT/samples.jsonl   answers of the base model, with distill.data samples
+    OUT/checkpoints/    see `checkpoint`
+    OUT/metrics.jsonl   numbers by step, measurements on held-out sequences among them
+    OUT/distill.png     KL by step
+    OUT/adapter/        after the last step
+
+A run that was interrupted goes on from its newest checkpoint with the same command.
+"""
 
 from __future__ import annotations
 
-import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from transformers import AutoTokenizer
 
 from pte_vllm.sample_text import SAMPLE_TEXT
 from pte_vllm.train.build import build_model
-from pte_vllm.train.config import DistillRun, OptimizerOptions
+from pte_vllm.train.checkpoint import (
+    Checkpoints,
+    RunState,
+    adapter_directory,
+    read_state,
+    restore,
+)
+from pte_vllm.train.client import ServerError
+from pte_vllm.train.config import DistillRun
 from pte_vllm.train.distill_data import Example, batches, pack, read_rollouts, read_texts
 from pte_vllm.train.distill_samples import sample_answers
-from pte_vllm.train.distill_state import ADAPTER, Checkpoints, Metrics
 from pte_vllm.train.distill_step import Evaluation, evaluate, take_step
+from pte_vllm.train.loop import ADAPTER, OPTIONS_FILE, learning_rate
+from pte_vllm.train.metrics import MetricsLog, ProgressBar, series
 from pte_vllm.train.modeling import PTEModel
 
-SAMPLES_FILE = "samples.jsonl"
+SAMPLES_FILE, PLOT_FILE = "samples.jsonl", "distill.png"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `pte-vllm train distill [RUN.toml] [--section.option VALUE ...]`."""
-    train(DistillRun.parse(arguments, prog="pte-vllm train distill"))
+    run = DistillRun.parse(arguments, prog="pte-vllm train distill")
+    try:
+        train(run)
+    except (ServerError, FloatingPointError) as error:
+        print(f"pte-vllm: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -94,36 +110,33 @@ def hold_out(examples: Sequence[Example], count: int) -> tuple[list[Example], li
     )
 
 
-def learning_rate(options: OptimizerOptions, step: int) -> float:
-    """Of the step that follows `step` others: a linear warm-up, then the schedule."""
-    if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
-    done = (step - options.warmup_steps) / max(options.steps - options.warmup_steps, 1)
-    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return options.lr * shape[options.schedule]
-
-
-def train(run: DistillRun) -> Metrics:
-    """Distil, from the newest checkpoint on if there is one; returns what was measured.
+def train(run: DistillRun) -> list[dict[str, float]]:
+    """Distil, from the newest checkpoint on if there is one; returns the records of `metrics`.
 
     Raises:
         ValueError: naming the option, if one does not fit.
         OSError: if a file cannot be read or written.
+        ServerError: if answers are to be sampled, and the server refuses or stays away.
         FloatingPointError: if a gradient is not finite.
     """
     console = Console(stderr=True, highlight=False)
-    directory, options = run.run.directory, run.distill
+    directory = run.run.directory
     checkpoints = Checkpoints(directory, keep=run.run.keep_checkpoints)
-    done = _steps_done(run, checkpoints)
-    run.save(directory / "run.toml")
+    newest = checkpoints.newest()
+    if newest is not None and not run.run.resume:
+        raise ValueError(f"--run.out {run.run.out} holds checkpoints, and --run.resume is false")
+    done = read_state(newest).step if newest else 0
+    torch.manual_seed(run.run.seed)
     tokenizer = AutoTokenizer.from_pretrained(run.model.base)
-    examples, held_out = hold_out(load_examples(run, tokenizer, console), options.eval_sequences)
+    examples, held_out = hold_out(
+        load_examples(run, tokenizer, console), run.distill.eval_sequences
+    )
     console.print(f"{len(examples)} sequences to train on, {len(held_out)} held out")
     model = build_model(
         run.model,
         run.adapter,
         seed=run.run.seed,
-        start=checkpoints.adapter(done) if done else None,
+        start=adapter_directory(newest) if newest else None,
     )
     optimizer = torch.optim.AdamW(
         model.trainable_parameters(),
@@ -131,55 +144,46 @@ def train(run: DistillRun) -> Metrics:
         betas=run.optimizer.betas,
         weight_decay=run.optimizer.weight_decay,
     )
-    if done:
-        checkpoints.restore(done, optimizer)
+    run.save(directory / OPTIONS_FILE)
+    if newest:
+        restore(newest, optimizer)
         console.print(f"going on after step {done}")
-    metrics = Metrics(directory, step=done, tensorboard=run.run.tensorboard)
+    metrics = MetricsLog(directory, step=done, tensorboard=run.run.tensorboard)
     try:
-        _steps(run, model, optimizer, examples, held_out, checkpoints, metrics, done, console)
+        _run_steps(run, model, optimizer, examples, held_out, checkpoints, metrics, done, console)
     finally:
         metrics.close()
+        if metrics.records:
+            plot(metrics.records, directory / PLOT_FILE)
     model.save_pretrained(directory / ADAPTER)
-    plot(metrics, directory / "distill.png")
     console.print(f"wrote {directory / ADAPTER}", soft_wrap=True)
-    return metrics
+    return metrics.records
 
 
-def _steps_done(run: DistillRun, checkpoints: Checkpoints) -> int:
-    steps = checkpoints.steps()
-    if steps and not run.run.resume:
-        raise ValueError(
-            f"--run.out {run.run.out} holds checkpoints, and --run.resume is false; "
-            "give another directory"
-        )
-    return steps[-1] if steps else 0
-
-
-def _steps(
+def _run_steps(
     run: DistillRun,
     model: PTEModel,
     optimizer: torch.optim.Optimizer,
     examples: Sequence[Example],
     held_out: Sequence[Example],
     checkpoints: Checkpoints,
-    metrics: Metrics,
+    metrics: MetricsLog,
     done: int,
     console: Console,
 ) -> None:
     options, last = run.distill, run.optimizer.steps
-
-    def measure(step: int) -> None:
-        if not held_out:
-            return
-        found = evaluate(model, held_out, micro_batch_sequences=options.micro_batch_sequences)
-        metrics.add(step, {f"eval/{k}": v for k, v in found.as_metrics().items()})
-        console.print(_summary(step, found), soft_wrap=True)
-
-    if not done:
-        measure(0)
     stream = batches(examples, options.batch_sequences, seed=run.run.seed, start=done)
-    with _progress(console) as progress:
-        task = progress.add_task("distill", total=last, completed=done, shown="")
+    with ProgressBar(console, title="distill", done=done, total=last) as bar:
+
+        def measure(step: int) -> dict[str, float]:
+            if not held_out:
+                return {}
+            found = evaluate(model, held_out, micro_batch_sequences=options.micro_batch_sequences)
+            bar.note(f"step {step}: {describe(found)}")
+            return {f"eval/{name}": value for name, value in found.as_metrics().items()}
+
+        if not done:
+            metrics.add(0, measure(0))
         for step in range(done + 1, last + 1):
             rate, began = learning_rate(run.optimizer, step - 1), time.monotonic()
             for group in optimizer.param_groups:
@@ -194,55 +198,42 @@ def _steps(
                 teacher_top_k=options.teacher_top_k,
             )
             speed = report.tokens / (time.monotonic() - began)
-            if step % run.run.log_every_steps == 0 or step == last:
-                metrics.add(step, {**report.as_metrics(), "lr": rate, "tokens_per_s": speed})
-            progress.update(
-                task,
-                advance=1,
-                shown=f"KL {report.loss:.4f} · {report.folds} folds · {speed:.0f} tok/s",
-            )
+            values = {**report.as_metrics(), "lr": rate, "tokens_per_s": speed}
+            bar.update(step, values)
             every = options.eval_every_steps
             if step == last or (every and step % every == 0):
-                measure(step)
+                values |= measure(step)
+            if step == last or step % run.run.log_every_steps == 0 or "eval/tokens" in values:
+                metrics.add(step, values)
             if step == last or step % run.run.save_every_steps == 0:
-                checkpoints.save(step, model.adapter(), optimizer)
+                state = RunState(step=step, version=0, stream={})  # the step says which data
+                checkpoints.save(state, model.adapter(), optimizer)
 
 
-def _summary(step: int, found: Evaluation) -> str:
+def describe(found: Evaluation) -> str:
+    """One line."""
     full, window, student = found.perplexities
     return (
-        f"step {step}: perplexity beyond the first fold: full {full:.3f}, window {window:.3f}, "
-        f"student {student:.3f}; KL to full: window {found.kl_window:.4f}, "
-        f"student {found.kl_student:.4f} ({found.tokens} tokens)"
+        f"perplexity beyond the first fold: full {full:.3f}, window {window:.3f}, student "
+        f"{student:.3f}; KL to full: window {found.kl_window:.4f}, student "
+        f"{found.kl_student:.4f} ({found.tokens} tokens)"
     )
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}"),
-        console=console,
-    )
-
-
-def plot(metrics: Metrics, path: Path) -> None:
-    """The KL of every step, and the held-out KL of window and student."""
+def plot(records: Sequence[Mapping[str, float]], path: Path) -> None:
+    """KL of every step, and on held-out sequences that of window and student, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot(*metrics.series("loss"), color="tab:gray", linewidth=1, label="training batch")
+    axes.plot(*series(records, "kl"), color="tab:gray", linewidth=1, label="training batch")
     for name, label, color in (
         ("eval/kl_window", "held out: window only", "tab:red"),
         ("eval/kl_student", "held out: student", "tab:blue"),
     ):
-        axes.plot(*metrics.series(name), color=color, marker="o", label=label)
+        axes.plot(*series(records, name), color=color, marker="o", label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("KL to full attention, nats a token")
     axes.set_ylim(bottom=0)

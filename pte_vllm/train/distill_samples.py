@@ -10,8 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pte_vllm.train.client import RolloutClient
 from pte_vllm.train.config import DistillRun
+from pte_vllm.train.data import at_most, prompt_ids
+from pte_vllm.train.data_sources import open_stream
+from pte_vllm.train.loop import connect
 
 
 def sample_answers(run: DistillRun, tokenizer: Any, path: Path, console: Console) -> None:
@@ -24,9 +26,6 @@ def sample_answers(run: DistillRun, tokenizer: Any, path: Path, console: Console
         ValueError: if there is no question, or it is too long.
         ServerError: if the server refuses or stays away.
     """
-    from pte_vllm.train.data import at_most, prompt_ids
-    from pte_vllm.train.data_sources import open_stream
-
     assert run.data is not None
     group_size = run.sampling.group_size
     keep = at_most(run.data.max_prompt_tokens, tokenizer)
@@ -36,15 +35,9 @@ def sample_answers(run: DistillRun, tokenizer: Any, path: Path, console: Console
     prompts = [prompt_ids(problem, tokenizer) for problem in problems]
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    key = os.environ.get(run.server.api_key_env) if run.server.api_key_env else None
     columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        RolloutClient(
-            run.server.url,
-            api_key=key,
-            timeout_s=run.server.timeout_s,
-            retry_s=run.server.retry_s,
-        ) as client,
+        connect(run.server) as client,
         draft.open("w", encoding="utf-8") as file,
         Progress(*columns, console=console) as progress,
     ):

@@ -31,15 +31,16 @@ from pte_vllm.train.teacher import CHUNK_TOKENS, Teacher, ask_teacher
 class StepReport:
     """One optimizer step."""
 
-    loss: float
-    """Mean KL in nats, before the step."""
+    kl: float
+    """Mean KL to the teacher, in nats, before the step: the loss."""
     grad_norm: float
     """Before clipping."""
     wanted_tokens: int
     """Tokens with a loss."""
     tokens: int
     """All tokens of the batch."""
-    folds: int
+    folds: float
+    """Mean per sequence."""
 
     def as_metrics(self) -> dict[str, float]:
         return asdict(self)
@@ -84,11 +85,11 @@ def accumulate_gradient(
         folds += sum(len(f) for f in result.folds)
     gradients = [p.grad for p in model.trainable_parameters() if p.grad is not None]
     return StepReport(
-        loss=loss,
+        kl=loss,
         grad_norm=float(torch.nn.utils.get_total_norm(gradients)),
         wanted_tokens=wanted_tokens,
         tokens=sum(len(example.tokens) for example in examples),
-        folds=folds,
+        folds=folds / len(examples),
     )
 
 

@@ -97,9 +97,10 @@ class PTEModel(nn.Module):
     # -- attaching --------------------------------------------------------------------------------
 
     def _attach(self, adapter: Adapter) -> None:
+        # Sorted, so that an optimizer's state fits whether the adapter was made or loaded.
         used = [
             name
-            for name in adapter.lora_a
+            for name in sorted(adapter.lora_a)
             if adapter.pte is None or layer_of(name) in adapter.encoders
         ]
         for name in used:  # all are looked for before the first is changed
