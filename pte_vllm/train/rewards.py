@@ -21,7 +21,8 @@ Reward = Callable[[Problem, str, Sequence[int]], float]
 MAX_ANSWER_CHARS = 1000
 """Longer final answers are wrong: no answer is that long, and parsing would take for ever."""
 _MAX_BOXES = 16
-_ANSWER_LINE = re.compile(r"\banswer\b[* ]*(?:is\b)?[* ]*:[* ]*([^\n]+)", re.IGNORECASE)
+_ANSWER_LINE = re.compile(r"\banswer\b[* ]{0,4}(?:is\b[* ]{0,4})?:([^\n]+)", re.IGNORECASE)
+"""Bounded repeats: two open-ended ones in a row would take n² on a run of spaces."""
 
 
 def score(problem: Problem, text: str, ids: Sequence[int]) -> float:
@@ -110,7 +111,7 @@ def final_answer(text: str) -> str | None:
         return None
     answer = max(found)[1]
     answer = last_boxed(answer) or last_tagged(answer) or answer
-    answer = answer.strip().strip("*").removesuffix(".").strip()
+    answer = answer.strip(" \t\r\n*").removesuffix(".").strip()
     for mark_ in ("$$", "$"):
         if len(answer) > 2 * len(mark_) and answer.startswith(mark_) and answer.endswith(mark_):
             answer = answer[len(mark_) : -len(mark_)].strip()

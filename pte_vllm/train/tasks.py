@@ -82,7 +82,7 @@ class Sample:
 
 
 Body = tuple[list[int], list[list[int]], set[int]]
-"""Tokens up to the last fact asked; questions as nodes `[asked, answer, ...]`; keys of the facts."""
+"""Tokens up to the last fact asked; questions as nodes `[asked, answer, ...]`; their keys."""
 
 
 def _recall(rng: random.Random, facts: int) -> Body:

@@ -204,7 +204,7 @@ def test_broken_pushes_change_nothing(
     assert "files that arrived" in _put(server, work, sha256="0" * 64).text
     assert "version must be" in _put(server, work, version="0").text
     assert _put(server, work, "paper", version="2").status_code == 409  # 2 has other files
-    (work / "adapter_model.bin").write_bytes(b"pickled")
+    (work / LORA_FILE).rename(work / "adapter_model.bin")
     assert "unexpected part" in _put(server, work).text
     no_key = httpx.put(f"{server.url}/pte/v1/adapters/broken", timeout=30)
     assert no_key.status_code == 401

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -128,6 +130,12 @@ def client(script: Script) -> Iterator[RolloutClient]:
 
 
 PROMPTS = [[5, 6, 7], [8, 9]]
+
+
+def test_imports_neither_vllm_nor_torch() -> None:
+    code = "import sys, pte_vllm.train.client; print(*{'vllm', 'torch'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_resumes_with_what_is_missing(script: Script, client: RolloutClient) -> None:

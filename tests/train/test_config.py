@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pte_vllm.train.config import DistillRun, GrpoRun
-from pte_vllm.train.config_io import RunOptions
+from pte_vllm.train.config_io import RunOptions, _option_names
 
 PROG = "pte-vllm train grpo"
 BASE = """
@@ -246,3 +246,13 @@ assert not heavy, heavy
         assert part in done.stdout
     # Processor time, as the machine may be busy with other tests.
     assert after.ru_utime - before.ru_utime < 1.0
+
+
+def test_the_manual_lists_every_option_in_its_section() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    _, *parts = text.split("**`[")
+    tables = {part.partition("]")[0]: part for part in parts}
+    for cls in (GrpoRun, DistillRun):
+        for dotted in _option_names(cls):
+            section, _, option = dotted.partition(".")
+            assert f"\n| `{option}` |" in tables[section], dotted

@@ -20,7 +20,6 @@ from pte_vllm.calibration import Spans
 from pte_vllm.config import PTEConfig
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.batch import Batch
-from pte_vllm.train.experiments.memory_base import collate
 from pte_vllm.train.modeling import PTEModel
 from pte_vllm.train.replay import Backward, Scores, replay
 from pte_vllm.train.tasks import PIN_TOKENS, TASKS, Sample, sample_batch
@@ -105,7 +104,8 @@ def make_adapter(base: Any, arm: Arm, budget: Budget, seed: int) -> Adapter | No
     gap = max(budget.gap_tokens)
     samples = sample_batch(rng, 32, gap_tokens=(gap, gap), facts=budget.eval_facts)
     tokens = min(len(sample.ids) for sample in samples)
-    ids = collate([replace(s, ids=s.ids[:PIN_TOKENS] + s.ids[PIN_TOKENS - tokens :]) for s in samples])[0]
+    # All end with their questions: cut the longer ones after the instruction.
+    ids = torch.tensor([s.ids[:PIN_TOKENS] + s.ids[PIN_TOKENS - tokens :] for s in samples])
     adapter = init_adapter(
         base,
         ids,
@@ -117,9 +117,7 @@ def make_adapter(base: Any, arm: Arm, budget: Budget, seed: int) -> Adapter | No
     )
     if arm.adapter == "lora":
         return replace(adapter, pte=None, encoders={})
-    encoders = {
-        i: replace(e, gain=e.gain * arm.gain) for i, e in adapter.encoders.items()
-    }
+    encoders = {i: replace(e, gain=e.gain * arm.gain) for i, e in adapter.encoders.items()}
     return replace(adapter, encoders=encoders)
 
 
@@ -155,12 +153,16 @@ def train(
         )
         batch = batch_of(samples, arm.window_tokens)
         answers = int(batch.wanted.sum())
+
+        def mean_loss(scores: Scores, answers: int = answers) -> Tensor:
+            return -scores.logprobs.sum() / answers
+
         optimizer.zero_grad(set_to_none=True)
         loss = replay(
             model,
             batch,
             backward=arm.backward,
-            loss=lambda scores, n=answers: -scores.logprobs.sum() / n,
+            loss=mean_loss,
         ).loss
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -176,7 +178,9 @@ def accuracy(
 ) -> float:
     """Share of right answers on sequences that no training saw; the same for every arm."""
     rng = random.Random(f"eval {task} {gap_tokens} {facts}")
-    samples = sample_batch(rng, size, gap_tokens=(gap_tokens, gap_tokens), tasks=[task], facts=facts)
+    samples = sample_batch(
+        rng, size, gap_tokens=(gap_tokens, gap_tokens), tasks=[task], facts=facts
+    )
     batch = batch_of(samples, arm.window_tokens)
     right: list[Tensor] = []
 
