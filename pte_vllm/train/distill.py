@@ -127,7 +127,9 @@ def train(run: DistillRun) -> list[dict[str, float]]:
         raise ValueError(f"--run.out {run.run.out} holds checkpoints, and --run.resume is false")
     done = read_state(newest).step if newest else 0
     torch.manual_seed(run.run.seed)
-    tokenizer = AutoTokenizer.from_pretrained(run.model.base)
+    # Questions of the memory tasks are token ids, and their models have no tokenizer.
+    needs_none = run.distill.data == "samples" and run.data and run.data.source == "memory"
+    tokenizer = None if needs_none else AutoTokenizer.from_pretrained(run.model.base)
     examples, held_out = hold_out(
         load_examples(run, tokenizer, console), run.distill.eval_sequences
     )

@@ -32,7 +32,6 @@ def sample_answers(run: DistillRun, tokenizer: Any, path: Path, console: Console
     problems = open_stream(run.data, keep=keep).take(
         max(1, run.distill.max_sequences // group_size)
     )
-    prompts = [prompt_ids(problem, tokenizer) for problem in problems]
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -41,17 +40,25 @@ def sample_answers(run: DistillRun, tokenizer: Any, path: Path, console: Console
         draft.open("w", encoding="utf-8") as file,
         Progress(*columns, console=console) as progress,
     ):
-        task = progress.add_task("sampling", total=len(prompts) * group_size)
-        for rollout in client.rollouts(
-            prompts,
-            n=group_size,
-            sampling={
-                "temperature": run.sampling.temperature,
-                "max_tokens": run.sampling.max_tokens,
-                "seed": run.run.seed,
-            },
-            window_tokens=0,
-        ):
-            file.write(json.dumps(rollout.to_json()) + "\n")
-            progress.advance(task)
+        task = progress.add_task("sampling", total=len(problems) * group_size)
+        for pin_tokens in sorted({problem.pin_tokens for problem in problems}, key=_unset_first):
+            chosen = [(i, p) for i, p in enumerate(problems) if p.pin_tokens == pin_tokens]
+            for rollout in client.rollouts(
+                [prompt_ids(problem, tokenizer) for _, problem in chosen],
+                n=group_size,
+                sampling={
+                    "temperature": run.sampling.temperature,
+                    "max_tokens": run.sampling.max_tokens,
+                    "seed": run.run.seed,
+                },
+                window_tokens=0,
+                pin_tokens=pin_tokens,
+                group_ids=[str(i) for i, _ in chosen],
+            ):
+                file.write(json.dumps(rollout.to_json()) + "\n")
+                progress.advance(task)
     draft.replace(path)
+
+
+def _unset_first(pin_tokens: int | None) -> int:
+    return -1 if pin_tokens is None else pin_tokens
