@@ -20,7 +20,6 @@ from pte_vllm.calibration import Spans
 from pte_vllm.config import PTEConfig
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.batch import Batch
-from pte_vllm.train.experiments.memory_base import collate
 from pte_vllm.train.modeling import PTEModel
 from pte_vllm.train.replay import Backward, Scores, replay
 from pte_vllm.train.tasks import PIN_TOKENS, TASKS, Sample, sample_batch
@@ -105,7 +104,8 @@ def make_adapter(base: Any, arm: Arm, budget: Budget, seed: int) -> Adapter | No
     gap = max(budget.gap_tokens)
     samples = sample_batch(rng, 32, gap_tokens=(gap, gap), facts=budget.eval_facts)
     tokens = min(len(sample.ids) for sample in samples)
-    ids = collate([replace(s, ids=s.ids[:PIN_TOKENS] + s.ids[PIN_TOKENS - tokens :]) for s in samples])[0]
+    # All end with their questions: cut the longer ones after the instruction.
+    ids = torch.tensor([s.ids[:PIN_TOKENS] + s.ids[PIN_TOKENS - tokens :] for s in samples])
     adapter = init_adapter(
         base,
         ids,
