@@ -31,6 +31,7 @@ from pte_vllm.ops.reference import LayerEncoder
 CONFIG_FILE = "adapter_config.json"
 LORA_FILE = "adapter_model.safetensors"
 ENCODER_FILE = "pte_encoder.safetensors"
+FILES = (CONFIG_FILE, LORA_FILE, ENCODER_FILE)
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _LORA_KEY = re.compile(
@@ -183,6 +184,8 @@ class Adapter:
             if self.pte is not None:
                 _expect(lora_file, f"{module} lora_A rows", a.shape[0], self.pte.global_tokens)
                 _expect(lora_file, f"{module} lora_B columns", b.shape[1], self.pte.rank)
+            else:
+                _expect(lora_file, f"{module} lora_B columns", b.shape[1], a.shape[0])
             layer = layer_of(module)
             if self.pte is not None and layer not in self.encoders:
                 raise AdapterError(f"{lora_file}: {module} has no encoder in {ENCODER_FILE}")
@@ -253,9 +256,18 @@ def layer_of(module: str) -> int | None:
 
 def file_hashes(path: str | Path) -> dict[str, str]:
     """SHA-256 of each file of the adapter, by name."""
-    names = (CONFIG_FILE, LORA_FILE, ENCODER_FILE)
-    files = [Path(path) / name for name in names]
+    files = [Path(path) / name for name in FILES]
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()}
+
+
+def content_hash(hashes: Mapping[str, str]) -> str:
+    """One SHA-256 for an adapter: of the lines `name:sha256` of its files, sorted, LF after each.
+
+    Args:
+        hashes: what `file_hashes` returns.
+    """
+    lines = "".join(f"{name}:{hashes[name]}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _expect(where: Path, what: str, found: int, wanted: int) -> None:

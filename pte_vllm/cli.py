@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from pte_vllm import __version__
-from pte_vllm.config import EngineConfig, PTEConfig
+from pte_vllm.config import EngineConfig, PTEConfig, ServiceConfig
 from pte_vllm.types import INITS, KEYS, NORMALIZES, READS, RULES
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         # These read their own arguments: argparse would take or reorder what is not its own.
-        own = {"serve": _serve, "demo": _demo, "bench": _bench}.get(args[0] if args else "")
+        commands = {"serve": _serve, "train": _train, "demo": _demo, "bench": _bench}
+        own = commands.get(args[0] if args else "")
         if own is not None:
             return own(args[1:])
         options = _parser().parse_args(args)
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Listed for --help only: `main` takes these before argparse sees them.
     commands.add_parser("serve", help="start the OpenAI-compatible server", add_help=False)
+    commands.add_parser("train", help="train adapters: grpo, distill, ...", add_help=False)
     commands.add_parser("demo", help="watch chats with and without a window", add_help=False)
     commands.add_parser("bench", help="measure speed against vLLM as it is", add_help=False)
     adapter = commands.add_parser("adapter", help="make or check an adapter")
@@ -88,7 +90,8 @@ def _serve_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pte-vllm serve",
         usage="pte-vllm serve MODEL [--pte-window N] [--pte-evict-ratio F] "
-        "[--pte-max-prompt-tokens N] [any vllm serve flag ...]",
+        "[--pte-max-prompt-tokens N] [--pte-spool DIR] [--pte-keep-versions N] "
+        "[any vllm serve flag ...]",
         description="vLLM's OpenAI-compatible server, with a KV cache of fixed size per sequence.",
         epilog=_SERVE_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -119,6 +122,20 @@ def _serve_parser() -> argparse.ArgumentParser:
         help="most tokens a request may pin; a smaller bound lets more sequences run at once "
         "(default: only vLLM's --max-model-len bounds them)",
     )
+    parser.add_argument(
+        "--pte-spool",
+        default=ServiceConfig.spool,
+        metavar="DIR",
+        help="directory that keeps adapters pushed over HTTP across restarts; one server at a time "
+        "(default: one per model and port in the user's cache)",
+    )
+    parser.add_argument(
+        "--pte-keep-versions",
+        type=int,
+        default=ServiceConfig.keep_versions,
+        metavar="N",
+        help="newest versions of a pushed adapter that stay (default: %(default)s)",
+    )
     return parser
 
 
@@ -136,9 +153,10 @@ def _serve(args: list[str]) -> int:
         evict_ratio=options.pte_evict_ratio,
         max_prompt_tokens=options.pte_max_prompt_tokens,
     )
+    service = ServiceConfig(spool=options.pte_spool, keep_versions=options.pte_keep_versions)
     from pte_vllm.serve import serve
 
-    serve(rest[0], config, rest[1:])
+    serve(rest[0], config, rest[1:], service)
     return 0
 
 
@@ -146,6 +164,12 @@ def _demo(args: list[str]) -> int:
     from pte_vllm.demo import main as run_demo
 
     return run_demo(args) or 0
+
+
+def _train(args: list[str]) -> int:
+    from pte_vllm.train.cli import main as run_train
+
+    return run_train(args)
 
 
 def _bench(args: list[str]) -> int:

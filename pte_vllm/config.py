@@ -135,6 +135,20 @@ class EngineConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """Options of the routes under `/pte/v1`; they stay in the API server's process."""
+
+    spool: str | None = None
+    """`--pte-spool`: directory that keeps pushed adapters; None: one in the user's cache."""
+    keep_versions: int = 3
+    """`--pte-keep-versions`: newest versions of a pushed adapter that stay; older ones leave."""
+
+    def __post_init__(self) -> None:
+        if self.keep_versions < 1:
+            raise ValueError(f"--pte-keep-versions must be positive, got {self.keep_versions}")
+
+
 REQUEST_OPTIONS = ("pte_window", "pte_pin_tokens", "pte_update")
 
 

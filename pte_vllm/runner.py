@@ -217,6 +217,7 @@ class PTERunnerMixin:
             "block_size": self.pte_block_size,
             "usable_blocks": self.pte_report.usable_blocks,
             "free_blocks": self.pte_report.free_blocks,
+            "adapters_in_use": list(self.pte_report.adapters),
             "running": [s.summary(request_id) for request_id, s in pool.sequences.items()],
             "finished": list(pool.finished),
         }

@@ -93,10 +93,12 @@ class PTESchedulerMixin:
             request.request_id: manager.num_held_blocks(request.request_id)
             for request in self.running
         }
+        adapters = {r.lora_request.lora_name for r in self.requests.values() if r.lora_request}
         return PoolReport(
             usable_blocks=pool.num_gpu_blocks - 1,  # block 0 is vLLM's null block
             free_blocks=pool.get_num_free_blocks(),
             held_blocks=held,
+            adapters=tuple(sorted(adapters)),
             errors=tuple(errors),
         )
 

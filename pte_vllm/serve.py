@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pte_vllm.config import EngineConfig
+from pte_vllm.config import EngineConfig, ServiceConfig
 
 SCHEDULER_CLS = "pte_vllm.scheduler.make_scheduler"
 
@@ -36,13 +36,19 @@ def engine_args(engine: EngineConfig) -> dict[str, Any]:
     return args
 
 
-def serve(model: str, engine: EngineConfig, vllm_args: list[str]) -> None:
+def serve(
+    model: str,
+    engine: EngineConfig,
+    vllm_args: list[str],
+    service: ServiceConfig | None = None,
+) -> None:
     """Run the server until it is stopped.
 
     Args:
         model: name or directory, vLLM's positional argument.
         engine: PTE's options.
         vllm_args: any of `vllm serve`'s flags.
+        service: options of our routes.
 
     Raises:
         ValueError: naming the flag, if a combination is not supported.
@@ -59,7 +65,9 @@ def serve(model: str, engine: EngineConfig, vllm_args: list[str]) -> None:
     cli_env_setup()
     parser = FlexibleArgumentParser(prog="pte-vllm")
     command = ServeSubcommand()
-    command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    flags = command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    # Rollouts report log-probs of the distribution that was sampled from, after the temperature.
+    flags.set_defaults(logprobs_mode="processed_logprobs")
     args = parser.parse_args(["serve", model, *vllm_args])
     for name in ("scheduler_cls", "attention_backend"):
         given = getattr(args, name, None)
@@ -68,6 +76,7 @@ def serve(model: str, engine: EngineConfig, vllm_args: list[str]) -> None:
     overrides["additional_config"] |= getattr(args, "additional_config", None) or {}
     for name, value in overrides.items():
         setattr(args, name, value)
+    args.pte_service = service or ServiceConfig()  # vLLM hands `args` to the endpoint plugin
     check_serve_args(args, engine)
     command.validate(args)
     command.cmd(args)

@@ -26,5 +26,7 @@ class PoolReport:
     free_blocks: int
     held_blocks: dict[str, int] = field(default_factory=dict)
     """By request: blocks of the pool it holds. Shared prefix blocks count for each holder."""
+    adapters: tuple[str, ...] = ()
+    """Names of the adapters that running and waiting requests use, sorted."""
     errors: tuple[str, ...] = ()
     """What `check_integrity` found wrong."""

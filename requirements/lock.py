@@ -24,6 +24,7 @@ from pip._vendor.packaging.utils import canonicalize_name
 
 FOLDER = Path(__file__).resolve().parent
 CPU_LEAVES_OUT = {"torchvision", "torchaudio", "torchcodec"}
+FROM_SOURCE = "cellpylib,pycosat,zss"  # reasoning-gym needs them; PyPI has no wheels of them
 TORCH_CUDA = "torch===2.13.0"  # === never matches a build with a local version such as +cpu
 
 TITLES = {
@@ -39,7 +40,8 @@ def resolve(requirements: list[str], *, no_deps: bool = False) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "-qq", "--dry-run"]
-        command += ["--ignore-installed", "--only-binary", ":all:", "--report", str(report)]
+        command += ["--ignore-installed", "--only-binary", ":all:", "--no-binary", FROM_SOURCE]
+        command += ["--report", str(report)]
         command += ["--no-deps"] * no_deps + requirements
         if subprocess.run(command).returncode:
             raise SystemExit("lock.py: pip found no solution (see above)")

@@ -20,30 +20,33 @@ from vllm.lora.utils import get_adapter_absolute_path
 from pte_vllm import __version__
 from pte_vllm.adapter import AdapterError, ModelShape, load_for_engine
 from pte_vllm.config import REQUEST_OPTIONS, EngineConfig
+from pte_vllm.server import adapter_routes, rollouts
+from pte_vllm.server.auth import Keys, may_use
+from pte_vllm.server.state import make_service, service
 from pte_vllm.types import RULES
 
-router = APIRouter(prefix="/pte/v1", tags=["pte"])
+router = APIRouter()
 
 
 def _engine(request: Request) -> EngineClient:
-    client = getattr(request.app.state, "pte_engine_client", None)
-    if client is None:
-        raise HTTPException(503, "this server runs without PTE; start it with `pte-vllm serve`")
-    return client
+    return service(request).engine
 
 
 @router.get("/info")
 async def info(request: Request) -> dict[str, Any]:
     """The method, the default plan and the limits of this server."""
-    config = _engine(request).vllm_config
-    engine = EngineConfig.from_vllm(config)
-    assert engine is not None
+    state = service(request)
+    config, engine = state.engine.vllm_config, state.config
     return {
         "version": __version__,
         "paper": "arXiv 2602.16839",
         "plan": {**engine.to_dict(), "block_size": config.cache_config.block_size},
         "request_options": list(REQUEST_OPTIONS),
         "rules": list(RULES),
+        "logprobs_mode": config.model_config.logprobs_mode,
+        "adapters": {
+            name: state.registry.summary(name)["newest"] for name in state.registry.names()
+        },
         "max_model_len": config.model_config.max_model_len,
         "max_lora_rank": config.lora_config.max_lora_rank if config.lora_config else None,
     }
@@ -82,7 +85,10 @@ class PTEEndpointPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        app.include_router(router)
+        for ours in (router, adapter_routes.router, rollouts.router):
+            app.include_router(
+                ours, prefix="/pte/v1", tags=["pte"], dependencies=[Depends(may_use)]
+            )
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
             app.post(
                 "/v1/load_lora_adapter",
@@ -93,5 +99,9 @@ class PTEEndpointPlugin:
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        if engine_client is not None and EngineConfig.from_vllm(engine_client.vllm_config):
-            state.pte_engine_client = engine_client
+        state.pte_keys = Keys(args)
+        config = EngineConfig.from_vllm(engine_client.vllm_config) if engine_client else None
+        if engine_client is not None and config is not None:
+            found = make_service(engine_client, config, state.openai_serving_models, args)
+            await found.registry.restore()
+            state.pte_service = found

@@ -174,9 +174,9 @@ def rotate_half(x: Tensor) -> Tensor:
 def unrotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Undo RoPE ("half" layout, as Llama and Qwen) on cached keys.
 
-    `k: [*, m, H, D]`; `cos, sin: [*, m, rotary_dim / 2]` as the model applied them, attention scaling
-    included: dividing by cos² + sin² undoes a scaled rotation too. Dimensions past `rotary_dim`
-    are untouched.
+    `k: [*, m, H, D]`; `cos, sin: [*, m, rotary_dim / 2]` as the model applied them, attention
+    scaling included: dividing by cos² + sin² undoes a scaled rotation too. Dimensions past
+    `rotary_dim` are untouched.
     """
     rotary_dim = 2 * cos.shape[-1]
     cos2 = torch.cat((cos, cos), -1)[..., None, :]

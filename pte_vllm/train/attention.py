@@ -46,7 +46,7 @@ def _xformers_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`query: [B, heads, n, D]`, `key, value: [B, KV heads, t, D]`, additive mask `[B, 1, n, t]`."""
+    """`query: [B, heads, n, D]`, `key, value: [B, KV heads, t, D]`, mask `[B, 1, n, t]`, added."""
     from xformers.ops import memory_efficient_attention
 
     group = query.shape[1] // key.shape[1]
@@ -62,9 +62,7 @@ def _xformers_attention(
     return memory_efficient_attention(q, k, v, attn_bias=bias, scale=scaling), None
 
 
-def attention_mask(
-    visible: Tensor, implementation: str, dtype: torch.dtype
-) -> Tensor:
+def attention_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
     """`visible: [B, n, t]` bool in the form an implementation takes: `[B, 1, n, t]`."""
     if implementation == "sdpa":
         return visible[:, None]

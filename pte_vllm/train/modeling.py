@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
@@ -59,7 +59,7 @@ class PTEModel(nn.Module):
         """`[L, B, G, r]` of the segment that runs; the replay sets it."""
         self.gradient_checkpointing = gradient_checkpointing
         self._peft = adapter.peft if adapter is not None else {}
-        self._lora: dict[str, LoraLayer] = {}
+        self._lora: dict[str, Any] = {}  # of LoraLayer, by module
         self._tuner: LoraModel | None = None
         self._encoder = nn.ParameterDict()
         self._layer_forwards: list[tuple[nn.Module, Any]] = []
@@ -86,9 +86,10 @@ class PTEModel(nn.Module):
             AdapterError: if the adapter is broken or does not fit the model.
         """
         device = torch.device(device)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, attn_implementation=resolve_attention(attention, device)
-        ).to(device)
+        )
+        model.to(device)
         if isinstance(adapter, str | Path):
             adapter = Adapter.load(adapter, ModelShape.from_hf(model.config))
         return cls(model, adapter, gradient_checkpointing=gradient_checkpointing)
@@ -96,9 +97,10 @@ class PTEModel(nn.Module):
     # -- attaching --------------------------------------------------------------------------------
 
     def _attach(self, adapter: Adapter) -> None:
+        # Sorted, so that an optimizer's state fits whether the adapter was made or loaded.
         used = [
             name
-            for name in adapter.lora_a
+            for name in sorted(adapter.lora_a)
             if adapter.pte is None or layer_of(name) in adapter.encoders
         ]
         for name in used:  # all are looked for before the first is changed

@@ -165,7 +165,7 @@ def _replay(run: _Run, chunk_tokens: int | None) -> ReplayResult:
         for first, last in _chunks(start, end, chunk_tokens):
             _segment(run, columns, first, last, folded * plan.block_size)
     if run.backward == "full" and run.total is not None:
-        run.total.backward()  # type: ignore[no-untyped-call]
+        run.total.backward()
     run.chain.backward()
     return ReplayResult(
         logprobs=batch.by_token(columns),
@@ -245,11 +245,9 @@ def _score(run: _Run, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         if run.loss is None:
             continue
         tokens = targets[part] - run.batch.left[rows[part]]
-        loss = run.loss(
-            Scores(logits=logits, logprobs=logprobs, rows=rows[part], tokens=tokens)
-        )
+        loss = run.loss(Scores(logits=logits, logprobs=logprobs, rows=rows[part], tokens=tokens))
         if segments:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             loss = loss.detach()
         run.total = loss if run.total is None else run.total + loss
     if segments and leaf.grad is not None and hidden.requires_grad:

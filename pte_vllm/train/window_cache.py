@@ -40,7 +40,7 @@ class WindowLayer(DynamicLayer):
 class WindowCache(Cache):
     """All layers; made anew for each replay."""
 
-    layers: list[WindowLayer]
+    layers: list[Any]  # of WindowLayer; the parent's declaration allows any kind
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=WindowLayer)

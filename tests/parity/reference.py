@@ -32,12 +32,14 @@ def replayed(
     *,
     rule: str | None = None,
     dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """Log-prob of every token after the first, `[T - 1]`."""
     loaded = None if adapter is None else Adapter.load(adapter)
     attached = PTEModel(_model(model, dtype), loaded)
     try:
-        return log_probs(attached, tokens, plan, rule=rule).logprobs[0, 1:]
+        found = log_probs(attached, tokens, plan, rule=rule, temperature=temperature)
+        return found.logprobs[0, 1:]
     finally:
         attached.detach()
 

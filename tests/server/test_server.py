@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -22,32 +15,10 @@ import torch
 from pte_vllm.plan import FoldPlan
 from tests.engine import BLOCK
 from tests.parity.reference import TOLERANCE, replayed
+from tests.server.serving import NUM_BLOCKS, WINDOW, Server
 from tests.support import random_tokens
 
-WINDOW = 4 * BLOCK
-
-
-@dataclass
-class Server:
-    url: str
-    model: Path
-    adapters: dict[str, Path]
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def get(self, path: str) -> dict:
-        return httpx.get(self.url + path, timeout=30).raise_for_status().json()
-
-    def wait_idle(self) -> dict:
-        """The pool once nothing runs; the worker hears of the last request one step later."""
-        for _ in range(100):
-            report = self.get("/pte/v1/requests")
-            if not report["running"] and report["free_blocks"] == report["usable_blocks"]:
-                return report
-            time.sleep(0.1)
-        raise AssertionError(f"not idle: {report}")
+TEMPERATURE = 0.8
 
 
 @pytest.fixture(scope="module")
@@ -62,57 +33,12 @@ def server(
         "ridge": adapters(model, rank=8, rule="ridge"),
         "plain": adapters(model, plain=True, rank=8),
     }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    flags = [
-        *("--pte-window", str(WINDOW), "--pte-max-prompt-tokens", "512"),
-        *("--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--block-size", str(BLOCK), "--max-model-len", "4096"),
-        *("--num-gpu-blocks-override", "121", "--kv-cache-memory-bytes", str(2**28)),
-        *("--max-num-seqs", "32", "--enforce-eager", "--max-logprobs", "5"),
-        *("--enable-lora", "--max-lora-rank", "8", "--max-loras", "4"),
-        *("--lora-modules", *(f"{name}={path}" for name, path in served.items())),
-    ]
-    environment = {
-        **os.environ,
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-    }
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pte_vllm", "serve", str(model), *flags],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    server = Server(f"http://127.0.0.1:{port}", model, served)
-    try:
-        _wait_healthy(server, process, log)
+    directory = tmp_path_factory.mktemp("server")
+    flags = ["--pte-spool", str(directory / "spool")]
+    with Server(model, served, log=directory / "log", flags=flags) as server:
+        server.wait_ready()
         yield server
         server.wait_idle()
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _wait_healthy(server: Server, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            if httpx.get(f"{server.url}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(log.read_text()[-3000:])
 
 
 def _complete(server: Server, model: str, prompt: list[int], tokens: int, **options: object):
@@ -120,7 +46,7 @@ def _complete(server: Server, model: str, prompt: list[int], tokens: int, **opti
         model=model,
         prompt=prompt,
         max_tokens=tokens,
-        temperature=0.8,
+        temperature=TEMPERATURE,
         logprobs=0,
         seed=3,
         extra_body={"ignore_eos": True, "return_token_ids": True, "vllm_xargs": options},
@@ -136,7 +62,12 @@ def _check(server: Server, model: str, prompt: list[int], response, **options: o
     )
     tokens = [*prompt, *choice.token_ids]
     expected = replayed(
-        server.model, server.adapters.get(model), tokens, plan, rule=options.get("pte_update")
+        server.model,
+        server.adapters.get(model),
+        tokens,
+        plan,
+        rule=options.get("pte_update"),
+        temperature=TEMPERATURE,  # log-probs are those of the sampled distribution
     )
     found = torch.tensor(choice.logprobs.token_logprobs)
     worst = (found - expected[len(prompt) - 1 :]).abs().max().item()
@@ -277,7 +208,7 @@ def test_disconnects_leave_nothing_behind(server: Server) -> None:
                 prompt=kept,
                 max_tokens=length,
                 logprobs=0,
-                temperature=0.8,
+                temperature=TEMPERATURE,
                 extra_body={"ignore_eos": True, "return_token_ids": True},
             )
 
@@ -287,4 +218,4 @@ def test_disconnects_leave_nothing_behind(server: Server) -> None:
     for response in asyncio.run(run()):
         _check(server, "ridge", kept, response)
     report = server.wait_idle()
-    assert report["free_blocks"] == report["usable_blocks"] == 120
+    assert report["free_blocks"] == report["usable_blocks"] == NUM_BLOCKS

@@ -1,0 +1,1 @@
+"""What `pte-vllm train experiment` runs: does an adapter learn to remember?"""

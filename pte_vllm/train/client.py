@@ -1,0 +1,362 @@
+"""HTTP client of a `pte-vllm serve`: rollouts and scores in, adapter versions out.
+
+What a server that restarts, is busy or goes away can do to a request is handled here, so that a
+training loop sees records only, or one error that says what is wrong. Never imports vllm.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from pte_vllm.plan import FoldPlan
+from pte_vllm.train.rollout import Rollout
+from pte_vllm.train.transport import ServerError, Transport, Unavailable, bearer, error_of
+
+if TYPE_CHECKING:
+    from pte_vllm.adapter import Adapter
+
+__all__ = ["RolloutClient", "RolloutMismatch", "ServerError"]
+
+
+class RolloutMismatch(ValueError):
+    """A record is malformed or not what was asked for; never train on it."""
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """Samples of one question that are still to come."""
+
+    prompt: list[int] | str
+    missing: set[int]
+    pin_tokens: int | None = None
+    """None: the prompt."""
+    answer: list[int] | None = None
+    """The given completion, where it is scored."""
+
+
+@dataclass(kw_only=True)
+class _Request:
+    """A request that may take several attempts; `body` makes one of what is missing."""
+
+    path: str
+    groups: dict[str, _Group]
+    body: Callable[[dict[str, _Group]], dict[str, Any]]
+    window_tokens: int | None
+    adapter: str | None
+    lines: Iterator[str] | None = None
+    """Of the answer that is being read."""
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def missing(self) -> dict[str, _Group]:
+        return {group_id: group for group_id, group in self.groups.items() if group.missing}
+
+    def close(self) -> None:
+        self.stack.close()
+        self.lines = None
+
+
+class RolloutClient:
+    """Talks to one server.
+
+    Failed connections and answers 429, 502, 503 and 504 are tried again with exponential back-off,
+    after `Retry-After` where the server sends it, until nothing has come for `retry_s`. Any other
+    refusal raises ServerError at once.
+
+    Args:
+        base_url: such as `http://localhost:8000`.
+        api_key: the server's `--api-key`, if it has one.
+        admin_key: its PTE_ADMIN_KEY, for `push`, if it has one.
+        timeout_s: longest silence on an open connection; the server breaks it every 10 s.
+        retry_s: how long to go on trying without any progress.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        timeout_s: float = 120.0,
+        retry_s: float = 300.0,
+    ) -> None:
+        self._http = Transport(
+            base_url, key=api_key or admin_key, timeout_s=timeout_s, retry_s=retry_s
+        )
+        self._admin_headers = bearer(admin_key or api_key)
+        self._info: dict[str, Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def wait_ready(self, timeout_s: float = 600.0) -> dict[str, Any]:
+        """Wait until the server serves; returns its `info`.
+
+        Raises:
+            ServerError: if it does not within `timeout_s`, or runs without PTE.
+        """
+        self._http.wait_healthy(timeout_s)
+        return self.info()
+
+    def info(self) -> dict[str, Any]:
+        """`GET /pte/v1/info`: the default plan, limits, newest adapter versions."""
+        self._info = self._http.json("GET", "/pte/v1/info")
+        return self._info
+
+    def adapters(self) -> dict[str, dict[str, Any]]:
+        """Pushed adapters by name; see `GET /pte/v1/adapters`."""
+        listed = self._http.json("GET", "/pte/v1/adapters")["adapters"]
+        return {adapter["name"]: adapter for adapter in listed}
+
+    def rollouts(
+        self,
+        prompts: Sequence[Sequence[int]] | Sequence[str],
+        *,
+        n: int = 1,
+        adapter: str | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        window_tokens: int | None = None,
+        pin_tokens: int | None = None,
+        update: str | None = None,
+        group_ids: Sequence[str] | None = None,
+        min_weight_version: int | None = None,
+    ) -> Iterator[Rollout]:
+        """`n` samples of each prompt, each as it finishes, each once.
+
+        After a restart of the server, samples that had not arrived are asked for again; those of
+        one group may then come from different weight versions, which their records tell.
+
+        Args:
+            prompts: token ids, or texts for the server's tokenizer.
+            n: samples of each prompt.
+            adapter: `name` (its newest version), `name@version`; None: the base model.
+            sampling: `max_tokens`, `temperature`, `seed`, ...; see docs/api.md.
+            window_tokens: of these sequences; None: the server's.
+            pin_tokens: never folded; None: the prompt.
+            update: the rule; None: the adapter's.
+            group_ids: one per prompt, different; default "0", "1", ...
+            min_weight_version: refuse older weights.
+
+        Raises:
+            RolloutMismatch: if a record is malformed or not what was asked for.
+            ServerError: if the server refuses or stays away.
+        """
+        names = [str(i) for i in range(len(prompts))] if group_ids is None else list(group_ids)
+        if len(names) != len(prompts) or len(set(names)) != len(names):
+            raise ValueError(f"group_ids must be {len(prompts)} different names, got {names}")
+        if n < 1:
+            raise ValueError(f"n must be positive, got {n}")
+        groups = {
+            name: _Group(
+                prompt=prompt if isinstance(prompt, str) else list(cast(Sequence[int], prompt)),
+                missing=set(range(n)),
+                pin_tokens=pin_tokens,
+            )
+            for name, prompt in zip(names, prompts, strict=True)
+        }
+        texts = {isinstance(group.prompt, str) for group in groups.values()}
+        if len(texts) > 1:
+            raise ValueError("prompts must be all texts or all token ids")
+        options = {
+            "n": n,
+            "adapter": adapter,
+            "sampling": dict(sampling or {}),
+            "window_tokens": window_tokens,
+            "pin_tokens": pin_tokens,
+            "update": update,
+            "min_weight_version": min_weight_version,
+        }
+
+        def body(missing: dict[str, _Group]) -> dict[str, Any]:
+            return {
+                **options,
+                "prompts" if texts == {True} else "token_ids": [g.prompt for g in missing.values()],
+                "group_id": list(missing),
+                "samples": [sorted(group.missing) for group in missing.values()],
+            }
+
+        return self._records(
+            _Request(
+                path="/pte/v1/rollouts",
+                groups=groups,
+                body=body,
+                window_tokens=window_tokens,
+                adapter=adapter,
+            )
+        )
+
+    def score(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        prompt_tokens: Sequence[int],
+        *,
+        adapter: str | None = None,
+        window_tokens: int | None = None,
+        pin_tokens: int | None = None,
+        update: str | None = None,
+        min_weight_version: int | None = None,
+    ) -> list[Rollout]:
+        """Log-probs, at temperature 1, of the tokens after `prompt_tokens` of each sequence.
+
+        Through the same evictions and folds as a rollout's. Records come in the order of
+        `token_ids`; options and errors are those of `rollouts`.
+        """
+        groups: dict[str, _Group] = {}
+        for i, (tokens, num_prompt) in enumerate(zip(token_ids, prompt_tokens, strict=True)):
+            if not 0 < num_prompt < len(tokens):
+                raise ValueError(f"prompt_tokens {num_prompt}: sequence {i} has {len(tokens)}")
+            ids = list(tokens)
+            groups[str(i)] = _Group(
+                prompt=ids[:num_prompt],
+                answer=ids[num_prompt:],
+                missing={0},
+                pin_tokens=pin_tokens,
+            )
+        options = {
+            "adapter": adapter,
+            "window_tokens": window_tokens,
+            "pin_tokens": pin_tokens,
+            "update": update,
+            "min_weight_version": min_weight_version,
+        }
+
+        def body(missing: dict[str, _Group]) -> dict[str, Any]:
+            return {
+                **options,
+                "token_ids": [[*g.prompt, *(g.answer or ())] for g in missing.values()],
+                "prompt_tokens": [len(group.prompt) for group in missing.values()],
+                "group_id": list(missing),
+            }
+
+        request = _Request(
+            path="/pte/v1/score",
+            groups=groups,
+            body=body,
+            window_tokens=window_tokens,
+            adapter=adapter,
+        )
+        by_group = {record.group_id: record for record in self._records(request)}
+        return [by_group[group_id] for group_id in groups]
+
+    def push(self, adapter: Adapter | str | Path, name: str, version: int | None = None) -> int:
+        """Make an adapter version `version` of `name`, by default the next; returns the version.
+
+        Safe to repeat: the same files under the same version are no error.
+
+        Args:
+            adapter: the adapter, or its directory.
+            name: 1 to 64 of `A-Z a-z 0-9 . _ -`.
+            version: must be above the newest, unless it is there with the same files.
+
+        Raises:
+            ServerError: if the server refuses (the adapter does not fit, the version is taken) or
+                stays away.
+        """
+        if version is None:  # decided once, so that a retry cannot push the same files twice
+            known = self.adapters().get(name)
+            version = known["newest"] + 1 if known is not None else 1
+        with tempfile.TemporaryDirectory() as scratch:
+            if not isinstance(adapter, str | Path):
+                adapter.save(scratch)
+                adapter = scratch
+            return self._push_directory(Path(adapter), name, version)
+
+    def _push_directory(self, path: Path, name: str, version: int) -> int:
+        from pte_vllm.adapter import content_hash, file_hashes
+
+        hashes = file_hashes(path)
+        if not hashes:
+            raise FileNotFoundError(f"{path} holds no adapter")
+        reply = self._http.json(
+            "PUT",
+            f"/pte/v1/adapters/{name}",
+            headers=self._admin_headers,
+            data={"sha256": content_hash(hashes), "version": str(version)},
+            files={file: (file, (path / file).read_bytes()) for file in hashes},
+        )
+        return int(reply["version"])
+
+    # -- requests and retries ---------------------------------------------------------------------
+
+    def _records(self, request: _Request) -> Iterator[Rollout]:
+        if request.missing() and self._info is None:
+            self.info()
+        try:
+            while request.missing():
+                # The clock of the retries starts anew with every record: only silence ends them.
+                yield self._http.retrying(lambda: self._next(request))
+        finally:
+            request.close()
+
+    def _next(self, request: _Request) -> Rollout:
+        """The next record, of the answer that is being read or of a new one."""
+        try:
+            if request.lines is None:
+                request.lines = self._http.lines(
+                    request.path, request.body(request.missing()), request.stack
+                )
+            line = next(request.lines, None)
+            if line is None:
+                raise Unavailable(f"POST {request.path} ended before all samples had come")
+            return self._accept(request, line)
+        except ServerError:
+            request.close()  # the next attempt asks for what is missing then
+            raise
+
+    def _accept(self, request: _Request, line: str) -> Rollout:
+        """Check a line against what was asked for, and cross its sample off."""
+        try:
+            values = json.loads(line)
+            if isinstance(values, dict) and "error" in values:
+                raise error_of(f"POST {request.path}", values["error"])
+            record = Rollout.from_json(values)
+        except ValueError as error:
+            raise RolloutMismatch(f"malformed record: {error}") from error
+        where = f"sample {record.index} of group {record.group_id!r}"
+        group = request.groups.get(record.group_id)
+        if group is None or record.index not in group.missing:
+            raise RolloutMismatch(f"{where} was not asked for, or came twice")
+        if not isinstance(group.prompt, str) and list(record.prompt_ids) != group.prompt:
+            raise RolloutMismatch(f"{where}: prompt_ids are not the tokens that were sent")
+        if group.answer is not None and list(record.completion_ids) != group.answer:
+            raise RolloutMismatch(f"{where}: completion_ids are not the tokens that were sent")
+        if (group.answer is not None) != (record.finish_reason == "scored"):
+            raise RolloutMismatch(f"{where}: finish_reason is {record.finish_reason}")
+        expected = self._plan(request, group, len(record.prompt_ids))
+        if record.plan != expected:
+            raise RolloutMismatch(f"{where}: plan is {record.plan}, asked for was {expected}")
+        name, asked = record.adapter, request.adapter
+        if name != asked and not (name and asked and name.startswith(f"{asked}@")):
+            raise RolloutMismatch(
+                f"{where}: adapter is {record.adapter}, asked for was {request.adapter}"
+            )
+        group.missing.discard(record.index)
+        return record
+
+    def _plan(self, request: _Request, group: _Group, num_prompt: int) -> FoldPlan:
+        """The plan that follows from the request and the server's defaults."""
+        assert self._info is not None
+        default, asked = self._info["plan"], request.window_tokens
+        return FoldPlan(
+            pin_tokens=num_prompt if group.pin_tokens is None else group.pin_tokens,
+            window_tokens=default["window_tokens"] if asked is None else asked,
+            evict_ratio=default["evict_ratio"],
+            block_size=default["block_size"],
+        )

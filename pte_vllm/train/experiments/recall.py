@@ -1,0 +1,184 @@
+"""`pte-vllm train experiment recall`: a real model learns to recall what left its window.
+
+Every arm starts from the same frozen model and trains its adapter with the same budget, on the
+digits of facts stated before the window (`recall_task`). Scored on held-out samples by distance.
+Results are written arm by arm, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pte_vllm.cli import parse_layers
+from pte_vllm.train.experiments.recall_arms import ABLATIONS, ARMS
+
+BLOCK_TOKENS, EVICT_RATIO, PIN_TOKENS = 32, 0.5, 32
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pte-vllm train experiment recall",
+        description="A real model learns to recall in plain text what left its window.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="directory of SmolLM2-135M, or its like")
+    names = ", ".join((*ARMS, *ABLATIONS))
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"of: {names}")
+    parser.add_argument("--layers", default="17,18,20-24", help="layers that get an adapter")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--train-tokens", default="160,224,288", help="lengths trained on")
+    parser.add_argument("--eval-tokens", default="224,320,424,800", help="lengths scored")
+    parser.add_argument("--facts", type=int, default=3)
+    parser.add_argument("--eval-facts", default="", help="also score these numbers of facts")
+    parser.add_argument("--eval-samples", type=int, default=48)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--dtype", default="bfloat16", help="of the frozen model")
+    parser.add_argument("--jobs", type=int, default=2, help="arms at once, one thread each")
+    parser.add_argument("--out", default="out/recall", metavar="DIR")
+    return parser
+
+
+def main(args: Sequence[str]) -> int:
+    parser = _parser()
+    options = parser.parse_args(args)
+    known = {**ARMS, **ABLATIONS}
+    names = options.arms.split(",")
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"--arms: unknown {unknown[0]!r}; there are {', '.join(known)}")
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = [(name, seed) for seed in _ints(options.seeds) for name in names]
+    records = _run_all(options, jobs, out)
+    from pte_vllm.train.experiments import recall_report
+
+    print(recall_report.write(records, out))
+    return 0
+
+
+def _run_all(
+    options: argparse.Namespace, jobs: list[tuple[str, int]], out: Path
+) -> list[dict[str, Any]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console, records, waiting = Console(stderr=True), [], []
+    settings = {k: v for k, v in vars(options).items() if k not in ("arms", "seeds", "jobs", "out")}
+    for name, seed in jobs:
+        file = out / f"{name}-{seed}.json"
+        found = json.loads(file.read_text()) if file.exists() else None
+        if found is not None and found["settings"] == settings:
+            records.append(found)
+        else:
+            waiting.append((name, seed, file))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers; more would spin
+    with (
+        Progress(console=console) as progress,
+        ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        task = progress.add_task("arms", total=len(jobs), completed=len(records))
+        running = {pool.submit(run_arm, name, seed, settings): file for name, seed, file in waiting}
+        for future in as_completed(running):
+            record = future.result()
+            running[future].write_text(json.dumps(record, indent=1) + "\n")
+            records.append(record)
+            console.print(
+                f"{record['arm']}, seed {record['seed']}: "
+                + ", ".join(
+                    f"{n} tokens {s['accuracy']:.3f}" for n, s in record["by_length"].items()
+                )
+                + f" ({record['seconds']:.0f} s)"
+            )
+            progress.advance(task)
+    order = [name for name, _ in jobs]
+    return sorted(records, key=lambda r: (order.index(r["arm"]), r["seed"]))
+
+
+def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train and score one arm; runs in a process of its own."""
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from pte_vllm.plan import FoldPlan
+    from pte_vllm.train.batch import Batch
+    from pte_vllm.train.experiments.recall_arms import make_model
+    from pte_vllm.train.experiments.recall_task import RecallTask, Sample
+    from pte_vllm.train.experiments.supervised import Schedule, score_answers, train_answers
+
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    disable_progress_bar()
+    arm = {**ARMS, **ABLATIONS}[name]
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+
+    def task(num_tokens: int, num_facts: int = settings["facts"]) -> RecallTask:
+        return RecallTask(
+            tokenizer=tokenizer,
+            num_tokens=num_tokens,
+            num_facts=num_facts,
+            pin_tokens=PIN_TOKENS,
+        )
+
+    plan = FoldPlan(
+        pin_tokens=PIN_TOKENS,
+        window_tokens=arm.window_tokens,
+        evict_ratio=EVICT_RATIO,
+        block_size=BLOCK_TOKENS,
+    )
+
+    def batch_of(samples: list[Sample]) -> Batch:
+        return Batch.align(
+            [s.token_ids for s in samples], [plan] * len(samples), [s.wanted for s in samples]
+        )
+
+    layers = parse_layers(arm.layers or settings["layers"])
+    model = make_model(arm, settings["model"], settings["dtype"], layers, tokenizer, seed)
+    rng = random.Random(f"train {seed}")
+    tasks = [task(length) for length in _ints(settings["train_tokens"])]
+
+    def next_batch() -> Batch:
+        return batch_of(rng.choice(tasks).samples(settings["batch"], rng))
+
+    began = time.monotonic()
+    losses: list[float] = []
+    if arm.trained:
+        schedule = Schedule(steps=settings["steps"], learning_rate=settings["learning_rate"])
+        losses = train_answers(model, next_batch, schedule, backward=arm.backward)
+    seconds = time.monotonic() - began
+
+    def score(num_tokens: int, num_facts: int) -> dict[str, float]:
+        held_out = task(num_tokens, num_facts).samples(
+            settings["eval_samples"], random.Random("held out")
+        )
+        parts = [held_out[i : i + 8] for i in range(0, len(held_out), 8)]
+        return asdict(score_answers(model, map(batch_of, parts)))
+
+    lengths = _ints(settings["eval_tokens"])
+    return {
+        "arm": name,
+        "seed": seed,
+        "title": arm.title,
+        "settings": settings,
+        "losses": [round(value, 4) for value in losses],
+        "seconds": round(seconds, 1),
+        "by_length": {n: score(n, settings["facts"]) for n in lengths},
+        "by_facts": {
+            n: score(max(lengths[0], 48 + 18 * n), n) for n in _ints(settings["eval_facts"])
+        },
+    }
+
+
+def _ints(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]

@@ -1,0 +1,102 @@
+"""The arms of the recall experiment: what holds the past, and how the adapter starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pte_vllm.config import PTEConfig
+
+if TYPE_CHECKING:
+    from pte_vllm.train.modeling import PTEModel
+    from pte_vllm.train.replay import Backward
+
+WINDOW_TOKENS = 64
+
+
+def _pte(rule: str, **options: Any) -> PTEConfig:
+    return PTEConfig(rule=rule, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallArm:
+    """One way to hold the past."""
+
+    title: str
+    adapter: Literal["none", "lora", "pte"] = "pte"
+    window_tokens: int = WINDOW_TOKENS
+    """0: full attention."""
+    method: PTEConfig = field(default_factory=PTEConfig)
+    layers: str | None = None
+    """None: the run's."""
+    value_start: float = 0.1
+    """B of v_proj starts at this times W_Vᵀ: values come out where values go in; 0: B is zero."""
+    backward: Backward = "segments"
+
+    @property
+    def trained(self) -> bool:
+        return self.adapter != "none"
+
+
+ARMS: dict[str, RecallArm] = {
+    "full": RecallArm(title="full cache", adapter="none", window_tokens=0),
+    "window": RecallArm(title="window", adapter="none"),
+    "lora_c": RecallArm(title="window, LoRA (LoRA_c)", adapter="lora"),
+    "global": RecallArm(title="Global-Only", method=_pte("none")),
+    "paper": RecallArm(title="PTE, rule paper", method=_pte("paper")),
+    "sum": RecallArm(title="PTE, rule sum", method=_pte("sum")),
+    "ridge": RecallArm(title="PTE, rule ridge", method=_pte("ridge")),
+}
+"""What the experiment runs unless told otherwise; equal KV bytes but for `full`."""
+
+_RIDGE = ARMS["ridge"]
+ABLATIONS: dict[str, RecallArm] = {
+    "ridge_random": replace(
+        _RIDGE, title="ridge, init random", method=_pte("ridge", init="random"), value_start=0.0
+    ),
+    "ridge_mean": replace(
+        _RIDGE, title="ridge, init aligned_mean", method=_pte("ridge", init="aligned_mean")
+    ),
+    "ridge_zero": replace(_RIDGE, title="ridge, B = 0", value_start=0.0),
+    "ridge_rotated": replace(
+        _RIDGE, title="ridge, keys rotated", method=_pte("ridge", keys="rotated")
+    ),
+    "ridge_r64": replace(
+        _RIDGE, title="ridge, rank 64", method=_pte("ridge", rank=64, global_tokens=64)
+    ),
+    "ridge_r16": replace(
+        _RIDGE, title="ridge, rank 16", method=_pte("ridge", rank=16, global_tokens=16)
+    ),
+    "ridge_all": replace(_RIDGE, title="ridge, all layers", layers="all"),
+    "ridge_upper": replace(_RIDGE, title="ridge, layers 14-24", layers="14-24"),
+    "ridge_full": replace(_RIDGE, title="ridge, gradient through K and V", backward="full"),
+}
+
+
+def make_model(
+    arm: RecallArm, base: str, dtype: str, layers: list[int] | None, tokenizer: Any, seed: int
+) -> PTEModel:
+    """The frozen model with the arm's untrained adapter, calibrated on ordinary text."""
+    from pte_vllm.adapter_init import init_adapter
+    from pte_vllm.calibration import sample_sequences
+    from pte_vllm.sample_text import SAMPLE_TEXT
+    from pte_vllm.train.modeling import PTEModel
+
+    bare = PTEModel.from_pretrained(base, dtype=dtype)
+    if not arm.trained:
+        return bare
+    adapter = init_adapter(
+        bare.base,
+        sample_sequences(tokenizer, SAMPLE_TEXT, seed=seed),
+        arm.method,
+        layers=layers,
+        seed=seed,
+        base_model="recall-base",
+    )
+    for name, b in adapter.lora_b.items():
+        if name.endswith("v_proj") and arm.value_start:
+            layer = int(name.split(".")[2])
+            b.copy_(arm.value_start * adapter.encoders[layer].w_v.T)
+    if arm.adapter == "lora":
+        adapter = replace(adapter, pte=None, encoders={})
+    return PTEModel(bare.base, adapter)

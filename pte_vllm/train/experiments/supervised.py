@@ -1,0 +1,87 @@
+"""Train an adapter on answers that are known, and score it: what the experiments share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pte_vllm.train.batch import Batch
+from pte_vllm.train.modeling import PTEModel
+from pte_vllm.train.replay import Backward, Scores, replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """AdamW; the rate rises over the first steps, then falls linearly."""
+
+    steps: int
+    learning_rate: float = 3e-3
+    warmup_steps: int = 5
+    final_fraction: float = 0.1
+    max_grad_norm: float = 1.0
+
+    def rate(self, step: int) -> float:
+        """Of step 1, 2, …"""
+        decay = max(self.final_fraction, 1 - step / self.steps)
+        return self.learning_rate * min(1.0, step / self.warmup_steps) * decay
+
+
+def train_answers(
+    model: PTEModel,
+    next_batch: Callable[[], Batch],
+    schedule: Schedule,
+    *,
+    backward: Backward = "segments",
+    progress: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Cross-entropy on the wanted tokens, their mean over a batch; returns it by step."""
+    parameters = model.trainable_parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
+    losses = []
+    for step in range(1, schedule.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
+        batch = next_batch()
+        count = int(batch.wanted.sum())
+
+        def loss(scores: Scores, count: int = count) -> Tensor:
+            return -scores.logprobs.sum() / count
+
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(replay(model, batch, backward=backward, loss=loss).loss)
+        nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
+        optimizer.step()
+        if progress is not None:
+            progress(step, losses[-1])
+    return losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerScore:
+    """Over all wanted tokens."""
+
+    accuracy: float
+    """Share whose most likely token is the right one."""
+    loss: float
+    """Mean negative log-probability."""
+
+
+def score_answers(model: PTEModel, batches: Iterable[Batch]) -> AnswerScore:
+    """Teacher-forced, without gradients."""
+    right, lost, count = 0.0, 0.0, 0
+    for batch in batches:
+        ids = batch.ids.to(model.device)
+        left = batch.left.to(model.device)
+
+        def look(scores: Scores, ids: Tensor = ids, left: Tensor = left) -> Tensor:
+            nonlocal right, count
+            targets = ids[scores.rows, scores.tokens + left[scores.rows]]
+            right += float((scores.logits.argmax(-1) == targets).sum())
+            count += len(targets)
+            return -scores.logprobs.sum()
+
+        lost += replay(model, batch, loss=look).loss
+    return AnswerScore(accuracy=right / count, loss=lost / count)

@@ -1,0 +1,291 @@
+"""`pte-vllm train grpo`: sample, score, learn, push, and so on, until the last step.
+
+    OUT/run.toml        every option, defaults included
+    OUT/initial/        the adapter that the run started from
+    OUT/checkpoints/    see `checkpoint`
+    OUT/metrics.jsonl   numbers by step; OUT/tensorboard/ the same
+    OUT/training.png    reward, length and drift
+    OUT/adapter/        after the last step
+
+A run that was interrupted or killed goes on from its newest checkpoint with the same command. Every
+step's adapter is pushed as a new version; versions only rise, also over a resume.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from pte_vllm.adapter import Adapter
+from pte_vllm.train.build import build_model
+from pte_vllm.train.checkpoint import (
+    Checkpoints,
+    RunState,
+    adapter_directory,
+    read_state,
+    restore,
+)
+from pte_vllm.train.client import RolloutClient, RolloutMismatch, ServerError
+from pte_vllm.train.config import GrpoRun, ServerOptions
+from pte_vllm.train.config_sections import OptimizerOptions
+from pte_vllm.train.data import Problem, Stream, prompt_ids
+from pte_vllm.train.data_sources import open_stream
+from pte_vllm.train.grpo import DriftError
+from pte_vllm.train.learner import Learner, StepResult
+from pte_vllm.train.metrics import PLOT_FILE, MetricsLog, ProgressBar, plot_run
+from pte_vllm.train.modeling import PTEModel
+from pte_vllm.train.sampling import Batch, Publisher, RolloutSource, Sampler
+from pte_vllm.train.signals import Interrupted, Signals
+
+INITIAL, ADAPTER, OPTIONS_FILE = "initial", "adapter", "run.toml"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `pte-vllm train grpo [RUN.toml] [--section.option VALUE ...]`."""
+    run = GrpoRun.parse(arguments, prog="pte-vllm train grpo")
+    try:
+        with connect(run.server) as client:
+            return 0 if train(run, client) else 130
+    except (ServerError, DriftError, FloatingPointError) as error:
+        print(f"pte-vllm: error: {error}", file=sys.stderr)
+        return 2
+
+
+def connect(options: ServerOptions) -> RolloutClient:
+    """A client of the run's server, with the keys from the environment.
+
+    Raises:
+        ValueError: if a variable that should hold a key is not set.
+    """
+
+    def key(flag: str, name: str | None) -> str | None:
+        if name is not None and not os.environ.get(name):
+            raise ValueError(f"--server.{flag} {name}: there is no such environment variable")
+        return os.environ[name] if name is not None else None
+
+    return RolloutClient(
+        options.url,
+        api_key=key("api_key_env", options.api_key_env),
+        admin_key=key("admin_key_env", options.admin_key_env),
+        timeout_s=options.timeout_s,
+        retry_s=options.retry_s,
+    )
+
+
+def train(run: GrpoRun, source: RolloutSource, *, stream: Stream | None = None) -> bool:
+    """Train until the last step, from the newest checkpoint on if there is one.
+
+    Args:
+        run: options.
+        source: the server.
+        stream: of questions; None: what `run.data` says.
+
+    Returns:
+        Whether the last step was reached; False after SIGTERM or SIGINT.
+
+    Raises:
+        ValueError: naming the option, if one does not fit.
+        OSError: if a file cannot be read or written.
+        ServerError: if the server refuses, or stays away.
+        DriftError: if server and replay do not compute the same policy.
+    """
+    console = Console(stderr=True, highlight=False)
+    directory = run.run.directory
+    checkpoints = Checkpoints(directory, keep=run.run.keep_checkpoints)
+    newest = checkpoints.newest()
+    if newest is not None and not run.run.resume:
+        raise ValueError(f"--run.out {run.run.out} holds checkpoints, and --run.resume is false")
+    state = read_state(newest) if newest else RunState(step=0, version=0, stream={})
+    torch.manual_seed(run.run.seed)
+    tokenizer = load_tokenizer(run)
+    if stream is None:
+        stream = open_stream(run.data, keep=_short_enough(run, tokenizer))
+    model = build_model(
+        run.model,
+        run.adapter,
+        seed=run.run.seed,
+        start=adapter_directory(newest) if newest else None,
+    )
+    optimizer = torch.optim.AdamW(
+        model.trainable_parameters(),
+        lr=run.optimizer.lr,
+        betas=run.optimizer.betas,
+        weight_decay=run.optimizer.weight_decay,
+    )
+    run.save(directory / OPTIONS_FILE)
+    if newest is None:
+        model.save_pretrained(directory / INITIAL)
+    else:
+        restore(newest, optimizer)
+        stream.restore(state.stream)  # type: ignore[arg-type]  # what `state` gave
+        console.print(f"going on after step {state.step}")
+    metrics = MetricsLog(directory, step=state.step, tensorboard=run.run.tensorboard)
+    trainer = _Trainer(run, source, stream, tokenizer, model, optimizer, checkpoints, metrics)
+    try:
+        finished = trainer.run_steps(state, console)
+    finally:
+        metrics.close()
+        if metrics.records:
+            plot_run(metrics.records, directory / PLOT_FILE, title=directory.name)
+    if finished:
+        model.save_pretrained(directory / ADAPTER)
+        console.print(f"wrote {directory / ADAPTER}", soft_wrap=True)
+    return finished
+
+
+def load_tokenizer(run: GrpoRun) -> Any:
+    """The base model's tokenizer; None where prompts and answers are token ids."""
+    return None if run.data.source == "memory" else AutoTokenizer.from_pretrained(run.model.base)
+
+
+def _short_enough(run: GrpoRun, tokenizer: Any) -> Callable[[Problem], bool]:
+    def keep(problem: Problem) -> bool:
+        return len(prompt_ids(problem, tokenizer)) <= run.data.max_prompt_tokens
+
+    return keep
+
+
+def learning_rate(options: OptimizerOptions, steps_done: int) -> float:
+    """Of the next step: a linear warm-up, then the schedule."""
+    if steps_done < options.warmup_steps:
+        return options.lr * (steps_done + 1) / options.warmup_steps
+    part = (steps_done - options.warmup_steps) / max(options.steps - options.warmup_steps, 1)
+    shape = {"constant": 1.0, "linear": 1.0 - part, "cosine": 0.5 * (1 + math.cos(math.pi * part))}
+    return options.lr * shape[options.schedule]
+
+
+class _Trainer:
+    """The parts of a run that its steps use."""
+
+    def __init__(
+        self,
+        run: GrpoRun,
+        source: RolloutSource,
+        stream: Stream,
+        tokenizer: Any,
+        model: PTEModel,
+        optimizer: torch.optim.Optimizer,
+        checkpoints: Checkpoints,
+        metrics: MetricsLog,
+    ) -> None:
+        self._run, self._source, self._stream, self._tokenizer = run, source, stream, tokenizer
+        self._model, self._optimizer = model, optimizer
+        self._checkpoints, self._metrics = checkpoints, metrics
+        dtype = str(model.base.dtype).removeprefix("torch.")
+        self._learner = Learner(
+            model,
+            optimizer,
+            run.grpo,
+            temperature=run.sampling.temperature,
+            max_drift=run.grpo.drift_limit(dtype),
+            max_grad_norm=run.optimizer.max_grad_norm,
+            initial=Adapter.load(run.run.directory / INITIAL),
+        )
+
+    def run_steps(self, state: RunState, console: Console) -> bool:
+        """The remaining steps; whether all were done."""
+        run, last = self._run, self._run.optimizer.steps
+        check_plan(run, self._source.wait_ready(run.server.retry_s))
+        publisher = Publisher(self._source, run.server.adapter_name, state.version)
+        with (
+            Signals() as signals,
+            ProgressBar(console, title="grpo", done=state.step, total=last) as bar,
+        ):
+            sampler = Sampler(run, self._source, publisher, self._tokenizer, note=bar.note)
+            if state.step < last:
+                publisher.publish(self._model.adapter())
+            step, position = state.step, self._stream.state()
+            try:
+                while step < last and not signals.came:
+                    position = self._stream.state()
+                    values = self._step(step + 1, sampler, publisher, signals)
+                    step, position = step + 1, self._stream.state()
+                    values |= self._push(publisher)
+                    if step % run.run.log_every_steps == 0 or step == last:
+                        self._metrics.add(step, values)
+                    bar.update(step, values)
+                    if step == last or step % run.run.save_every_steps == 0:
+                        self._save(step, publisher.version, position)
+            except Interrupted:
+                pass
+            except (ServerError, RolloutMismatch, DriftError) as error:
+                if isinstance(error, DriftError):
+                    self._metrics.add(step + 1, {"drift": error.drift})
+                self._save(step, publisher.version, position)
+                raise
+            if step < last:
+                self._save(step, publisher.version, position)
+                bar.note(f"interrupted after step {step}: saved; the same command goes on")
+        return step == last
+
+    def _step(
+        self, step: int, sampler: Sampler, publisher: Publisher, signals: Signals
+    ) -> dict[str, float]:
+        """Sample and learn; the model has changed when it returns."""
+        began = time.monotonic()
+        with signals.interrupting():
+            batch = sampler.batch(self._stream, step)
+        sampled = time.monotonic()
+        rate = learning_rate(self._run.optimizer, step - 1)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        result = self._learner.step(batch.samples, publisher.version) if batch.samples else None
+        learned = time.monotonic()
+        return {
+            **step_values(batch, result),
+            "lr": rate,
+            "sampling_s": sampled - began,
+            "learning_s": learned - sampled,
+            "tokens_per_s": sum(len(s.rollout.token_ids) for s in batch.seen) / (learned - began),
+        }
+
+    def _push(self, publisher: Publisher) -> dict[str, float]:
+        began = time.monotonic()
+        version = publisher.publish(self._model.adapter())
+        return {"version": version, "push_s": time.monotonic() - began}
+
+    def _save(self, step: int, version: int, position: Any) -> None:
+        state = RunState(step=step, version=version, stream=dict(position))
+        self._checkpoints.save(state, self._model.adapter(), self._optimizer)
+
+
+def step_values(batch: Batch, result: StepResult | None) -> dict[str, float]:
+    """Numbers of one step; `reward` and `length` are over all answers, of dropped groups too."""
+    count = max(len(batch.seen), 1)
+    lengths = [len(sample.rollout.completion_ids) for sample in batch.seen]
+    values = {
+        "reward": math.fsum(sample.reward for sample in batch.seen) / count,
+        "length": sum(lengths) / count,
+        "length_max": float(max(lengths, default=0)),
+        "truncated": sum(s.rollout.finish_reason == "length" for s in batch.seen) / count,
+        "preempted": float(sum(s.rollout.num_preempted or 0 for s in batch.seen)),
+        "samples": float(len(batch.samples)),
+        "dropped_groups": float(batch.dropped_groups),
+        "stale_samples": float(batch.stale_samples),
+        "sampling_rounds": float(batch.rounds),
+    }
+    if result is not None:
+        found = result.to_dict()
+        del found["seconds"]
+        values |= {**found, "clipped": result.clipped_low + result.clipped_high}
+    return values
+
+
+def check_plan(run: GrpoRun, info: dict[str, Any]) -> None:
+    """Refuse a server that evicts otherwise than the run says.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name in ("block_size", "evict_ratio"):
+        served, wanted = info["plan"][name], getattr(run.plan, name)
+        if served != wanted:
+            raise ValueError(f"--plan.{name} is {wanted}, but the server's is {served}")

@@ -1,0 +1,80 @@
+"""A real `pte-vllm serve` on a tiny model, started by the tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import httpx
+import openai
+
+from pte_vllm import launch
+from tests.engine import BLOCK
+
+WINDOW = 4 * BLOCK
+NUM_BLOCKS = 120
+"""Of the pool, vLLM's null block not counted."""
+
+
+class Server(launch.Server):
+    """The server, with what tests ask of it. `adapters` are served with `--lora-modules`."""
+
+    def __init__(
+        self,
+        model: Path,
+        adapters: Mapping[str, Path],
+        *,
+        log: Path,
+        flags: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model = model
+        self.adapters = dict(adapters)
+        named = [f"{name}={path}" for name, path in adapters.items()]
+        super().__init__(
+            [
+                str(model),
+                *("--pte-window", str(WINDOW), "--pte-max-prompt-tokens", "512"),
+                *("--served-model-name", "base", "--dtype", "float32"),
+                *("--block-size", str(BLOCK), "--max-model-len", "4096"),
+                *("--num-gpu-blocks-override", str(NUM_BLOCKS + 1)),
+                *("--kv-cache-memory-bytes", str(2**28)),
+                *("--max-num-seqs", "32", "--enforce-eager", "--max-logprobs", "5"),
+                *("--enable-lora", "--max-lora-rank", "8", "--max-loras", "4"),
+                *(["--lora-modules", *named] if named else []),
+                *flags,
+            ],
+            log=log,
+            env={
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+                **(env or {}),
+            },
+        )
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def get(self, path: str) -> dict:
+        return httpx.get(self.url + path, timeout=30).raise_for_status().json()
+
+    def wait_idle(self) -> dict:
+        """The pool once nothing runs; the worker hears of the last request one step later."""
+        for _ in range(100):
+            report = self.get("/pte/v1/requests")
+            if not report["running"] and report["free_blocks"] == report["usable_blocks"]:
+                return report
+            time.sleep(0.1)
+        raise AssertionError(f"not idle: {report}")
+
+    def kill(self) -> None:
+        """SIGKILL to all of it, as a crash would; enter it again to restart on the same port."""
+        process = self._process
+        assert process is not None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self._process = None

@@ -1,0 +1,283 @@
+"""Rollouts, scores and adapter pushes against a real server, through the trainer's client."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pte_vllm.adapter import CONFIG_FILE, ENCODER_FILE, LORA_FILE, content_hash, file_hashes
+from pte_vllm.train.client import RolloutClient, ServerError
+from pte_vllm.train.rollout import Rollout
+from tests.engine import BLOCK
+from tests.parity.reference import TOLERANCE, replayed
+from tests.server.serving import NUM_BLOCKS, WINDOW, Server
+from tests.support import random_tokens
+
+LENGTH = WINDOW + 7 * BLOCK + 5
+ADMIN_KEY = "only-the-trainer"
+SAMPLING = {"max_tokens": LENGTH, "temperature": 0.8, "seed": 7, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[str], Path]) -> Path:
+    return tiny("qwen3")
+
+
+@pytest.fixture(scope="module")
+def versions(model: Path, adapters: Callable[..., Path]) -> dict[str, Path]:
+    """What the tests push, by the engine's name for it."""
+    return {
+        "paper@1": adapters(model, rank=8, rule="paper", seed=1),
+        "paper@2": adapters(model, rank=8, rule="paper", seed=2),
+        "ridge@1": adapters(model, rank=8, rule="ridge", seed=3),
+        "plain@1": adapters(model, plain=True, rank=8, seed=4),
+    }
+
+
+@pytest.fixture(scope="module")
+def server(
+    model: Path, versions: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("rollouts")
+    flags = ["--pte-spool", str(directory / "spool")]
+    with Server(
+        model, {}, log=directory / "log", flags=flags, env={"PTE_ADMIN_KEY": ADMIN_KEY}
+    ) as server:
+        server.wait_ready()
+        with RolloutClient(server.url, admin_key=ADMIN_KEY) as client:
+            for engine_name, path in versions.items():
+                name, _, number = engine_name.partition("@")
+                assert client.push(path, name) == int(number)
+        yield server
+        server.wait_idle()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[RolloutClient]:
+    with RolloutClient(server.url, admin_key=ADMIN_KEY) as client:
+        yield client
+
+
+def _difference(server: Server, versions: dict[str, Path], rollout: Rollout, **options) -> float:
+    """Largest |Δ log p| between a record and the replay."""
+    expected = replayed(
+        server.model,
+        versions[rollout.adapter] if rollout.adapter is not None else None,
+        list(rollout.token_ids),
+        rollout.plan,
+        **options,
+    )
+    found = torch.tensor(rollout.logprobs)
+    return (found - expected[len(rollout.prompt_ids) - 1 :]).abs().max().item()
+
+
+@pytest.mark.parametrize("adapter", [None, "plain", "paper@1", "ridge"])
+def test_rollouts_agree_with_the_replay(
+    server: Server, client: RolloutClient, versions: dict[str, Path], adapter: str | None
+) -> None:
+    prompts = [random_tokens(50, 500, 1), random_tokens(7, 500, 2)]
+    records = list(client.rollouts(prompts, n=2, adapter=adapter, sampling=SAMPLING))
+    assert {(r.group_id, r.index) for r in records} == set(itertools.product("01", (0, 1)))
+    assert len({r.completion_ids for r in records}) == 4  # each with a seed of its own
+    for record in records:
+        assert len(record.fold_events) >= 6
+        assert record.finish_reason == "length" and len(record.completion_ids) == LENGTH
+        assert record.num_preempted == 0
+        worst = _difference(server, versions, record, temperature=0.8)
+        print(f"{record.adapter}: {len(record.fold_events)} folds, max |Δ log p| {worst:.1e}")
+        assert worst <= TOLERANCE
+    done = server.get("/pte/v1/requests")["finished"][-4:]
+    engine_folds = sorted(report["folds"] for report in done)
+    assert engine_folds == sorted(len(record.fold_events) for record in records)
+
+
+def test_scores_agree_with_rollouts(server: Server, client: RolloutClient) -> None:
+    prompts = [random_tokens(30 + 20 * i, 500, i) for i in range(2)]
+    options = {"adapter": "ridge", "window_tokens": 2 * BLOCK}
+    sampling = {**SAMPLING, "temperature": 1.0}
+    sampled = {r.group_id: r for r in client.rollouts(prompts, sampling=sampling, **options)}
+    records = [sampled["0"], sampled["1"]]
+    scored = client.score(
+        [r.token_ids for r in records], [len(r.prompt_ids) for r in records], **options
+    )
+    for record, score in zip(records, scored, strict=True):
+        assert score.fold_events == record.fold_events and len(score.fold_events) >= 6
+        pairs = zip(record.logprobs, score.logprobs, strict=True)
+        assert max(abs(a - b) for a, b in pairs) <= 2e-4
+    # Another rule is another distribution, so the options do arrive.
+    other = client.score([records[0].token_ids], [30], update="none", **options)[0]
+    assert max(abs(a - b) for a, b in zip(other.logprobs, scored[0].logprobs, strict=True)) > 0.01
+
+
+def test_names_versions_and_seeds(
+    server: Server, client: RolloutClient, versions: dict[str, Path]
+) -> None:
+    prompt = random_tokens(40, 500, 3)
+    seen = {}
+    for name in ("paper", "paper@2", "paper@1"):
+        (record,) = client.rollouts([prompt], adapter=name, sampling=SAMPLING)
+        seen[name] = record
+        assert _difference(server, versions, record, temperature=0.8) <= TOLERANCE
+        assert record.weight_versions[0].version == int(record.adapter[-1])
+    assert seen["paper"].adapter == "paper@2"
+    assert seen["paper"].completion_ids == seen["paper@2"].completion_ids
+    assert seen["paper"].completion_ids != seen["paper@1"].completion_ids
+    assert client.info()["adapters"] == {"paper": 2, "plain": 1, "ridge": 1}
+    with pytest.raises(ServerError, match="min_weight_version is 3") as refusal:
+        list(client.rollouts([prompt], adapter="paper", min_weight_version=3))
+    assert refusal.value.status == 409
+
+
+def test_texts_as_prompts(client: RolloutClient) -> None:
+    (record,) = client.rollouts(["Count the birds."], sampling={"max_tokens": 5})
+    assert len(record.prompt_ids) == len("Count the birds.")
+    assert record.adapter is None and record.weight_versions[0].version == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"token_ids": [[1, 2]], "colour": "red"}, "colour"),
+        ({"token_ids": [[1, 2]], "sampling": {"stop": "x"}}, "stop"),
+        ({"token_ids": [[1, 2]], "sampling": {"temperature": -1}}, "temperature"),
+        ({"token_ids": [[1, 2]], "window_tokens": 33}, "multiple"),
+        ({"token_ids": [[1, 2]], "pin_tokens": 3}, "beyond the prompt"),
+        ({"token_ids": [[1, 2]], "update": "sum"}, "needs a PTE adapter"),
+        ({"token_ids": [[1, 99999]]}, "99999"),
+        ({"token_ids": [[1]], "sampling": {"max_tokens": 4096}}, "--max-model-len 4096"),
+        ({"token_ids": [[1], [2]], "group_id": ["a", "a"]}, "group_id"),
+        ({"prompts": []}, "no prompts"),
+    ],
+)
+def test_bad_requests_get_400(server: Server, body: dict, message: str) -> None:
+    answer = httpx.post(f"{server.url}/pte/v1/rollouts", json=body, timeout=30)
+    assert answer.status_code == 400 and message in answer.text, answer.text
+
+
+def _put(server: Server, directory: Path, name: str = "broken", **fields: str) -> httpx.Response:
+    files = {f.name: (f.name, f.read_bytes()) for f in directory.iterdir()}
+    data = {"sha256": content_hash(file_hashes(directory)), **fields}
+    return httpx.put(
+        f"{server.url}/pte/v1/adapters/{name}",
+        files=files,
+        data=data,
+        headers={"Authorization": f"Bearer {ADMIN_KEY}"},
+        timeout=60,
+    )
+
+
+def test_broken_pushes_change_nothing(
+    server: Server, client: RolloutClient, versions: dict[str, Path], tmp_path: Path
+) -> None:
+    before = (client.adapters(), server.get("/v1/models"))
+    good, work = versions["paper@1"], tmp_path / "work"
+
+    def fresh() -> Path:
+        shutil.rmtree(work, ignore_errors=True)
+        return Path(shutil.copytree(good, work))
+
+    tensors = load_file(good / LORA_FILE)
+    first = next(iter(tensors))
+    nan = {**tensors, first: torch.full_like(tensors[first], float("nan"))}
+    save_file(nan, fresh() / LORA_FILE)
+    answer = _put(server, work)
+    assert answer.status_code == 400 and "not finite" in answer.text
+    save_file({**tensors, first: tensors[first][:, :-1].contiguous()}, fresh() / LORA_FILE)
+    answer = _put(server, work)
+    assert answer.status_code == 400 and "columns" in answer.text
+    (fresh() / ENCODER_FILE).write_bytes((good / ENCODER_FILE).read_bytes()[:-100])
+    answer = _put(server, work)
+    assert answer.status_code == 400 and "safetensors" in answer.text
+    (fresh() / CONFIG_FILE).unlink()
+    assert f"{CONFIG_FILE} is missing" in _put(server, work).text
+    fresh()
+    for name in ("a b", "x" * 65, "base"):
+        assert _put(server, work, name).status_code == 400, name
+    assert "files that arrived" in _put(server, work, sha256="0" * 64).text
+    assert "version must be" in _put(server, work, version="0").text
+    assert _put(server, work, "paper", version="2").status_code == 409  # 2 has other files
+    (work / LORA_FILE).rename(work / "adapter_model.bin")
+    assert "unexpected part" in _put(server, work).text
+    no_key = httpx.put(f"{server.url}/pte/v1/adapters/broken", timeout=30)
+    assert no_key.status_code == 401
+    assert (client.adapters(), server.get("/v1/models"))[0] == before[0]
+    after = [m["id"] for m in server.get("/v1/models")["data"]]
+    assert after == [m["id"] for m in before[1]["data"]]
+
+
+def test_old_versions_leave_and_deletes(
+    server: Server, client: RolloutClient, versions: dict[str, Path]
+) -> None:
+    for number in (1, 2, 3, 4, 9):
+        path = versions["paper@1" if number % 2 else "paper@2"]
+        wanted = 9 if number == 9 else None
+        assert client.push(path, "many", wanted) == number
+        assert client.push(path, "many", number) == number  # a retry
+    assert [v["version"] for v in client.adapters()["many"]["versions"]] == [3, 4, 9]
+    url = f"{server.url}/pte/v1/adapters"
+    key = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    assert httpx.delete(f"{url}/many@4", headers=key).json() == {"deleted": ["many@4"]}
+    assert httpx.delete(f"{url}/many", headers=key).json() == {"deleted": ["many@3", "many@9"]}
+    assert httpx.get(f"{url}/many").status_code == 404
+    with pytest.raises(ServerError, match="there is no adapter many"):
+        list(client.rollouts([[5]], adapter="many"))
+    # The same version with other weights: no stale prefix blocks.
+    prompt = random_tokens(3 * BLOCK, 500, 4)
+    for path in (versions["paper@1"], versions["paper@2"]):
+        client.push(path, "again", 1)
+        (record,) = client.rollouts([prompt], adapter="again", sampling=SAMPLING)
+        assert _difference(server, {"again@1": path}, record, temperature=0.8) <= TOLERANCE
+        httpx.delete(f"{url}/again", headers=key).raise_for_status()
+
+
+def test_disconnect_frees_everything(server: Server, client: RolloutClient) -> None:
+    prompts = [random_tokens(20, 500, i) for i in range(12)]
+    # Four finish early; the others would run for long.
+    body = {
+        "token_ids": prompts,
+        "n": 2,
+        "adapter": "paper",
+        "sampling": {"max_tokens": 3500, "ignore_eos": True},
+    }
+    with httpx.stream("POST", f"{server.url}/pte/v1/rollouts", json=body, timeout=60) as answer:
+        assert answer.status_code == 200
+        time.sleep(2.0)
+        assert server.get("/pte/v1/requests")["running"]
+    report = server.wait_idle()
+    assert report["free_blocks"] == report["usable_blocks"] == NUM_BLOCKS
+    counts = [v["rollouts"] for a in client.adapters().values() for v in a["versions"]]
+    assert counts == [0] * len(counts)
+
+
+def test_kill_and_restart_in_the_middle(
+    server: Server, client: RolloutClient, versions: dict[str, Path]
+) -> None:
+    """Adapters come back from the spool, and the client asks for the rest only."""
+    prompts = [random_tokens(10 + 5 * i, 500, 40 + i) for i in range(4)]
+    adapters = client.adapters()
+    # Enough samples that some still wait when the first are there.
+    stream = client.rollouts(prompts, n=12, adapter="ridge", sampling=SAMPLING)
+    received = list(itertools.islice(stream, 3))
+    server.kill()
+    server.__enter__()  # the fixture's exit stops it
+    received += stream
+    assert {(r.group_id, r.index) for r in received} == set(itertools.product("0123", range(12)))
+    assert len(received) == 48
+    worst = max(
+        _difference(server, versions, record, temperature=0.8)
+        for record in (received[0], received[20], received[-1])
+    )
+    assert worst <= TOLERANCE
+    assert client.adapters() == adapters
+    (again,) = client.rollouts([prompts[0]], adapter="ridge", sampling=SAMPLING, group_ids=["0"])
+    same = next(r for r in received if (r.group_id, r.index) == ("0", 0))
+    assert again.completion_ids == same.completion_ids
+    server.wait_idle()

@@ -1,0 +1,115 @@
+"""A rollout source in the test's process: answers follow from seeds, log-probs from adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pte_vllm.adapter import Adapter
+from pte_vllm.plan import FoldPlan
+from pte_vllm.train.batch import Batch
+from pte_vllm.train.modeling import PTEModel
+from pte_vllm.train.replay import replay
+from pte_vllm.train.rollout import Rollout, WeightSpan, fold_events
+from pte_vllm.train.transport import ServerError
+
+BLOCK = 16
+
+
+class FakeServer:
+    """Implements `sampling.RolloutSource`.
+
+    Args:
+        base: directory of the base model.
+        noise: added to every log-prob.
+        forget_after: pushes after which it loses everything, once, as a restart without a spool.
+    """
+
+    def __init__(self, base: Path, *, noise: float = 0.0, forget_after: int | None = None) -> None:
+        self._base, self._model = base, None
+        self.noise, self._forget_after = noise, forget_after
+        self.versions: dict[str, dict[int, Adapter]] = {}
+        self.pushed: list[int] = []
+        self.asked: list[tuple[str, ...]] = []
+
+    def wait_ready(self, timeout_s: float = 0.0) -> dict[str, Any]:
+        return {"plan": {"block_size": BLOCK, "evict_ratio": 0.25, "window_tokens": 32}}
+
+    def adapters(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {"newest": max(held), "versions": [{"version": v} for v in sorted(held)]}
+            for name, held in self.versions.items()
+        }
+
+    def push(self, adapter: Adapter, name: str, version: int | None = None) -> int:
+        held = self.versions.setdefault(name, {})
+        assert version is not None
+        if version <= max(held, default=0):
+            raise ServerError(f"version {version} is not above the newest", 409)
+        held[version] = adapter
+        self.pushed.append(version)
+        return version
+
+    def rollouts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int = 1,
+        adapter: str | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        window_tokens: int | None = None,
+        pin_tokens: int | None = None,
+        group_ids: Sequence[str] | None = None,
+    ) -> Iterator[Rollout]:
+        assert adapter is not None and sampling is not None and group_ids is not None
+        self.asked.append(tuple(group_ids))
+        if self._forget_after is not None and len(self.pushed) >= self._forget_after:
+            self.versions, self._forget_after = {}, None
+        name, _, version = adapter.rpartition("@")
+        held = self.versions.get(name, {})
+        if int(version) not in held:
+            raise ServerError(f"there is no adapter {adapter}", 404)
+        if self._model is None:
+            self._model = PTEModel.from_pretrained(self._base, held[int(version)])
+        self._model.load_adapter_weights(held[int(version)])
+        for prompt, group_id in zip(prompts, group_ids, strict=True):
+            for index in reversed(range(n)):
+                key = f"{sampling['seed']}/{group_id}/{index}"
+                rng = random.Random(hashlib.sha256(key.encode()).hexdigest())
+                yield self._answer(list(prompt), group_id, index, rng, int(version), sampling)
+
+    def _answer(
+        self,
+        prompt: list[int],
+        group_id: str,
+        index: int,
+        rng: random.Random,
+        version: int,
+        sampling: Mapping[str, Any],
+    ) -> Rollout:
+        assert self._model is not None
+        count = rng.randrange(60, sampling["max_tokens"] + 1)
+        answer = [rng.randrange(2, 500) for _ in range(count)]
+        plan = FoldPlan(pin_tokens=len(prompt), window_tokens=32, block_size=BLOCK)
+        logprobs = replay(
+            self._model,
+            Batch.align([[*prompt, *answer]], [plan]),
+            temperature=sampling["temperature"],
+        ).logprobs[0, len(prompt) :]
+        return Rollout(
+            prompt_ids=tuple(prompt),
+            completion_ids=tuple(answer),
+            logprobs=tuple((logprobs - self.noise).tolist()),
+            mask=(1,) * count,
+            finish_reason="length" if count == sampling["max_tokens"] else "stop",
+            adapter=f"policy@{version}",
+            weight_versions=(WeightSpan(version=version, start=0, end=count),),
+            plan=plan,
+            fold_events=fold_events(plan, len(prompt) + count),
+            group_id=group_id,
+            index=index,
+            num_preempted=0,
+        )

@@ -1,0 +1,257 @@
+"""The loop: resumes to the same curve, survives a server that forgets, and ends when told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pte_vllm.adapter import Adapter
+from pte_vllm.train import sampling
+from pte_vllm.train.checkpoint import Checkpoints, read_state
+from pte_vllm.train.config import GrpoRun
+from pte_vllm.train.data import Problem, Stream
+from pte_vllm.train.grpo import DriftError
+from pte_vllm.train.loop import learning_rate, train
+from pte_vllm.train.metrics import MetricsLog, read_metrics
+from tests.support import random_tokens
+from tests.train.fake_server import FakeServer
+
+Tiny = Callable[[str], Path]
+Adapters = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Questions:
+    size = 7
+
+    def problem(self, index: int) -> Problem:
+        tokens = random_tokens(12 + 3 * index, seed=index)
+        return Problem(key=str(index), prompt=tokens, answer=[index], reward="exact")
+
+
+def stream() -> Stream:
+    return Stream(Questions(), seed=5)
+
+
+@pytest.fixture(autouse=True)
+def _reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are random, so what earns is set here: the first token's lowest bits."""
+    monkeypatch.setattr(sampling, "score", lambda problem, text, ids: (ids[0] % 4) / 3)
+
+
+@pytest.fixture
+def start(tiny: Tiny, adapters: Adapters) -> tuple[Path, Path]:
+    path = tiny("llama")
+    return path, adapters(path, rule="ridge")
+
+
+def options(start: tuple[Path, Path], out: Path, **changes: Any) -> GrpoRun:
+    tables: dict[str, dict[str, Any]] = {
+        "model": {"base": str(start[0]), "adapter": str(start[1]), "device": "cpu"},
+        "plan": {"window_tokens": 32, "block_size": 16},
+        "optimizer": {"lr": 3e-3, "steps": 4, "warmup_steps": 2, "schedule": "linear"},
+        "sampling": {"group_size": 3, "groups_per_step": 2, "max_tokens": 90},
+        "grpo": {"inner_steps": 2},
+        "data": {"source": "memory", "task": "recall"},
+        "run": {"out": str(out), "save_every_steps": 2, "tensorboard": False},
+    }
+    for name, table in changes.items():
+        tables[name] = {**tables[name], **table}
+    return GrpoRun.model_validate(tables)
+
+
+def weights(path: Path) -> torch.Tensor:
+    adapter = Adapter.load(path)
+    return torch.cat([b.flatten() for b in adapter.lora_b.values()])
+
+
+def test_resume_gives_the_same_curve(start: tuple[Path, Path], tmp_path: Path) -> None:
+    whole, server = tmp_path / "whole", FakeServer(start[0])
+    assert train(options(start, whole), server, stream=stream())
+    assert server.pushed == [1, 2, 3, 4, 5]
+    curve = read_metrics(whole / "metrics.jsonl")
+    assert [r["step"] for r in curve] == [1, 2, 3, 4]
+    assert all(r["drift"] < 1e-5 and r["folds"] > 2 for r in curve)
+    assert (whole / "training.png").stat().st_size > 1000
+    assert GrpoRun.load(whole / "run.toml") == options(start, whole)
+
+    cut = tmp_path / "cut"
+    run = options(start, cut)
+
+    class Killed(FakeServer):
+        def push(self, adapter: Adapter, name: str, version: int | None = None) -> int:
+            if len(self.pushed) == 4:  # step 3 is done but not saved
+                raise MemoryError
+            return super().push(adapter, name, version)
+
+    server = Killed(start[0])
+    with pytest.raises(MemoryError):
+        train(run, server, stream=stream())
+    assert read_state(Checkpoints(cut, keep=2).newest()).step == 2
+    again = FakeServer(start[0])
+    again.versions = server.versions  # the server knows version 4; the checkpoint is at 3
+    torch.manual_seed(123)
+    assert train(run, again, stream=stream())
+    assert again.pushed == [5, 6, 7]
+    resumed = read_metrics(cut / "metrics.jsonl")
+    for a, b in zip(curve, resumed, strict=True):
+        for name in ("loss", "reward", "length", "lr", "entropy", "grad_norm", "ratio_off"):
+            assert a[name] == pytest.approx(b[name], abs=1e-6), (a["step"], name)
+    torch.testing.assert_close(
+        weights(whole / "adapter"), weights(cut / "adapter"), atol=1e-6, rtol=0
+    )
+    assert not torch.equal(weights(whole / "adapter"), weights(start[1]))
+
+
+def test_server_that_forgot_gets_the_version_again(
+    start: tuple[Path, Path], tmp_path: Path
+) -> None:
+    steady, forgetful = FakeServer(start[0]), FakeServer(start[0], forget_after=3)
+    assert train(options(start, tmp_path / "a"), steady, stream=stream())
+    assert train(options(start, tmp_path / "b"), forgetful, stream=stream())
+    assert forgetful.pushed == [1, 2, 3, 3, 4, 5]
+    assert torch.equal(weights(tmp_path / "a/adapter"), weights(tmp_path / "b/adapter"))
+
+
+def test_drift_stops_the_run_and_is_logged(start: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(DriftError, match="max_logprob_drift"):
+        train(options(start, tmp_path), FakeServer(start[0], noise=1e-3), stream=stream())
+    record = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert record["drift"] == pytest.approx(1e-3, rel=0.05)
+    assert read_state(Checkpoints(tmp_path, keep=2).newest()).step == 0
+
+
+def test_dynamic_sampling_replaces_and_gives_up(
+    start: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lucky: list[str] = []
+
+    def reward(problem: Problem, text: str, ids: Any) -> float:
+        if problem.key in lucky:
+            return float(ids[0] % 2)
+        return 1.0
+
+    monkeypatch.setattr(sampling, "score", reward)
+    changes = {
+        "optimizer": {"steps": 1, "warmup_steps": 0},
+        "grpo": {"dynamic_sampling": True, "dynamic_sampling_max_tries": 3},
+    }
+    server = FakeServer(start[0])
+    assert train(options(start, tmp_path / "a", **changes), server, stream=stream())
+    record = read_metrics(tmp_path / "a/metrics.jsonl")[-1]
+    assert record["sampling_rounds"] == 3 and record["dropped_groups"] == 6
+    assert record["samples"] == 0 and "loss" not in record and record["reward"] == 1.0
+    assert torch.equal(weights(tmp_path / "a/adapter"), weights(start[1]))
+
+    drawn = stream()
+    keys = [p.key for p in drawn.take(4)]
+    lucky += [keys[1], keys[2]]
+    server = FakeServer(start[0])
+    assert train(options(start, tmp_path / "b", **changes), server, stream=stream())
+    record = read_metrics(tmp_path / "b/metrics.jsonl")[-1]
+    assert server.asked == [("1.1.0", "1.1.1"), ("1.2.0",)]
+    assert record["dropped_groups"] == 1 and record["samples"] == 6 and "loss" in record
+
+
+def test_plan_of_another_server_is_refused(start: tuple[Path, Path], tmp_path: Path) -> None:
+    run = options(start, tmp_path, plan={"block_size": 8})
+    with pytest.raises(ValueError, match=r"--plan.block_size is 8, but the server's is 16"):
+        train(run, FakeServer(start[0]), stream=stream())
+
+
+def test_checkpoints_are_whole_or_absent(start: tuple[Path, Path], tmp_path: Path) -> None:
+    run = options(start, tmp_path, run={"save_every_steps": 1, "keep_checkpoints": 2})
+    assert train(run, FakeServer(start[0]), stream=stream())
+    left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-000003", "step-000004"]
+    newest = Checkpoints(tmp_path, keep=2).newest()
+    assert newest is not None and read_state(newest).stream["drawn"] == 8
+    (tmp_path / "checkpoints/.draft-1").mkdir()
+    (tmp_path / "checkpoints/.draft-1/state.json").write_text("{")
+    assert Checkpoints(tmp_path, keep=2).newest() == newest
+    with pytest.raises(ValueError, match="--run.resume is false"):
+        train(options(start, tmp_path, run={"resume": False}), FakeServer(start[0]))
+
+
+@pytest.mark.parametrize("when", ["sampling", "learning"])
+def test_signal_saves_and_resumes(when: str, start: tuple[Path, Path], tmp_path: Path) -> None:
+    class Signalled(FakeServer):
+        def rollouts(self, *args: Any, **kwargs: Any) -> Any:
+            for rollout in super().rollouts(*args, **kwargs):
+                if when == "sampling" and self.pushed == [1, 2] and rollout.index == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield rollout
+
+        def push(self, *args: Any, **kwargs: Any) -> int:
+            if when == "learning" and self.pushed == [1]:  # outside of what is interrupted
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().push(*args, **kwargs)
+
+    before = signal.getsignal(signal.SIGTERM)
+    server = Signalled(start[0])
+    assert not train(options(start, tmp_path / "a"), server, stream=stream())
+    assert signal.getsignal(signal.SIGTERM) == before
+    state = read_state(Checkpoints(tmp_path / "a", keep=2).newest())
+    assert (state.step, state.version, state.stream["drawn"]) == (1, 2, 2)
+    assert train(options(start, tmp_path / "a"), server, stream=stream())
+    assert train(options(start, tmp_path / "b"), FakeServer(start[0]), stream=stream())
+    torch.testing.assert_close(
+        weights(tmp_path / "a/adapter"), weights(tmp_path / "b/adapter"), atol=1e-6, rtol=0
+    )
+
+
+def test_metrics_survive_a_line_cut_off(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, step=0, tensorboard=False)
+    log.add(1, {"reward": 0.5, "kl": float("nan")})
+    log.add(2, {"reward": 0.6})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
+    again = MetricsLog(tmp_path, step=1, tensorboard=False)
+    again.add(2, {"reward": 0.7})
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert found == [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.7}]
+
+
+def test_learning_rate() -> None:
+    run = GrpoRun.model_validate(
+        {
+            "model": {"base": "x"},
+            "data": {"source": "memory", "task": "recall"},
+            "optimizer": {"lr": 1.0, "steps": 10, "warmup_steps": 2, "schedule": "cosine"},
+        }
+    )
+    found = [learning_rate(run.optimizer, step) for step in (0, 1, 2, 6, 9)]
+    assert found == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0380602], abs=1e-5)
+
+
+def test_command_line_answers_at_once() -> None:
+    for words, status, text in (
+        (["--help"], 0, "memory-curve"),
+        (["nothing"], 2, "there is no such command"),
+    ):
+        code = (
+            "import sys; from pte_vllm.cli import main; status = main(['train', *sys.argv[1:]]);"
+            "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules); sys.exit(status)"
+        )
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status and text in done.stdout + done.stderr
+        assert time.monotonic() - began < 3.0  # under a second on an idle machine
