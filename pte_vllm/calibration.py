@@ -96,11 +96,7 @@ def _sequence(pieces: list[list[int]], num_tokens: int, rng: random.Random) -> l
     early: list[list[int]] = []
     while len(body) < body_tokens:
         for piece in rng.sample(pieces, len(pieces)):
-            if (
-                TEXT_SPANS.pinned_tokens
-                <= len(body)
-                < body_tokens - TEXT_SPANS.local_tokens - len(piece)
-            ):
+            if TEXT_SPANS.pinned_tokens <= len(body) < far_tokens - len(piece):
                 early.append(piece)
             body += piece
     early = early or [body[TEXT_SPANS.pinned_tokens : far_tokens]]

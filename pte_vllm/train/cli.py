@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 _COMMANDS = {
     ("grpo",): ("pte_vllm.train.loop", "reinforcement learning against a running server"),
     ("distill",): ("pte_vllm.train.distill", "warm start without rewards, from the base model"),
+    ("experiment", "memory"): (
+        "pte_vllm.train.experiments.memory",
+        "the paper's ordering on generated memory tasks",
+    ),
     ("experiment", "recall"): (
         "pte_vllm.train.experiments.recall",
         "facts in plain text, on a real model",

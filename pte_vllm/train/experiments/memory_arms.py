@@ -1,7 +1,4 @@
-"""The arms of the memory experiment: what holds the past, and how it is trained and scored.
-
-Shapes: B sequences, T tokens, N answers.
-"""
+"""The arms of the memory experiment: what holds the past, and how it is trained and scored."""
 
 from __future__ import annotations
 
@@ -12,20 +9,23 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
-from pte_vllm.adapter import Adapter
+from pte_vllm.adapter import Adapter, layer_of
 from pte_vllm.adapter_init import init_adapter
 from pte_vllm.calibration import Spans
+from pte_vllm.cli import TARGET_MODULES
 from pte_vllm.config import PTEConfig
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.batch import Batch
+from pte_vllm.train.experiments.supervised import Schedule, score_answers, train_answers
 from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import Backward, Scores, replay
+from pte_vllm.train.replay import Backward
 from pte_vllm.train.tasks import PIN_TOKENS, TASKS, Sample, sample_batch
 
 BLOCK_TOKENS = 8
+WINDOW_TOKENS = 16
 EVICT_RATIO = 0.5
+_CALIBRATION_SAMPLES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,37 +35,35 @@ class Arm:
     name: str
     adapter: Literal["none", "lora", "pte"] = "pte"
     """`lora`: a plain LoRA, whose state is the identity."""
-    window_tokens: int = 16
+    window_tokens: int = WINDOW_TOKENS
     """0: full attention."""
     method: PTEConfig = field(default_factory=PTEConfig)
-    target_modules: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
+    target_modules: tuple[str, ...] = TARGET_MODULES
     gain: float = 1.0
     """Times the calibrated one."""
+    value_start: float = 0.1
+    """B of v_proj starts at this times W_Vᵀ: values come out where values go in; 0: B is zero."""
     backward: Backward = "segments"
 
     @property
     def trained(self) -> bool:
         return self.adapter != "none"
 
-    def state_bytes(self, layers: int, kv_size: int) -> int:
-        """What a sequence holds besides its KV cache: S, and for `ridge` its two sums; fp32."""
-        if self.adapter != "pte":
+    def state_bytes(self, layers: int) -> int:
+        """What a sequence holds besides its KV cache: S, and for `ridge` two sums; fp32."""
+        if self.adapter != "pte" or self.method.rule == "none":
             return 0
         numbers = self.method.global_tokens * self.method.rank
-        if self.method.rule == "none":
-            return 0
         return 4 * layers * numbers * (3 if self.method.rule == "ridge" else 1)
 
     def kv_bytes(self, layers: int, kv_size: int, longest: int) -> int:
-        """Most bytes of keys and values of one sequence, fp32; `kv_size`: KV heads × head size."""
+        """Most bytes of keys and values of one sequence, fp32.
+
+        Args:
+            layers: of the model.
+            kv_size: KV heads × head size.
+            longest: tokens of the longest sequence, which full attention keeps.
+        """
         plan = plan_of(self.window_tokens)
         tokens = plan.pin_tokens + plan.window_tokens if plan.bounded else longest
         return 4 * 2 * layers * kv_size * tokens
@@ -82,18 +80,21 @@ def plan_of(window_tokens: int) -> FoldPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Training of one arm; the same for all."""
+    """Training and scoring of one arm; the same for all."""
 
     steps: int = 400
     batch_size: int = 32
     learning_rate: float = 3e-3
     gap_tokens: tuple[int, int] = (40, 72)
-    """Trained gaps."""
+    """Trained gaps, from and to."""
     facts: tuple[int, int] = (3, 9)
-    eval_gaps: tuple[int, ...] = (40, 56, 72, 96, 128, 192)
+    """Facts in a trained sequence, from and to."""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    eval_gaps: tuple[int, ...] = (40, 56, 72, 96, 128)
+    eval_facts: tuple[int, ...] = (6,)
+    """The first one for the gaps; the others are scored at the second gap only."""
     eval_size: int = 64
     """Sequences of each task at each gap."""
-    eval_facts: int = 6
 
 
 def make_adapter(base: Any, arm: Arm, budget: Budget, seed: int) -> Adapter | None:
@@ -101,8 +102,10 @@ def make_adapter(base: Any, arm: Arm, budget: Budget, seed: int) -> Adapter | No
     if not arm.trained:
         return None
     rng = random.Random(f"calibration {seed}")
-    gap = max(budget.gap_tokens)
-    samples = sample_batch(rng, 32, gap_tokens=(gap, gap), facts=budget.eval_facts)
+    gap = budget.gap_tokens[1]
+    samples = sample_batch(
+        rng, _CALIBRATION_SAMPLES, gap_tokens=(gap, gap), facts=budget.eval_facts[0]
+    )
     tokens = min(len(sample.ids) for sample in samples)
     # All end with their questions: cut the longer ones after the instruction.
     ids = torch.tensor([s.ids[:PIN_TOKENS] + s.ids[PIN_TOKENS - tokens :] for s in samples])
@@ -113,10 +116,14 @@ def make_adapter(base: Any, arm: Arm, budget: Budget, seed: int) -> Adapter | No
         target_modules=arm.target_modules,
         seed=seed,
         base_model="memory-base",
-        spans=Spans(pinned_tokens=PIN_TOKENS, recall_tokens=4, local_tokens=16),
+        spans=Spans(pinned_tokens=PIN_TOKENS, recall_tokens=4, local_tokens=WINDOW_TOKENS),
     )
     if arm.adapter == "lora":
         return replace(adapter, pte=None, encoders={})
+    for name, b in adapter.lora_b.items():
+        layer = layer_of(name)
+        if name.endswith("v_proj") and layer is not None:
+            b.copy_(arm.value_start * adapter.encoders[layer].w_v.mT)
     encoders = {i: replace(e, gain=e.gain * arm.gain) for i, e in adapter.encoders.items()}
     return replace(adapter, encoders=encoders)
 
@@ -129,98 +136,67 @@ def batch_of(samples: Sequence[Sample], window_tokens: int) -> Batch:
     )
 
 
-def train(
-    model: PTEModel,
-    arm: Arm,
-    budget: Budget,
-    seed: int,
-    progress: Callable[[int, float], None] | None = None,
-) -> list[float]:
-    """Cross-entropy on the answers; returns the loss by step."""
-    parameters = model.trainable_parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=budget.learning_rate, weight_decay=0.0)
-    rng = random.Random(f"train {seed}")
-    losses = []
-    for step in range(1, budget.steps + 1):
-        rate = min(1.0, step / 20) * max(0.05, 1 - step / budget.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = budget.learning_rate * rate
-        samples = sample_batch(
-            rng,
-            budget.batch_size,
-            gap_tokens=budget.gap_tokens,
-            facts=rng.randint(*budget.facts),
-        )
-        batch = batch_of(samples, arm.window_tokens)
-        answers = int(batch.wanted.sum())
-
-        def mean_loss(scores: Scores, answers: int = answers) -> Tensor:
-            return -scores.logprobs.sum() / answers
-
-        optimizer.zero_grad(set_to_none=True)
-        loss = replay(
-            model,
-            batch,
-            backward=arm.backward,
-            loss=mean_loss,
-        ).loss
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        losses.append(loss)
-        if progress is not None:
-            progress(step, loss)
-    return losses
-
-
-@torch.no_grad()
 def accuracy(
     model: PTEModel, arm: Arm, task: str, *, gap_tokens: int, facts: int, size: int
 ) -> float:
     """Share of right answers on sequences that no training saw; the same for every arm."""
-    rng = random.Random(f"eval {task} {gap_tokens} {facts}")
-    samples = sample_batch(
-        rng, size, gap_tokens=(gap_tokens, gap_tokens), tasks=[task], facts=facts
-    )
-    batch = batch_of(samples, arm.window_tokens)
-    right: list[Tensor] = []
+    rng = random.Random(f"score {task} {gap_tokens} {facts}")
+    gaps = (gap_tokens, gap_tokens)
+    samples = sample_batch(rng, size, gap_tokens=gaps, tasks=[task], facts=facts)
+    return score_answers(model, [batch_of(samples, arm.window_tokens)]).accuracy
 
-    def count(scores: Scores) -> Tensor:
-        wanted = batch.ids[scores.rows, scores.tokens + batch.left[scores.rows]]
-        right.append(scores.logits.argmax(-1) == wanted)
-        return scores.logits.new_zeros(())
 
-    replay(model, batch, loss=count)
-    return float(torch.cat(right).float().mean())
+Progress = Callable[[int, float], None]
+"""Called with the step and its loss."""
 
 
 def run_arm(
-    base: Any,
-    arm: Arm,
-    budget: Budget,
-    seed: int,
-    progress: Callable[[int, float], None] | None = None,
+    base: Any, arm: Arm, budget: Budget, seed: int, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Train an arm and score it: a record that goes into the results."""
+    rng = random.Random(f"train {seed}")
+
+    def next_batch() -> Batch:
+        samples = sample_batch(
+            rng,
+            budget.batch_size,
+            gap_tokens=budget.gap_tokens,
+            tasks=budget.tasks,
+            facts=rng.randint(*budget.facts),
+        )
+        return batch_of(samples, arm.window_tokens)
+
     torch.manual_seed(seed)
     model = PTEModel(base, make_adapter(base, arm, budget, seed))
     try:
         began = time.monotonic()
-        losses = train(model, arm, budget, seed, progress) if arm.trained else []
+        losses: list[float] = []
+        if arm.trained:
+            schedule = Schedule(
+                steps=budget.steps,
+                learning_rate=budget.learning_rate,
+                warmup_steps=20,
+                final_fraction=0.05,
+            )
+            losses = train_answers(
+                model, next_batch, schedule, backward=arm.backward, progress=progress
+            )
         seconds = time.monotonic() - began
-        by_gap = {
-            task: {
-                gap: accuracy(
-                    model,
-                    arm,
-                    task,
-                    gap_tokens=gap,
-                    facts=budget.eval_facts,
-                    size=budget.eval_size,
-                )
-                for gap in budget.eval_gaps
+        first, *others = budget.eval_facts
+        cells = [(gap, first) for gap in budget.eval_gaps]
+        cells += [(budget.eval_gaps[1], facts) for facts in others]
+        scores = [
+            {
+                "task": task,
+                "gap_tokens": gap,
+                "facts": facts,
+                "accuracy": accuracy(
+                    model, arm, task, gap_tokens=gap, facts=facts, size=budget.eval_size
+                ),
             }
-            for task in TASKS
-        }
+            for task in budget.tasks
+            for gap, facts in cells
+        ]
     finally:
         model.detach()
     return {
@@ -228,6 +204,6 @@ def run_arm(
         "seed": seed,
         "seconds": round(seconds, 1),
         "losses": [round(loss, 4) for loss in losses],
-        "accuracy": by_gap,
+        "scores": scores,
         "options": asdict(arm),
     }

@@ -50,6 +50,7 @@ class BaseConfig:
     learning_rate: float = 3e-3
     target_accuracy: float = 0.985
     """Training ends early once every task reaches it at the longest gap, three times in a row."""
+    tasks: tuple[str, ...] = tuple(TASKS)
     seed: int = 0
 
     def key(self) -> str:
@@ -135,7 +136,9 @@ def pretrain(config: BaseConfig, progress: Progress | None = None) -> tuple[Any,
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
     )
     rng = random.Random(config.seed)
-    began, solved, reached = time.monotonic(), 0, dict.fromkeys(TASKS, 0.0)
+    # Which of two facts is the later one is learned last: more of that.
+    mixture = (*config.tasks, *(task for task in config.tasks if task == "state")) * 1
+    began, solved, reached = time.monotonic(), 0, dict.fromkeys(config.tasks, 0.0)
     step, longest = 0, 16.0
     for step in range(1, config.steps + 1):
         rate = min(1.0, step / 100) * max(0.05, 1 - step / config.steps)
@@ -146,7 +149,7 @@ def pretrain(config: BaseConfig, progress: Progress | None = None) -> tuple[Any,
             rng,
             config.batch_size,
             gap_tokens=(gap // 2, gap),  # alike within a batch: little padding
-            tasks=(*TASKS, "state", "state"),  # which of two facts is later is learned last
+            tasks=mixture,
             facts=rng.randint(3, config.max_facts),
         )
         logits, answers = answer_logits(model, *collate(samples))
@@ -159,9 +162,8 @@ def pretrain(config: BaseConfig, progress: Progress | None = None) -> tuple[Any,
         if float(loss.detach()) < 0.5:
             longest = min(config.max_gap_tokens, longest * 1.02)
         if step % 100 == 0:
-            reached = {
-                task: full_accuracy(model, task, gap_tokens=config.max_gap_tokens) for task in TASKS
-            }
+            gap = config.max_gap_tokens
+            reached = {task: full_accuracy(model, task, gap_tokens=gap) for task in config.tasks}
             solved = solved + 1 if min(reached.values()) >= config.target_accuracy else 0
         if progress is not None:
             progress(step, float(loss.detach()), reached)
@@ -177,19 +179,23 @@ def pretrain(config: BaseConfig, progress: Progress | None = None) -> tuple[Any,
     return model, report
 
 
-def load_or_pretrain(
-    config: BaseConfig, folder: Path, progress: Progress | None = None
-) -> tuple[Any, dict[str, Any]]:
-    """The base model of `config`, from `folder` where an earlier run left it."""
+def load(folder: Path) -> Any:
+    """The model that `ensure_base` left, frozen."""
     from transformers import LlamaForCausalLM
 
-    target = folder / f"base-{config.key()}"
-    note = target / "report.json"
-    if note.exists():  # written last, so that the rest is whole
-        model = LlamaForCausalLM.from_pretrained(target, dtype=torch.float32)
-        model.eval().requires_grad_(False)
-        return model, json.loads(note.read_text())
-    model, report = pretrain(config, progress)
-    model.save_pretrained(target)
-    note.write_text(json.dumps({"config": asdict(config), **report}, indent=2))
-    return model, report
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def ensure_base(
+    config: BaseConfig, out: Path, progress: Progress | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """Folder of the base model of `config`, trained unless an earlier run left it; its report."""
+    folder = out / f"base-{config.key()}"
+    note = folder / "report.json"
+    if not note.exists():  # it is written last: where it is, the rest is whole
+        model, report = pretrain(config, progress)
+        model.save_pretrained(folder)
+        note.write_text(json.dumps({"config": asdict(config), **report}, indent=1) + "\n")
+    report = json.loads(note.read_text())
+    return folder, report

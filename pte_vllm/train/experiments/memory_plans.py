@@ -1,0 +1,100 @@
+"""What the memory experiment compares: its arms, its ablations, and its two sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pte_vllm.config import PTEConfig
+from pte_vllm.train.experiments.memory_arms import Arm, Budget
+from pte_vllm.train.experiments.memory_base import BaseConfig
+
+
+def _method(rule: str, **options: Any) -> PTEConfig:
+    return PTEConfig(rule=rule, **options)
+
+
+_RIDGE = Arm(name="PTE ridge", method=_method("ridge"))
+_SUM = Arm(name="PTE sum", method=_method("sum"))
+_PAPER = Arm(name="PTE paper", method=_method("paper"))
+
+FULL = Arm(name="full cache", adapter="none", window_tokens=0)
+WINDOW = Arm(name="window only", adapter="none")
+LORA = Arm(name="LoRA_c", adapter="lora", method=_method("paper", init="random"))
+GLOBAL = Arm(name="Global-Only", method=_method("none"))
+
+ARMS: tuple[Arm, ...] = (
+    FULL,
+    WINDOW,
+    LORA,
+    replace(LORA, name="LoRA_c, window 24", window_tokens=24),
+    GLOBAL,
+    _PAPER,
+    _SUM,
+    _RIDGE,
+)
+"""At equal KV bytes, but for `full cache` and `window 24`, which spends what a state takes."""
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def _ablate(arm: Arm, what: str, **changes: Any) -> Arm:
+    """`arm` with fields of its method or its own replaced."""
+    own = {k: v for k, v in changes.items() if k in Arm.__dataclass_fields__}
+    method = {k: v for k, v in changes.items() if k not in own}
+    return replace(arm, name=f"{arm.name}: {what}", method=replace(arm.method, **method), **own)
+
+
+ABLATIONS: tuple[Arm, ...] = (
+    _RIDGE,
+    _ablate(_RIDGE, "init aligned_mean", init="aligned_mean"),
+    _ablate(_RIDGE, "init aligned_key", init="aligned_key"),
+    _ablate(_RIDGE, "init random", init="random", value_start=0.0),
+    _ablate(_RIDGE, "B = 0", value_start=0.0),
+    _ablate(_RIDGE, "read value", read="value"),
+    _ablate(_RIDGE, "keys rotated", keys="rotated"),
+    _ablate(_RIDGE, "r = G = 16", rank=16, global_tokens=16),
+    _ablate(_RIDGE, "r = G = 64", rank=64, global_tokens=64),
+    _ablate(_RIDGE, "attention linears only", target_modules=_ATTENTION),
+    _ablate(_RIDGE, "v_proj only", target_modules=("v_proj",)),
+    _ablate(_RIDGE, "window 24", window_tokens=24),
+    _ablate(_RIDGE, "backward full", backward="full"),
+    _SUM,
+    _ablate(_SUM, "normalize row", normalize="row"),
+    _ablate(_SUM, "gain × 10", gain=10.0),
+    _ablate(_SUM, "G = 64", global_tokens=64),
+    _ablate(_SUM, "r = 64", rank=64),
+    _ablate(_SUM, "init random", init="random", value_start=0.0),
+    _ablate(_SUM, "backward full", backward="full"),
+    _PAPER,
+    _ablate(_PAPER, "gain × 0.1", gain=0.1),
+    _ablate(_PAPER, "gain × 10", gain=10.0),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One run of the experiment."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    budget: Budget = field(default_factory=Budget)
+    arms: tuple[Arm, ...] = ARMS
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+FACTS = (6, 3, 9, 12, 18, 24)
+FULL_PLAN = Plan(budget=Budget(eval_facts=FACTS))
+ABLATION_PLAN = Plan(arms=ABLATIONS, seeds=(0,))
+QUICK_PLAN = Plan(
+    base=BaseConfig(steps=900, max_gap_tokens=64, max_facts=8, tasks=("recall", "passkey")),
+    budget=Budget(
+        steps=200,
+        gap_tokens=(40, 56),
+        facts=(3, 6),
+        tasks=("recall", "passkey"),
+        eval_gaps=(40, 56, 64),
+        eval_facts=(4,),
+    ),
+    arms=(FULL, WINDOW, LORA, GLOBAL, _RIDGE),
+    seeds=(0,),
+)
