@@ -7,8 +7,8 @@ A question is a sequence of tokens
 
     32 tokens of instruction, pinned | facts | gap | key
 
-with one answer token, the value that a fact gave the key: one of 16. Between the facts and the key lie
-more tokens than layers × window, so that nothing but a thought state can carry them over.
+with one answer token, the value that a fact gave the key: one of 16. Between the facts and the key
+lie more tokens than layers × window, so that nothing but a thought state can carry them over.
 """
 
 from __future__ import annotations
