@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def train(run: GrpoRun, source: RolloutSource, *, stream: Stream | None = None) 
         raise ValueError(f"--run.out {run.run.out} holds checkpoints, and --run.resume is false")
     state = read_state(newest) if newest else RunState(step=0, version=0, stream={})
     torch.manual_seed(run.run.seed)
-    tokenizer = load_tokenizer(run)
+    tokenizer = load_tokenizer(run.model.base)
     if stream is None:
         stream = open_stream(run.data, keep=_short_enough(run, tokenizer))
     model = build_model(
@@ -141,13 +142,17 @@ def train(run: GrpoRun, source: RolloutSource, *, stream: Stream | None = None) 
     return finished
 
 
-def load_tokenizer(run: GrpoRun) -> Any:
-    """The base model's tokenizer; None where prompts and answers are token ids."""
-    return None if run.data.source == "memory" else AutoTokenizer.from_pretrained(run.model.base)
+def load_tokenizer(base: str) -> Any:
+    """The base model's tokenizer; None for a directory that holds none, as of generated models."""
+    if Path(base).is_dir() and not any(Path(base).glob("*token*")):
+        return None
+    return AutoTokenizer.from_pretrained(base)
 
 
 def _short_enough(run: GrpoRun, tokenizer: Any) -> Callable[[Problem], bool]:
     def keep(problem: Problem) -> bool:
+        if tokenizer is None and not isinstance(problem.prompt[0], int):
+            raise ValueError(f"--model.base {run.model.base} has no tokenizer for {problem.key}")
         return len(prompt_ids(problem, tokenizer)) <= run.data.max_prompt_tokens
 
     return keep
