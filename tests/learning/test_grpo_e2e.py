@@ -22,7 +22,7 @@ from tests.support import random_tokens
 Tiny = Callable[[str], Path]
 Adapters = Callable[..., Path]
 
-MAX_TOKENS = 2 * WINDOW
+MAX_TOKENS = 3 * WINDOW
 TIMEOUT_S = 900.0
 
 
