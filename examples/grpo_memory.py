@@ -41,21 +41,14 @@ GAP_TOKENS = (LAYERS * WINDOW_TOKENS + 1, LAYERS * WINDOW_TOKENS + 24)
 """Tokens between the last fact and the question."""
 RANK = 32
 _BOS, _INSTRUCTION, _NOISE = 0, 1, range(2, 8)
-_DISTRACTOR_SHARE = 0.0
 
 
 def question(rng: random.Random, gap_tokens: int) -> tuple[list[int], list[tuple[int, int]]]:
     """Tokens up to the end of the gap, and the facts `(key, value)` that may be asked."""
     keys = rng.sample(range(VALUES, NODES), FACTS)
     facts = [(key, rng.randrange(VALUES)) for key in keys]
-    others = [key for key in range(VALUES, NODES) if key not in keys]
     ids = [_BOS] + [_INSTRUCTION] * (PIN_TOKENS - 1) + [fact_token(*fact) for fact in facts]
-    for _ in range(gap_tokens):
-        if rng.random() < _DISTRACTOR_SHARE:
-            ids.append(fact_token(rng.choice(others), rng.randrange(VALUES)))
-        else:
-            ids.append(rng.choice(_NOISE))
-    return ids, facts
+    return ids + rng.choices(_NOISE, k=gap_tokens), facts
 
 
 def _sequences(rng: random.Random, size: int, gap_tokens: int) -> tuple[torch.Tensor, int]:

@@ -18,27 +18,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from pte_vllm.sample_text import SAMPLE_TEXT
-from pte_vllm.train.build import build_model
 from pte_vllm.train.checkpoint import (
-    Checkpoints,
     RunState,
-    adapter_directory,
-    read_state,
-    restore,
 )
 from pte_vllm.train.client import ServerError
 from pte_vllm.train.config import DistillRun
 from pte_vllm.train.distill_data import Example, batches, pack, read_rollouts, read_texts
 from pte_vllm.train.distill_samples import sample_answers
 from pte_vllm.train.distill_step import Evaluation, evaluate, take_step
-from pte_vllm.train.loop import ADAPTER, OPTIONS_FILE, learning_rate
 from pte_vllm.train.metrics import MetricsLog, ProgressBar, series
-from pte_vllm.train.modeling import PTEModel
+from pte_vllm.train.start import ADAPTER, Start, learning_rate, load_tokenizer, start_run
 
 SAMPLES_FILE, PLOT_FILE = "samples.jsonl", "distill.png"
 
@@ -63,6 +55,10 @@ def load_examples(run: DistillRun, tokenizer: Any, console: Console) -> list[Exa
     """
     options = run.distill
     if options.data == "text":
+        if tokenizer is None:
+            raise ValueError(
+                f"--model.base {run.model.base} has no tokenizer for --distill.data text"
+            )
         if options.text is None:
             texts: Iterator[str] = iter([SAMPLE_TEXT])
         else:
@@ -120,59 +116,36 @@ def train(run: DistillRun) -> list[dict[str, float]]:
         FloatingPointError: if a gradient is not finite.
     """
     console = Console(stderr=True, highlight=False)
-    directory = run.run.directory
-    checkpoints = Checkpoints(directory, keep=run.run.keep_checkpoints)
-    newest = checkpoints.newest()
-    if newest is not None and not run.run.resume:
-        raise ValueError(f"--run.out {run.run.out} holds checkpoints, and --run.resume is false")
-    done = read_state(newest).step if newest else 0
-    torch.manual_seed(run.run.seed)
-    # Questions of the memory tasks are token ids, and their models have no tokenizer.
-    needs_none = run.distill.data == "samples" and run.data and run.data.source == "memory"
-    tokenizer = None if needs_none else AutoTokenizer.from_pretrained(run.model.base)
+    directory, tokenizer = run.run.directory, load_tokenizer(run.model.base)
     examples, held_out = hold_out(
         load_examples(run, tokenizer, console), run.distill.eval_sequences
     )
     console.print(f"{len(examples)} sequences to train on, {len(held_out)} held out")
-    model = build_model(
-        run.model,
-        run.adapter,
-        seed=run.run.seed,
-        start=adapter_directory(newest) if newest else None,
-    )
-    optimizer = torch.optim.AdamW(
-        model.trainable_parameters(),
-        lr=run.optimizer.lr,
-        betas=run.optimizer.betas,
-        weight_decay=run.optimizer.weight_decay,
-    )
-    run.save(directory / OPTIONS_FILE)
-    if newest:
-        restore(newest, optimizer)
+    start = start_run(run)
+    done = start.state.step
+    if start.resumed:
         console.print(f"going on after step {done}")
     metrics = MetricsLog(directory, step=done, tensorboard=run.run.tensorboard)
     try:
-        _run_steps(run, model, optimizer, examples, held_out, checkpoints, metrics, done, console)
+        _run_steps(run, start, examples, held_out, metrics, console)
     finally:
         metrics.close()
         if metrics.records:
             plot(metrics.records, directory / PLOT_FILE)
-    model.save_pretrained(directory / ADAPTER)
+    start.model.save_pretrained(directory / ADAPTER)
     console.print(f"wrote {directory / ADAPTER}", soft_wrap=True)
     return metrics.records
 
 
 def _run_steps(
     run: DistillRun,
-    model: PTEModel,
-    optimizer: torch.optim.Optimizer,
+    start: Start,
     examples: Sequence[Example],
     held_out: Sequence[Example],
-    checkpoints: Checkpoints,
     metrics: MetricsLog,
-    done: int,
     console: Console,
 ) -> None:
+    model, optimizer, done = start.model, start.optimizer, start.state.step
     options, last = run.distill, run.optimizer.steps
     stream = batches(examples, options.batch_sequences, seed=run.run.seed, start=done)
     with ProgressBar(console, title="distill", done=done, total=last) as bar:
@@ -209,7 +182,7 @@ def _run_steps(
                 metrics.add(step, values)
             if step == last or step % run.run.save_every_steps == 0:
                 state = RunState(step=step, version=0, stream={})  # the step says which data
-                checkpoints.save(state, model.adapter(), optimizer)
+                start.checkpoints.save(state, model.adapter(), optimizer)
 
 
 def describe(found: Evaluation) -> str:

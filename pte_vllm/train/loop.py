@@ -18,35 +18,24 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from pte_vllm.adapter import Adapter
-from pte_vllm.train.build import build_model
-from pte_vllm.train.checkpoint import (
-    Checkpoints,
-    RunState,
-    adapter_directory,
-    read_state,
-    restore,
-)
+from pte_vllm.train.checkpoint import RunState
 from pte_vllm.train.client import RolloutClient, RolloutMismatch, ServerError
 from pte_vllm.train.config import GrpoRun, ServerOptions
-from pte_vllm.train.config_sections import OptimizerOptions
 from pte_vllm.train.data import Problem, Stream, prompt_ids
 from pte_vllm.train.data_sources import open_stream
 from pte_vllm.train.grpo import DriftError
 from pte_vllm.train.learner import Learner, StepResult
 from pte_vllm.train.metrics import PLOT_FILE, MetricsLog, ProgressBar, plot_run
-from pte_vllm.train.modeling import PTEModel
 from pte_vllm.train.sampling import Batch, Publisher, RolloutSource, Sampler
 from pte_vllm.train.signals import Interrupted, Signals
+from pte_vllm.train.start import ADAPTER, Start, learning_rate, load_tokenizer, start_run
 
-INITIAL, ADAPTER, OPTIONS_FILE = "initial", "adapter", "run.toml"
+INITIAL = "initial"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -99,54 +88,27 @@ def train(run: GrpoRun, source: RolloutSource, *, stream: Stream | None = None) 
         DriftError: if server and replay do not compute the same policy.
     """
     console = Console(stderr=True, highlight=False)
-    directory = run.run.directory
-    checkpoints = Checkpoints(directory, keep=run.run.keep_checkpoints)
-    newest = checkpoints.newest()
-    if newest is not None and not run.run.resume:
-        raise ValueError(f"--run.out {run.run.out} holds checkpoints, and --run.resume is false")
-    state = read_state(newest) if newest else RunState(step=0, version=0, stream={})
-    torch.manual_seed(run.run.seed)
-    tokenizer = load_tokenizer(run.model.base)
+    directory, tokenizer = run.run.directory, load_tokenizer(run.model.base)
     if stream is None:
         stream = open_stream(run.data, keep=_short_enough(run, tokenizer))
-    model = build_model(
-        run.model,
-        run.adapter,
-        seed=run.run.seed,
-        start=adapter_directory(newest) if newest else None,
-    )
-    optimizer = torch.optim.AdamW(
-        model.trainable_parameters(),
-        lr=run.optimizer.lr,
-        betas=run.optimizer.betas,
-        weight_decay=run.optimizer.weight_decay,
-    )
-    run.save(directory / OPTIONS_FILE)
-    if newest is None:
-        model.save_pretrained(directory / INITIAL)
+    start = start_run(run)
+    if start.resumed:
+        stream.restore(start.state.stream)  # type: ignore[arg-type]  # what `state` gave
+        console.print(f"going on after step {start.state.step}")
     else:
-        restore(newest, optimizer)
-        stream.restore(state.stream)  # type: ignore[arg-type]  # what `state` gave
-        console.print(f"going on after step {state.step}")
-    metrics = MetricsLog(directory, step=state.step, tensorboard=run.run.tensorboard)
-    trainer = _Trainer(run, source, stream, tokenizer, model, optimizer, checkpoints, metrics)
+        start.model.save_pretrained(directory / INITIAL)
+    metrics = MetricsLog(directory, step=start.state.step, tensorboard=run.run.tensorboard)
+    trainer = _Trainer(run, source, stream, tokenizer, start, metrics)
     try:
-        finished = trainer.run_steps(state, console)
+        finished = trainer.run_steps(start.state, console)
     finally:
         metrics.close()
         if metrics.records:
             plot_run(metrics.records, directory / PLOT_FILE, title=directory.name)
     if finished:
-        model.save_pretrained(directory / ADAPTER)
+        start.model.save_pretrained(directory / ADAPTER)
         console.print(f"wrote {directory / ADAPTER}", soft_wrap=True)
     return finished
-
-
-def load_tokenizer(base: str) -> Any:
-    """The base model's tokenizer; None for a directory that holds none, as of generated models."""
-    if Path(base).is_dir() and not any(Path(base).glob("*token*")):
-        return None
-    return AutoTokenizer.from_pretrained(base)
 
 
 def _short_enough(run: GrpoRun, tokenizer: Any) -> Callable[[Problem], bool]:
@@ -158,15 +120,6 @@ def _short_enough(run: GrpoRun, tokenizer: Any) -> Callable[[Problem], bool]:
     return keep
 
 
-def learning_rate(options: OptimizerOptions, steps_done: int) -> float:
-    """Of the next step: a linear warm-up, then the schedule."""
-    if steps_done < options.warmup_steps:
-        return options.lr * (steps_done + 1) / options.warmup_steps
-    part = (steps_done - options.warmup_steps) / max(options.steps - options.warmup_steps, 1)
-    shape = {"constant": 1.0, "linear": 1.0 - part, "cosine": 0.5 * (1 + math.cos(math.pi * part))}
-    return options.lr * shape[options.schedule]
-
-
 class _Trainer:
     """The parts of a run that its steps use."""
 
@@ -176,18 +129,16 @@ class _Trainer:
         source: RolloutSource,
         stream: Stream,
         tokenizer: Any,
-        model: PTEModel,
-        optimizer: torch.optim.Optimizer,
-        checkpoints: Checkpoints,
+        start: Start,
         metrics: MetricsLog,
     ) -> None:
         self._run, self._source, self._stream, self._tokenizer = run, source, stream, tokenizer
-        self._model, self._optimizer = model, optimizer
-        self._checkpoints, self._metrics = checkpoints, metrics
-        dtype = str(model.base.dtype).removeprefix("torch.")
+        self._model, self._optimizer = start.model, start.optimizer
+        self._checkpoints, self._metrics = start.checkpoints, metrics
+        dtype = str(start.model.base.dtype).removeprefix("torch.")
         self._learner = Learner(
-            model,
-            optimizer,
+            start.model,
+            start.optimizer,
             run.grpo,
             temperature=run.sampling.temperature,
             max_drift=run.grpo.drift_limit(dtype),

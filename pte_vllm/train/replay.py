@@ -28,7 +28,7 @@ from pte_vllm.ops import reference
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.attention import attention_mask
 from pte_vllm.train.batch import Batch
-from pte_vllm.train.memory import FoldChain, Memory
+from pte_vllm.train.fold_chain import FoldChain, Memory
 from pte_vllm.train.modeling import PTEModel
 from pte_vllm.train.window_cache import WindowCache
 

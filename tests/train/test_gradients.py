@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,6 @@ PINS = (41, 5, 60, 20)
 RULES = ("paper", "sum", "none", "ridge")
 STEP, RELATIVE = 2e-4, 0.02
 """Of finite differences in fp32: curvature and rounding each stay below one percent."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def fold_plan(pin_tokens: int) -> FoldPlan:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,14 @@ from pte_vllm.train.checkpoint import Checkpoints, read_state
 from pte_vllm.train.config import GrpoRun
 from pte_vllm.train.data import Problem, Stream
 from pte_vllm.train.grpo import DriftError
-from pte_vllm.train.loop import learning_rate, train
+from pte_vllm.train.loop import train
 from pte_vllm.train.metrics import MetricsLog, read_metrics
+from pte_vllm.train.start import learning_rate
 from tests.support import random_tokens
 from tests.train.fake_server import FakeServer
 
 Tiny = Callable[[str], Path]
 Adapters = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Questions:

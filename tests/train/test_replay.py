@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,6 @@ BLOCK = 16
 PROMPT = 41  # not a multiple of the block size
 LENGTH = 203  # folds at 112, 128, … 192 with the plan below, and a last segment of odd length
 RULES = ("paper", "sum", "none", "ridge")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def plan(pin_tokens: int = PROMPT, window_blocks: int = 4, evict_ratio: float = 0.25) -> FoldPlan:

@@ -1,0 +1,95 @@
+"""What every run starts with: its newest checkpoint, its model, its optimizer.
+
+OUT/run.toml        every option, defaults included
+OUT/checkpoints/    see `checkpoint`
+OUT/adapter/        after the last step
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from pte_vllm.train.build import build_model
+from pte_vllm.train.checkpoint import (
+    Checkpoints,
+    RunState,
+    adapter_directory,
+    read_state,
+    restore,
+)
+from pte_vllm.train.config import DistillRun, GrpoRun
+from pte_vllm.train.config_sections import OptimizerOptions
+from pte_vllm.train.modeling import PTEModel
+
+ADAPTER, OPTIONS_FILE = "adapter", "run.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A run before its next step."""
+
+    checkpoints: Checkpoints
+    state: RunState
+    """Of the newest checkpoint; step 0 where there is none."""
+    resumed: bool
+    model: PTEModel
+    optimizer: torch.optim.Optimizer
+
+
+def start_run(run: GrpoRun | DistillRun) -> Start:
+    """Begin a run, or go on after its newest checkpoint; writes OUT/run.toml.
+
+    Raises:
+        ValueError: naming the option, if one does not fit.
+        OSError: if a file cannot be read or written.
+    """
+    directory = run.run.directory
+    checkpoints = Checkpoints(directory, keep=run.run.keep_checkpoints)
+    newest = checkpoints.newest()
+    if newest is not None and not run.run.resume:
+        raise ValueError(f"--run.out {run.run.out} holds checkpoints, and --run.resume is false")
+    torch.manual_seed(run.run.seed)
+    model = build_model(
+        run.model,
+        run.adapter,
+        seed=run.run.seed,
+        start=adapter_directory(newest) if newest else None,
+    )
+    optimizer = torch.optim.AdamW(
+        model.trainable_parameters(),
+        lr=run.optimizer.lr,
+        betas=run.optimizer.betas,
+        weight_decay=run.optimizer.weight_decay,
+    )
+    run.save(directory / OPTIONS_FILE)
+    if newest is not None:
+        restore(newest, optimizer)
+    return Start(
+        checkpoints=checkpoints,
+        state=read_state(newest) if newest else RunState(step=0, version=0, stream={}),
+        resumed=newest is not None,
+        model=model,
+        optimizer=optimizer,
+    )
+
+
+def load_tokenizer(base: str) -> Any:
+    """The base model's tokenizer; None for a directory that holds none, as of generated models."""
+    if Path(base).is_dir() and not any(Path(base).glob("*token*")):
+        return None
+    return AutoTokenizer.from_pretrained(base)
+
+
+def learning_rate(options: OptimizerOptions, steps_done: int) -> float:
+    """Of the next step: a linear warm-up, then the schedule."""
+    if steps_done < options.warmup_steps:
+        return options.lr * (steps_done + 1) / options.warmup_steps
+    part = (steps_done - options.warmup_steps) / max(options.steps - options.warmup_steps, 1)
+    shape = {"constant": 1.0, "linear": 1.0 - part, "cosine": 0.5 * (1 + math.cos(math.pi * part))}
+    return options.lr * shape[options.schedule]

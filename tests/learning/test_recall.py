@@ -1,0 +1,53 @@
+"""The recall experiment's machinery on a tiny model; what it learns is in docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from pte_vllm.train.experiments.recall import main
+from pte_vllm.train.experiments.recall_task import RecallTask
+
+Tiny = Callable[[str], Path]
+
+
+def test_samples_ask_what_was_said(tiny: Tiny) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    task = RecallTask(tokenizer=tokenizer, num_tokens=260, num_facts=3)
+    for sample in task.samples(5, random.Random(0)):
+        text = tokenizer.decode(sample.token_ids[task.pin_tokens :])
+        assert len(sample.token_ids) == len(sample.wanted) == 260
+        marked = [t for t, wanted in enumerate(sample.wanted) if wanted]
+        assert marked == [t for span in sample.spans for t in range(*span)]
+        for (first, end), distance in zip(sample.spans, sample.distances, strict=True):
+            number = tokenizer.decode(sample.token_ids[first:end])
+            before = tokenizer.decode(sample.token_ids[first - 30 : first])
+            name = before.split(" has number")[-2].split()[-1]
+            assert number.isdigit() and text.count(f"{name} has number {number}.") == 2
+            assert 100 < distance < first  # stated before the filler
+    with pytest.raises(ValueError, match="facts need"):
+        RecallTask(tokenizer=tokenizer, num_tokens=150).sample(random.Random(0))
+
+
+def test_arms_are_trained_scored_and_kept(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--steps", "2", "--batch", "2", "--eval-samples", "2", "--train-tokens", "260"]
+    words = [str(tiny("llama")), *sizes, "--eval-tokens", "260,300", "--eval-facts", "1"]
+    words += ["--layers", "all", "--dtype", "float32", "--jobs", "1", "--out", str(tmp_path)]
+    assert main([*words, "--arms", "full,ridge,lora_c"]) == 0
+    table = capsys.readouterr().out
+    assert all(title in table for title in ("full cache", "rule ridge", "LoRA_c", "300 tokens"))
+    assert (tmp_path / "recall.png").stat().st_size > 0
+    records = {n: json.loads((tmp_path / f"{n}-0.json").read_text()) for n in ("full", "ridge")}
+    assert records["full"]["losses"] == [] and len(records["ridge"]["losses"]) == 2
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-0.json")}
+    assert main([*words, "--arms", "full,ridge,lora_c"]) == 0  # nothing is left to do
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-0.json")} == times
+    with pytest.raises(SystemExit):
+        main([*words, "--arms", "rigde"])
