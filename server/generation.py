@@ -24,6 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from pte_vllm.plan import FoldPlan
 from pte_vllm.server.adapters import ConflictError, Resolved
+from pte_vllm.server.metrics import in_flight
 from pte_vllm.server.state import Service
 from pte_vllm.train.rollout import Rollout, WeightSpan, fold_events
 
@@ -45,6 +46,8 @@ class Job:
     plan: FoldPlan
     group_id: str
     index: int
+    kind: str
+    """`rollout` or `score`, for the metrics."""
     read: Callable[[RequestOutput], Outcome]
     """Takes the outcome from the engine's final output."""
 
@@ -130,7 +133,7 @@ async def _lines(service: Service, jobs: list[Job]) -> AsyncIterator[bytes]:
 
 async def _run(service: Service, request_id: str, job: Job) -> Rollout:
     final: RequestOutput | None = None
-    with service.registry.using(job.adapter):
+    with service.registry.using(job.adapter), in_flight(job.kind):
         async for output in service.engine.generate(
             copy(job.prompt), job.params, request_id, lora_request=job.adapter.lora
         ):

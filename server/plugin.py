@@ -13,15 +13,17 @@ from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.api_router import models
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.lora.utils import get_adapter_absolute_path
 
 from pte_vllm import __version__
 from pte_vllm.adapter import AdapterError, ModelShape, load_for_engine
-from pte_vllm.config import REQUEST_OPTIONS, EngineConfig
+from pte_vllm.config import REQUEST_OPTIONS, EngineConfig, ServiceConfig
 from pte_vllm.server import adapter_routes, rollouts
-from pte_vllm.server.auth import Keys, may_use
+from pte_vllm.server.auth import Keys, admit_admin, may_change, may_use
+from pte_vllm.server.limits import BodyLimit
+from pte_vllm.server.metrics import COLLECTOR, RefreshOnScrape, timed_load
 from pte_vllm.server.state import make_service, service
 from pte_vllm.types import RULES
 
@@ -72,7 +74,15 @@ async def load_lora_adapter(body: LoadLoRAAdapterRequest, request: Request) -> R
             )
         except AdapterError as error:
             raise HTTPException(400, str(error)) from error
-    result = await models(request).load_lora_adapter(body)
+    result = await timed_load(models(request), body)
+    if isinstance(result, ErrorResponse):
+        return JSONResponse(result.model_dump(), status_code=result.error.code)
+    return PlainTextResponse(result)
+
+
+async def unload_lora_adapter(body: UnloadLoRAAdapterRequest, request: Request) -> Response:
+    """vLLM's route; here it needs the admin key."""
+    result = await models(request).unload_lora_adapter(body)
     if isinstance(result, ErrorResponse):
         return JSONResponse(result.model_dump(), status_code=result.error.code)
     return PlainTextResponse(result)
@@ -85,16 +95,31 @@ class PTEEndpointPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        before = len(app.routes)
         for ours in (router, adapter_routes.router, rollouts.router):
             app.include_router(
                 ours, prefix="/pte/v1", tags=["pte"], dependencies=[Depends(may_use)]
             )
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-            app.post(
-                "/v1/load_lora_adapter",
-                dependencies=[Depends(validate_json_request)],
-                response_class=PlainTextResponse,
-            )(load_lora_adapter)
+            for path, endpoint in (
+                ("/v1/load_lora_adapter", load_lora_adapter),
+                ("/v1/unload_lora_adapter", unload_lora_adapter),
+            ):
+                app.post(
+                    path,
+                    dependencies=[Depends(may_change), Depends(validate_json_request)],
+                    response_class=PlainTextResponse,
+                )(endpoint)
+        # Last, so that it sees every route of ours.
+        options: ServiceConfig = getattr(app.state.args, "pte_service", None) or ServiceConfig()
+        admit_admin(app.state.args)
+        app.add_middleware(
+            BodyLimit,
+            routes=app.routes[before:],
+            max_bytes=options.max_body_bytes,
+            exempt=[adapter_routes.put_adapter],
+        )
+        app.add_middleware(RefreshOnScrape)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -105,3 +130,4 @@ class PTEEndpointPlugin:
             found = make_service(engine_client, config, state.openai_serving_models, args)
             await found.registry.restore()
             state.pte_service = found
+            COLLECTOR.watch(found)
