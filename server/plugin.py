@@ -20,7 +20,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from pte_vllm import __version__
 from pte_vllm.adapter import AdapterError, ModelShape, load_for_engine
 from pte_vllm.config import REQUEST_OPTIONS, EngineConfig, ServiceConfig
-from pte_vllm.server import adapter_routes, rollouts
+from pte_vllm.server import adapter_routes, page, rollouts
 from pte_vllm.server.auth import Keys, admit_admin, may_change, may_use
 from pte_vllm.server.limits import BodyLimit
 from pte_vllm.server.metrics import COLLECTOR, RefreshOnScrape, timed_load
@@ -100,6 +100,7 @@ class PTEEndpointPlugin:
             app.include_router(
                 ours, prefix="/pte/v1", tags=["pte"], dependencies=[Depends(may_use)]
             )
+        app.include_router(page.router)
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
             for path, endpoint in (
                 ("/v1/load_lora_adapter", load_lora_adapter),
