@@ -51,7 +51,9 @@ def test_keys(
         monkeypatch.setenv(ADMIN_KEY, "stale")
         options = ServiceConfig(admin_key=admin)
         _check(Namespace(api_key=api or None, pte_service=options), {*api, admin}, use, change)
-        assert not Keys(Namespace(api_key=None, pte_service=options)).allow_change(_request("stale"))
+        assert not Keys(Namespace(api_key=None, pte_service=options)).allow_change(
+            _request("stale")
+        )
 
 
 def _check(args: Namespace, known: set, use: set[str | None], change: set[str | None]) -> None:
