@@ -92,6 +92,7 @@ def _serve_parser() -> argparse.ArgumentParser:
         usage="pte-vllm serve MODEL [--pte-window N] [--pte-evict-ratio F] "
         "[--pte-max-prompt-tokens N] [--pte-spool DIR] [--pte-keep-versions N] "
         "[--pte-admin-key KEY | --pte-admin-key-file FILE] [--pte-max-body-bytes N] "
+        "[--pte-max-rollouts N] "
         "[any vllm serve flag ...]",
         description="vLLM's OpenAI-compatible server, with a KV cache of fixed size per sequence.",
         epilog=_SERVE_EPILOG,
@@ -157,6 +158,14 @@ def _serve_parser() -> argparse.ArgumentParser:
         help="largest body of the routes that `pte-vllm serve` adds, pushed adapters aside "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--pte-max-rollouts",
+        type=int,
+        default=ServiceConfig.max_rollouts,
+        metavar="N",
+        help="samples of rollouts and scores that wait or run at once; a request beyond that gets "
+        "HTTP 429 (default: %(default)s)",
+    )
     return parser
 
 
@@ -182,6 +191,7 @@ def _serve(args: list[str]) -> int:
         keep_versions=options.pte_keep_versions,
         admin_key=admin_key,
         max_body_bytes=options.pte_max_body_bytes,
+        max_rollouts=options.pte_max_rollouts,
     )
     from pte_vllm.serve import serve
 

@@ -147,6 +147,8 @@ class ServiceConfig:
     """`--pte-admin-key` or its file; None: PTE_ADMIN_KEY, if that is set."""
     max_body_bytes: int = 64 << 20
     """`--pte-max-body-bytes`: largest body of our routes, pushed adapters aside."""
+    max_rollouts: int = 4096
+    """`--pte-max-rollouts`: samples in flight beyond which a new request gets HTTP 429."""
 
     def __post_init__(self) -> None:
         if self.keep_versions < 1:
@@ -155,6 +157,8 @@ class ServiceConfig:
             raise ValueError("--pte-admin-key is empty")
         if self.max_body_bytes < 1:
             raise ValueError(f"--pte-max-body-bytes must be positive, got {self.max_body_bytes}")
+        if self.max_rollouts < 1:
+            raise ValueError(f"--pte-max-rollouts must be positive, got {self.max_rollouts}")
 
 
 REQUEST_OPTIONS = ("pte_window", "pte_pin_tokens", "pte_update")

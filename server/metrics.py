@@ -92,7 +92,7 @@ async def timed_load(
 
 
 @contextmanager
-def in_flight(kind: str) -> Iterator[None]:
+def counted(kind: str) -> Iterator[None]:
     """Count a sequence, `rollout` or `score`, while it runs, and time it if it finishes."""
     start = time.monotonic()
     with _in_flight[kind].track_inprogress():

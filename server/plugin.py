@@ -74,15 +74,19 @@ async def load_lora_adapter(body: LoadLoRAAdapterRequest, request: Request) -> R
             )
         except AdapterError as error:
             raise HTTPException(400, str(error)) from error
-    result = await timed_load(models(request), body)
-    if isinstance(result, ErrorResponse):
-        return JSONResponse(result.model_dump(), status_code=result.error.code)
-    return PlainTextResponse(result)
+    return _answer(await timed_load(models(request), body))
 
 
 async def unload_lora_adapter(body: UnloadLoRAAdapterRequest, request: Request) -> Response:
-    """vLLM's route; here it needs the admin key."""
-    result = await models(request).unload_lora_adapter(body)
+    """vLLM's route, for what was loaded by it: pushed versions have rules of their own."""
+    state = getattr(request.app.state, "pte_service", None)
+    if state is not None and state.registry.is_pushed(body.lora_name):
+        where = f"DELETE /pte/v1/adapters/{body.lora_name}"
+        raise HTTPException(400, f"lora_name {body.lora_name} was pushed; remove it with {where}")
+    return _answer(await models(request).unload_lora_adapter(body))
+
+
+def _answer(result: ErrorResponse | str) -> Response:
     if isinstance(result, ErrorResponse):
         return JSONResponse(result.model_dump(), status_code=result.error.code)
     return PlainTextResponse(result)
@@ -102,15 +106,12 @@ class PTEEndpointPlugin:
             )
         app.include_router(page.router)
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-            for path, endpoint in (
-                ("/v1/load_lora_adapter", load_lora_adapter),
-                ("/v1/unload_lora_adapter", unload_lora_adapter),
-            ):
+            for route in (load_lora_adapter, unload_lora_adapter):
                 app.post(
-                    path,
+                    f"/v1/{route.__name__}",
                     dependencies=[Depends(may_change), Depends(validate_json_request)],
                     response_class=PlainTextResponse,
-                )(endpoint)
+                )(route)
         # Last, so that it sees every route of ours.
         options: ServiceConfig = getattr(app.state.args, "pte_service", None) or ServiceConfig()
         admit_admin(app.state.args)
