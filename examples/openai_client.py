@@ -29,10 +29,13 @@ class Chat:
         url: of the server, without `/v1`.
         model: name of an adapter, or of the base model.
         max_tokens: longest answer.
+        min_tokens: shortest; an untrained adapter or a tiny model may stop at once.
         api_key: of the server; anything where it has none.
     """
 
-    def __init__(self, url: str, model: str, max_tokens: int, api_key: str) -> None:
+    def __init__(
+        self, url: str, model: str, *, max_tokens: int, min_tokens: int, api_key: str
+    ) -> None:
         self.client = OpenAI(base_url=f"{url}/v1", api_key=api_key)
         self.http = httpx.Client(
             base_url=url, headers={"Authorization": f"Bearer {api_key}"}, timeout=30
@@ -43,11 +46,16 @@ class Chat:
             "max_completion_tokens": max_tokens,
             "seed": 7,
         }
+        self.min_tokens = min_tokens
+
+    def _extra(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What the OpenAI API does not name: vLLM's fields, and PTE's options within them."""
+        return {"min_tokens": self.min_tokens, "vllm_xargs": dict(options)}
 
     def whole(self, options: Mapping[str, Any]) -> tuple[str, str]:
         """Id and text of an answer that comes in one piece."""
         answer = self.client.chat.completions.create(
-            **self.request, extra_body={"vllm_xargs": dict(options)}
+            **self.request, extra_body=self._extra(options)
         )
         return answer.id, answer.choices[0].message.content or ""
 
@@ -56,7 +64,7 @@ class Chat:
         parts: list[str] = []
         answer_id = ""
         for chunk in self.client.chat.completions.create(
-            **self.request, stream=True, extra_body={"vllm_xargs": dict(options)}
+            **self.request, stream=True, extra_body=self._extra(options)
         ):
             answer_id = chunk.id
             if chunk.choices and (text := chunk.choices[0].delta.content):
@@ -83,9 +91,16 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="an adapter's name, or the base model's")
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", "none"))
     parser.add_argument("--max-tokens", type=int, default=2000)
+    parser.add_argument("--min-tokens", type=int, default=0)
     parser.add_argument("--window", type=int, default=512, help="tokens, for the third answer")
     options = parser.parse_args()
-    chat = Chat(options.url.rstrip("/"), options.model, options.max_tokens, options.api_key)
+    chat = Chat(
+        options.url.rstrip("/"),
+        options.model,
+        max_tokens=options.max_tokens,
+        min_tokens=options.min_tokens,
+        api_key=options.api_key,
+    )
     runs = [
         ("full attention", chat.whole, {"pte_window": 0}),
         ("the server's window", chat.streamed, {}),

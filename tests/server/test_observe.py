@@ -168,7 +168,16 @@ def test_dashboard_queries_what_is_exported(server: Server) -> None:
 
 def test_openai_example(server: Server) -> None:
     command = [sys.executable, str(ROOT / "examples/openai_client.py"), "--url", server.url]
-    command += ["--model", "paper", "--max-tokens", "1500", "--window", str(2 * BLOCK)]
+    command += [
+        "--model",
+        "paper",
+        "--max-tokens",
+        "600",
+        "--min-tokens",
+        "600",
+        "--window",
+        str(2 * BLOCK),
+    ]
     env = {**os.environ, "OPENAI_API_KEY": API}
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
@@ -179,8 +188,8 @@ def test_openai_example(server: Server) -> None:
     assert len(found) == 3, run.stdout
     full, default, small = [tuple(map(int, numbers)) for numbers in found]
     assert full[1] == 0 and full[2] == full[3]
-    assert small[1] > 0 and small[2] < small[3]
-    assert small[2] < default[2] <= default[3]
+    assert small[1] > default[1] > 0
+    assert small[2] < default[2] < default[3] == small[3] == full[3]
 
 
 class Looking:
