@@ -48,10 +48,14 @@ def server(
         yield server
 
 
+def _get(server: Server, path: str) -> httpx.Response:
+    return httpx.get(server.url + path, headers=HEADERS, timeout=60)
+
+
 def _metrics(server: Server) -> dict[str, float]:
     """Samples by name, summed over their labels; buckets with their upper edge."""
     found: dict[str, float] = {}
-    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
+    for family in text_string_to_metric_families(_get(server, "/metrics").text):
         for sample in family.samples:
             name = sample.name
             if name.endswith("_bucket"):
@@ -122,7 +126,7 @@ def test_metrics_count_what_happened(server: Server, adapters: Callable[..., Pat
 def _wait_for_rest(server: Server) -> None:
     """Until nothing runs; the worker hears of the last request one step later."""
     for _ in range(100):
-        report = httpx.get(f"{server.url}/pte/v1/requests", headers=HEADERS, timeout=30).json()
+        report = _get(server, "/pte/v1/requests").json()
         if not report["running"] and report["free_blocks"] == report["usable_blocks"]:
             break
         threading.Event().wait(0.1)
@@ -232,7 +236,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def looking(server: Server, browser: Any) -> Looking:
-    if not httpx.get(f"{server.url}/pte/v1/adapters/policy", headers=HEADERS).is_success:
+    if not _get(server, "/pte/v1/adapters/policy").is_success:
         adapter = server.adapters["ridge"]
         assert _push(server, "policy", adapter).status_code == 201
     page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
@@ -270,7 +274,7 @@ def test_page_draws_requests(looking: Looking, tmp_path: Path) -> None:
     page.locator(".request .tag.running").first.wait_for(state="detached")
     page.locator("#finished tbody tr td.mono").nth(2).wait_for()
 
-    report = httpx.get(f"{server.url}/pte/v1/requests", headers=HEADERS).json()
+    report = _get(server, "/pte/v1/requests").json()
     for record in report["finished"][-3:]:
         card = page.locator(f'.request[data-id="{record["request_id"]}"]')
         text = card.inner_text()
@@ -290,10 +294,10 @@ def test_page_draws_requests(looking: Looking, tmp_path: Path) -> None:
 def test_page_draws_thought_states(looking: Looking) -> None:
     """A heat map with a row per layer, and a bar of ρ per fold, of requests with a state."""
     page, server = looking.page, looking.server
-    routes = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    routes = _get(server, "/openapi.json").json()["paths"]
     if not any(route.startswith("/pte/v1/thoughts/") for route in routes):
         pytest.skip("this server does not tell thought states yet")
-    report = httpx.get(f"{server.url}/pte/v1/requests", headers=HEADERS).json()
+    report = _get(server, "/pte/v1/requests").json()
     with_state = [record for record in report["finished"][-3:] if record["rule"]]
     assert len(with_state) == 2
     for record in with_state:
