@@ -120,7 +120,7 @@ def _routes(server: Server) -> list[tuple[str, str]]:
         (method.upper(), path.replace("{name}", "policy").replace("{request_id}", "cmpl-1"))
         for path, methods in paths.items()
         for method, about in methods.items()
-        if "pte" in about.get("tags", ())
+        if {"pte", "control", "trainers"} & set(about.get("tags", ()))
     ]
     assert ("POST", "/pte/v1/rollouts") in ours and ("DELETE", "/pte/v1/adapters/policy") in ours
     return ours
