@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
@@ -18,7 +19,15 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from pte_vllm.adapter import Adapter, AdapterError, ModelShape, content_hash
+from pte_vllm.adapter import (
+    CONFIG_FILE,
+    FILES,
+    LORA_FILE,
+    Adapter,
+    AdapterError,
+    ModelShape,
+    content_hash,
+)
 from pte_vllm.server.spool import Incoming, Spool, Version, check_name
 
 logger = init_logger(__name__)
@@ -140,6 +149,29 @@ class AdapterRegistry:
                 if not self._users[self._versions[name][old].engine_name]:
                     await self._retire(self._versions[name][old])
             return version, True
+
+    async def push_directory(self, name: str, path: str) -> tuple[Version, bool]:
+        """Make the files of a directory the next version, unless they are the newest's.
+
+        Returns and raises what `push` does.
+
+        Raises:
+            FileNotFoundError: if there is no adapter.
+        """
+        incoming = await asyncio.to_thread(self._spool.incoming)
+        try:
+            for file in FILES:
+                source = Path(path) / file
+                if source.exists():
+                    with source.open("rb") as stream:
+                        await asyncio.to_thread(incoming.write, file, stream)
+            for file in (CONFIG_FILE, LORA_FILE):
+                if file not in incoming.hashes:
+                    raise FileNotFoundError(f"lora_path {path} has no {file}")
+            sha256 = content_hash(incoming.hashes)
+            return await self.push(name, incoming, sha256=sha256, number=None)
+        finally:
+            await asyncio.to_thread(incoming.discard)
 
     async def delete(self, spec: str) -> list[Version]:
         """Stop serving `name` (all versions) or `name@version`; requests that run finish.

@@ -20,9 +20,10 @@ from vllm.lora.utils import get_adapter_absolute_path
 from pte_vllm import __version__
 from pte_vllm.adapter import AdapterError, ModelShape, load_for_engine
 from pte_vllm.config import REQUEST_OPTIONS, EngineConfig
-from pte_vllm.server import adapter_routes, rollouts
-from pte_vllm.server.auth import Keys, may_use
+from pte_vllm.server import adapter_routes, control, rollouts, trainer_routes
+from pte_vllm.server.auth import Keys, may_change, may_use
 from pte_vllm.server.state import make_service, service
+from pte_vllm.server.tokens import serving_tokens
 from pte_vllm.types import RULES
 
 router = APIRouter()
@@ -92,9 +93,14 @@ class PTEEndpointPlugin:
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
             app.post(
                 "/v1/load_lora_adapter",
-                dependencies=[Depends(validate_json_request)],
+                dependencies=[Depends(validate_json_request), Depends(may_change)],
                 response_class=PlainTextResponse,
             )(load_lora_adapter)
+        if (
+            EngineConfig.from_vllm(app.state.args) is not None
+        ):  # a plain `vllm serve` stays as it is
+            control.attach(app, info)
+            trainer_routes.attach(app)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -104,4 +110,5 @@ class PTEEndpointPlugin:
         if engine_client is not None and config is not None:
             found = make_service(engine_client, config, state.openai_serving_models, args)
             await found.registry.restore()
+            state.serving_tokens = serving_tokens(engine_client, state, args, found.registry)
             state.pte_service = found
