@@ -1,4 +1,4 @@
-"""Tokens in, tokens out, as vLLM serves them, with the versions of pushed adapters in the answer."""
+"""vLLM's tokens in, tokens out, with the version of a pushed adapter in the answer."""
 
 from __future__ import annotations
 

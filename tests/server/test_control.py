@@ -56,7 +56,6 @@ def server(
         (("/pause?mode=keep&clear_cache=true", None), 1),
         (("/pause?mode=keep&clear_cache=false", None), 0),
         (("/reset_prefix_cache", {"reset_running_requests": True}), 1),
-        (("/reset_prefix_cache?reset_running_requests=true", None), 1),
     ],
 )
 def test_lost_cache_replays_the_folds(
@@ -64,7 +63,7 @@ def test_lost_cache_replays_the_folds(
 ) -> None:
     """S goes with the KV blocks: a request comes back through preemption, or goes on untouched."""
     prompts = [random_tokens(40 + 9 * i, 500, i) for i in range(3)]
-    sampling = {"max_tokens": 700, "temperature": TEMPERATURE, "ignore_eos": True}
+    sampling = {"max_tokens": 600, "temperature": TEMPERATURE, "ignore_eos": True}
 
     def roll_out() -> list:
         with RolloutClient(server.url) as client:
@@ -78,7 +77,7 @@ def test_lost_cache_replays_the_folds(
             assert server.get("/is_paused") == {"is_paused": True}
             before = server.get("/pte/v1/requests")["running"]
             assert server.get("/pte/v1/requests")["running"] == before
-            assert len(before) == 3 and all(r["num_tokens"] < 700 for r in before)
+            assert len(before) == 3 and all(r["num_tokens"] < 600 for r in before)
             assert post(server, "/resume", headers=ADMIN).json() == {"status": "resumed"}
         else:
             assert answer.json() == {"success": True}
