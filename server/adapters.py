@@ -19,15 +19,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from pte_vllm.adapter import (
-    CONFIG_FILE,
-    FILES,
-    LORA_FILE,
-    Adapter,
-    AdapterError,
-    ModelShape,
-    content_hash,
-)
+from pte_vllm.adapter import FILES, Adapter, AdapterError, ModelShape, content_hash
 from pte_vllm.server.spool import Incoming, Spool, Version, check_name
 
 logger = init_logger(__name__)
@@ -150,26 +142,24 @@ class AdapterRegistry:
                     await self._retire(self._versions[name][old])
             return version, True
 
-    async def push_directory(self, name: str, path: str) -> tuple[Version, bool]:
-        """Make the files of a directory the next version, unless they are the newest's.
-
-        Returns and raises what `push` does.
+    async def push_directory(self, name: str, path: Path) -> Version:
+        """Make a copy of an adapter directory the next version, unless the newest has its files.
 
         Raises:
-            FileNotFoundError: if there is no adapter.
+            ValueError: if it is no adapter directory, or one that cannot be served.
         """
+        check_name(name)
         incoming = await asyncio.to_thread(self._spool.incoming)
         try:
             for file in FILES:
-                source = Path(path) / file
-                if source.exists():
-                    with source.open("rb") as stream:
+                if (path / file).is_file():
+                    with (path / file).open("rb") as stream:
                         await asyncio.to_thread(incoming.write, file, stream)
-            for file in (CONFIG_FILE, LORA_FILE):
-                if file not in incoming.hashes:
-                    raise FileNotFoundError(f"lora_path {path} has no {file}")
             sha256 = content_hash(incoming.hashes)
-            return await self.push(name, incoming, sha256=sha256, number=None)
+            newest = self.versions(name)[-1] if name in self._versions else None
+            if newest is not None and newest.sha256 == sha256:
+                return newest
+            return (await self.push(name, incoming, sha256=sha256, number=None))[0]
         finally:
             await asyncio.to_thread(incoming.discard)
 

@@ -6,6 +6,8 @@ route, for those who number their names, stays beside it.
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
@@ -19,6 +21,7 @@ from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from pte_vllm.adapter import CONFIG_FILE, LORA_FILE
 from pte_vllm.server.auth import may_change
 from pte_vllm.server.state import service
 
@@ -61,18 +64,25 @@ async def load_lora_adapter(body: LoadRequest, request: Request) -> JSONResponse
             "lora_path is missing, and in_memory is not supported: send the adapter's files with "
             "PUT /pte/v1/adapters/{name}",
         )
+    path = Path(body.lora_path)
     try:
-        version, created = await service(request).registry.push_directory(
-            body.lora_name, body.lora_path
-        )
-    except FileNotFoundError as error:  # a shared file system may lag: trainers try again on 404
-        raise HTTPException(404, str(error)) from error
+        missing = await asyncio.to_thread(_missing, path)
+    except OSError as error:
+        raise HTTPException(400, f"lora_path {path} cannot be read: {error.strerror}") from error
+    if missing is not None:  # a shared file system may lag: trainers try again on 404
+        raise HTTPException(404, f"lora_path {path} has no {missing}")
+    try:
+        version = await service(request).registry.push_directory(body.lora_name, path)
     except ValueError as error:
         raise HTTPException(400, str(error)) from error
     except EngineDeadError as error:
         raise HTTPException(503, "the engine has died; the server is about to end") from error
-    answer = {"status": "ok", "name": version.name, "version": version.number, "created": created}
-    return JSONResponse(answer)
+    return JSONResponse({"status": "ok", "name": version.name, "version": version.number})
+
+
+def _missing(path: Path) -> str | None:
+    """The first file that every adapter has and this directory has not."""
+    return next((name for name in (CONFIG_FILE, LORA_FILE) if not (path / name).is_file()), None)
 
 
 async def unload_lora_adapter(body: UnloadLoRAAdapterRequest, request: Request) -> Response:
