@@ -16,7 +16,9 @@ from tests.server.wire import TEMPERATURE, check, post, under_way, wait_folds
 from tests.support import random_tokens
 
 LENGTH = WINDOW + 5 * BLOCK + 7
-pytestmark = pytest.mark.filterwarnings("ignore:TRL currently supports vLLM")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:TRL currently supports vLLM", "ignore:You are importing from 'trl.experimental'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +97,10 @@ def test_adapters_of_the_asynchronous_trainer(
 ) -> None:
     """Versions `trl-policy-vN` come and go by their directories while others generate."""
     pytest.importorskip("trl")
+    from accelerate import PartialState
     from trl.experimental.async_grpo.vllm_client import VLLMClient
 
+    PartialState(cpu=True)  # the client's logger asks for it; in a trainer it is there
     client = VLLMClient(server.url, server_timeout=30.0)
     client.wait_for_server_ready()
     assert client.get_max_model_len() == 4096 and client.get_dtype() == "torch.float32"
