@@ -91,6 +91,7 @@ def _serve_parser() -> argparse.ArgumentParser:
         prog="pte-vllm serve",
         usage="pte-vllm serve MODEL [--pte-window N] [--pte-evict-ratio F] "
         "[--pte-max-prompt-tokens N] [--pte-spool DIR] [--pte-keep-versions N] "
+        "[--pte-max-rollouts N] "
         "[any vllm serve flag ...]",
         description="vLLM's OpenAI-compatible server, with a KV cache of fixed size per sequence.",
         epilog=_SERVE_EPILOG,
@@ -136,6 +137,14 @@ def _serve_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="newest versions of a pushed adapter that stay (default: %(default)s)",
     )
+    parser.add_argument(
+        "--pte-max-rollouts",
+        type=int,
+        default=ServiceConfig.max_rollouts,
+        metavar="N",
+        help="samples of rollouts and scores that wait or run at once; a request beyond that gets "
+        "HTTP 429 (default: %(default)s)",
+    )
     return parser
 
 
@@ -153,7 +162,11 @@ def _serve(args: list[str]) -> int:
         evict_ratio=options.pte_evict_ratio,
         max_prompt_tokens=options.pte_max_prompt_tokens,
     )
-    service = ServiceConfig(spool=options.pte_spool, keep_versions=options.pte_keep_versions)
+    service = ServiceConfig(
+        spool=options.pte_spool,
+        keep_versions=options.pte_keep_versions,
+        max_rollouts=options.pte_max_rollouts,
+    )
     from pte_vllm.serve import serve
 
     serve(rest[0], config, rest[1:], service)

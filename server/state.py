@@ -15,6 +15,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
 from pte_vllm.config import EngineConfig, ServiceConfig
 from pte_vllm.server.adapters import AdapterRegistry
+from pte_vllm.server.admission import Admission
 from pte_vllm.server.spool import Spool
 
 
@@ -26,6 +27,7 @@ class Service:
     config: EngineConfig
     spool: Spool
     registry: AdapterRegistry
+    admission: Admission
 
     @property
     def block_size(self) -> int:
@@ -47,7 +49,13 @@ def make_service(
             "API servers only; set it to 1"
         )
     registry = AdapterRegistry(engine, models, spool, keep=options.keep_versions, refusal=refusal)
-    return Service(engine=engine, config=config, spool=spool, registry=registry)
+    return Service(
+        engine=engine,
+        config=config,
+        spool=spool,
+        registry=registry,
+        admission=Admission(options.max_rollouts),
+    )
 
 
 def default_spool(model: str, port: int | None) -> Path:

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from vllm import envs
-from vllm.entrypoints.openai.models.api_router import models
 from vllm.entrypoints.rl.online import api_router as rl
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -85,18 +82,6 @@ def _missing(path: Path) -> str | None:
     return next((name for name in (CONFIG_FILE, LORA_FILE) if not (path / name).is_file()), None)
 
 
-async def unload_lora_adapter(body: UnloadLoRAAdapterRequest, request: Request) -> Response:
-    """vLLM's route; of a pushed adapter, `name` (all versions) or `name@version` may leave."""
-    try:
-        await service(request).registry.delete(body.lora_name)
-    except LookupError:
-        result = await models(request).unload_lora_adapter(body)
-        if isinstance(result, ErrorResponse):
-            return JSONResponse(result.model_dump(), status_code=result.error.code)
-        return PlainTextResponse(result)
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
-
-
 async def pause_and_abort(request: Request) -> JSONResponse:
     """AReaL's pause: what runs ends with `abort`, to be sent again as a longer prompt."""
     return await rl.pause_generation(request, mode="abort", clear_cache=True)
@@ -120,7 +105,6 @@ def attach(app: FastAPI) -> None:
         json_only: dict[str, Any] = {"dependencies": [Depends(validate_json_request)]}
         router.post("/load_lora_adapter", **json_only)(load_lora_adapter)
         router.post("/skyrl/v1/load_lora_adapter", **json_only)(load_lora_adapter)
-        router.post("/v1/unload_lora_adapter", **json_only)(unload_lora_adapter)
     there = {getattr(route, "path", None) for route in app.routes}
     for path in BASE_WEIGHT_ROUTES:
         if path not in there:

@@ -16,6 +16,7 @@ from fastapi.routing import APIRoute
 from pte_vllm.server.auth import ADMIN_KEY
 from pte_vllm.train.client import RolloutClient
 from tests.engine import BLOCK
+from tests.parity.reference import TOLERANCE
 from tests.server.serving import WINDOW, Server
 from tests.server.wire import TEMPERATURE, check, post, under_way, wait_folds
 from tests.support import random_tokens
@@ -141,6 +142,21 @@ def test_aborts_give_what_there_is(server: Server, path: str) -> None:
         {"version": "1", "start": 0, "end": len(generated["token_ids"])}
     ]
     assert post(server, "/resume", headers=ADMIN).status_code == 200
+
+
+def test_aborted_scores_are_asked_again(server: Server) -> None:
+    sequences = [random_tokens(3500, 500, 20 + i) for i in range(6)]
+
+    def score() -> list[tuple[float, ...]]:
+        with RolloutClient(server.url) as client:
+            records = client.score(sequences, [40] * 6, adapter="policy")
+        return [record.logprobs for record in records]
+
+    with under_way(score) as results:
+        wait_folds(server, 1)
+        assert post(server, "/abort_requests", {}, headers=ADMIN).json()["aborted"] > 0
+    for found, again in zip(results[0], score(), strict=True):
+        assert max(abs(a - b) for a, b in zip(found, again, strict=True)) <= TOLERANCE
 
 
 def test_abort_by_request_id(server: Server) -> None:

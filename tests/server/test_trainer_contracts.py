@@ -132,10 +132,9 @@ def test_skyrl(server: Server, steps: list[Path]) -> None:
     refused = post(server, "/skyrl/v1/load_lora_adapter", in_memory)
     assert refused.status_code == 400
     assert "PUT /pte/v1/adapters" in refused.json()["error"]["message"]
-    unload = {"lora_name": "skyrl-lora"}
-    assert post(server, "/v1/unload_lora_adapter", unload).status_code == 200
-    gone = post(server, "/v1/unload_lora_adapter", unload)
-    assert gone.status_code == 404 and "skyrl-lora" in gone.json()["error"]["message"]
+    unload = post(server, "/v1/unload_lora_adapter", {"lora_name": "skyrl-lora"})
+    assert unload.status_code == 400
+    assert "DELETE /pte/v1/adapters/skyrl-lora" in unload.json()["error"]["message"]
 
 
 def _areal(server: Server, model: str, prompt: list[int], room: int, **options: Any) -> dict:
