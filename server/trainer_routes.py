@@ -65,9 +65,9 @@ async def load_lora_adapter(body: LoadRequest, request: Request) -> JSONResponse
     try:
         missing = await asyncio.to_thread(_missing, path)
     except OSError as error:
-        raise HTTPException(400, f"lora_path {path} cannot be read: {error.strerror}") from error
+        raise HTTPException(400, f"lora_path cannot be read: {error.strerror}") from error
     if missing is not None:  # a shared file system may lag: trainers try again on 404
-        raise HTTPException(404, f"lora_path {path} has no {missing}")
+        raise HTTPException(404, f"lora_path has no {missing}")
     try:
         version = await service(request).registry.push_directory(body.lora_name, path)
     except ValueError as error:

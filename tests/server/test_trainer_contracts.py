@@ -85,7 +85,8 @@ def test_prime_rl(server: Server, steps: list[Path], tmp_path: Path) -> None:
 
     missing = {"lora_name": "r8-run", "lora_path": (tmp_path / "late").as_posix()}
     answer = post(server, "/load_lora_adapter", missing)
-    assert answer.status_code == 404 and "late" in answer.text  # tried again, as files may lag
+    assert answer.status_code == 404  # prime-rl tries again: files may lag behind
+    assert "lora_path has no adapter_config.json" in answer.text
     assert broadcast(0)["version"] == 1
     with under_way(lambda: _generate(server, "r8-run", prompt, cache_salt="0")) as early:
         wait_folds(server, 1)
@@ -168,7 +169,7 @@ def test_areal_resubmits_what_was_aborted(
     server: Server, steps: list[Path], new_weights: bool
 ) -> None:
     """Question + partial answer as one prompt: with the question pinned, the folds are the same."""
-    question, room = random_tokens(45, 500, 3), 700
+    question, room = random_tokens(45, 500, 3), 1200
     names = [f"actor{int(new_weights)}-v{n}" for n in range(2)]
     load = {"lora_path": str(steps[0]), "lora_name": names[0]}
     assert post(server, "/v1/load_lora_adapter", load).status_code == 200
@@ -195,7 +196,7 @@ def test_areal_resubmits_what_was_aborted(
     adapter, start = steps[new_weights], len(partial["tokens"])
     check(server, adapter, question, answer, rest["logprobs"], start=start)
     done = server.get("/pte/v1/requests")["finished"][-1]
-    assert done["pinned_blocks"] == 2 and done["folds"] > 15
+    assert done["pinned_blocks"] == 2 and done["folds"] > 30
 
 
 def test_areal_weights_over_nccl_are_refused(server: Server) -> None:
