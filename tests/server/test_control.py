@@ -161,21 +161,21 @@ def test_aborted_scores_are_asked_again(server: Server) -> None:
 
 def test_abort_by_request_id(server: Server) -> None:
     """An id ends its own request only."""
-    sampling = {"max_tokens": 1000, "ignore_eos": True}
 
-    def generate(name: str) -> dict:
+    def generate(name: str, length: int) -> dict:
+        sampling = {"max_tokens": length, "ignore_eos": True}
         body = {"token_ids": random_tokens(30), "sampling_params": sampling, "request_id": name}
         return post(server, "/inference/v1/generate", body).json()
 
-    with under_way(lambda: generate("mine"), lambda: generate("other")) as results:
+    with under_way(lambda: generate("mine", LONG), lambda: generate("other", 600)) as results:
         wait_folds(server, 1, count=2)
         body = {"request_ids": ["generate-tokens-mine"]}
         answer = post(server, "/abort_requests", body, headers=ADMIN)
         assert answer.json() == {"status": "aborted", "aborted": 1}
     mine, other = (result["choices"][0] for result in results)
     assert results[0]["request_id"] == "generate-tokens-mine"
-    assert mine["finish_reason"] == "abort" and len(mine["token_ids"]) < 1000
-    assert other["finish_reason"] == "length" and len(other["token_ids"]) == 1000
+    assert mine["finish_reason"] == "abort" and len(mine["token_ids"]) < LONG
+    assert other["finish_reason"] == "length" and len(other["token_ids"]) == 600
 
 
 def test_tokens_in_tokens_out(server: Server, versions: dict[int, Path]) -> None:
@@ -302,3 +302,4 @@ def test_every_route_is_there_once(monkeypatch: pytest.MonkeyPatch, development:
     assert counts["/update_weights", "POST"] == 1
     assert max(counts.values()) == 1
     assert (("/collective_rpc", "POST") in counts) == development
+    assert {"/pause", "/inference/v1/generate"} <= app.openapi()["paths"].keys()
