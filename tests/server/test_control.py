@@ -257,19 +257,10 @@ def test_resets_and_what_they_refuse(server: Server) -> None:
 
 
 def test_changes_need_the_admin_key(server: Server) -> None:
-    for path in (
-        "/pause",
-        "/resume",
-        "/abort_requests",
-        "/reset_prefix_cache",
-        "/load_lora_adapter",
-        "/v1/load_lora_adapter",
-        "/v1/unload_lora_adapter",
-        "/skyrl/v1/load_lora_adapter",
-        "/areal_pause_generation",
-        "/update_weights",
-    ):
-        answer = post(server, path, {"lora_name": "x", "lora_path": "/x"})
+    control = ["pause", "resume", "abort_requests", "reset_prefix_cache", "areal_pause_generation"]
+    loads = ["load_lora_adapter", "v1/load_lora_adapter", "skyrl/v1/load_lora_adapter"]
+    for path in (*control, *loads, "v1/unload_lora_adapter", "update_weights"):
+        answer = post(server, f"/{path}", {"lora_name": "x", "lora_path": "/x"})
         assert answer.status_code == 401, (path, answer.text)
     assert server.get("/is_paused") == {"is_paused": False}
 
