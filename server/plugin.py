@@ -20,11 +20,12 @@ from vllm.lora.utils import get_adapter_absolute_path
 from pte_vllm import __version__
 from pte_vllm.adapter import AdapterError, ModelShape, load_for_engine
 from pte_vllm.config import REQUEST_OPTIONS, EngineConfig, ServiceConfig
-from pte_vllm.server import adapter_routes, page, rollouts
+from pte_vllm.server import adapter_routes, control, page, rollouts, trainer_routes
 from pte_vllm.server.auth import Keys, admit_admin, may_change, may_use
 from pte_vllm.server.limits import BodyLimit
 from pte_vllm.server.metrics import COLLECTOR, RefreshOnScrape, timed_load
 from pte_vllm.server.state import make_service, service
+from pte_vllm.server.tokens import serving_tokens
 from pte_vllm.types import RULES
 
 router = APIRouter()
@@ -112,6 +113,9 @@ class PTEEndpointPlugin:
                     dependencies=[Depends(may_change), Depends(validate_json_request)],
                     response_class=PlainTextResponse,
                 )(route)
+        if EngineConfig.from_vllm(app.state.args) is not None:  # else plain vLLM stays as it is
+            control.attach(app, info)
+            trainer_routes.attach(app)
         # Last, so that it sees every route of ours.
         options: ServiceConfig = getattr(app.state.args, "pte_service", None) or ServiceConfig()
         admit_admin(app.state.args)
@@ -131,5 +135,6 @@ class PTEEndpointPlugin:
         if engine_client is not None and config is not None:
             found = make_service(engine_client, config, state.openai_serving_models, args)
             await found.registry.restore()
+            state.serving_tokens = serving_tokens(engine_client, state, args, found.registry)
             state.pte_service = found
             COLLECTOR.watch(found)
