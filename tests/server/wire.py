@@ -55,11 +55,22 @@ def post(server: Server, path: str, body: Any = None, **options: Any) -> httpx.R
 
 
 def wait_folds(server: Server, folds: int, count: int = 1) -> None:
-    """Wait until `count` requests run, each with at least this many folds."""
+    """Wait until `count` requests make progress, each with at least this many folds.
+
+    Progress, as the report still shows requests whose end the worker has not heard of.
+    """
+    seen: dict[str, int] = {}
     for _ in range(600):
         running = server.get("/pte/v1/requests")["running"]
-        if sum(request["folds"] >= folds for request in running) >= count:
+        under_way = [
+            request
+            for request in running
+            if request["folds"] >= folds
+            and request["num_tokens"] > seen.get(request["request_id"], request["num_tokens"])
+        ]
+        if len(under_way) >= count:
             return
+        seen = {request["request_id"]: request["num_tokens"] for request in running}
         time.sleep(0.05)
     raise AssertionError(f"not under way: {running}")
 
