@@ -139,6 +139,9 @@ class PTERunnerMixin:
             if sequence.loaded is not None and sequence.rule != "none":
                 self._fold(sequence, block_ids[first : first + plan.evict_blocks], first)
             sequence.folded_blocks += plan.evict_blocks
+            self.pte_pool.counters.add_fold(
+                sequence.rule, num_blocks=plan.evict_blocks, block_size=plan.block_size
+            )
 
     @torch.inference_mode()
     def _fold(self, sequence: Sequence, block_ids: list[int], first_block: int) -> None:
@@ -221,6 +224,12 @@ class PTERunnerMixin:
             "running": [s.summary(request_id) for request_id, s in pool.sequences.items()],
             "finished": list(pool.finished),
         }
+
+    def pte_counters(self) -> dict[str, Any]:
+        """Counts since the start and slots in use, for `/metrics`."""
+        slots = self.pte_pool.states.shape[1] - 1  # slot 0 belongs to nobody
+        in_use = slots - len(self.pte_pool.free_slots)
+        return {**self.pte_pool.counters.snapshot(), "slots": slots, "slots_in_use": in_use}
 
     def pte_check_integrity(self) -> dict[str, int]:
         """Counts of what is in use.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pte_vllm.config import PTEConfig, check_rule_fits
-from pte_vllm.ops.reference import RULES, LayerEncoder, Sums
+from pte_vllm.counters import FoldCounters
+from pte_vllm.ops.reference import RULES, LayerEncoder, Sums, relative_update
 from pte_vllm.plan import FoldPlan
 
 IDENTITY_SLOT = 0
@@ -83,6 +84,7 @@ class StatePool:
         self.free_slots = list(range(max_num_seqs, 0, -1))
         self.sequences: dict[str, Sequence] = {}
         self.finished: deque[dict[str, Any]] = deque(maxlen=self.KEPT_FINISHED)
+        self.counters = FoldCounters(device)
 
     def start(
         self,
@@ -127,8 +129,11 @@ class StatePool:
         assert sequence.loaded is not None and sequence.rule is not None
         loaded, rule = sequence.loaded, RULES[sequence.rule]
         how = loaded.config.normalize
+        before = self.states[loaded.layers, sequence.slot]  # [L, R, R], a copy
         sequence.sums = rule.fold(sequence.sums, loaded.encoder, k_e, v_e, how)
         self._write(sequence)
+        moved = self.states[loaded.layers, sequence.slot] - before
+        self.counters.add_rho(relative_update(before, moved))
 
     def _write(self, sequence: Sequence) -> None:
         """Put what the rule reads, `[L, G, r]`, into the slot."""

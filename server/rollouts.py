@@ -154,5 +154,6 @@ def _job(
         plan=request_plan(state.config, params, len(tokens), state.block_size),
         group_id=group_id,
         index=index,
+        kind="rollout" if num_prompt is None else "score",
         read=sampled if num_prompt is None else scored,
     )
