@@ -276,7 +276,10 @@ def test_every_route_is_there_once(monkeypatch: pytest.MonkeyPatch, development:
     monkeypatch.setenv("VLLM_PLUGINS", "pte")
     app = FastAPI()
     app.state.args = Namespace(
-        additional_config={"pte": {}}, enable_scale_out=development, tokens_only=False
+        additional_config={"pte": {}},
+        api_key=None,
+        enable_scale_out=development,
+        tokens_only=False,
     )
     if development:
         register_vllm_dev_api_routers(app)
