@@ -91,6 +91,7 @@ def _serve_parser() -> argparse.ArgumentParser:
         prog="pte-vllm serve",
         usage="pte-vllm serve MODEL [--pte-window N] [--pte-evict-ratio F] "
         "[--pte-max-prompt-tokens N] [--pte-spool DIR] [--pte-keep-versions N] "
+        "[--pte-keep-thoughts N] [--pte-keep-thoughts-mib N] "
         "[any vllm serve flag ...]",
         description="vLLM's OpenAI-compatible server, with a KV cache of fixed size per sequence.",
         epilog=_SERVE_EPILOG,
@@ -136,6 +137,21 @@ def _serve_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="newest versions of a pushed adapter that stay (default: %(default)s)",
     )
+    parser.add_argument(
+        "--pte-keep-thoughts",
+        type=int,
+        default=EngineConfig.keep_thoughts,
+        metavar="N",
+        help="finished requests whose thought states stay readable; the oldest leave "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pte-keep-thoughts-mib",
+        type=int,
+        default=EngineConfig.keep_thoughts_mib,
+        metavar="N",
+        help="most host memory for those, in MiB (default: %(default)s)",
+    )
     return parser
 
 
@@ -152,6 +168,8 @@ def _serve(args: list[str]) -> int:
         window_tokens=options.pte_window,
         evict_ratio=options.pte_evict_ratio,
         max_prompt_tokens=options.pte_max_prompt_tokens,
+        keep_thoughts=options.pte_keep_thoughts,
+        keep_thoughts_mib=options.pte_keep_thoughts_mib,
     )
     service = ServiceConfig(spool=options.pte_spool, keep_versions=options.pte_keep_versions)
     from pte_vllm.serve import serve

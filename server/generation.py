@@ -25,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from pte_vllm.plan import FoldPlan
 from pte_vllm.server.adapters import ConflictError, Resolved
 from pte_vllm.server.state import Service
-from pte_vllm.train.rollout import Rollout, WeightSpan, fold_events
+from pte_vllm.train.rollout import FoldEvent, Rollout, WeightSpan, fold_events, with_rho
 
 logger = init_logger(__name__)
 
@@ -139,11 +139,17 @@ async def _run(service: Service, request_id: str, job: Job) -> Rollout:
         raise GenerationError(f"{request_id} ended without a final output")
     if final.outputs[0].finish_reason == "error":
         raise GenerationError(f"{request_id}: the engine reports an error")
-    return _record(job, final)
-
-
-def _record(job: Job, final: RequestOutput) -> Rollout:
     outcome = job.read(final)
+    events = fold_events(job.plan, len(outcome.prompt_ids) + len(outcome.completion_ids))
+    if events and job.adapter.lora is not None:
+        (rho,) = await service.engine.collective_rpc("pte_rho", args=(request_id,))
+        events = with_rho(events, rho)
+    return _record(job, final, outcome, events)
+
+
+def _record(
+    job: Job, final: RequestOutput, outcome: Outcome, events: tuple[FoldEvent, ...]
+) -> Rollout:
     count = len(outcome.completion_ids)
     span = WeightSpan(version=job.adapter.version, start=0, end=count)
     return Rollout(
@@ -155,7 +161,7 @@ def _record(job: Job, final: RequestOutput) -> Rollout:
         adapter=job.adapter.engine_name,
         weight_versions=(span,) if count else (),
         plan=job.plan,
-        fold_events=fold_events(job.plan, len(outcome.prompt_ids) + count),
+        fold_events=events,
         group_id=job.group_id,
         index=job.index,
         num_preempted=final.metrics.num_preemptions if final.metrics is not None else None,

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import HTTPException, Request
@@ -18,6 +18,13 @@ from pte_vllm.server.adapters import AdapterRegistry
 from pte_vllm.server.spool import Spool
 
 
+@dataclass
+class Listeners:
+    """Clients that follow the thoughts of a request now."""
+
+    count: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Service:
     """The engine, its options, and the adapters that were pushed."""
@@ -26,6 +33,7 @@ class Service:
     config: EngineConfig
     spool: Spool
     registry: AdapterRegistry
+    listeners: Listeners = field(default_factory=Listeners)
 
     @property
     def block_size(self) -> int:
