@@ -37,7 +37,7 @@ class PTESpec(FullAttentionSpec):
 
     @classmethod
     def from_full(cls, spec: AttentionSpec, engine: EngineConfig) -> PTESpec:
-        return replace_as(spec, cls, **engine.to_dict())
+        return replace_as(spec, cls, **{name: getattr(engine, name) for name in _OURS})
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:

@@ -91,6 +91,7 @@ def _serve_parser() -> argparse.ArgumentParser:
         prog="pte-vllm serve",
         usage="pte-vllm serve MODEL [--pte-window N] [--pte-evict-ratio F] "
         "[--pte-max-prompt-tokens N] [--pte-spool DIR] [--pte-keep-versions N] "
+        "[--pte-keep-thoughts N] [--pte-keep-thoughts-mib N] "
         "[--pte-admin-key KEY | --pte-admin-key-file FILE] [--pte-max-body-bytes N] "
         "[--pte-max-rollouts N] "
         "[any vllm serve flag ...]",
@@ -166,6 +167,21 @@ def _serve_parser() -> argparse.ArgumentParser:
         help="samples of rollouts and scores that wait or run at once; a request beyond that gets "
         "HTTP 429 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--pte-keep-thoughts",
+        type=int,
+        default=EngineConfig.keep_thoughts,
+        metavar="N",
+        help="finished requests whose thought states stay readable; the oldest leave "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pte-keep-thoughts-mib",
+        type=int,
+        default=EngineConfig.keep_thoughts_mib,
+        metavar="N",
+        help="most host memory for those, in MiB (default: %(default)s)",
+    )
     return parser
 
 
@@ -182,6 +198,8 @@ def _serve(args: list[str]) -> int:
         window_tokens=options.pte_window,
         evict_ratio=options.pte_evict_ratio,
         max_prompt_tokens=options.pte_max_prompt_tokens,
+        keep_thoughts=options.pte_keep_thoughts,
+        keep_thoughts_mib=options.pte_keep_thoughts_mib,
     )
     admin_key = options.pte_admin_key
     if options.pte_admin_key_file is not None:

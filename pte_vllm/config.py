@@ -101,6 +101,10 @@ class EngineConfig:
     """`--pte-evict-ratio`: part of a full window that is folded at once."""
     max_prompt_tokens: int | None = None
     """`--pte-max-prompt-tokens`: bound on pinned tokens; None: only `max_model_len` bounds them."""
+    keep_thoughts: int = 64
+    """`--pte-keep-thoughts`: finished requests whose thought states the API still shows."""
+    keep_thoughts_mib: int = 256
+    """`--pte-keep-thoughts-mib`: most memory for them, in the host's RAM; the oldest leave."""
 
     def __post_init__(self) -> None:
         if _as_int("--pte-window", self.window_tokens) < 0:
@@ -111,6 +115,10 @@ class EngineConfig:
             raise ValueError(
                 f"--pte-max-prompt-tokens must be positive, got {self.max_prompt_tokens}"
             )
+        for name in ("keep_thoughts", "keep_thoughts_mib"):
+            flag, value = f"--pte-{name.replace('_', '-')}", getattr(self, name)
+            if _as_int(flag, value) < 0:
+                raise ValueError(f"{flag} must not be negative, got {value}")
 
     KEY = "pte"  # not annotated, so not a field: the key in `additional_config`
 

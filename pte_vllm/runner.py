@@ -24,6 +24,7 @@ from pte_vllm.ops.fold import BlockLayout, RopeTable, read_evicted
 from pte_vllm.plan import FoldPlan
 from pte_vllm.state import IDENTITY_SLOT, Sequence, StatePool
 from pte_vllm.support import check_vllm_config
+from pte_vllm.thoughts import Thoughts, ThoughtStore
 from pte_vllm.types import PoolReport
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class PTERunnerMixin:
             max_num_seqs=self.max_num_reqs,
             max_rank=self.lora_config.max_lora_rank if self.lora_config else 1,
             device=self.device,
+            kept=ThoughtStore(
+                max_count=engine.keep_thoughts, max_bytes=engine.keep_thoughts_mib * 2**20
+            ),
         )
         self.pte_report = PoolReport(usable_blocks=0, free_blocks=0)
         set_gaps(self.pte_gaps)
@@ -221,8 +225,8 @@ class PTERunnerMixin:
             "usable_blocks": self.pte_report.usable_blocks,
             "free_blocks": self.pte_report.free_blocks,
             "adapters_in_use": list(self.pte_report.adapters),
-            "running": [s.summary(request_id) for request_id, s in pool.sequences.items()],
-            "finished": list(pool.finished),
+            "running": [s.thoughts(i, with_rho=False).report() for i, s in pool.sequences.items()],
+            "finished": [t.report() for t in list(pool.finished)[-pool.SHOWN_FINISHED :]],
         }
 
     def pte_counters(self) -> dict[str, Any]:
@@ -230,6 +234,51 @@ class PTERunnerMixin:
         slots = self.pte_pool.states.shape[1] - 1  # slot 0 belongs to nobody
         in_use = slots - len(self.pte_pool.free_slots)
         return {**self.pte_pool.counters.snapshot(), "slots": slots, "slots_in_use": in_use}
+
+    def pte_thoughts(self, name: str) -> dict[str, Any] | None:
+        """Summary of the request that a client calls `name`, running or finished; else None."""
+        thoughts = self._settled(name)
+        return None if thoughts is None else thoughts.summary(name)
+
+    def pte_thoughts_file(self, name: str) -> tuple[bool, bytes | None]:
+        """Whether the request is known, and its state as safetensors if it has one."""
+        thoughts = self._settled(name)
+        return thoughts is not None, None if thoughts is None else thoughts.safetensors()
+
+    def pte_thoughts_forget(self, name: str) -> str | None:
+        """Forget a finished request: `running`, `forgotten`, or None where it is unknown."""
+        thoughts = self.pte_pool.thoughts(name)
+        if thoughts is None:
+            return None
+        if not thoughts.finished:
+            return "running"
+        self.pte_pool.kept.forget(thoughts.request_id)
+        return "forgotten"
+
+    def pte_fold_events(self, name: str, since: int) -> dict[str, Any] | None:
+        """Folds of a request after the first `since`; the engine's id, for the next call."""
+        thoughts = self._settled(name)
+        if thoughts is None:
+            return None
+        return {
+            "request_id": thoughts.request_id,
+            "finished": thoughts.finished,
+            "num_tokens": thoughts.num_tokens,
+            "folds": thoughts.folds,
+            "folded_tokens": thoughts.folded_blocks * thoughts.plan.block_size,
+            "events": thoughts.events(since),
+        }
+
+    def pte_rho(self, name: str) -> list[float] | None:
+        """rho of each fold of a request, running or finished lately; None if it is unknown."""
+        self._sync_device()
+        return self.pte_pool.rho(name)
+
+    def _settled(self, name: str) -> Thoughts | None:
+        thoughts = self.pte_pool.thoughts(name)
+        if thoughts is not None:
+            self._sync_device()  # its copies to the host have arrived
+        return thoughts
 
     def pte_check_integrity(self) -> dict[str, int]:
         """Counts of what is in use.

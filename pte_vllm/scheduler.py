@@ -5,19 +5,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from pte_vllm.cache import PTEManager
-from pte_vllm.config import EngineConfig, request_plan
+from pte_vllm.config import REQUEST_OPTIONS, EngineConfig, request_plan
 from pte_vllm.types import PoolReport
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
+
+
+_CHOICE = re.compile(r"\d+_")
+"""How vLLM begins the id of one of several choices."""
 
 
 class PTESchedulerMixin:
@@ -42,6 +47,31 @@ class PTESchedulerMixin:
                 self.pte_manager.block_size,
             )
         super().add_request(request)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Also tell a client that sent PTE options how much of its request was folded.
+
+        The dict of a KV connector is what vLLM hands through to the response as it is, and with
+        PTE there is no connector.
+        """
+        folds = self._folds_of(request)
+        kv_params, ec_params = super()._free_request(request, *args, **kwargs)
+        return kv_params or folds, ec_params
+
+    def _folds_of(self, request: Request) -> dict[str, Any] | None:
+        given = getattr(request.sampling_params, "extra_args", None) or {}
+        if not any(name in given for name in REQUEST_OPTIONS):
+            return None
+        if _CHOICE.match(request.request_id):  # the response has one dict for all its choices
+            return None
+        plan = self.pte_plans[request.request_id]
+        folded = plan.folded_blocks(max(0, request.num_tokens - 2))  # the last was never computed
+        return {
+            "pte": {
+                "folds": folded // plan.evict_blocks,
+                "folded_tokens": folded * plan.block_size,
+            }
+        }
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from pte_vllm.config import PTEConfig, check_rule_fits
 from pte_vllm.counters import FoldCounters
 from pte_vllm.ops.reference import RULES, LayerEncoder, Sums, relative_update
 from pte_vllm.plan import FoldPlan
+from pte_vllm.thoughts import Thoughts, ThoughtStore, find_id
 
 IDENTITY_SLOT = 0
 
@@ -46,22 +46,31 @@ class Sequence:
     num_tokens: int = 0
     held_blocks: int = 0
     peak_blocks: int = 0
+    state: Tensor | None = None  # [L, G, r] what the rule reads from `sums`
+    rho: list[Tensor] = field(default_factory=list)
+    """Of each fold, a scalar on the device; nobody waits for it until it is asked for."""
 
-    def summary(self, request_id: str) -> dict[str, Any]:
-        """What the API shows of it."""
-        plan = self.plan
-        return {
-            "request_id": request_id,
-            "adapter": self.adapter,
-            "rule": self.rule,
-            "num_tokens": self.num_tokens,
-            "pinned_blocks": plan.pinned_blocks,
-            "window_blocks": plan.window_blocks,
-            "folds": self.folded_blocks // plan.evict_blocks,
-            "folded_tokens": self.folded_blocks * plan.block_size,
-            "held_blocks": self.held_blocks,
-            "peak_blocks": self.peak_blocks,
-        }
+    def thoughts(self, request_id: str, *, with_rho: bool = True) -> Thoughts:
+        """What the API shows of it now."""
+        return Thoughts(
+            request_id=request_id,
+            finished=False,
+            plan=self.plan,
+            adapter=self.adapter,
+            rule=self.rule,
+            num_tokens=self.num_tokens,
+            folded_blocks=self.folded_blocks,
+            held_blocks=self.held_blocks,
+            peak_blocks=self.peak_blocks,
+            layers=tuple(self.loaded.layers) if self.loaded is not None else (),
+            state=self.state,
+            rho=self._rho() if with_rho else None,
+        )
+
+    def _rho(self) -> Tensor | None:
+        if self.rule == "none":  # folds move nothing
+            return torch.zeros(self.folded_blocks // self.plan.evict_blocks)
+        return torch.stack(self.rho) if self.rho else None
 
 
 class StatePool:
@@ -72,19 +81,28 @@ class StatePool:
         max_num_seqs: most sequences that run at once.
         max_rank: R, the engine's `--max-lora-rank`; smaller states are padded with zeros.
         device: the model's.
+        kept: where the thoughts of finished requests go.
     """
 
-    KEPT_FINISHED = 64
+    SHOWN_FINISHED = 64
 
     def __init__(
-        self, *, num_layers: int, max_num_seqs: int, max_rank: int, device: torch.device
+        self,
+        *,
+        num_layers: int,
+        max_num_seqs: int,
+        max_rank: int,
+        device: torch.device,
+        kept: ThoughtStore,
     ) -> None:
         self.states = torch.zeros(num_layers, max_num_seqs + 1, max_rank, max_rank, device=device)
         self.states[:, IDENTITY_SLOT] = torch.eye(max_rank, device=device)
         self.free_slots = list(range(max_num_seqs, 0, -1))
         self.sequences: dict[str, Sequence] = {}
-        self.finished: deque[dict[str, Any]] = deque(maxlen=self.KEPT_FINISHED)
         self.counters = FoldCounters(device)
+        self.kept = kept
+        # Without states; enough that a rollout still finds its own when many end at once.
+        self.finished: deque[Thoughts] = deque(maxlen=max(self.SHOWN_FINISHED, 4 * max_num_seqs))
 
     def start(
         self,
@@ -118,31 +136,53 @@ class StatePool:
         return sequence
 
     def finish(self, request_id: str) -> None:
-        """Stop for good and remember the summary."""
+        """Stop for good and remember its thoughts."""
         sequence = self.stop(request_id)
         if sequence is not None:
             sequence.held_blocks = 0
-            self.finished.append(sequence.summary(request_id))
+            thoughts = sequence.thoughts(request_id).kept()
+            self.finished.append(thoughts.without_state())
+            self.kept.add(thoughts)
+
+    def thoughts(self, name: str) -> Thoughts | None:
+        """Of the running or finished request that a client calls `name`; the newest of several."""
+        request_id = find_id(name, self.sequences)
+        if request_id is not None:
+            return self.sequences[request_id].thoughts(request_id)
+        return self.kept.find(name)
+
+    def rho(self, name: str) -> list[float] | None:
+        """ρ of each fold so far, also after the state has left; None if nothing is known."""
+        request_id = find_id(name, self.sequences)
+        if request_id is not None:
+            return self.sequences[request_id].thoughts(request_id).rho_list()
+        finished = {thoughts.request_id: thoughts for thoughts in self.finished}
+        request_id = find_id(name, finished)
+        return None if request_id is None else finished[request_id].rho_list()
 
     def fold(self, sequence: Sequence, k_e: Tensor, v_e: Tensor) -> None:
         """Fold `K_e, V_e: [L, m, d_kv]` into the sequence's state."""
         assert sequence.loaded is not None and sequence.rule is not None
         loaded, rule = sequence.loaded, RULES[sequence.rule]
         how = loaded.config.normalize
-        before = self.states[loaded.layers, sequence.slot]  # [L, R, R], a copy
         sequence.sums = rule.fold(sequence.sums, loaded.encoder, k_e, v_e, how)
-        self._write(sequence)
-        moved = self.states[loaded.layers, sequence.slot] - before
-        self.counters.add_rho(relative_update(before, moved))
+        before = sequence.state
+        after = self._write(sequence)
+        assert before is not None
+        rho = relative_update(before, after - before)  # [L]
+        sequence.rho.append(rho.mean())
+        self.counters.add_rho(rho)
 
-    def _write(self, sequence: Sequence) -> None:
-        """Put what the rule reads, `[L, G, r]`, into the slot."""
+    def _write(self, sequence: Sequence) -> Tensor:
+        """Put what the rule reads, `[L, G, r]`, into the slot; returns it."""
         assert sequence.loaded is not None and sequence.rule is not None
         loaded = sequence.loaded
         state = RULES[sequence.rule].read(sequence.sums, loaded.encoder, loaded.config.normalize)
+        sequence.state = state
         stored = state if loaded.config.read == "key" else state.mT
         rows, columns = stored.shape[-2:]
         self.states[loaded.layers, sequence.slot, :rows, :columns] = stored
+        return state
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every slot is free or owned by exactly one sequence."""

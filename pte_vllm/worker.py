@@ -37,6 +37,21 @@ class PTEWorkerMixin:
     def pte_check_integrity(self) -> dict[str, int]:
         return self.model_runner.pte_check_integrity()
 
+    def pte_thoughts(self, name: str) -> dict[str, Any] | None:
+        return self.model_runner.pte_thoughts(name)
+
+    def pte_thoughts_file(self, name: str) -> tuple[bool, bytes | None]:
+        return self.model_runner.pte_thoughts_file(name)
+
+    def pte_thoughts_forget(self, name: str) -> str | None:
+        return self.model_runner.pte_thoughts_forget(name)
+
+    def pte_fold_events(self, name: str, since: int) -> dict[str, Any] | None:
+        return self.model_runner.pte_fold_events(name, since)
+
+    def pte_rho(self, name: str) -> list[float] | None:
+        return self.model_runner.pte_rho(name)
+
 
 class PTECPUWorker(PTEWorkerMixin, CPUWorker):
     """On CPU."""

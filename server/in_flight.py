@@ -24,7 +24,7 @@ from pte_vllm.plan import FoldPlan
 from pte_vllm.server.adapters import Resolved
 from pte_vllm.server.spool import Version
 from pte_vllm.server.state import Service
-from pte_vllm.train.rollout import Rollout, WeightSpan, fold_events
+from pte_vllm.train.rollout import Rollout, WeightSpan, fold_events, with_rho
 
 InFlight = Literal["pin", "switch_rebuild"]
 _ABORT_AGAIN_S = 0.2
@@ -95,6 +95,10 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
             done = replace(done, finish_reason="length")
             break
         part, parts = await _on_newest(service, job, done), parts + 1
+    events = fold_events(job.plan, len(done.prompt_ids + done.completion_ids))
+    if events and part.adapter.lora is not None:
+        (rho,) = await service.engine.collective_rpc("pte_rho", args=(f"{request_id}-{parts}",))
+        events = with_rho(events, rho)
     return Rollout(
         prompt_ids=done.prompt_ids,
         completion_ids=done.completion_ids,
@@ -104,7 +108,7 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
         adapter=part.adapter.engine_name,
         weight_versions=tuple(spans),
         plan=job.plan,
-        fold_events=fold_events(job.plan, len(done.prompt_ids + done.completion_ids)),
+        fold_events=events,
         group_id=job.group_id,
         index=job.index,
         num_preempted=num_preempted,

@@ -20,7 +20,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from pte_vllm import __version__
 from pte_vllm.adapter import AdapterError, ModelShape, load_for_engine
 from pte_vllm.config import REQUEST_OPTIONS, EngineConfig, ServiceConfig
-from pte_vllm.server import adapter_routes, control, page, rollouts, trainer_routes
+from pte_vllm.server import adapter_routes, control, page, rollouts, thoughts, trainer_routes
 from pte_vllm.server.auth import Keys, admit_admin, may_change, may_use
 from pte_vllm.server.limits import BodyLimit
 from pte_vllm.server.metrics import COLLECTOR, RefreshOnScrape, timed_load
@@ -43,7 +43,14 @@ async def info(request: Request) -> dict[str, Any]:
     return {
         "version": __version__,
         "paper": "arXiv 2602.16839",
-        "plan": {**engine.to_dict(), "block_size": config.cache_config.block_size},
+        "plan": {
+            "window_tokens": engine.window_tokens,
+            "evict_ratio": engine.evict_ratio,
+            "max_prompt_tokens": engine.max_prompt_tokens,
+            "block_size": config.cache_config.block_size,
+        },
+        "keep_thoughts": engine.keep_thoughts,
+        "keep_thoughts_mib": engine.keep_thoughts_mib,
         "request_options": list(REQUEST_OPTIONS),
         "rules": list(RULES),
         "logprobs_mode": config.model_config.logprobs_mode,
@@ -101,7 +108,7 @@ class PTEEndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         before = len(app.routes)
-        for ours in (router, adapter_routes.router, rollouts.router):
+        for ours in (router, adapter_routes.router, rollouts.router, thoughts.router):
             app.include_router(
                 ours, prefix="/pte/v1", tags=["pte"], dependencies=[Depends(may_use)]
             )

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import HTTPException, Request
@@ -19,6 +19,13 @@ from pte_vllm.server.admission import Admission
 from pte_vllm.server.spool import Spool
 
 
+@dataclass
+class Listeners:
+    """Clients that follow the thoughts of a request now."""
+
+    count: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Service:
     """The engine, its options, and the adapters that were pushed."""
@@ -28,6 +35,7 @@ class Service:
     spool: Spool
     registry: AdapterRegistry
     admission: Admission
+    listeners: Listeners = field(default_factory=Listeners)
 
     @property
     def block_size(self) -> int:

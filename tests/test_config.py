@@ -43,6 +43,9 @@ def test_bad_adapter_options_are_named(change: dict[str, Any], message: str) -> 
         ({"window_tokens": 1.5}, "--pte-window must be an integer"),
         ({"evict_ratio": 0.0}, r"--pte-evict-ratio must lie in \(0, 1\), got 0.0"),
         ({"max_prompt_tokens": 0}, "--pte-max-prompt-tokens must be positive, got 0"),
+        ({"keep_thoughts": -1}, "--pte-keep-thoughts must not be negative, got -1"),
+        ({"keep_thoughts": 1.5}, "--pte-keep-thoughts must be an integer"),
+        ({"keep_thoughts_mib": -1}, "--pte-keep-thoughts-mib must not be negative, got -1"),
     ],
 )
 def test_bad_engine_options_name_the_flag(change: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pte_vllm.plan import FoldPlan
@@ -37,6 +37,8 @@ class FoldEvent:
 
     at: int
     blocks: tuple[int, int]
+    rho: float | None = None
+    """‖ΔS‖ / ‖S‖, the mean over layers with a state; None without a state, or if unknown."""
 
 
 def fold_events(plan: FoldPlan, num_tokens: int) -> tuple[FoldEvent, ...]:
@@ -51,6 +53,16 @@ def fold_events(plan: FoldPlan, num_tokens: int) -> tuple[FoldEvent, ...]:
         if end > first:
             events.append(FoldEvent(at=start, blocks=(first, end)))
     return tuple(events)
+
+
+def with_rho(events: Sequence[FoldEvent], rho: Sequence[float] | None) -> tuple[FoldEvent, ...]:
+    """The events with the engine's values; unchanged unless there is one for each.
+
+    The engine may have folded once more, for a token that came after the last of the answer.
+    """
+    if rho is None or len(rho) < len(events):
+        return tuple(events)
+    return tuple(replace(event, rho=value) for event, value in zip(events, rho, strict=False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +125,25 @@ class Rollout:
                 f"plan: {self.plan.pin_tokens} pinned tokens, but the prompt has "
                 f"{len(self.prompt_ids)}"
             )
+        self._check_folds()
+
+    def _check_folds(self) -> None:
         expected = fold_events(self.plan, len(self.token_ids))
-        if self.fold_events != expected:
+        found = tuple(replace(event, rho=None) for event in self.fold_events)
+        if found != expected:
             raise ValueError(
-                f"fold_events are not those of the plan: {len(self.fold_events)} found, "
+                f"fold_events are not those of the plan: {len(found)} found, "
                 f"{len(expected)} expected, first difference at "
-                f"{_first_difference(self.fold_events, expected)}"
+                f"{_first_difference(found, expected)}"
             )
+        known = [event.rho for event in self.fold_events if event.rho is not None]
+        if len(known) not in (0, len(found)):
+            raise ValueError(f"fold_events: rho is there for {len(known)} of {len(found)} folds")
+        for rho in known:
+            if isinstance(rho, bool) or not isinstance(rho, int | float):
+                raise ValueError(f"fold_events: rho must be a number or null, got {rho!r}")
+            if not math.isfinite(rho) or rho < 0:
+                raise ValueError(f"fold_events: rho must be finite and at least 0, got {rho!r}")
 
     def _check_versions(self) -> None:
         position = 0
@@ -152,7 +176,9 @@ class Rollout:
             "mask": list(self.mask),
             "weight_versions": [asdict(span) for span in self.weight_versions],
             "plan": plan_to_json(self.plan),
-            "fold_events": [{"at": e.at, "blocks": list(e.blocks)} for e in self.fold_events],
+            "fold_events": [
+                {"at": e.at, "blocks": list(e.blocks), "rho": e.rho} for e in self.fold_events
+            ],
         }
 
     @classmethod
@@ -202,14 +228,16 @@ def plan_from_json(values: Any) -> FoldPlan:
 
 
 def _fold_event(values: Any) -> FoldEvent:
-    event = _object("fold_events", values, {"at", "blocks"})
+    if isinstance(values, Mapping):
+        values = {"rho": None, **values}  # records of earlier versions have none
+    event = _object("fold_events", values, {"at", "blocks", "rho"})
     _check_count("fold_events: at", event["at"])
     blocks = _list("fold_events: blocks", event["blocks"])
     if len(blocks) != 2:
         raise ValueError(f"fold_events: blocks must be two numbers, got {blocks!r}")
     for block in blocks:
         _check_count("fold_events: blocks", block)
-    return FoldEvent(at=event["at"], blocks=(blocks[0], blocks[1]))
+    return FoldEvent(at=event["at"], blocks=(blocks[0], blocks[1]), rho=event["rho"])
 
 
 def _object(what: str, values: Any, names: set[str]) -> dict[str, Any]:

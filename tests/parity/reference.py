@@ -19,7 +19,7 @@ TOLERANCE = 2e-4
 
 
 @cache
-def _model(path: Path, dtype: torch.dtype) -> torch.nn.Module:
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 
@@ -36,7 +36,7 @@ def replayed(
 ) -> torch.Tensor:
     """Log-prob of every token after the first, `[T - 1]`."""
     loaded = None if adapter is None else Adapter.load(adapter)
-    attached = PTEModel(_model(model, dtype), loaded)
+    attached = PTEModel(load_model(model, dtype), loaded)
     try:
         found = log_probs(attached, tokens, plan, rule=rule, temperature=temperature)
         return found.logprobs[0, 1:]

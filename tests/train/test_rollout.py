@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pte_vllm.plan import FoldPlan
-from pte_vllm.train.rollout import FoldEvent, Rollout, WeightSpan, fold_events
+from pte_vllm.train.rollout import FoldEvent, Rollout, WeightSpan, fold_events, with_rho
 
 PLAN = FoldPlan(pin_tokens=5, window_tokens=16, evict_ratio=0.25, block_size=4)
 
@@ -52,6 +52,40 @@ def test_round_trip(num_completion: int) -> None:
     line = json.dumps(rollout.to_json())
     assert Rollout.from_json(line) == Rollout.from_json(json.loads(line)) == rollout
     assert rollout.token_ids == rollout.prompt_ids + rollout.completion_ids
+
+
+def test_rho_of_folds() -> None:
+    events = fold_events(PLAN, 45)
+    rho = [0.5 / (i + 1) for i in range(len(events))]
+    known = _rollout(fold_events=with_rho(events, [*rho, 9.0]))  # one fold past the answer
+    assert [event.rho for event in known.fold_events] == rho
+    assert Rollout.from_json(json.dumps(known.to_json())) == known
+    for missing in (None, [], rho[:-1]):
+        assert with_rho(events, missing) == events
+    # A record written before folds had one.
+    old = _rollout().to_json()
+    for event in old["fold_events"]:
+        del event["rho"]
+    assert Rollout.from_json(old) == _rollout()
+
+
+@pytest.mark.parametrize(
+    ("rho", "message"),
+    [
+        (-0.1, "at least 0"),
+        (math.nan, "finite"),
+        ("1", "a number"),
+        (True, "a number"),
+        (None, "4 of 5"),
+    ],
+)
+def test_malformed_rho_is_refused(rho: object, message: str) -> None:
+    record = _rollout().to_json()
+    for event in record["fold_events"]:
+        event["rho"] = 1.0
+    record["fold_events"][-1]["rho"] = rho
+    with pytest.raises(ValueError, match=message):
+        Rollout.from_json(record)
 
 
 def test_versions_may_change_midway() -> None:

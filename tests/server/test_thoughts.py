@@ -1,0 +1,341 @@
+"""Thought states over HTTP: against the replay, live, bounded, and forgotten on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load
+
+from pte_vllm.adapter import Adapter
+from pte_vllm.plan import FoldPlan
+from pte_vllm.server.thoughts import MAX_LISTENERS
+from pte_vllm.thoughts import find_id
+from pte_vllm.train.client import RolloutClient
+from pte_vllm.train.modeling import PTEModel
+from pte_vllm.train.replay import ReplayResult, log_probs
+from tests.engine import BLOCK
+from tests.parity.reference import load_model
+from tests.server.serving import NUM_BLOCKS, WINDOW, Server
+from tests.support import random_tokens
+
+KEPT = 12
+PROMPT, LENGTH = random_tokens(50, 500, 1), WINDOW + 6 * BLOCK + 9
+IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny: Callable[[str], Path],
+    adapters: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    model = tiny("qwen3")
+    served = {
+        "paper": adapters(model, rank=8, rule="paper"),
+        "ridge": adapters(model, rank=8, rule="ridge"),
+        "few": adapters(model, rank=4, global_tokens=6, rule="sum", layers=[0, 2]),
+    }
+    directory = tmp_path_factory.mktemp("thoughts")
+    flags = ["--pte-spool", str(directory / "spool"), "--pte-keep-thoughts", str(KEPT)]
+    with Server(model, served, log=directory / "log", flags=flags) as server:
+        server.wait_ready()
+        yield server
+        report = server.wait_idle()
+        assert report["free_blocks"] == NUM_BLOCKS
+
+
+def _complete(server: Server, model: str, length: int = LENGTH, n: int = 1, **options: object):
+    return server.client.completions.create(
+        model=model,
+        prompt=PROMPT,
+        max_tokens=length,
+        n=n,
+        seed=3,
+        extra_body={**IGNORE_EOS, "vllm_xargs": options},
+    )
+
+
+def _finished(server: Server, name: str) -> dict:
+    """Its thoughts once the worker has heard of the end."""
+    for _ in range(100):
+        found = server.get(f"/pte/v1/thoughts/{name}")
+        if found["status"] == "finished":
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"still running: {found}")
+
+
+def _replay(
+    server: Server, model: str, tokens: list[int], plan: FoldPlan, rule: str | None = None
+) -> ReplayResult:
+    attached = PTEModel(load_model(server.model), Adapter.load(server.adapters[model]))
+    try:
+        return log_probs(attached, tokens, plan, rule=rule)
+    finally:
+        attached.detach()
+
+
+def _get(server: Server, path: str) -> httpx.Response:
+    return httpx.get(f"{server.url}/pte/v1/thoughts/{path}", timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("paper", {}),
+        ("ridge", {"pte_window": 2 * BLOCK}),
+        ("few", {"pte_pin_tokens": 10}),
+        ("paper", {"pte_update": "none"}),
+    ],
+)
+def test_thoughts_are_those_of_the_replay(server: Server, model: str, options: dict) -> None:
+    response = _complete(server, model, **options)
+    found = _finished(server, response.id)
+    plan = FoldPlan(
+        pin_tokens=options.get("pte_pin_tokens", 50),
+        window_tokens=options.get("pte_window", WINDOW),
+        block_size=BLOCK,
+    )
+    tokens = [*PROMPT, *response.choices[0].token_ids]
+    # The last token is sampled, never computed.
+    expected = _replay(server, model, tokens[:-1], plan, options.get("pte_update"))
+    rho = [fold.rho.mean().item() for fold in expected.folds[0]]
+    assert len(rho) >= 5 and found["rho"] == pytest.approx(rho, rel=1e-3, abs=1e-6)
+    assert (found["folds"], found["folded_tokens"]) == (len(rho), len(rho) * BLOCK)
+    assert found["id"] == response.id and found["adapter"] == model
+    assert found["rule"] == options.get("pte_update", "sum" if model == "few" else model)
+    assert (found["pin_tokens"], found["window_tokens"]) == (plan.pin_tokens, plan.window_tokens)
+    assert found["num_tokens"] == len(tokens) - 1 and found["held_blocks"] == 0
+    content = _get(server, f"{response.id}?format=safetensors").content
+    state, reference = load(content)["state"], expected.states[:, 0]
+    assert state.shape == reference.shape and state.dtype == torch.float32
+    assert (state - reference).norm() / reference.norm() < 1e-3
+    assert [entry["layer"] for entry in found["layers"]] == (
+        [0, 2] if model == "few" else [0, 1, 2]
+    )
+    norms = [entry["norm"] for entry in found["layers"]]
+    assert norms == pytest.approx(reference.flatten(1).norm(dim=-1).tolist(), rel=1e-3)
+    print(f"{model} {options}: {len(rho)} folds, rho {rho[0]:.3f} .. {rho[-1]:.3f}")
+
+
+def test_safetensors_name_their_layers(server: Server, tmp_path: Path) -> None:
+    response = _complete(server, "few", 10)
+    file = tmp_path / "state.safetensors"
+    file.write_bytes(_get(server, f"{response.id}?format=safetensors").content)
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["layers"]) == [0, 2]
+        assert opened.metadata()["rule"] == "sum"
+
+
+def test_rollouts_report_rho(server: Server) -> None:
+    sampling = {"max_tokens": LENGTH, "seed": 1, "ignore_eos": True}
+    with RolloutClient(server.url) as client:
+        records = list(client.rollouts([PROMPT], n=3, adapter="ridge", sampling=sampling))
+        (plain,) = client.rollouts([PROMPT], sampling=sampling)
+        (score,) = client.score([records[0].token_ids], [50], adapter="ridge")
+    assert len(plain.fold_events) >= 5 and all(e.rho is None for e in plain.fold_events)
+    for record in [*records, score]:
+        expected = _replay(server, "ridge", list(record.token_ids[:-1]), record.plan)
+        rho = [fold.rho.mean().item() for fold in expected.folds[0]]
+        assert [event.rho for event in record.fold_events] == pytest.approx(rho, rel=1e-3)
+
+
+def test_each_choice_has_its_thoughts(server: Server) -> None:
+    many = _complete(server, "paper", n=3)
+    seen = [_finished(server, f"{many.id}-{choice.index}")["rho"] for choice in many.choices]
+    for choice, rho in zip(many.choices, seen, strict=True):
+        plan = FoldPlan(pin_tokens=50, window_tokens=WINDOW, block_size=BLOCK)
+        expected = _replay(server, "paper", [*PROMPT, *choice.token_ids[:-1]], plan)
+        means = [fold.rho.mean().item() for fold in expected.folds[0]]
+        assert rho == pytest.approx(means, rel=1e-3)
+    assert _finished(server, many.id)["rho"] == seen[0]
+    assert _get(server, f"{many.id}-3").status_code == 404
+    chat = server.client.chat.completions.create(
+        model="ridge", messages=[{"role": "user", "content": "Hello"}], max_tokens=9, n=2
+    )
+    for name in (chat.id, f"{chat.id}-1"):
+        assert _finished(server, name)["folds"] == 0
+
+
+def test_names_of_requests() -> None:
+    ids = [
+        "cmpl-a-0-0123abcd",
+        "cmpl-a-1-89abcdef",
+        "0_cmpl-b-0-0123abcd",
+        "1_cmpl-b-0-0123abcd",
+        "0_cmpl-b-1-01234567",
+        "1_cmpl-b-1-01234567",
+        "chatcmpl-c-0123abcd",
+        "1_chatcmpl-d-0123abcd",
+    ]
+    for name, index in {
+        "cmpl-a": 0,
+        "cmpl-a-0": 0,
+        "cmpl-a-1": 1,
+        "cmpl-b": 2,
+        "cmpl-b-1": 3,
+        "cmpl-b-1-0": 4,
+        "cmpl-b-1-1": 5,
+        "chatcmpl-c": 6,
+        "chatcmpl-c-0": 6,
+        "chatcmpl-d-1": 7,
+        "cmpl-a-0-0123abcd": 0,
+    }.items():
+        assert find_id(name, ids) == ids[index], name
+    for name in ("cmpl", "a", "cmpl-a-2", "chatcmpl-d", "cmpl-b-0-2", "", "chatcmpl-c-1"):
+        assert find_id(name, ids) is None, name
+
+
+def test_without_a_thought_state(server: Server) -> None:
+    response = _complete(server, "base", 200)
+    found = _finished(server, response.id)
+    assert (found["adapter"], found["rule"], found["layers"], found["rho"]) == (None, None, [], [])
+    assert found["folds"] == found["folded_tokens"] // BLOCK > 0
+    answer = _get(server, f"{response.id}?format=safetensors")
+    assert answer.status_code == 404 and "no thought state" in answer.text
+
+
+def test_unknown_forgotten_and_dropped(server: Server) -> None:
+    for path in ("cmpl-nothing", "cmpl-nothing?format=safetensors", "cmpl-nothing/events"):
+        answer = _get(server, path)
+        assert answer.status_code == 404 and "--pte-keep-thoughts" in answer.text
+    assert _get(server, "x?format=pickle").status_code == 400
+    first = _complete(server, "paper", 5)
+    url = f"{server.url}/pte/v1/thoughts/{first.id}"
+    assert httpx.delete(url, timeout=30).json() == {"deleted": first.id}
+    assert httpx.delete(url, timeout=30).status_code == httpx.get(url).status_code == 404
+    oldest = _complete(server, "paper", 5)
+    _finished(server, oldest.id)
+    for _ in range(KEPT):
+        assert _get(server, oldest.id).status_code == 200
+        newest = _complete(server, "paper", 2)
+        _finished(server, newest.id)
+    assert _get(server, oldest.id).status_code == 404
+
+
+def test_folds_in_the_response(server: Server) -> None:
+    """For clients that send an option of ours; for others the response is vLLM's."""
+    response = _complete(server, "paper", pte_window=2 * BLOCK)
+    found = _finished(server, response.id)
+    told = response.kv_transfer_params["pte"]
+    assert told == {"folds": found["folds"], "folded_tokens": found["folded_tokens"]}
+    chat = server.client.chat.completions.create(
+        model="paper",
+        messages=[{"role": "user", "content": "Hello"}],
+        max_tokens=150,
+        extra_body={**IGNORE_EOS, "vllm_xargs": {"pte_window": 2 * BLOCK}},
+    )
+    assert chat.kv_transfer_params["pte"]["folds"] == _finished(server, chat.id)["folds"] > 0
+    assert _complete(server, "paper", 5).kv_transfer_params is None
+    assert _complete(server, "paper", 5, n=2, pte_window=64).kv_transfer_params is None
+
+
+def _follow(lines: Iterator[str]) -> Iterator[tuple[str, dict]]:
+    name = ""
+    for line in lines:
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+
+
+def test_events_of_a_request(server: Server) -> None:
+    """One per fold, then the end, whoever else leaves."""
+
+    async def run() -> tuple[list[tuple[str, dict]], str]:
+        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        stream = await client.completions.create(
+            model="ridge", prompt=PROMPT, max_tokens=1000, stream=True, extra_body=IGNORE_EOS
+        )
+        first = await anext(aiter(stream))
+        url = f"{server.url}/pte/v1/thoughts/{first.id}/events"
+        async with httpx.AsyncClient(timeout=60) as http:
+            task = asyncio.create_task(_drain(stream))
+            for _ in range(3):
+                async with http.stream("GET", url) as left:
+                    await anext(left.aiter_lines())
+            async with http.stream("GET", url) as followed:
+                assert followed.headers["content-type"].startswith("text/event-stream")
+                lines = [line async for line in followed.aiter_lines()]
+            await task
+        return list(_follow(iter(lines))), first.id
+
+    events, name = asyncio.run(run())
+    found = _finished(server, name)
+    *folds, (last, end) = events
+    assert last == "end" and end["folds"] == found["folds"] == len(folds) > 20
+    assert [event["rho"] for _, event in folds] == pytest.approx(found["rho"])
+    plan = FoldPlan(pin_tokens=50, window_tokens=WINDOW, block_size=BLOCK)
+    for i, (kind, event) in enumerate(folds):
+        assert kind == "fold" and event["fold"] == i + 1
+        assert event["at"] == plan.first_fold + i * BLOCK <= event["num_tokens"]
+        assert event["blocks"] == [2 + i, 3 + i]
+    # Of a finished request: everything at once, and the end.
+    again = list(_follow(iter(_get(server, f"{name}/events").text.splitlines())))
+    assert [event["at"] for _, event in again[:-1]] == [event["at"] for _, event in folds]
+    assert again[-1] == (last, end)
+
+
+async def _drain(stream: openai.AsyncStream) -> None:
+    async for _ in stream:
+        pass
+
+
+def test_running_requests_and_the_bound_on_listeners(server: Server) -> None:
+    async def run() -> list[int]:
+        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        stream = await client.completions.create(
+            model="paper", prompt=PROMPT, max_tokens=4000, stream=True, extra_body=IGNORE_EOS
+        )
+        first = await anext(aiter(stream))
+        thoughts = f"{server.url}/pte/v1/thoughts/{first.id}"
+        url = f"{thoughts}/events"
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=99)) as http:
+            assert (await http.delete(thoughts)).status_code == 409
+            live = (await http.get(thoughts)).json()
+            assert live["status"] == "running" and live["held_blocks"] > 0
+            opened = [
+                await http.send(http.build_request("GET", url), stream=True)
+                for _ in range(MAX_LISTENERS + 1)
+            ]
+            statuses = [response.status_code for response in opened]
+            events = opened[0].aiter_lines()  # arrive while it runs
+            assert (await anext(events), (await anext(events))[:6]) == ("event: fold", "data: ")
+            assert (await http.get(thoughts)).json()["status"] == "running"
+            for response in opened:
+                await response.aclose()
+            for _ in range(100):  # who left makes room
+                response = await http.send(http.build_request("GET", url), stream=True)
+                await response.aclose()
+                if response.status_code == 200:
+                    break
+                await asyncio.sleep(0.05)
+            statuses.append(response.status_code)
+        await stream.close()
+        return statuses
+
+    *accepted, refused, later = asyncio.run(run())
+    assert set(accepted) == {200} and refused == 429 and later == 200
+
+
+def test_cancelled_requests_keep_their_thoughts(server: Server) -> None:
+    with server.client.completions.create(
+        model="paper", prompt=PROMPT, max_tokens=3000, stream=True, extra_body=IGNORE_EOS
+    ) as stream:
+        name, count = "", 0
+        for chunk in stream:
+            name, count = chunk.id, count + 1
+            if count > WINDOW + 3 * BLOCK:
+                break
+    found = _finished(server, name)
+    assert len(found["rho"]) == found["folds"] >= 1
+    server.wait_idle()
