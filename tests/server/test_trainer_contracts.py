@@ -171,7 +171,7 @@ def test_areal_resubmits_what_was_aborted(
     server: Server, steps: list[Path], new_weights: bool
 ) -> None:
     """Question + partial answer as one prompt: with the question pinned, the folds are the same."""
-    question, room = random_tokens(45, 500, 3), IN_FLIGHT
+    question, room = random_tokens(45, 500, 3), 4000
     names = [f"actor{int(new_weights)}-v{n}" for n in range(2)]
     load = {"lora_path": str(steps[0]), "lora_name": names[0]}
     assert post(server, "/v1/load_lora_adapter", load).status_code == 200
@@ -184,21 +184,22 @@ def test_areal_resubmits_what_was_aborted(
     partial = results[0]
     assert partial["reason"] == "abort" and WINDOW + 2 * BLOCK < len(partial["tokens"]) < room
     check(server, steps[0], question, partial["tokens"], partial["logprobs"])
+    rest_tokens = min(600, room - len(partial["tokens"]))
     rest = _areal(
         server,
         names[new_weights],
         [*question, *partial["tokens"]],
-        room - len(partial["tokens"]),
+        rest_tokens,
         vllm_xargs={"pte_pin_tokens": len(question)},
     )
     answer = [*partial["tokens"], *rest["tokens"]]
-    assert rest["reason"] == "length" and len(answer) == room
+    assert rest["reason"] == "length" and len(rest["tokens"]) == rest_tokens
     # The rest is what the adapter of the second request says of one unbroken sequence: its state
     # was made of all that was evicted, whoever had sampled it.
     adapter, start = steps[new_weights], len(partial["tokens"])
     check(server, adapter, question, answer, rest["logprobs"], start=start)
     done = server.get("/pte/v1/requests")["finished"][-1]
-    assert done["pinned_blocks"] == 2 and done["folds"] > 30
+    assert done["pinned_blocks"] == 2 and done["folds"] > 15
 
 
 def test_areal_weights_over_nccl_are_refused(server: Server) -> None:

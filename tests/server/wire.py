@@ -21,6 +21,8 @@ TEMPERATURE = 0.8
 IN_FLIGHT = 1500
 """Tokens of a request that something is to happen to while it runs."""
 
+_CLIENT = httpx.Client(timeout=120)  # a new one for each call would cost time
+
 
 def check(
     server: Server,
@@ -53,7 +55,7 @@ def post(server: Server, path: str, body: Any = None, **options: Any) -> httpx.R
     """POST to the server, with a body of JSON unless it is None."""
     if body is not None:
         options["json"] = body
-    return httpx.post(server.url + path, timeout=120, **options)
+    return _CLIENT.post(server.url + path, **options)
 
 
 def wait_folds(server: Server, folds: int, count: int = 1) -> None:
@@ -62,19 +64,18 @@ def wait_folds(server: Server, folds: int, count: int = 1) -> None:
     Progress, as the report still shows requests whose end the worker has not heard of.
     """
     seen: dict[str, int] = {}
-    with httpx.Client(base_url=server.url, timeout=30) as client:  # a connection costs time
-        for _ in range(1000):
-            running = client.get("/pte/v1/requests").json()["running"]
-            under_way = [
-                request
-                for request in running
-                if request["folds"] >= folds
-                and request["num_tokens"] > seen.get(request["request_id"], request["num_tokens"])
-            ]
-            if len(under_way) >= count:
-                return
-            seen = {request["request_id"]: request["num_tokens"] for request in running}
-            time.sleep(0.02)
+    for _ in range(1000):
+        running = _CLIENT.get(f"{server.url}/pte/v1/requests").json()["running"]
+        under_way = [
+            request
+            for request in running
+            if request["folds"] >= folds
+            and request["num_tokens"] > seen.get(request["request_id"], request["num_tokens"])
+        ]
+        if len(under_way) >= count:
+            return
+        seen = {request["request_id"]: request["num_tokens"] for request in running}
+        time.sleep(0.02)
     raise AssertionError(f"not under way: {running}")
 
 
