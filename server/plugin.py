@@ -86,11 +86,11 @@ async def load_lora_adapter(body: LoadLoRAAdapterRequest, request: Request) -> R
 
 
 async def unload_lora_adapter(body: UnloadLoRAAdapterRequest, request: Request) -> Response:
-    """vLLM's route, for what was loaded by it: pushed versions have rules of their own."""
+    """vLLM's route; a pushed adapter leaves as by `DELETE /pte/v1/adapters/{name}`."""
     state = getattr(request.app.state, "pte_service", None)
     if state is not None and state.registry.is_pushed(body.lora_name):
-        where = f"DELETE /pte/v1/adapters/{body.lora_name}"
-        raise HTTPException(400, f"lora_name {body.lora_name} was pushed; remove it with {where}")
+        await state.registry.delete(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
     return _answer(await models(request).unload_lora_adapter(body))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from vllm.lora.request import LoRARequest
 
@@ -10,8 +11,8 @@ from vllm.lora.request import LoRARequest
 class ServedNames(dict[str, LoRARequest]):
     """Entries are what vLLM lists and loads; `newest` adds names that point at one of them.
 
-    Requests look adapters up by `in` and `[]`, so `model: "policy"` finds `policy@7`. Whatever goes
-    through all entries, such as `/v1/models`, sees each adapter once.
+    Requests look adapters up by `in` and `[]`, so `model: "policy"` finds `policy@7`, and runs under
+    that name. `/v1/models` goes through `values()`, which has `policy` as well.
 
     Args:
         entries: by the engine's name, `name@version` if pushed.
@@ -27,3 +28,10 @@ class ServedNames(dict[str, LoRARequest]):
 
     def __missing__(self, name: str) -> LoRARequest:
         return self[self.newest[name]]
+
+    def values(self) -> Any:
+        named = {name: self[engine_name] for name, engine_name in self.newest.items()}
+        return [
+            *super().values(),
+            *(LoRARequest(name, lora.lora_int_id, lora.lora_path) for name, lora in named.items()),
+        ]
