@@ -11,7 +11,7 @@ from vllm.lora.request import LoRARequest
 class ServedNames(dict[str, LoRARequest]):
     """Entries are what vLLM lists and loads; `newest` adds names that point at one of them.
 
-    Requests look adapters up by `in` and `[]`, so `model: "policy"` finds `policy@7`, and runs under
+    Requests look adapters up by `in` and `[]`, so `model: "policy"` finds `policy@7` and runs under
     that name. `/v1/models` goes through `values()`, which has `policy` as well.
 
     Args:
