@@ -22,10 +22,10 @@ from pte_vllm.config import EngineConfig, RequestOptions, request_plan
 from pte_vllm.lora import PTELoRAManager, TokenSlots, install_views
 from pte_vllm.ops.fold import BlockLayout, RopeTable, read_evicted
 from pte_vllm.plan import FoldPlan
-from pte_vllm.state import IDENTITY_SLOT, Sequence, StatePool
+from pte_vllm.state import IDENTITY_SLOT, Sequence, Snapshot, StatePool
 from pte_vllm.support import check_vllm_config
 from pte_vllm.thoughts import Thoughts, ThoughtStore
-from pte_vllm.types import PoolReport
+from pte_vllm.types import PoolReport, SnapshotOrders
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +57,7 @@ class PTERunnerMixin:
                 max_count=engine.keep_thoughts, max_bytes=engine.keep_thoughts_mib * 2**20
             ),
         )
+        self.pte_snapshots: dict[bytes, Snapshot] = {}
         self.pte_report = PoolReport(usable_blocks=0, free_blocks=0)
         set_gaps(self.pte_gaps)
 
@@ -105,14 +106,17 @@ class PTERunnerMixin:
     # -- each step --------------------------------------------------------------------------------
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Callable | None:
-        self._stop_sequences(scheduler_output)
+        orders = getattr(scheduler_output, "pte_snapshots", SnapshotOrders())
+        self._stop_sequences(scheduler_output, orders)
         self._fold_due(scheduler_output)
         result = super()._update_states(scheduler_output)
-        self._start_sequences(scheduler_output)
+        self._start_sequences(scheduler_output, orders)
         self._publish(scheduler_output)
         return result
 
-    def _stop_sequences(self, scheduler_output: SchedulerOutput) -> None:
+    def _stop_sequences(self, scheduler_output: SchedulerOutput, orders: SnapshotOrders) -> None:
+        for request_id, key in orders.keep.items():
+            self.pte_snapshots[key] = self.pte_pool.snapshot(request_id)
         for request_id in scheduler_output.finished_req_ids:
             self.pte_pool.finish(request_id)
         for request_id in scheduler_output.preempted_req_ids or ():
@@ -157,8 +161,8 @@ class PTERunnerMixin:
         )
         self.pte_pool.fold(sequence, k_e, v_e)
 
-    def _start_sequences(self, scheduler_output: SchedulerOutput) -> None:
-        """Start new requests, and preempted ones again, from S_0."""
+    def _start_sequences(self, scheduler_output: SchedulerOutput, orders: SnapshotOrders) -> None:
+        """Start new requests, and preempted ones again, from S_0 or from an earlier request's S."""
         for new in scheduler_output.scheduled_new_reqs:
             request = self.requests[new.req_id]
             plan = request_plan(
@@ -167,11 +171,13 @@ class PTERunnerMixin:
                 request.num_prompt_tokens,
                 self.pte_block_size,
             )
-            self._start(new.req_id, plan)
+            self._start(new.req_id, plan, orders.restore.get(new.req_id))
         for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             self._start(request_id, self.pte_pool.sequences[request_id].plan)
+        for key in orders.forget:
+            self.pte_snapshots.pop(key, None)
 
-    def _start(self, request_id: str, plan: FoldPlan) -> None:
+    def _start(self, request_id: str, plan: FoldPlan, snapshot: bytes | None = None) -> None:
         request = self.requests[request_id]
         lora: LoRARequest | None = request.lora_request
         loaded = self.lora_manager.encoder_of(lora) if lora is not None else None
@@ -184,8 +190,10 @@ class PTERunnerMixin:
             rule=options.rule,
             loaded=loaded,
         )
-        # A prefix hit ends before the first fold, so nothing is due here.
-        assert plan.folded_blocks(request.num_computed_tokens) == sequence.folded_blocks == 0
+        if snapshot is not None:
+            self.pte_pool.restore(sequence, self.pte_snapshots[snapshot])
+        # Any other prefix hit ends before the first fold, so nothing is due here.
+        assert plan.folded_blocks(request.num_computed_tokens) == sequence.folded_blocks
 
     def _publish(self, scheduler_output: SchedulerOutput) -> None:
         """Tell attention the gaps, and LoRA the slots, of the batch in its final order."""
@@ -285,6 +293,7 @@ class PTERunnerMixin:
         return {
             "sequences": len(self.pte_pool.sequences),
             "slots_in_use": len(used),
+            "snapshots": len(self.pte_snapshots),
             "free_blocks": self.pte_report.free_blocks,
             "usable_blocks": self.pte_report.usable_blocks,
         }

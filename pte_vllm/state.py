@@ -16,7 +16,7 @@ from torch import Tensor
 from pte_vllm.config import PTEConfig, check_rule_fits
 from pte_vllm.ops.reference import RULES, LayerEncoder, Sums, relative_update
 from pte_vllm.plan import FoldPlan
-from pte_vllm.thoughts import Thoughts, ThoughtStore, find_id
+from pte_vllm.thoughts import Thoughts, ThoughtStore, find_id, to_host
 
 IDENTITY_SLOT = 0
 
@@ -70,6 +70,16 @@ class Sequence:
         if self.rule == "none":  # folds move nothing
             return torch.zeros(self.folded_blocks // self.plan.evict_blocks)
         return torch.stack(self.rho) if self.rho else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A sequence's memory after its last fold, on the host; another may start from it."""
+
+    rule: str | None
+    folded_blocks: int
+    sums: Sums
+    rho: Tensor | None  # [folds]
 
 
 class StatePool:
@@ -141,6 +151,27 @@ class StatePool:
             thoughts = sequence.thoughts(request_id).kept()
             self.finished.append(thoughts.without_state())
             self.kept.add(thoughts)
+
+    def snapshot(self, request_id: str) -> Snapshot:
+        """Of a running sequence; its tensors may still be on their way to the host."""
+        sequence = self.sequences[request_id]
+        return Snapshot(
+            rule=sequence.rule,
+            folded_blocks=sequence.folded_blocks,
+            sums={name: to_host(sums) for name, sums in sequence.sums.items()},
+            rho=to_host(torch.stack(sequence.rho)) if sequence.rho else None,
+        )
+
+    def restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
+        """Let a sequence that has just started go on from an earlier one's memory."""
+        assert sequence.rule == snapshot.rule and not sequence.folded_blocks
+        device = self.states.device
+        sequence.folded_blocks = snapshot.folded_blocks
+        if sequence.loaded is not None:
+            sequence.sums = {k: v.to(device, non_blocking=True) for k, v in snapshot.sums.items()}
+            if snapshot.rho is not None:
+                sequence.rho = list(snapshot.rho.to(device, non_blocking=True))
+            self._write(sequence)
 
     def thoughts(self, name: str) -> Thoughts | None:
         """Of the running or finished request that a client calls `name`; the newest of several."""

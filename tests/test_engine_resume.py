@@ -1,0 +1,153 @@
+"""A request takes up an earlier one: with its blocks or by replay, the tokens are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine import BLOCK, Engine, Job, lora
+from tests.parity.reference import assert_parity
+from tests.support import random_tokens
+
+WINDOW = 4 * BLOCK
+PIN = 50
+FIRST_FOLD = 6 * BLOCK
+"""Two pinned blocks and four of the window."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[str], Path]) -> Path:
+    return tiny("qwen3")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
+def engine(model: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    engine = Engine(
+        model,
+        window_tokens=WINDOW,
+        lora_rank=8,
+        num_blocks=60,
+        keep_thoughts=8,
+        max_prompt_tokens=256,
+        async_scheduling=request.param,
+    )
+    yield engine
+    engine.check_idle()
+    engine.close()
+
+
+@pytest.fixture(scope="module", params=["paper", "ridge"])
+def adapter(model: Path, adapters: Callable[..., Path], request: pytest.FixtureRequest) -> object:
+    number = ["paper", "ridge"].index(request.param) + 1
+    return lora(request.param, adapters(model, rank=8, rule=request.param), number)
+
+
+def _first(adapter: object, seed: int, length: int = 300) -> Job:
+    return Job(random_tokens(PIN, 500, seed), length, adapter, seed=seed)
+
+
+def _resumed(job: Job, more: list[int], **changes: object) -> Job:
+    options = {"pte_pin_tokens": PIN, **changes}
+    return Job([*job.prompt, *job.tokens, *more], 140, job.adapter, options, seed=4)
+
+
+def _flush(engine: Engine) -> None:
+    """Use every block of the pool for something else."""
+    engine.run([Job(random_tokens(200, 500, 100 + i), 1) for i in range(12)])
+
+
+def test_resume_with_and_without_its_blocks(engine: Engine, model: Path, adapter: object) -> None:
+    first = _first(adapter, 1)
+    engine.run([first])
+    # 350 tokens, the last not computed: ten full blocks, of which four in the gap.
+    hit = _resumed(first, random_tokens(7, 500, 2))
+    engine.run([hit])
+    assert hit.cached_tokens == 10 * BLOCK
+    engine.check_idle()
+    _flush(engine)
+    replayed = _resumed(first, random_tokens(7, 500, 2))
+    engine.run([replayed])
+    assert replayed.cached_tokens < FIRST_FOLD
+    assert replayed.tokens == hit.tokens
+    assert_parity(model, [hit, replayed], WINDOW, min_folds=9)
+    engine.check_idle()
+
+
+def test_resume_without_a_thought_state(engine: Engine, model: Path) -> None:
+    """Nothing remembers what left the window, but the window goes on."""
+    first = _first(None, 9)
+    engine.run([first])
+    resumed = _resumed(first, [])
+    engine.run([resumed])
+    assert resumed.cached_tokens == 10 * BLOCK
+    assert_parity(model, [resumed], WINDOW, min_folds=9)
+    engine.check_idle()
+
+
+def test_fork_into_three_and_again(engine: Engine, model: Path, adapter: object) -> None:
+    first = _first(adapter, 2)
+    engine.run([first])
+    forks = [_resumed(first, random_tokens(1 + 20 * i, 500, i)) for i in range(3)]
+    engine.run(forks)
+    assert [fork.cached_tokens for fork in forks] == [10 * BLOCK] * 3
+    assert len({tuple(fork.tokens) for fork in forks}) == 3
+    engine.check_idle()
+    again = _resumed(forks[2], [])
+    engine.run([again])
+    assert again.cached_tokens > 12 * BLOCK
+    assert_parity(model, [*forks, again], WINDOW, min_folds=9)
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("step", [FIRST_FOLD - PIN, 173, 174, 175, 176, 190])
+def test_resume_a_cancelled_request(
+    engine: Engine, model: Path, adapter: object, step: int
+) -> None:
+    """Around a boundary, where with async scheduling a fold may be under way."""
+    first, seen = _first(adapter, 30 + step), []
+
+    def on_step(at: int, request_ids: list[str]) -> None:
+        if at == step:
+            (request,) = engine.scheduler.requests.values()
+            seen.extend(request.output_token_ids)
+            engine.engine.abort_request(request_ids)
+
+    engine.run([first], on_step)
+    first.tokens = seen
+    resumed = _resumed(first, [])
+    engine.run([resumed])
+    length = len(first.prompt) + len(seen)
+    assert len(seen) >= step - 2
+    assert resumed.cached_tokens >= (length - 1) // BLOCK * BLOCK - BLOCK
+    assert_parity(model, [resumed], WINDOW, min_folds=4)
+    engine.check_idle()
+
+
+def test_another_plan_or_rule_is_another_sequence(
+    engine: Engine, model: Path, adapter: object
+) -> None:
+    first = _first(adapter, 3)
+    engine.run([first])
+    others = [_resumed(first, [5], pte_window=2 * BLOCK), _resumed(first, [5], pte_pin_tokens=70)]
+    others.append(_resumed(first, [5], pte_update="sum"))
+    engine.run(others)
+    assert all(other.cached_tokens <= FIRST_FOLD for other in others)
+    assert_parity(model, others, WINDOW, min_folds=8)
+    engine.check_idle()
+
+
+def test_old_states_leave(engine: Engine, adapter: object) -> None:
+    jobs = [_first(adapter, 200 + i, 150) for i in range(10)]
+    engine.run(jobs)
+    assert len(engine.scheduler.pte_snapshots) == 8
+    assert engine.runner.pte_check_integrity()["snapshots"] == 8
+    _flush(engine)  # states without their blocks are of no use, and do no harm
+    late = _resumed(jobs[-1], [])
+    engine.run([late])
+    assert late.cached_tokens < FIRST_FOLD
+    engine.scheduler.reset_prefix_cache()
+    engine.run([Job([5], 2)])
+    assert engine.runner.pte_check_integrity()["snapshots"] == 0
+    engine.check_idle()
