@@ -2,8 +2,9 @@
 
 After a fold the thought state is a function of the tokens folded so far, the plan, the adapter and
 the rule, and so is every later block of the KV cache. vLLM's hash of a block covers the tokens up
-to its end, the adapter and a salt (rules that a request chose have one each); hashed once more with
-the plan it names such a block, or the state after folding it, and equals no plain hash.
+to its end, the adapter's name and path and a salt (rules that a request chose have one each);
+hashed once more with the plan, and the adapter's number, which is another after a reload, it names
+such a block, or the state after folding it, and equals no plain hash.
 
 The scheduler owns the index and gives the orders; the worker stores what it is told. Blocks of a
 sequence are named when it ends, so running sequences pay nothing.
@@ -28,10 +29,18 @@ if TYPE_CHECKING:
     from pte_vllm.plan import FoldPlan
 
 
-def derived_hash(plan: FoldPlan, block_hash: BlockHash) -> BlockHash:
+def derived_hash(request: Request, plan: FoldPlan, block: int) -> BlockHash:
     """Name of a block at or after `first_fold`, or of the state once the block is folded."""
-    numbers = struct.pack("<3q", plan.pinned_blocks, plan.window_blocks, plan.evict_blocks)
-    return cast("BlockHash", hashlib.sha256(b"pte" + numbers + block_hash).digest())
+    lora = request.lora_request
+    numbers = struct.pack(
+        "<4q",
+        plan.pinned_blocks,
+        plan.window_blocks,
+        plan.evict_blocks,
+        lora.lora_int_id if lora is not None else 0,
+    )
+    name = hashlib.sha256(b"pte" + numbers + request.block_hashes[block]).digest()
+    return cast("BlockHash", name)
 
 
 class SnapshotIndex:
@@ -125,7 +134,7 @@ class SnapshotIndex:
         self._kept.clear()
 
     def _state_key(self, request: Request, plan: FoldPlan, folded: int) -> bytes:
-        return derived_hash(plan, request.block_hashes[plan.pinned_blocks + folded - 1])
+        return derived_hash(request, plan, plan.pinned_blocks + folded - 1)
 
     def _name_blocks(self, request: Request, plan: FoldPlan, num_tokens: int) -> None:
         first = max(
@@ -136,7 +145,7 @@ class SnapshotIndex:
         pool = self._manager.block_pool
         if first >= last or pool.enable_kv_cache_events:
             return  # events would tell others of blocks under names they do not know
-        names = [derived_hash(plan, block_hash) for block_hash in request.block_hashes[first:last]]
+        names = [derived_hash(request, plan, i) for i in range(first, last)]
         pool.cache_full_blocks(
             request=cast("Request", SimpleNamespace(block_hashes=[*[b""] * first, *names])),
             blocks=self._manager.req_to_blocks[request.request_id],
@@ -150,9 +159,8 @@ class SnapshotIndex:
         """Blocks `[first, end)` of the window, up to the first that is gone."""
         found: list[KVCacheBlock] = []
         for i in range(first, end):
-            plain = request.block_hashes[i]
             past = i * plan.block_size >= plan.first_fold
-            name = derived_hash(plan, plain) if past else plain
+            name = derived_hash(request, plan, i) if past else request.block_hashes[i]
             hit = self._manager.block_pool.get_cached_block(name, [self._manager.kv_cache_group_id])
             if hit is None:
                 break

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
+from pte_vllm.earlier import EARLIER
 from pte_vllm.server.state import Service, service
 
 router = APIRouter()
@@ -58,6 +59,7 @@ async def delete_thoughts(id: str, request: Request) -> dict[str, str]:
         outcome = await _call(state, "pte_thoughts_forget", id)
     if _known(id, outcome) == "running":
         raise HTTPException(409, f"request {id} is running; abort it first")
+    EARLIER.forget(id)  # of n choices, all
     return {"deleted": id}
 
 

@@ -95,7 +95,7 @@ def test_fork_into_three_and_again(engine: Engine, model: Path, adapter: object)
     assert len({tuple(fork.tokens) for fork in forks}) == 3
     engine.check_idle()
     again = _resumed(forks[2], [])
-    engine.run([again])
+    engine.run([again], lambda step, _: engine.preempt() if step == 60 else None)
     assert again.cached_tokens > 12 * BLOCK
     assert_parity(model, [*forks, again], WINDOW, min_folds=9)
     engine.check_idle()
