@@ -44,13 +44,13 @@ def adapter(model: Path, adapters: Callable[..., Path], request: pytest.FixtureR
     return lora(request.param, adapters(model, rank=8, rule=request.param), number)
 
 
-def _first(adapter: object, seed: int, length: int = 300) -> Job:
+def _first(adapter: object, seed: int, length: int = 230) -> Job:
     return Job(random_tokens(PIN, 500, seed), length, adapter, seed=seed)
 
 
 def _resumed(job: Job, more: list[int], **changes: object) -> Job:
     options = {"pte_pin_tokens": PIN, **changes}
-    return Job([*job.prompt, *job.tokens, *more], 140, job.adapter, options, seed=4)
+    return Job([*job.prompt, *job.tokens, *more], 70, job.adapter, options, seed=4)
 
 
 def _flush(engine: Engine) -> None:
@@ -61,17 +61,17 @@ def _flush(engine: Engine) -> None:
 def test_resume_with_and_without_its_blocks(engine: Engine, model: Path, adapter: object) -> None:
     first = _first(adapter, 1)
     engine.run([first])
-    # 350 tokens, the last not computed: ten full blocks, of which four in the gap.
+    # 280 tokens, the last not computed: eight full blocks, of which three in the gap.
     hit = _resumed(first, random_tokens(7, 500, 2))
     engine.run([hit])
-    assert hit.cached_tokens == 10 * BLOCK
+    assert hit.cached_tokens == 8 * BLOCK
     engine.check_idle()
     _flush(engine)
     replayed = _resumed(first, random_tokens(7, 500, 2))
     engine.run([replayed])
     assert replayed.cached_tokens < FIRST_FOLD
     assert replayed.tokens == hit.tokens
-    assert_parity(model, [hit, replayed], WINDOW, min_folds=9)
+    assert_parity(model, [hit, replayed], WINDOW, min_folds=5)
     engine.check_idle()
 
 
@@ -81,8 +81,8 @@ def test_resume_without_a_thought_state(engine: Engine, model: Path) -> None:
     engine.run([first])
     resumed = _resumed(first, [])
     engine.run([resumed])
-    assert resumed.cached_tokens == 10 * BLOCK
-    assert_parity(model, [resumed], WINDOW, min_folds=9)
+    assert resumed.cached_tokens == 8 * BLOCK
+    assert_parity(model, [resumed], WINDOW, min_folds=5)
     engine.check_idle()
 
 
@@ -91,37 +91,39 @@ def test_fork_into_three_and_again(engine: Engine, model: Path, adapter: object)
     engine.run([first])
     forks = [_resumed(first, random_tokens(1 + 20 * i, 500, i)) for i in range(3)]
     engine.run(forks)
-    assert [fork.cached_tokens for fork in forks] == [10 * BLOCK] * 3
+    assert [fork.cached_tokens for fork in forks] == [8 * BLOCK] * 3
     assert len({tuple(fork.tokens) for fork in forks}) == 3
     engine.check_idle()
     again = _resumed(forks[2], [])
-    engine.run([again], lambda step, _: engine.preempt() if step == 60 else None)
-    assert again.cached_tokens > 12 * BLOCK
-    assert_parity(model, [*forks, again], WINDOW, min_folds=9)
+    engine.run([again], lambda step, _: engine.preempt() if step == 40 else None)
+    assert again.cached_tokens > 9 * BLOCK
+    assert_parity(model, [*forks, again], WINDOW, min_folds=5)
     engine.check_idle()
 
 
-@pytest.mark.parametrize("step", [FIRST_FOLD - PIN, 173, 174, 175, 176, 190])
-def test_resume_a_cancelled_request(
-    engine: Engine, model: Path, adapter: object, step: int
-) -> None:
-    """Around a boundary, where with async scheduling a fold may be under way."""
-    first, seen = _first(adapter, 30 + step), []
+def test_resume_cancelled_requests(engine: Engine, model: Path, adapter: object) -> None:
+    """Cancelled around boundaries, where with async scheduling a fold may be under way."""
+    steps = [FIRST_FOLD - PIN, 173, 174, 175, 176, 190]
+    jobs = [_first(adapter, 30 + step) for step in steps]
 
     def on_step(at: int, request_ids: list[str]) -> None:
-        if at == step:
-            (request,) = engine.scheduler.requests.values()
-            seen.extend(request.output_token_ids)
-            engine.engine.abort_request(request_ids)
+        for step, job, request_id in zip(steps, jobs, request_ids, strict=True):
+            if at == step:
+                request = next(
+                    r for i, r in engine.scheduler.requests.items() if i.startswith(request_id)
+                )
+                job.tokens = list(request.output_token_ids)
+                engine.engine.abort_request([request_id])
 
-    engine.run([first], on_step)
-    first.tokens = seen
-    resumed = _resumed(first, [])
-    engine.run([resumed])
-    length = len(first.prompt) + len(seen)
-    assert len(seen) >= step - 2
-    assert resumed.cached_tokens >= (length - 1) // BLOCK * BLOCK - BLOCK
-    assert_parity(model, [resumed], WINDOW, min_folds=4)
+    engine.run(jobs, on_step)
+    seen = [list(job.tokens) for job in jobs]
+    assert all(len(tokens) >= step - 2 for tokens, step in zip(seen, steps, strict=True))
+    resumed = [_resumed(job, []) for job in jobs]
+    engine.run(resumed)
+    for tokens, job in zip(seen, resumed, strict=True):
+        # All but the last block, and a fold under way at the end may have cost one more.
+        assert job.cached_tokens >= (PIN + len(tokens) - 1) // BLOCK * BLOCK - BLOCK
+    assert_parity(model, resumed, WINDOW, min_folds=3)
     engine.check_idle()
 
 
@@ -134,7 +136,7 @@ def test_another_plan_or_rule_is_another_sequence(
     others.append(_resumed(first, [5], pte_update="sum"))
     engine.run(others)
     assert all(other.cached_tokens <= FIRST_FOLD for other in others)
-    assert_parity(model, others, WINDOW, min_folds=8)
+    assert_parity(model, others, WINDOW, min_folds=4)
     engine.check_idle()
 
 
