@@ -92,6 +92,7 @@ def _serve_parser() -> argparse.ArgumentParser:
         usage="pte-vllm serve MODEL [--pte-window N] [--pte-evict-ratio F] "
         "[--pte-max-prompt-tokens N] [--pte-spool DIR] [--pte-keep-versions N] "
         "[--pte-keep-thoughts N] [--pte-keep-thoughts-mib N] "
+        "[--pte-max-rollouts N] "
         "[any vllm serve flag ...]",
         description="vLLM's OpenAI-compatible server, with a KV cache of fixed size per sequence.",
         epilog=_SERVE_EPILOG,
@@ -152,6 +153,14 @@ def _serve_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most host memory for those, in MiB (default: %(default)s)",
     )
+    parser.add_argument(
+        "--pte-max-rollouts",
+        type=int,
+        default=ServiceConfig.max_rollouts,
+        metavar="N",
+        help="samples of rollouts and scores that wait or run at once; a request beyond that gets "
+        "HTTP 429 (default: %(default)s)",
+    )
     return parser
 
 
@@ -171,7 +180,11 @@ def _serve(args: list[str]) -> int:
         keep_thoughts=options.pte_keep_thoughts,
         keep_thoughts_mib=options.pte_keep_thoughts_mib,
     )
-    service = ServiceConfig(spool=options.pte_spool, keep_versions=options.pte_keep_versions)
+    service = ServiceConfig(
+        spool=options.pte_spool,
+        keep_versions=options.pte_keep_versions,
+        max_rollouts=options.pte_max_rollouts,
+    )
     from pte_vllm.serve import serve
 
     serve(rest[0], config, rest[1:], service)

@@ -151,10 +151,14 @@ class ServiceConfig:
     """`--pte-spool`: directory that keeps pushed adapters; None: one in the user's cache."""
     keep_versions: int = 3
     """`--pte-keep-versions`: newest versions of a pushed adapter that stay; older ones leave."""
+    max_rollouts: int = 4096
+    """`--pte-max-rollouts`: samples in flight beyond which a new request gets HTTP 429."""
 
     def __post_init__(self) -> None:
         if self.keep_versions < 1:
             raise ValueError(f"--pte-keep-versions must be positive, got {self.keep_versions}")
+        if self.max_rollouts < 1:
+            raise ValueError(f"--pte-max-rollouts must be positive, got {self.max_rollouts}")
 
 
 REQUEST_OPTIONS = ("pte_window", "pte_pin_tokens", "pte_update", "pte_state_id")

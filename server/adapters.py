@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
@@ -18,13 +15,15 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from pte_vllm.adapter import Adapter, AdapterError, ModelShape, content_hash
+from pte_vllm.adapter import FILES, Adapter, AdapterError, ModelShape, content_hash
+from pte_vllm.server.adapter_use import AdapterUse
+from pte_vllm.server.served_names import ServedNames
 from pte_vllm.server.spool import Incoming, Spool, Version, check_name
 
 logger = init_logger(__name__)
 
-GRACE_S = 10.0
-"""Time between an adapter's last use by name and its first step in the engine, amply."""
+_TIDY_S = 2.0
+"""How often it is looked whether old versions may leave, while there are any."""
 
 
 class ConflictError(ValueError):
@@ -39,6 +38,8 @@ class Resolved:
     """0: the base model, or a LoRA that was not pushed."""
     lora: LoRARequest | None
     """None: the base model."""
+    pushed_name: str | None = None
+    """Without the version; None: not a pushed adapter."""
 
     @property
     def engine_name(self) -> str | None:
@@ -48,13 +49,12 @@ class Resolved:
 class AdapterRegistry:
     """Versions of pushed adapters, over vLLM's own list of LoRAs.
 
-    A version is never changed. Of each name the newest `keep` stay; an older one leaves with the
-    next push, unless a rollout uses it. Its files go later still, when no request of any route
-    reads them: vLLM may load them again in the middle of a step, and would die without.
+    A version is never changed. Of each name the newest `keep` stay; an older one leaves once no
+    rollout uses it. Its files go later still (see `AdapterUse`).
 
     Args:
         engine: the engine, asked which adapters its requests use.
-        models: vLLM's list, which also hands out ids.
+        models: vLLM's list, which also hands out ids; from now on it knows pushed names too.
         spool: where versions live.
         keep: versions of a name that stay.
         refusal: why this server takes no adapters; None: it does.
@@ -71,15 +71,17 @@ class AdapterRegistry:
     ) -> None:
         self._engine = engine
         self._models = models
+        self._names = ServedNames(models.lora_requests)
+        models.lora_requests = self._names
         self._spool = spool
+        self.use = AdapterUse(engine, spool, on_idle=self._tidy_soon)
+        self._tidying: asyncio.Task[None] | None = None
         self._keep = keep
         self._refusal = refusal
         self._shape = ModelShape.from_hf(
             engine.vllm_config.model_config.hf_config.get_text_config()
         )
         self._versions: dict[str, dict[int, Version]] = {}
-        self._users: Counter[str] = Counter()  # by engine name
-        self._retired: list[tuple[float, Version]] = []  # when, by the monotonic clock
         self._lock = asyncio.Lock()
 
     async def restore(self) -> None:
@@ -116,7 +118,6 @@ class AdapterRegistry:
         if found != sha256.lower():
             raise ValueError(f"sha256 is {sha256}, but the files that arrived have {found}")
         async with self._lock:
-            await self._remove_unused()
             mine = self._versions.get(name, {})
             newest = max(mine, default=0)
             if number in mine and mine[number].sha256 == found:
@@ -136,10 +137,28 @@ class AdapterRegistry:
                 await asyncio.to_thread(self._spool.forget, version)
                 await asyncio.to_thread(self._spool.remove, version)
                 raise
-            for old in sorted(self._versions[name])[: -self._keep]:
-                if not self._users[self._versions[name][old].engine_name]:
-                    await self._retire(self._versions[name][old])
+            self.use.announce(version)
+            await self._retire_old()
+            self._tidy_soon()
             return version, True
+
+    async def push_directory(self, name: str, path: Path) -> Version:
+        """Make a copy of an adapter directory the next version, unless the newest has its files.
+
+        Raises:
+            ValueError: if it is no adapter directory, or one that cannot be served.
+        """
+        check_name(name)
+        incoming = await asyncio.to_thread(self._spool.incoming)
+        try:
+            await asyncio.to_thread(_copy_adapter, path, incoming)
+            sha256 = content_hash(incoming.hashes)
+            newest = self.versions(name)[-1] if name in self._versions else None
+            if newest is not None and newest.sha256 == sha256:
+                return newest
+            return (await self.push(name, incoming, sha256=sha256, number=None))[0]
+        finally:
+            await asyncio.to_thread(incoming.discard)
 
     async def delete(self, spec: str) -> list[Version]:
         """Stop serving `name` (all versions) or `name@version`; requests that run finish.
@@ -148,10 +167,10 @@ class AdapterRegistry:
             LookupError: if there is no such adapter.
         """
         async with self._lock:
-            await self._remove_unused()
             gone = self.versions(spec)
             for version in gone:
                 await self._retire(version)
+            self._tidy_soon()
             return gone
 
     def names(self) -> list[str]:
@@ -170,43 +189,48 @@ class AdapterRegistry:
             return [self._versions[name][int(number)]]
         raise LookupError(f"there is no adapter {spec}")
 
-    def resolve(self, spec: str | None, *, min_version: int | None = None) -> Resolved:
+    def newest(self, name: str) -> Version | None:
+        """Of a pushed name."""
+        versions = self._versions.get(name)
+        return versions[max(versions)] if versions else None
+
+    def resolve(
+        self,
+        spec: str | None,
+        *,
+        min_version: int | None = None,
+        max_staleness: int | None = None,
+    ) -> Resolved:
         """The adapter that a request names: `name` is its newest version.
 
         Raises:
             LookupError: if there is none.
-            ConflictError: if its version is below `min_version`.
+            ConflictError: if its version is below `min_version`, or more than `max_staleness`
+                behind the newest.
         """
         if spec is None:
             resolved = Resolved(version=0, lora=None)
         else:
-            served = self._models.lora_requests
-            if spec in served and spec not in self._versions and not self._is_pushed(spec):
-                resolved = Resolved(version=0, lora=served[spec])
+            if spec in self._names and not self.is_pushed(spec):
+                resolved = Resolved(version=0, lora=self._names[spec])
             else:
                 version = self.versions(spec)[-1]
-                resolved = Resolved(version=version.number, lora=served[version.engine_name])
+                resolved = Resolved(
+                    version=version.number,
+                    lora=self._names[version.engine_name],
+                    pushed_name=version.name,
+                )
+                behind = self.versions(version.name)[-1].number - version.number
+                if max_staleness is not None and behind > max_staleness:
+                    raise ConflictError(
+                        f"max_staleness is {max_staleness}, but {spec} is {behind} versions old"
+                    )
         if min_version is not None and resolved.version < min_version:
             raise ConflictError(
                 f"min_weight_version is {min_version}, but {spec or 'the base model'} is at "
                 f"version {resolved.version}"
             )
         return resolved
-
-    @contextmanager
-    def using(self, resolved: Resolved) -> Iterator[None]:
-        """Keep the version for the length of the block."""
-        name = resolved.engine_name
-        if name is None:
-            yield
-            return
-        self._users[name] += 1
-        try:
-            yield
-        finally:
-            self._users[name] -= 1
-            if not self._users[name]:
-                del self._users[name]
 
     def summary(self, name: str) -> dict[str, Any]:
         """What the API shows of an adapter."""
@@ -222,19 +246,23 @@ class AdapterRegistry:
                     "bytes": v.num_bytes,
                     "created_s": v.created_s,
                     "rule": v.rule,
-                    "rollouts": self._users.get(v.engine_name, 0),
+                    "rollouts": self.use.rollouts(v.engine_name),
                 }
                 for v in versions
             ],
         }
 
-    def _is_pushed(self, engine_name: str) -> bool:
-        name, _, number = engine_name.rpartition("@")
-        return number.isdecimal() and int(number) in self._versions.get(name, {})
+    def is_pushed(self, spec: str) -> bool:
+        """Whether `name` or `name@version` is ours, and not a LoRA that vLLM was told of."""
+        try:
+            return bool(self.versions(spec))
+        except LookupError:
+            return False
 
     def _check_name_is_free(self, name: str) -> None:
         check_name(name)
-        if self._models.is_base_model(name) or name in self._models.lora_requests:
+        taken = name in self._names and name not in self._versions
+        if self._models.is_base_model(name) or taken:
             raise ValueError(f"{name} is served already, and was not pushed; choose another name")
 
     def _validate(self, incoming: Incoming) -> str | None:
@@ -253,6 +281,25 @@ class AdapterRegistry:
             raise AdapterError(str(error).replace(f"{path}/", "")) from error
         return adapter.pte.rule if adapter.pte is not None else None
 
+    def _tidy_soon(self) -> None:
+        if self._tidying is None or self._tidying.done():
+            self._tidying = asyncio.create_task(self._tidy())
+
+    async def _tidy(self) -> None:
+        """Let old versions leave, until none is left that must."""
+        left = True
+        while left:
+            async with self._lock:
+                await self._retire_old()
+                left = await self.use.remove_unused()
+            await asyncio.sleep(_TIDY_S)
+
+    async def _retire_old(self) -> None:
+        for versions in list(self._versions.values()):
+            for number in sorted(versions)[: -self._keep]:
+                if not self.use.rollouts(versions[number].engine_name):
+                    await self._retire(versions[number])
+
     async def _serve(self, version: Version) -> None:
         """Register with vLLM, which also loads it; ValueError if it does not load."""
         result = await self._models.load_lora_adapter(
@@ -262,31 +309,30 @@ class AdapterRegistry:
             if self._engine.errored:
                 raise EngineDeadError()
             raise ValueError(result.error.message.replace(f"{version.path}/", ""))
-        self._versions.setdefault(version.name, {})[version.number] = version
+        versions = self._versions.setdefault(version.name, {})
+        versions[version.number] = version
+        self._names.newest[version.name] = versions[max(versions)].engine_name
 
     async def _retire(self, version: Version) -> None:
         """No new request finds it; a restart does not bring it back."""
+        versions = self._versions[version.name]
+        del versions[version.number]
+        if versions:
+            self._names.newest[version.name] = versions[max(versions)].engine_name
+        else:
+            del self._versions[version.name], self._names.newest[version.name]
         await self._models.unload_lora_adapter(
             UnloadLoRAAdapterRequest(lora_name=version.engine_name)
         )
-        del self._versions[version.name][version.number]
-        if not self._versions[version.name]:
-            del self._versions[version.name]
         await asyncio.to_thread(self._spool.forget, version)
-        self._retired.append((time.monotonic(), version))
+        self.use.retire(version)
 
-    async def _remove_unused(self) -> None:
-        """Remove files of retired versions that no request, running or waiting, uses.
 
-        The worker knows the requests of its last step. One that named the version just before it
-        was retired may not be among them yet, hence the time of grace.
-        """
-        due = [r for r in self._retired if time.monotonic() - r[0] > GRACE_S]
-        if not due:
-            return
-        report = (await self._engine.collective_rpc("pte_requests"))[0]
-        in_use = {*report["adapters_in_use"], *self._users}
-        for retired in due:
-            if retired[1].engine_name not in in_use:
-                await asyncio.to_thread(self._spool.remove, retired[1])
-                self._retired.remove(retired)
+def _copy_adapter(path: Path, incoming: Incoming) -> None:
+    """ValueError if `path` is no adapter directory; nothing but its adapter files is read."""
+    found = [name for name in FILES if (path / name).is_file()]
+    if not found:
+        raise ValueError(f"there is no adapter in {path}")
+    for name in found:
+        with (path / name).open("rb") as file:
+            incoming.write(name, file)

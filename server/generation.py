@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from copy import copy
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
 
 from fastapi import HTTPException
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve import create_error_response
-from vllm.exceptions import GenerationError
-from vllm.inputs import EngineInput, TokensPrompt
+from vllm.inputs import EngineInput
 from vllm.logger import init_logger
-from vllm.outputs import RequestOutput
-from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from pte_vllm.plan import FoldPlan
 from pte_vllm.server.adapters import ConflictError, Resolved
+from pte_vllm.server.admission import RETRY_AFTER_S, BusyError
+from pte_vllm.server.in_flight import Job, run
+from pte_vllm.server.schemas import RolloutRequest, ScoreRequest
 from pte_vllm.server.state import Service
-from pte_vllm.train.rollout import FoldEvent, Rollout, WeightSpan, fold_events, with_rho
+from pte_vllm.train.rollout import Rollout
 
 logger = init_logger(__name__)
 
@@ -35,34 +33,14 @@ KEEP_ALIVE_S = 10.0
 LOGPROBS_MODE = "processed_logprobs"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One sequence for the engine, rendered and validated."""
-
-    prompt: EngineInput
-    params: SamplingParams
-    adapter: Resolved
-    plan: FoldPlan
-    group_id: str
-    index: int
-    read: Callable[[RequestOutput], Outcome]
-    """Takes the outcome from the engine's final output."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What is particular to sampling and to scoring; the fields are the record's."""
-
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: str
-
-
-def resolve(service: Service, name: str | None, min_version: int | None) -> Resolved:
-    """The adapter of a request; 404 if there is none, 409 if it is too old."""
+def resolve(service: Service, body: RolloutRequest | ScoreRequest) -> Resolved:
+    """The adapter of a request; 404 if there is none, 409 if it is too old for the request."""
     try:
-        return service.registry.resolve(name, min_version=min_version)
+        return service.registry.resolve(
+            body.adapter,
+            min_version=body.min_weight_version,
+            max_staleness=getattr(body, "max_staleness", None),
+        )
     except LookupError as error:
         raise HTTPException(404, str(error)) from error
     except ConflictError as error:
@@ -78,14 +56,6 @@ def check_logprobs_mode(service: Service) -> None:
         )
 
 
-async def render(service: Service, prompt: str | list[int]) -> EngineInput:
-    """A prompt as the engine takes it, through vLLM's renderer."""
-    renderer, model = service.engine.renderer, service.engine.model_config
-    raw = prompt if isinstance(prompt, str) else TokensPrompt(prompt_token_ids=prompt)
-    (rendered,) = await renderer.render_cmpl_async([parse_model_prompt(model, raw)])
-    return rendered
-
-
 def validate(
     service: Service, prompt: EngineInput, params: SamplingParams, adapter: Resolved
 ) -> None:
@@ -95,21 +65,45 @@ def validate(
     )
 
 
-def stream(service: Service, jobs: list[Job]) -> StreamingResponse:
-    """Answer with the records of `jobs`, each as it finishes.
-
-    A client that goes away cancels the body's iterator, and with it every job.
-    """
-    return StreamingResponse(_lines(service, jobs), media_type="application/x-ndjson")
-
-
-async def _lines(service: Service, jobs: list[Job]) -> AsyncIterator[bytes]:
+def stream(service: Service, jobs: list[Job]) -> Response:
+    """Start `jobs`, and answer with the record of each as it finishes; 429 if there is no room."""
+    try:
+        service.admission.enter(len(jobs))
+    except BusyError as error:
+        return too_many(str(error))
     request_id = f"rollout-{uuid4().hex[:16]}"
     tasks = [
-        asyncio.create_task(_run(service, f"{request_id}-{i}", job)) for i, job in enumerate(jobs)
+        asyncio.create_task(run(service, f"{request_id}-{i}", job)) for i, job in enumerate(jobs)
     ]
     for task in tasks:
         task.add_done_callback(_retrieve)
+        task.add_done_callback(lambda _: service.admission.leave())
+    return _Records(request_id, tasks)
+
+
+def too_many(message: str) -> Response:
+    """429, with the header that vLLM's handler of HTTPException would drop."""
+    body = create_error_response(message, "TooManyRequests", HTTPStatus.TOO_MANY_REQUESTS)
+    after = {"Retry-After": str(RETRY_AFTER_S)}
+    return JSONResponse(body.model_dump(), HTTPStatus.TOO_MANY_REQUESTS, headers=after)
+
+
+class _Records(StreamingResponse):
+    """NDJSON of tasks as they finish; they are cancelled when the client goes away."""
+
+    def __init__(self, request_id: str, tasks: list[asyncio.Task[Rollout]]) -> None:
+        super().__init__(_lines(request_id, tasks), media_type="application/x-ndjson")
+        self._tasks = tasks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # also where the client left before the first line
+            for task in self._tasks:
+                task.cancel()
+
+
+async def _lines(request_id: str, tasks: list[asyncio.Task[Rollout]]) -> AsyncIterator[bytes]:
     pending = set(tasks)
     try:
         while pending:
@@ -123,49 +117,6 @@ async def _lines(service: Service, jobs: list[Job]) -> AsyncIterator[bytes]:
     except Exception as error:  # the status is out; the reason follows as the last line
         logger.warning("%s ended early: %s", request_id, error)
         yield _line(_error(error))
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _run(service: Service, request_id: str, job: Job) -> Rollout:
-    final: RequestOutput | None = None
-    with service.registry.using(job.adapter):
-        async for output in service.engine.generate(
-            copy(job.prompt), job.params, request_id, lora_request=job.adapter.lora
-        ):
-            final = output
-    if final is None or not final.finished:
-        raise GenerationError(f"{request_id} ended without a final output")
-    if final.outputs[0].finish_reason == "error":
-        raise GenerationError(f"{request_id}: the engine reports an error")
-    outcome = job.read(final)
-    events = fold_events(job.plan, len(outcome.prompt_ids) + len(outcome.completion_ids))
-    if events and job.adapter.lora is not None:
-        (rho,) = await service.engine.collective_rpc("pte_rho", args=(request_id,))
-        events = with_rho(events, rho)
-    return _record(job, final, outcome, events)
-
-
-def _record(
-    job: Job, final: RequestOutput, outcome: Outcome, events: tuple[FoldEvent, ...]
-) -> Rollout:
-    count = len(outcome.completion_ids)
-    span = WeightSpan(version=job.adapter.version, start=0, end=count)
-    return Rollout(
-        prompt_ids=outcome.prompt_ids,
-        completion_ids=outcome.completion_ids,
-        logprobs=outcome.logprobs,
-        mask=(1,) * count,
-        finish_reason=outcome.finish_reason,
-        adapter=job.adapter.engine_name,
-        weight_versions=(span,) if count else (),
-        plan=job.plan,
-        fold_events=events,
-        group_id=job.group_id,
-        index=job.index,
-        num_preempted=final.metrics.num_preemptions if final.metrics is not None else None,
-    )
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.api_router import models
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.lora.utils import get_adapter_absolute_path
 
@@ -79,7 +79,19 @@ async def load_lora_adapter(body: LoadLoRAAdapterRequest, request: Request) -> R
             )
         except AdapterError as error:
             raise HTTPException(400, str(error)) from error
-    result = await models(request).load_lora_adapter(body)
+    return _answer(await models(request).load_lora_adapter(body))
+
+
+async def unload_lora_adapter(body: UnloadLoRAAdapterRequest, request: Request) -> Response:
+    """vLLM's route, for what was loaded by it: pushed versions have rules of their own."""
+    state = getattr(request.app.state, "pte_service", None)
+    if state is not None and state.registry.is_pushed(body.lora_name):
+        where = f"DELETE /pte/v1/adapters/{body.lora_name}"
+        raise HTTPException(400, f"lora_name {body.lora_name} was pushed; remove it with {where}")
+    return _answer(await models(request).unload_lora_adapter(body))
+
+
+def _answer(result: ErrorResponse | str) -> Response:
     if isinstance(result, ErrorResponse):
         return JSONResponse(result.model_dump(), status_code=result.error.code)
     return PlainTextResponse(result)
@@ -97,11 +109,12 @@ class PTEEndpointPlugin:
                 ours, prefix="/pte/v1", tags=["pte"], dependencies=[Depends(may_use)]
             )
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-            app.post(
-                "/v1/load_lora_adapter",
-                dependencies=[Depends(validate_json_request)],
-                response_class=PlainTextResponse,
-            )(load_lora_adapter)
+            for route in (load_lora_adapter, unload_lora_adapter):
+                app.post(
+                    f"/v1/{route.__name__}",
+                    dependencies=[Depends(validate_json_request)],
+                    response_class=PlainTextResponse,
+                )(route)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response
 from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from pte_vllm.config import request_plan
 from pte_vllm.server.adapters import Resolved
-from pte_vllm.server.generation import (
-    Job,
-    Outcome,
-    check_logprobs_mode,
-    render,
-    resolve,
-    stream,
-    validate,
-)
+from pte_vllm.server.generation import check_logprobs_mode, resolve, stream, validate
+from pte_vllm.server.in_flight import Job, Outcome, render
 from pte_vllm.server.schemas import RolloutRequest, Sampling, ScoreRequest
 from pte_vllm.server.state import Service, service
 
@@ -30,11 +24,11 @@ router = APIRouter()
 
 
 @router.post("/rollouts")
-async def rollouts(body: RolloutRequest, request: Request) -> StreamingResponse:
+async def rollouts(body: RolloutRequest, request: Request) -> Response:
     """`n` samples of each prompt, one NDJSON record for each, in the order they finish."""
     state = service(request)
     check_logprobs_mode(state)
-    adapter = resolve(state, body.adapter, body.min_weight_version)
+    adapter = resolve(state, body)
     prompts: Sequence[str | list[int]] = body.token_ids or body.prompts or ()
     jobs: list[Job] = []
     for prompt, group_id, wanted in zip(
@@ -47,16 +41,17 @@ async def rollouts(body: RolloutRequest, request: Request) -> StreamingResponse:
             params = _sampling_params(state, body.sampling, rendered, seed, options)
             if index == wanted[0]:
                 validate(state, rendered, params, adapter)
-            jobs.append(_job(state, rendered, params, adapter, group_id, index))
+            job = _job(state, rendered, params, adapter, group_id, index)
+            jobs.append(replace(job, in_flight=body.in_flight, max_staleness=body.max_staleness))
     return stream(state, jobs)
 
 
 @router.post("/score")
-async def score(body: ScoreRequest, request: Request) -> StreamingResponse:
+async def score(body: ScoreRequest, request: Request) -> Response:
     """Log-probs of given tokens under the request's plan; records in the order they finish."""
     state = service(request)
     check_logprobs_mode(state)
-    adapter = resolve(state, body.adapter, body.min_weight_version)
+    adapter = resolve(state, body)
     jobs: list[Job] = []
     for tokens, num_prompt, group_id in zip(
         body.token_ids, body.prompt_tokens, body.group_ids(len(body.token_ids)), strict=True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -61,11 +61,17 @@ class RolloutRequest(_Request):
     samples: list[list[Annotated[int, Field(ge=0)]]] | None = None
     """Per prompt, which of its `n` samples are wanted; null: all."""
     sampling: Sampling = Sampling()
+    in_flight: Literal["pin", "switch_rebuild"] = "pin"
+    """What a sample does when its adapter gets a new version: see `in_flight`."""
+    max_staleness: int | None = Field(None, ge=0)
+    """A sample ends, its tokens kept, once more versions than this are newer than its own."""
 
     @model_validator(mode="after")
     def _check(self) -> RolloutRequest:
         if (self.token_ids is None) == (self.prompts is None):
             raise ValueError("send either token_ids or prompts")
+        if self.in_flight == "switch_rebuild" and "@" in (self.adapter or ""):
+            raise ValueError("in_flight switch_rebuild needs an adapter without @version")
         count = len(self.token_ids or self.prompts or ())
         if not count:
             raise ValueError("there are no prompts")

@@ -15,6 +15,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
 from pte_vllm.config import EngineConfig, ServiceConfig
 from pte_vllm.server.adapters import AdapterRegistry
+from pte_vllm.server.admission import Admission
 from pte_vllm.server.spool import Spool
 
 
@@ -33,6 +34,7 @@ class Service:
     config: EngineConfig
     spool: Spool
     registry: AdapterRegistry
+    admission: Admission
     listeners: Listeners = field(default_factory=Listeners)
 
     @property
@@ -50,7 +52,13 @@ def make_service(
     if engine.vllm_config.lora_config is None:
         refusal = "this server takes no adapters: start it with --enable-lora"
     registry = AdapterRegistry(engine, models, spool, keep=options.keep_versions, refusal=refusal)
-    return Service(engine=engine, config=config, spool=spool, registry=registry)
+    return Service(
+        engine=engine,
+        config=config,
+        spool=spool,
+        registry=registry,
+        admission=Admission(options.max_rollouts),
+    )
 
 
 def default_spool(model: str, port: int | None) -> Path:

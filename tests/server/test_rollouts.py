@@ -139,6 +139,30 @@ def test_names_versions_and_seeds(
     assert refusal.value.status == 409
 
 
+def test_openai_routes_know_pushed_names(server: Server, versions: dict[str, Path]) -> None:
+    """`name` is the newest version, listed once under its own name, and not vLLM's to unload."""
+    listed = [m["id"] for m in server.get("/v1/models")["data"]]
+    assert sorted(listed) == ["base", *sorted(versions)]
+    texts = {}
+    for name in ("paper", "paper@2", "paper@1"):
+        answer = server.client.completions.create(
+            model=name,
+            prompt=random_tokens(40, 500, 3),
+            max_tokens=LENGTH,
+            temperature=0.8,
+            seed=7,
+            extra_body={"ignore_eos": True},
+        )
+        assert answer.model in (name, "paper@2")
+        texts[name] = answer.choices[0].text
+    assert texts["paper"] == texts["paper@2"] != texts["paper@1"]
+    for name in ("paper", "paper@2"):
+        answer = httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": name})
+        assert answer.status_code == 400 and "DELETE /pte/v1/adapters/" in answer.text
+    gone = httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": "nobody"})
+    assert gone.status_code == 404
+
+
 def test_texts_as_prompts(client: RolloutClient) -> None:
     (record,) = client.rollouts(["Count the birds."], sampling={"max_tokens": 5})
     assert len(record.prompt_ids) == len("Count the birds.")

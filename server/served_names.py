@@ -1,0 +1,29 @@
+"""vLLM's table of LoRAs, in which a pushed adapter's plain name means its newest version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vllm.lora.request import LoRARequest
+
+
+class ServedNames(dict[str, LoRARequest]):
+    """Entries are what vLLM lists and loads; `newest` adds names that point at one of them.
+
+    Requests look adapters up by `in` and `[]`, so `model: "policy"` finds `policy@7`. Whatever goes
+    through all entries, such as `/v1/models`, sees each adapter once.
+
+    Args:
+        entries: by the engine's name, `name@version` if pushed.
+    """
+
+    def __init__(self, entries: Mapping[str, LoRARequest]) -> None:
+        super().__init__(entries)
+        self.newest: dict[str, str] = {}
+        """Engine name of the newest version, by pushed name."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self.newest
+
+    def __missing__(self, name: str) -> LoRARequest:
+        return self[self.newest[name]]

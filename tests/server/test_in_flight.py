@@ -1,0 +1,228 @@
+"""What happens to running samples when their adapter gets a new version, and when too many come."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from pte_vllm.train.client import RolloutClient, ServerError
+from pte_vllm.train.rollout import Rollout
+from tests.parity.reference import TOLERANCE, replayed
+from tests.server.serving import NUM_BLOCKS, Server
+from tests.support import random_tokens
+
+MAX_ROLLOUTS, TEMPERATURE = 40, 0.8
+KEPT_VERSIONS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[str], Path]) -> Path:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def weights(model: Path, adapters: Callable[..., Path]) -> list[Path]:
+    """Version v is made of `weights[v % 2]`."""
+    return [adapters(model, rank=8, rule=rule, seed=i) for i, rule in enumerate(("ridge", "paper"))]
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("in_flight")
+    flags = ["--pte-spool", str(directory / "spool"), "--pte-max-rollouts", str(MAX_ROLLOUTS)]
+    with Server(model, {}, log=directory / "log", flags=flags) as server:
+        server.wait_ready()
+        yield server
+        server.wait_idle()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[RolloutClient]:
+    with RolloutClient(server.url) as client:
+        yield client
+
+
+def _sampling(max_tokens: int) -> dict[str, Any]:
+    return {"max_tokens": max_tokens, "temperature": TEMPERATURE, "seed": 7, "ignore_eos": True}
+
+
+def _wait_running(server: Server, num_tokens: int) -> None:
+    """Until every running sequence has that many tokens, and there is one."""
+    for _ in range(600):
+        running = server.get("/pte/v1/requests")["running"]
+        if running and min(r["num_tokens"] for r in running) >= num_tokens:
+            return
+        time.sleep(0.05)
+    raise AssertionError("nothing runs")
+
+
+def _check(server: Server, weights: list[Path], record: Rollout) -> None:
+    """Every span of a record against the replay of its version."""
+    for span in record.weight_versions:
+        tokens = list(record.token_ids[: len(record.prompt_ids) + span.end])
+        expected = replayed(
+            server.model,
+            weights[span.version % 2],
+            tokens,
+            record.plan,
+            temperature=TEMPERATURE,
+        )[len(record.prompt_ids) - 1 :][span.start : span.end]
+        found = torch.tensor(record.logprobs[span.start : span.end])
+        worst = (found - expected).abs().max().item()
+        print(f"version {span.version}, [{span.start}, {span.end}): max |Δ log p| {worst:.1e}")
+        assert worst <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("options", "versions", "reason"),
+    [
+        ({"in_flight": "switch_rebuild"}, [1, 2], "length"),
+        ({"in_flight": "pin"}, [1], "length"),
+        ({"max_staleness": 1}, [1], "length"),
+        ({"max_staleness": 0}, [1], "abort"),
+    ],
+)
+def test_new_version_while_sampling(
+    server: Server, weights: list[Path], options: dict, versions: list[int], reason: str
+) -> None:
+    name = f"policy-{'-'.join(map(str, options.values()))}"
+    body = {
+        "token_ids": [random_tokens(40, 500, 1)],
+        "n": 2,
+        "adapter": name,
+        "sampling": _sampling(900),
+        **options,
+    }
+    with RolloutClient(server.url) as pusher, ThreadPoolExecutor(1) as pool:
+        pusher.push(weights[1], name)
+        answer = pool.submit(httpx.post, f"{server.url}/pte/v1/rollouts", json=body, timeout=300)
+        _wait_running(server, 300)
+        assert pusher.push(weights[0], name) == 2
+        records = [Rollout.from_json(line) for line in answer.result().text.split("\n") if line]
+    assert len(records) == 2
+    for record in records:
+        assert [span.version for span in record.weight_versions] == versions
+        assert record.finish_reason == reason
+        if reason == "length":
+            assert len(record.completion_ids) == 900 and len(record.fold_events) > 20
+        else:
+            assert 200 < len(record.completion_ids) < 900
+        assert record.adapter == f"{name}@{versions[-1]}"
+        _check(server, weights, record)
+    httpx.delete(f"{server.url}/pte/v1/adapters/{name}").raise_for_status()
+
+
+def test_staleness_and_policy_are_checked(
+    server: Server, client: RolloutClient, weights: list[Path]
+) -> None:
+    for number in (1, 2):
+        client.push(weights[number % 2], "checked")
+    body = {"token_ids": [[5, 6]], "sampling": {"max_tokens": 2}, "adapter": "checked@1"}
+    url = f"{server.url}/pte/v1/rollouts"
+    answer = httpx.post(url, json={**body, "max_staleness": 0})
+    assert answer.status_code == 409 and "1 versions old" in answer.text
+    assert httpx.post(url, json={**body, "max_staleness": 1}).status_code == 200
+    answer = httpx.post(url, json={**body, "in_flight": "switch_rebuild"})
+    assert answer.status_code == 400 and "without @version" in answer.text
+    answer = httpx.post(url, json={**body, "in_flight": "drift"})
+    assert answer.status_code == 400 and "in_flight" in answer.text
+
+
+def test_too_many_samples_get_429(server: Server, client: RolloutClient) -> None:
+    """A request that comes alone is served whatever its size; the client waits for its turn."""
+    body = {"token_ids": [[5, 6]], "n": MAX_ROLLOUTS + 5, "sampling": _sampling(400)}
+    url = f"{server.url}/pte/v1/rollouts"
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(httpx.post, url, json=body, timeout=300)
+        _wait_running(server, 3)
+        answer = httpx.post(url, json={**body, "n": 1})
+        assert answer.status_code == 429 and "--pte-max-rollouts 40" in answer.text
+        assert int(answer.headers["Retry-After"]) > 0
+        score = {"token_ids": [[5, 6, 7]], "prompt_tokens": [1]}
+        assert httpx.post(f"{server.url}/pte/v1/score", json=score).status_code == 429
+        (record,) = client.rollouts([[5, 6]], sampling=_sampling(2))  # retried until there is room
+        assert whole.result().text.count('"finish_reason":"length"') == MAX_ROLLOUTS + 5
+    assert len(record.completion_ids) == 2
+
+
+def _resident_mib(pid: int) -> float:
+    """Of a process and its descendants."""
+    import psutil
+
+    root = psutil.Process(pid)
+    return sum(p.memory_info().rss for p in (root, *root.children(recursive=True))) / 2**20
+
+
+@pytest.mark.parametrize("pushes", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_pushes_under_load(server: Server, weights: list[Path], pushes: int) -> None:
+    """Sixteen streams go on; none is dropped or mixes versions; nothing grows."""
+    stop, records, failures = threading.Event(), [], []
+    name = f"loaded-{pushes}"
+
+    def sample(stream: int) -> None:
+        with RolloutClient(server.url) as mine:
+            while not stop.is_set():
+                try:
+                    records.extend(
+                        mine.rollouts(
+                            [random_tokens(20 + stream, 500, stream)],
+                            adapter=name,
+                            sampling=_sampling(260),
+                        )
+                    )
+                except (ServerError, OSError) as error:
+                    failures.append(error)
+                    return
+
+    with RolloutClient(server.url) as pusher:
+        pusher.push(weights[1], name)
+        threads = [threading.Thread(target=sample, args=(i,)) for i in range(16)]
+        for thread in threads:
+            thread.start()
+        pid, memory, seconds = server._process.pid, [], []
+        for number in range(2, pushes + 2):
+            began = time.monotonic()
+            assert pusher.push(weights[number % 2], name) == number
+            (first,) = pusher.rollouts(
+                [[number]], adapter=name, min_weight_version=number, sampling=_sampling(1)
+            )
+            seconds.append(time.monotonic() - began)
+            assert first.weight_versions[0].version == number
+            if number > pushes // 4:  # caches are warm
+                memory.append(_resident_mib(pid))
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failures
+    assert len(records) >= 16 and all(len(r.completion_ids) == 260 for r in records)
+    assert all(len(r.weight_versions) == 1 for r in records)
+    checked = {r.weight_versions[0].version: r for r in records}
+    for record in list(checked.values())[:: max(1, len(checked) // 8)]:
+        _check(server, weights, record)
+    report = server.wait_idle()
+    assert report["free_blocks"] == report["usable_blocks"] == NUM_BLOCKS
+    spool = Path(server.command[server.command.index("--pte-spool") + 1])
+    for _ in range(60):  # what has just been retired keeps its files for ten seconds
+        kept = [entry for entry in os.listdir(spool) if entry.startswith(f"{name}@")]
+        if len(kept) == KEPT_VERSIONS:
+            break
+        time.sleep(0.5)
+    with RolloutClient(server.url) as pusher:
+        assert len(pusher.adapters()[name]["versions"]) == len(kept) == KEPT_VERSIONS
+    growth = max(memory[-5:]) - max(memory[:5])
+    seconds.sort()
+    print(
+        f"{pushes} pushes, {len(records)} samples on {len(checked)} versions; push to first token "
+        f"{seconds[len(seconds) // 2]:.2f} s median, {seconds[-1]:.2f} s most; memory "
+        f"{memory[0]:.0f} to {memory[-1]:.0f} MiB"
+    )
+    assert growth < 64, memory

@@ -1,0 +1,88 @@
+"""The body of a push: whatever is wrong with it is said, and no name in it is used as a path."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import tarfile
+from collections.abc import Mapping
+
+import pytest
+from fastapi import HTTPException, Request
+
+from pte_vllm.adapter import CONFIG_FILE, LORA_FILE
+from pte_vllm.server import adapter_upload
+from pte_vllm.server.adapter_upload import Upload, read_upload
+
+GOOD = {CONFIG_FILE: b"{}", LORA_FILE: b"tensors"}
+
+
+def _tar(files: Mapping[str, bytes], **member: object) -> bytes:
+    body = io.BytesIO()
+    with tarfile.open(fileobj=body, mode="w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            for key, value in member.items():
+                setattr(info, key, value)
+            archive.addfile(info, io.BytesIO(content))
+    return body.getvalue()
+
+
+def _read(body: bytes, kind: str = "application/x-tar", query: str = "sha256=00") -> Upload:
+    async def receive() -> dict:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    scope = {
+        "type": "http",
+        "method": "PUT",
+        "headers": [(b"content-type", kind.encode())],
+        "query_string": query.encode(),
+        "path": "/",
+    }
+    return asyncio.run(read_upload(Request(scope, receive)))
+
+
+def test_a_tar_is_read_whole() -> None:
+    upload = _read(
+        _tar({f"./{name}": data for name, data in GOOD.items()}), query="sha256=ab&version=7"
+    )
+    assert {name: file.read() for name, file in upload.files.items()} == GOOD
+    assert (upload.sha256, upload.number) == ("ab", 7)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", f"a/{LORA_FILE}", "adapter_model.bin"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="unexpected part"):
+        _read(_tar({**GOOD, name: b"x"}))
+
+
+def test_links_are_refused() -> None:
+    with pytest.raises(ValueError, match="unexpected part"):
+        _read(_tar({CONFIG_FILE: b""}, type=tarfile.SYMTYPE, linkname="/etc/passwd"))
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "query", "message"),
+    [
+        (b"no archive" * 99, "application/x-tar", "sha256=00", "no uncompressed tar"),
+        (_tar(GOOD)[:700], "application/x-tar", "sha256=00", "tar archive|is missing"),
+        (_tar({CONFIG_FILE: b"{}"}), "application/x-tar", "sha256=00", f"{LORA_FILE} is missing"),
+        (_tar(GOOD), "application/x-tar", "", "sha256 is missing"),
+        (_tar(GOOD), "application/x-tar", "sha256=00&version=-1", "positive integer"),
+        (_tar(GOOD), "application/x-tar", "sha256=00&path=/tmp", "unknown query parameter"),
+        (_tar(GOOD), "application/zip", "sha256=00", "must be multipart/form-data or"),
+        (b"x", "multipart/form-data", "", "not well-formed"),
+        (b"x", "multipart/form-data; boundary=y", "", "not well-formed|is missing"),
+    ],
+)
+def test_what_is_wrong_is_said(body: bytes, kind: str, query: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _read(body, kind, query)
+
+
+def test_large_bodies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_upload, "MAX_ADAPTER_BYTES", 1000)
+    with pytest.raises(HTTPException) as refusal:
+        _read(_tar(GOOD))
+    assert refusal.value.status_code == 413
