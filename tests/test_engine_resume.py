@@ -75,24 +75,15 @@ def test_resume_with_and_without_its_blocks(engine: Engine, model: Path, adapter
     engine.check_idle()
 
 
-def test_resume_without_a_thought_state(engine: Engine, model: Path) -> None:
-    """Nothing remembers what left the window, but the window goes on."""
-    first = _first(None, 9)
-    engine.run([first])
-    resumed = _resumed(first, [])
-    engine.run([resumed])
-    assert resumed.cached_tokens == 8 * BLOCK
-    assert_parity(model, [resumed], WINDOW, min_folds=5)
-    engine.check_idle()
-
-
 def test_fork_into_three_and_again(engine: Engine, model: Path, adapter: object) -> None:
-    first = _first(adapter, 2)
-    engine.run([first])
+    first, bare = _first(adapter, 2), _first(None, 9)
+    engine.run([first, bare])
     forks = [_resumed(first, random_tokens(1 + 20 * i, 500, i)) for i in range(3)]
+    # Without an adapter nothing remembers what left the window, but the window goes on.
+    forks.append(_resumed(bare, []))
     engine.run(forks)
-    assert [fork.cached_tokens for fork in forks] == [8 * BLOCK] * 3
-    assert len({tuple(fork.tokens) for fork in forks}) == 3
+    assert [fork.cached_tokens for fork in forks] == [8 * BLOCK] * 4
+    assert len({tuple(fork.tokens) for fork in forks}) == 4
     engine.check_idle()
     again = _resumed(forks[2], [])
     engine.run([again], lambda step, _: engine.preempt() if step == 40 else None)
