@@ -92,6 +92,7 @@ def _serve_parser() -> argparse.ArgumentParser:
         usage="pte-vllm serve MODEL [--pte-window N] [--pte-evict-ratio F] "
         "[--pte-max-prompt-tokens N] [--pte-spool DIR] [--pte-keep-versions N] "
         "[--pte-keep-thoughts N] [--pte-keep-thoughts-mib N] "
+        "[--pte-admin-key KEY | --pte-admin-key-file FILE] [--pte-max-body-bytes N] "
         "[--pte-max-rollouts N] "
         "[any vllm serve flag ...]",
         description="vLLM's OpenAI-compatible server, with a KV cache of fixed size per sequence.",
@@ -138,6 +139,26 @@ def _serve_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="newest versions of a pushed adapter that stay (default: %(default)s)",
     )
+    admin = parser.add_mutually_exclusive_group()
+    admin.add_argument(
+        "--pte-admin-key",
+        metavar="KEY",
+        help="key that alone may change adapters, pause and abort (default: PTE_ADMIN_KEY in the "
+        "environment; without either, --api-key opens these routes too)",
+    )
+    admin.add_argument(
+        "--pte-admin-key-file",
+        metavar="FILE",
+        help="read the admin key from a file, where a process list does not show it",
+    )
+    parser.add_argument(
+        "--pte-max-body-bytes",
+        type=int,
+        default=ServiceConfig.max_body_bytes,
+        metavar="N",
+        help="largest body of the routes that `pte-vllm serve` adds, pushed adapters aside "
+        "(default: %(default)s)",
+    )
     parser.add_argument(
         "--pte-keep-thoughts",
         type=int,
@@ -180,15 +201,32 @@ def _serve(args: list[str]) -> int:
         keep_thoughts=options.pte_keep_thoughts,
         keep_thoughts_mib=options.pte_keep_thoughts_mib,
     )
+    admin_key = options.pte_admin_key
+    if options.pte_admin_key_file is not None:
+        admin_key = _read_key("--pte-admin-key-file", options.pte_admin_key_file)
     service = ServiceConfig(
         spool=options.pte_spool,
         keep_versions=options.pte_keep_versions,
+        admin_key=admin_key,
+        max_body_bytes=options.pte_max_body_bytes,
         max_rollouts=options.pte_max_rollouts,
     )
     from pte_vllm.serve import serve
 
     serve(rest[0], config, rest[1:], service)
     return 0
+
+
+def _read_key(flag: str, path: str) -> str:
+    """The key in a file, blanks around it aside."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            key = file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{flag} {path} cannot be read: {error}") from error
+    if not key:
+        raise ValueError(f"{flag} {path} is empty")
+    return key
 
 
 def _demo(args: list[str]) -> int:

@@ -32,6 +32,12 @@ class QueriesMixin:
             "finished": [t.report() for t in list(pool.finished)[-pool.SHOWN_FINISHED :]],
         }
 
+    def pte_counters(self) -> dict[str, Any]:
+        """Counts since the start and slots in use, for `/metrics`."""
+        slots = self.pte_pool.states.shape[1] - 1  # slot 0 belongs to nobody
+        in_use = slots - len(self.pte_pool.free_slots)
+        return {**self.pte_pool.counters.snapshot(), "slots": slots, "slots_in_use": in_use}
+
     def pte_thoughts(self, name: str) -> dict[str, Any] | None:
         """Summary of the request that a client calls `name`, running or finished; else None."""
         thoughts = self._settled(name)

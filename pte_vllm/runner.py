@@ -148,6 +148,9 @@ class PTERunnerMixin(QueriesMixin):
             if sequence.loaded is not None and sequence.rule != "none":
                 self._fold(sequence, block_ids[first : first + plan.evict_blocks], first)
             sequence.folded_blocks += plan.evict_blocks
+            self.pte_pool.counters.add_fold(
+                sequence.rule, num_blocks=plan.evict_blocks, block_size=plan.block_size
+            )
 
     @torch.inference_mode()
     def _fold(self, sequence: Sequence, block_ids: list[int], first_block: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pte_vllm.config import PTEConfig, check_rule_fits
+from pte_vllm.counters import FoldCounters
 from pte_vllm.ops.reference import RULES, LayerEncoder, Sums, relative_update
 from pte_vllm.plan import FoldPlan
 from pte_vllm.thoughts import Thoughts, ThoughtStore, find_id, to_host
@@ -111,6 +112,7 @@ class StatePool:
         self.kept = kept
         # Without states; enough that a rollout still finds its own when many end at once.
         self.finished: deque[Thoughts] = deque(maxlen=max(self.SHOWN_FINISHED, 4 * max_num_seqs))
+        self.counters = FoldCounters(device)
 
     def start(
         self,
@@ -194,11 +196,13 @@ class StatePool:
         assert sequence.loaded is not None and sequence.rule is not None
         loaded, rule = sequence.loaded, RULES[sequence.rule]
         how = loaded.config.normalize
-        sequence.sums = rule.fold(sequence.sums, loaded.encoder, k_e, v_e, how)
         before = sequence.state
-        after = self._write(sequence)
         assert before is not None
-        sequence.rho.append(relative_update(before, after - before).mean())
+        sequence.sums = rule.fold(sequence.sums, loaded.encoder, k_e, v_e, how)
+        after = self._write(sequence)
+        rho = relative_update(before, after - before)
+        self.counters.add_rho(rho)
+        sequence.rho.append(rho.mean())
 
     def _write(self, sequence: Sequence) -> Tensor:
         """Put what the rule reads, `[L, G, r]`, into the slot; returns it."""

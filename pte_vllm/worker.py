@@ -31,6 +31,9 @@ class PTEWorkerMixin:
     def pte_requests(self) -> dict[str, Any]:
         return self.model_runner.pte_requests()
 
+    def pte_counters(self) -> dict[str, Any]:
+        return self.model_runner.pte_counters()
+
     def pte_check_integrity(self) -> dict[str, int]:
         return self.model_runner.pte_check_integrity()
 

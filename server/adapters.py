@@ -17,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from pte_vllm.adapter import FILES, Adapter, AdapterError, ModelShape, content_hash
 from pte_vllm.server.adapter_use import AdapterUse
+from pte_vllm.server.metrics import timed_load
 from pte_vllm.server.served_names import ServedNames
 from pte_vllm.server.spool import Incoming, Spool, Version, check_name
 
@@ -302,8 +303,9 @@ class AdapterRegistry:
 
     async def _serve(self, version: Version) -> None:
         """Register with vLLM, which also loads it; ValueError if it does not load."""
-        result = await self._models.load_lora_adapter(
-            LoadLoRAAdapterRequest(lora_name=version.engine_name, lora_path=version.path)
+        result = await timed_load(
+            self._models,
+            LoadLoRAAdapterRequest(lora_name=version.engine_name, lora_path=version.path),
         )
         if isinstance(result, ErrorResponse):
             if self._engine.errored:

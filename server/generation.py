@@ -21,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from pte_vllm.server.adapters import ConflictError, Resolved
 from pte_vllm.server.admission import RETRY_AFTER_S, BusyError
 from pte_vllm.server.in_flight import Job, run
+from pte_vllm.server.metrics import counted
 from pte_vllm.server.schemas import RolloutRequest, ScoreRequest
 from pte_vllm.server.state import Service
 from pte_vllm.train.rollout import Rollout
@@ -73,12 +74,18 @@ def stream(service: Service, jobs: list[Job]) -> Response:
         return too_many(str(error))
     request_id = f"rollout-{uuid4().hex[:16]}"
     tasks = [
-        asyncio.create_task(run(service, f"{request_id}-{i}", job)) for i, job in enumerate(jobs)
+        asyncio.create_task(_counted(service, f"{request_id}-{i}", job))
+        for i, job in enumerate(jobs)
     ]
     for task in tasks:
         task.add_done_callback(_retrieve)
         task.add_done_callback(lambda _: service.admission.leave())
     return _Records(request_id, tasks)
+
+
+async def _counted(service: Service, request_id: str, job: Job) -> Rollout:
+    with counted(job.kind):
+        return await run(service, request_id, job)
 
 
 def too_many(message: str) -> Response:

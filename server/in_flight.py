@@ -50,6 +50,8 @@ class Job:
     plan: FoldPlan
     group_id: str
     index: int
+    kind: Literal["rollout", "score"]
+    """For the metrics."""
     read: Callable[[RequestOutput], Outcome]
     """Takes the outcome from the engine's final output."""
     in_flight: InFlight = "pin"

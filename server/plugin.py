@@ -19,10 +19,13 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from pte_vllm import __version__
 from pte_vllm.adapter import AdapterError, ModelShape, load_for_engine
-from pte_vllm.config import REQUEST_OPTIONS, EngineConfig
-from pte_vllm.server import adapter_routes, rollouts, thoughts
-from pte_vllm.server.auth import Keys, may_use
+from pte_vllm.config import REQUEST_OPTIONS, EngineConfig, ServiceConfig
+from pte_vllm.server import adapter_routes, control, page, rollouts, thoughts, trainer_routes
+from pte_vllm.server.auth import Keys, admit_admin, may_change, may_use
+from pte_vllm.server.limits import BodyLimit
+from pte_vllm.server.metrics import COLLECTOR, RefreshOnScrape, timed_load
 from pte_vllm.server.state import make_service, service
+from pte_vllm.server.tokens import serving_tokens
 from pte_vllm.types import RULES
 
 router = APIRouter()
@@ -79,7 +82,7 @@ async def load_lora_adapter(body: LoadLoRAAdapterRequest, request: Request) -> R
             )
         except AdapterError as error:
             raise HTTPException(400, str(error)) from error
-    return _answer(await models(request).load_lora_adapter(body))
+    return _answer(await timed_load(models(request), body))
 
 
 async def unload_lora_adapter(body: UnloadLoRAAdapterRequest, request: Request) -> Response:
@@ -104,17 +107,32 @@ class PTEEndpointPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        before = len(app.routes)
         for ours in (router, adapter_routes.router, rollouts.router, thoughts.router):
             app.include_router(
                 ours, prefix="/pte/v1", tags=["pte"], dependencies=[Depends(may_use)]
             )
+        app.include_router(page.router)
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
             for route in (load_lora_adapter, unload_lora_adapter):
                 app.post(
                     f"/v1/{route.__name__}",
-                    dependencies=[Depends(validate_json_request)],
+                    dependencies=[Depends(may_change), Depends(validate_json_request)],
                     response_class=PlainTextResponse,
                 )(route)
+        if EngineConfig.from_vllm(app.state.args) is not None:  # else plain vLLM stays as it is
+            control.attach(app, info)
+            trainer_routes.attach(app)
+        # Last, so that it sees every route of ours.
+        options: ServiceConfig = getattr(app.state.args, "pte_service", None) or ServiceConfig()
+        admit_admin(app.state.args)
+        app.add_middleware(
+            BodyLimit,
+            routes=app.routes[before:],
+            max_bytes=options.max_body_bytes,
+            exempt=[adapter_routes.put_adapter],
+        )
+        app.add_middleware(RefreshOnScrape)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -124,4 +142,6 @@ class PTEEndpointPlugin:
         if engine_client is not None and config is not None:
             found = make_service(engine_client, config, state.openai_serving_models, args)
             await found.registry.restore()
+            state.serving_tokens = serving_tokens(engine_client, state, args, found.registry)
             state.pte_service = found
+            COLLECTOR.watch(found)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response
+from vllm.exceptions import RetryableRequestError
 from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -136,6 +137,8 @@ def _job(
         )
 
     def scored(final: RequestOutput) -> Outcome:
+        if final.outputs[0].finish_reason == "abort":  # a part of a score is of no use
+            raise RetryableRequestError("the score was aborted; ask again")
         pairs = zip(tokens[num_prompt:], (final.prompt_logprobs or ())[num_prompt:], strict=True)
         return Outcome(
             prompt_ids=tokens[:num_prompt],
@@ -151,5 +154,6 @@ def _job(
         plan=request_plan(state.config, params, len(tokens), state.block_size),
         group_id=group_id,
         index=index,
+        kind="rollout" if num_prompt is None else "score",
         read=sampled if num_prompt is None else scored,
     )

@@ -52,8 +52,10 @@ class Version:
 
 def check_name(name: str) -> None:
     """Raise ValueError unless `name` can name an adapter."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"adapter name {name!r} must be 1 to 64 of A-Z a-z 0-9 . _ -")
+    if not _NAME.fullmatch(name) or not name.strip("."):
+        raise ValueError(
+            f"adapter name {name!r} must be 1 to 64 of A-Z a-z 0-9 . _ -, not dots alone"
+        )
 
 
 class Incoming:

@@ -156,11 +156,13 @@ def test_openai_routes_know_pushed_names(server: Server, versions: dict[str, Pat
         assert answer.model in (name, "paper@2")
         texts[name] = answer.choices[0].text
     assert texts["paper"] == texts["paper@2"] != texts["paper@1"]
+    key = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    url = f"{server.url}/v1/unload_lora_adapter"
     for name in ("paper", "paper@2"):
-        answer = httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": name})
+        answer = httpx.post(url, json={"lora_name": name}, headers=key)
         assert answer.status_code == 400 and "DELETE /pte/v1/adapters/" in answer.text
-    gone = httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": "nobody"})
-    assert gone.status_code == 404
+    assert httpx.post(url, json={"lora_name": "nobody"}, headers=key).status_code == 404
+    assert httpx.post(url, json={"lora_name": "nobody"}).status_code == 401
 
 
 def test_texts_as_prompts(client: RolloutClient) -> None:

@@ -1,0 +1,53 @@
+"""What a worker has done since it started, counted without waiting for the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RHO_EDGES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0)
+"""Upper edges of the histogram of ρ; a last bin has what is above, or is not a number."""
+
+
+class FoldCounters:
+    """Folds by rule, what they freed, and a histogram of ρ = ‖ΔS‖/‖S‖.
+
+    The histogram lives on the device and has a fixed size: a fold queues a few small kernels,
+    and only `snapshot` waits.
+
+    Args:
+        device: where ρ is computed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.folds: Counter[str] = Counter()
+        self.folded_tokens = 0
+        self.freed_blocks = 0
+        self._edges = torch.tensor(RHO_EDGES, device=device)  # [E]
+        self._rho_bins = torch.zeros(len(RHO_EDGES) + 1, dtype=torch.int64, device=device)
+        self._rho_sum = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add_fold(self, rule: str | None, *, num_blocks: int, block_size: int) -> None:
+        """A fold left `num_blocks` blocks of a sequence; `rule` None: without a thought state."""
+        self.folds[rule or "none"] += 1
+        self.freed_blocks += num_blocks
+        self.folded_tokens += num_blocks * block_size
+
+    def add_rho(self, rho: Tensor) -> None:
+        """`rho: [L]`, of each layer of one fold."""
+        bins = torch.bucketize(rho, self._edges)  # an edge belongs to the bin below it
+        self._rho_bins.index_add_(0, bins, torch.ones_like(bins))
+        self._rho_sum += rho.nan_to_num(posinf=0.0).sum()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain numbers, all of them since the start."""
+        return {
+            "folds": dict(self.folds),
+            "folded_tokens": self.folded_tokens,
+            "freed_blocks": self.freed_blocks,
+            "rho_bins": self._rho_bins.tolist(),
+            "rho_sum": self._rho_sum.item(),
+        }

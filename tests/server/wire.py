@@ -1,0 +1,74 @@
+"""What the tests of control routes and trainers share: requests under way, and their exactness."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from pte_vllm.plan import FoldPlan
+from tests.engine import BLOCK
+from tests.parity.reference import TOLERANCE, replayed
+from tests.server.serving import WINDOW, Server
+
+TEMPERATURE = 0.8
+
+
+def check(
+    server: Server,
+    adapter: Path | None,
+    prompt: list[int],
+    answer: list[int],
+    logprobs: list[float],
+    *,
+    pin_tokens: int | None = None,
+    window_tokens: int = WINDOW,
+    start: int = 0,
+) -> float:
+    """Assert that log-probs of `answer[start:]` are the replay's of one sequence of this plan."""
+    plan = FoldPlan(
+        pin_tokens=len(prompt) if pin_tokens is None else pin_tokens,
+        window_tokens=window_tokens,
+        block_size=BLOCK,
+    )
+    expected = replayed(server.model, adapter, [*prompt, *answer], plan, temperature=TEMPERATURE)
+    found = torch.tensor(logprobs)
+    assert len(found) == len(answer) - start > 0
+    worst = (found - expected[len(prompt) - 1 + start :]).abs().max().item()
+    folds = plan.folded_blocks(len(prompt) + len(answer) - 1) // plan.evict_blocks
+    print(f"{len(answer) - start} tokens, {folds} folds, max |Δ log p| {worst:.1e}")
+    assert worst <= TOLERANCE
+    return worst
+
+
+def post(server: Server, path: str, body: Any = None, **options: Any) -> httpx.Response:
+    """POST to the server, with a body of JSON unless it is None."""
+    if body is not None:
+        options["json"] = body
+    return httpx.post(server.url + path, timeout=120, **options)
+
+
+def wait_folds(server: Server, folds: int, count: int = 1) -> None:
+    """Wait until `count` requests run, each with at least this many folds."""
+    for _ in range(600):
+        running = server.get("/pte/v1/requests")["running"]
+        if sum(request["folds"] >= folds for request in running) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"not under way: {running}")
+
+
+@contextmanager
+def under_way(*calls: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Run `calls` in threads during the block; their results are in the list after it."""
+    results: list[Any] = []
+    with ThreadPoolExecutor(max_workers=len(calls)) as pool:
+        futures = [pool.submit(call) for call in calls]
+        yield results
+        results += [future.result(timeout=120) for future in futures]
