@@ -22,8 +22,26 @@ def model(tiny: Callable[[str], Path]) -> Path:
     return tiny("qwen3")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
-def engine(model: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+def _case(is_async: bool, rule: str, **how: object):
+    return pytest.param((is_async, rule), id=f"{'async' if is_async else 'sync'}-{rule}", **how)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        _case(False, "paper"),
+        _case(True, "ridge"),
+        _case(False, "ridge", marks=pytest.mark.slow),
+        _case(True, "paper", marks=pytest.mark.slow),
+    ],
+)
+def case(request: pytest.FixtureRequest) -> tuple[bool, str]:
+    """Whether scheduling is asynchronous, and the rule of the adapter."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, case: tuple[bool, str]) -> Iterator[Engine]:
     engine = Engine(
         model,
         window_tokens=WINDOW,
@@ -31,17 +49,16 @@ def engine(model: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
         num_blocks=60,
         keep_thoughts=8,
         max_prompt_tokens=256,
-        async_scheduling=request.param,
+        async_scheduling=case[0],
     )
     yield engine
     engine.check_idle()
     engine.close()
 
 
-@pytest.fixture(scope="module", params=["paper", "ridge"])
-def adapter(model: Path, adapters: Callable[..., Path], request: pytest.FixtureRequest) -> object:
-    number = ["paper", "ridge"].index(request.param) + 1
-    return lora(request.param, adapters(model, rank=8, rule=request.param), number)
+@pytest.fixture(scope="module")
+def adapter(model: Path, adapters: Callable[..., Path], case: tuple[bool, str]) -> object:
+    return lora(case[1], adapters(model, rank=8, rule=case[1]), 1)
 
 
 def _first(adapter: object, seed: int, length: int = 230) -> Job:
