@@ -18,7 +18,7 @@ from pte_vllm.train.client import RolloutClient
 from tests.engine import BLOCK
 from tests.parity.reference import TOLERANCE
 from tests.server.serving import WINDOW, Server
-from tests.server.wire import TEMPERATURE, check, post, under_way, wait_folds
+from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 from tests.support import random_tokens
 
 KEY = "only-the-trainer"
@@ -64,7 +64,7 @@ def test_lost_cache_replays_the_folds(
 ) -> None:
     """S goes with the KV blocks: a request comes back through preemption, or goes on untouched."""
     prompts = [random_tokens(40 + 9 * i, 500, i) for i in range(3)]
-    sampling = {"max_tokens": 800, "temperature": TEMPERATURE, "ignore_eos": True}
+    sampling = {"max_tokens": IN_FLIGHT, "temperature": TEMPERATURE, "ignore_eos": True}
 
     def roll_out() -> list:
         with RolloutClient(server.url) as client:
@@ -78,7 +78,7 @@ def test_lost_cache_replays_the_folds(
             assert server.get("/is_paused") == {"is_paused": True}
             before = server.get("/pte/v1/requests")["running"]
             assert server.get("/pte/v1/requests")["running"] == before
-            assert len(before) == 3 and all(r["num_tokens"] < 800 for r in before)
+            assert len(before) == 3 and all(r["num_tokens"] < IN_FLIGHT for r in before)
             assert post(server, "/resume", headers=ADMIN).json() == {"status": "resumed"}
         else:
             assert answer.json() == {"success": True}
@@ -167,7 +167,7 @@ def test_abort_by_request_id(server: Server) -> None:
         body = {"token_ids": random_tokens(30), "sampling_params": sampling, "request_id": name}
         return post(server, "/inference/v1/generate", body).json()
 
-    with under_way(lambda: generate("mine", LONG), lambda: generate("other", 600)) as results:
+    with under_way(lambda: generate("mine", LONG), lambda: generate("other", IN_FLIGHT)) as results:
         wait_folds(server, 1, count=2)
         body = {"request_ids": ["generate-tokens-mine"]}
         answer = post(server, "/abort_requests", body, headers=ADMIN)
@@ -175,7 +175,7 @@ def test_abort_by_request_id(server: Server) -> None:
     mine, other = (result["choices"][0] for result in results)
     assert results[0]["request_id"] == "generate-tokens-mine"
     assert mine["finish_reason"] == "abort" and len(mine["token_ids"]) < LONG
-    assert other["finish_reason"] == "length" and len(other["token_ids"]) == 600
+    assert other["finish_reason"] == "length" and len(other["token_ids"]) == IN_FLIGHT
 
 
 def test_tokens_in_tokens_out(server: Server, versions: dict[int, Path]) -> None:
@@ -276,7 +276,10 @@ def test_every_route_is_there_once(monkeypatch: pytest.MonkeyPatch, development:
     monkeypatch.setenv("VLLM_PLUGINS", "pte")
     app = FastAPI()
     app.state.args = Namespace(
-        additional_config={"pte": {}}, enable_scale_out=development, tokens_only=False
+        additional_config={"pte": {}},
+        api_key=None,
+        enable_scale_out=development,
+        tokens_only=False,
     )
     if development:
         register_vllm_dev_api_routers(app)

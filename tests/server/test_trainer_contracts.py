@@ -15,7 +15,7 @@ import pytest
 
 from tests.engine import BLOCK
 from tests.server.serving import WINDOW, Server
-from tests.server.wire import TEMPERATURE, check, post, under_way, wait_folds
+from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 from tests.support import random_tokens
 
 LENGTH = WINDOW + 5 * BLOCK + 7
@@ -45,13 +45,15 @@ def _ok(answer: httpx.Response) -> Any:
     return answer.json()
 
 
-def _generate(server: Server, model: str, prompt: list[int], **fields: Any) -> dict[str, Any]:
+def _generate(
+    server: Server, model: str, prompt: list[int], length: int = LENGTH, **fields: Any
+) -> dict[str, Any]:
     """`/inference/v1/generate` as verifiers (prime-rl) and SkyRL send it."""
     sampling = {
         "temperature": TEMPERATURE,
         "top_p": 1.0,
         "top_k": -1,
-        "max_tokens": LENGTH,
+        "max_tokens": length,
         "logprobs": 0,
         "ignore_eos": True,
     }
@@ -88,7 +90,7 @@ def test_prime_rl(server: Server, steps: list[Path], tmp_path: Path) -> None:
     assert answer.status_code == 404  # prime-rl tries again: files may lag behind
     assert "lora_path has no adapter_config.json" in answer.text
     assert broadcast(0)["version"] == 1
-    with under_way(lambda: _generate(server, "r8-run", prompt, cache_salt="0")) as early:
+    with under_way(lambda: _generate(server, "r8-run", prompt, IN_FLIGHT, cache_salt="0")) as early:
         wait_folds(server, 1)
         assert broadcast(1)["version"] == 2
         assert broadcast(1) == {"status": "ok", "name": "r8-run", "version": 2}  # a retry
@@ -117,7 +119,7 @@ def test_skyrl(server: Server, steps: list[Path]) -> None:
     assert _ok(answer)["world_size"] == 1
     load = {"lora_name": "skyrl-lora", "lora_path": str(steps[1])}
     _ok(post(server, "/skyrl/v1/load_lora_adapter", load))
-    with under_way(lambda: _generate(server, "skyrl-lora", prompt)) as kept:
+    with under_way(lambda: _generate(server, "skyrl-lora", prompt, IN_FLIGHT)) as kept:
         wait_folds(server, 1)
         pause = {"mode": "keep", "clear_cache": "false"}
         assert _ok(post(server, "/pause", params=pause))["status"] == "paused"
@@ -169,7 +171,7 @@ def test_areal_resubmits_what_was_aborted(
     server: Server, steps: list[Path], new_weights: bool
 ) -> None:
     """Question + partial answer as one prompt: with the question pinned, the folds are the same."""
-    question, room = random_tokens(45, 500, 3), 1200
+    question, room = random_tokens(45, 500, 3), IN_FLIGHT
     names = [f"actor{int(new_weights)}-v{n}" for n in range(2)]
     load = {"lora_path": str(steps[0]), "lora_name": names[0]}
     assert post(server, "/v1/load_lora_adapter", load).status_code == 200

@@ -12,7 +12,7 @@ import pytest
 
 from tests.engine import BLOCK
 from tests.server.serving import WINDOW, Server
-from tests.server.wire import TEMPERATURE, check, post, under_way, wait_folds
+from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 from tests.support import random_tokens
 
 LENGTH = WINDOW + 5 * BLOCK + 7
@@ -121,7 +121,7 @@ def test_adapters_of_the_asynchronous_trainer(
         body = {
             "model": f"trl-policy-v{version}",
             "prompt": prompt,
-            "max_tokens": 2 * LENGTH,
+            "max_tokens": IN_FLIGHT,
             "temperature": TEMPERATURE,
             "top_p": 1.0,
             "top_k": 0,

@@ -18,6 +18,8 @@ from tests.parity.reference import TOLERANCE, replayed
 from tests.server.serving import WINDOW, Server
 
 TEMPERATURE = 0.8
+IN_FLIGHT = 1500
+"""Tokens of a request that something is to happen to while it runs."""
 
 
 def check(
@@ -55,12 +57,24 @@ def post(server: Server, path: str, body: Any = None, **options: Any) -> httpx.R
 
 
 def wait_folds(server: Server, folds: int, count: int = 1) -> None:
-    """Wait until `count` requests run, each with at least this many folds."""
-    for _ in range(600):
-        running = server.get("/pte/v1/requests")["running"]
-        if sum(request["folds"] >= folds for request in running) >= count:
-            return
-        time.sleep(0.05)
+    """Wait until `count` requests make progress, each with at least this many folds.
+
+    Progress, as the report still shows requests whose end the worker has not heard of.
+    """
+    seen: dict[str, int] = {}
+    with httpx.Client(base_url=server.url, timeout=30) as client:  # a connection costs time
+        for _ in range(1000):
+            running = client.get("/pte/v1/requests").json()["running"]
+            under_way = [
+                request
+                for request in running
+                if request["folds"] >= folds
+                and request["num_tokens"] > seen.get(request["request_id"], request["num_tokens"])
+            ]
+            if len(under_way) >= count:
+                return
+            seen = {request["request_id"]: request["num_tokens"] for request in running}
+            time.sleep(0.02)
     raise AssertionError(f"not under way: {running}")
 
 
