@@ -15,12 +15,15 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.v1.engine import EngineCoreRequest
 
 from pte_vllm.adapter import read_pte_config
-from pte_vllm.config import EngineConfig, RequestOptions, check_rule_fits
+from pte_vllm.config import REQUEST_OPTIONS, EngineConfig, RequestOptions, check_rule_fits
+from pte_vllm.earlier import EARLIER, EarlierRequest
 from pte_vllm.patches.base import Patch
 
 
 def check_request(vllm_config: Any, request: EngineCoreRequest) -> None:
     """Validate the PTE options of a request, and keep its prefix blocks apart where they differ.
+
+    The options of an earlier request that it continues take the place of `pte_state_id`.
 
     Raises:
         VLLMValidationError: naming the option; the server answers HTTP 400.
@@ -37,10 +40,18 @@ def check_request(vllm_config: Any, request: EngineCoreRequest) -> None:
 
 def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, params: Any) -> None:
     options = RequestOptions.parse(params.extra_args)
-    cache = vllm_config.cache_config
-    num_prompt_tokens = len(request.prompt_token_ids or ())
-    if request.prompt_token_ids is None:
+    cache, prompt, lora = vllm_config.cache_config, request.prompt_token_ids, request.lora_request
+    if prompt is None:
         raise ValueError("prompt embeddings are not supported with PTE")
+    num_prompt_tokens = len(prompt)
+    adapter = (lora.lora_name, lora.lora_path) if lora is not None else None
+    if options.state_id is not None:
+        earlier = EARLIER.get(options.state_id)
+        rule = _adapter_rule(request) if options.rule is not None else None
+        earlier.check(options, adapter=adapter, adapter_rule=rule, prompt=prompt)
+        options = earlier.apply(options)
+        others = {k: v for k, v in params.extra_args.items() if k not in REQUEST_OPTIONS}
+        params.extra_args = {**others, **options.to_args()}  # params are the request's own
     plan = options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=cache.block_size)
     if plan.bounded and request.resumable:
         raise ValueError("streaming input sessions need full attention: send pte_window 0")
@@ -55,6 +66,21 @@ def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, p
         _check_rule(options.rule, request)
         # Before the first fold some rules start from different states; never share their blocks.
         request.cache_salt = f"{request.cache_salt or ''}|pte_update={options.rule}"
+    continued = EarlierRequest.of(
+        options,
+        pin_tokens=plan.pin_tokens,
+        window_tokens=plan.window_tokens,
+        adapter=adapter,
+        choices=params.n,
+        prompt=prompt,
+    )
+    EARLIER.add(request.request_id, continued)
+
+
+def _adapter_rule(request: EngineCoreRequest) -> str | None:
+    lora = request.lora_request
+    pte = read_pte_config(get_adapter_absolute_path(lora.lora_path)) if lora is not None else None
+    return pte.rule if pte is not None else None
 
 
 def _check_rule(rule: str, request: EngineCoreRequest) -> None:

@@ -87,9 +87,11 @@ class PTEManager(FullAttentionManager):
         prefill_end: int = 0,
     ) -> int:
         if apply_admission_cap:
-            # Admission asks for the whole sequence at once; it never holds more than its peak.
-            peak_tokens = self.plans[request_id].peak_blocks(num_tokens) * self.block_size
-            num_tokens = min(num_tokens, peak_tokens)
+            # Admission asks for the whole sequence at once; it never holds more than its peak. The
+            # gap of an earlier sequence that it takes up costs nothing.
+            peak = self.plans[request_id].peak_blocks(num_tokens)
+            gap = sum(block.is_null for block in new_computed_blocks)
+            num_tokens = min(num_tokens, (peak + gap) * self.block_size)
         return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,

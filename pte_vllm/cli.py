@@ -160,14 +160,6 @@ def _serve_parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--pte-max-rollouts",
-        type=int,
-        default=ServiceConfig.max_rollouts,
-        metavar="N",
-        help="samples of rollouts and scores that wait or run at once; a request beyond that gets "
-        "HTTP 429 (default: %(default)s)",
-    )
-    parser.add_argument(
         "--pte-keep-thoughts",
         type=int,
         default=EngineConfig.keep_thoughts,
@@ -181,6 +173,14 @@ def _serve_parser() -> argparse.ArgumentParser:
         default=EngineConfig.keep_thoughts_mib,
         metavar="N",
         help="most host memory for those, in MiB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pte-max-rollouts",
+        type=int,
+        default=ServiceConfig.max_rollouts,
+        metavar="N",
+        help="samples of rollouts and scores that wait or run at once; a request beyond that gets "
+        "HTTP 429 (default: %(default)s)",
     )
     return parser
 

@@ -169,7 +169,7 @@ class ServiceConfig:
             raise ValueError(f"--pte-max-rollouts must be positive, got {self.max_rollouts}")
 
 
-REQUEST_OPTIONS = ("pte_window", "pte_pin_tokens", "pte_update")
+REQUEST_OPTIONS = ("pte_window", "pte_pin_tokens", "pte_update", "pte_state_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +182,8 @@ class RequestOptions:
     """`pte_pin_tokens`; None: the prompt."""
     rule: str | None = None
     """`pte_update`; None: the adapter's."""
+    state_id: str | None = None
+    """`pte_state_id`: an earlier request to continue; the API server resolves it."""
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> RequestOptions:
@@ -210,7 +212,21 @@ class RequestOptions:
         if given.get("pte_update") is not None:
             _check_choice("pte_update", given["pte_update"], RULES)
             options["rule"] = given["pte_update"]
+        if given.get("pte_state_id") is not None:
+            state_id = given["pte_state_id"]
+            if not isinstance(state_id, str) or not 0 < len(state_id) <= 512:
+                raise ValueError(f"pte_state_id must be the id of a response, got {state_id!r:.99}")
+            options["state_id"] = state_id
         return cls(**options)
+
+    def to_args(self) -> dict[str, Any]:
+        """As `parse` reads them, without `pte_state_id`."""
+        given = {
+            "pte_window": self.window_tokens,
+            "pte_pin_tokens": self.pin_tokens,
+            "pte_update": self.rule,
+        }
+        return {name: value for name, value in given.items() if value is not None}
 
     def plan(self, engine: EngineConfig, *, num_prompt_tokens: int, block_size: int) -> FoldPlan:
         """The request's plan.

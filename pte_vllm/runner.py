@@ -22,10 +22,11 @@ from pte_vllm.config import EngineConfig, RequestOptions, request_plan
 from pte_vllm.lora import PTELoRAManager, TokenSlots, install_views
 from pte_vllm.ops.fold import BlockLayout, RopeTable, read_evicted
 from pte_vllm.plan import FoldPlan
-from pte_vllm.state import IDENTITY_SLOT, Sequence, StatePool
+from pte_vllm.queries import QueriesMixin
+from pte_vllm.state import Sequence, Snapshot, StatePool
 from pte_vllm.support import check_vllm_config
-from pte_vllm.thoughts import Thoughts, ThoughtStore
-from pte_vllm.types import PoolReport
+from pte_vllm.thoughts import ThoughtStore
+from pte_vllm.types import PoolReport, SnapshotOrders
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
-class PTERunnerMixin:
+class PTERunnerMixin(QueriesMixin):
     """Over one of vLLM's V1 model runners."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,6 +58,7 @@ class PTERunnerMixin:
                 max_count=engine.keep_thoughts, max_bytes=engine.keep_thoughts_mib * 2**20
             ),
         )
+        self.pte_snapshots: dict[bytes, Snapshot] = {}
         self.pte_report = PoolReport(usable_blocks=0, free_blocks=0)
         set_gaps(self.pte_gaps)
 
@@ -105,14 +107,17 @@ class PTERunnerMixin:
     # -- each step --------------------------------------------------------------------------------
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Callable | None:
-        self._stop_sequences(scheduler_output)
+        orders = getattr(scheduler_output, "pte_snapshots", SnapshotOrders())
+        self._stop_sequences(scheduler_output, orders)
         self._fold_due(scheduler_output)
         result = super()._update_states(scheduler_output)
-        self._start_sequences(scheduler_output)
+        self._start_sequences(scheduler_output, orders)
         self._publish(scheduler_output)
         return result
 
-    def _stop_sequences(self, scheduler_output: SchedulerOutput) -> None:
+    def _stop_sequences(self, scheduler_output: SchedulerOutput, orders: SnapshotOrders) -> None:
+        for request_id, key in orders.keep.items():
+            self.pte_snapshots[key] = self.pte_pool.snapshot(request_id)
         for request_id in scheduler_output.finished_req_ids:
             self.pte_pool.finish(request_id)
         for request_id in scheduler_output.preempted_req_ids or ():
@@ -160,8 +165,8 @@ class PTERunnerMixin:
         )
         self.pte_pool.fold(sequence, k_e, v_e)
 
-    def _start_sequences(self, scheduler_output: SchedulerOutput) -> None:
-        """Start new requests, and preempted ones again, from S_0."""
+    def _start_sequences(self, scheduler_output: SchedulerOutput, orders: SnapshotOrders) -> None:
+        """Start new requests, and preempted ones again, from S_0 or from an earlier request's S."""
         for new in scheduler_output.scheduled_new_reqs:
             request = self.requests[new.req_id]
             plan = request_plan(
@@ -170,11 +175,13 @@ class PTERunnerMixin:
                 request.num_prompt_tokens,
                 self.pte_block_size,
             )
-            self._start(new.req_id, plan)
+            self._start(new.req_id, plan, orders.restore.get(new.req_id))
         for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             self._start(request_id, self.pte_pool.sequences[request_id].plan)
+        for key in orders.forget:
+            self.pte_snapshots.pop(key, None)
 
-    def _start(self, request_id: str, plan: FoldPlan) -> None:
+    def _start(self, request_id: str, plan: FoldPlan, snapshot: bytes | None = None) -> None:
         request = self.requests[request_id]
         lora: LoRARequest | None = request.lora_request
         loaded = self.lora_manager.encoder_of(lora) if lora is not None else None
@@ -187,8 +194,10 @@ class PTERunnerMixin:
             rule=options.rule,
             loaded=loaded,
         )
-        # A prefix hit ends before the first fold, so nothing is due here.
-        assert plan.folded_blocks(request.num_computed_tokens) == sequence.folded_blocks == 0
+        if snapshot is not None:
+            self.pte_pool.restore(sequence, self.pte_snapshots[snapshot])
+        # Any other prefix hit ends before the first fold, so nothing is due here.
+        assert plan.folded_blocks(request.num_computed_tokens) == sequence.folded_blocks
 
     def _publish(self, scheduler_output: SchedulerOutput) -> None:
         """Tell attention the gaps, and LoRA the slots, of the batch in its final order."""
@@ -214,89 +223,6 @@ class PTERunnerMixin:
         self.pte_gaps.clear()
         self.pte_tokens.publish([])
         return super()._dummy_run(*args, **kwargs)
-
-    # -- called through collective_rpc ------------------------------------------------------------
-
-    def pte_requests(self) -> dict[str, Any]:
-        """Running and recently finished requests, and the pool as of the last step."""
-        pool = self.pte_pool
-        return {
-            "block_size": self.pte_block_size,
-            "usable_blocks": self.pte_report.usable_blocks,
-            "free_blocks": self.pte_report.free_blocks,
-            "adapters_in_use": list(self.pte_report.adapters),
-            "running": [s.thoughts(i, with_rho=False).report() for i, s in pool.sequences.items()],
-            "finished": [t.report() for t in list(pool.finished)[-pool.SHOWN_FINISHED :]],
-        }
-
-    def pte_counters(self) -> dict[str, Any]:
-        """Counts since the start and slots in use, for `/metrics`."""
-        slots = self.pte_pool.states.shape[1] - 1  # slot 0 belongs to nobody
-        in_use = slots - len(self.pte_pool.free_slots)
-        return {**self.pte_pool.counters.snapshot(), "slots": slots, "slots_in_use": in_use}
-
-    def pte_thoughts(self, name: str) -> dict[str, Any] | None:
-        """Summary of the request that a client calls `name`, running or finished; else None."""
-        thoughts = self._settled(name)
-        return None if thoughts is None else thoughts.summary(name)
-
-    def pte_thoughts_file(self, name: str) -> tuple[bool, bytes | None]:
-        """Whether the request is known, and its state as safetensors if it has one."""
-        thoughts = self._settled(name)
-        return thoughts is not None, None if thoughts is None else thoughts.safetensors()
-
-    def pte_thoughts_forget(self, name: str) -> str | None:
-        """Forget a finished request: `running`, `forgotten`, or None where it is unknown."""
-        thoughts = self.pte_pool.thoughts(name)
-        if thoughts is None:
-            return None
-        if not thoughts.finished:
-            return "running"
-        self.pte_pool.kept.forget(thoughts.request_id)
-        return "forgotten"
-
-    def pte_fold_events(self, name: str, since: int) -> dict[str, Any] | None:
-        """Folds of a request after the first `since`; the engine's id, for the next call."""
-        thoughts = self._settled(name)
-        if thoughts is None:
-            return None
-        return {
-            "request_id": thoughts.request_id,
-            "finished": thoughts.finished,
-            "num_tokens": thoughts.num_tokens,
-            "folds": thoughts.folds,
-            "folded_tokens": thoughts.folded_blocks * thoughts.plan.block_size,
-            "events": thoughts.events(since),
-        }
-
-    def pte_rho(self, name: str) -> list[float] | None:
-        """rho of each fold of a request, running or finished lately; None if it is unknown."""
-        self._sync_device()
-        return self.pte_pool.rho(name)
-
-    def _settled(self, name: str) -> Thoughts | None:
-        thoughts = self.pte_pool.thoughts(name)
-        if thoughts is not None:
-            self._sync_device()  # its copies to the host have arrived
-        return thoughts
-
-    def pte_check_integrity(self) -> dict[str, int]:
-        """Counts of what is in use.
-
-        Raises:
-            AssertionError: if slots, sequences and requests disagree.
-        """
-        self.pte_pool.check_integrity()
-        strangers = set(self.pte_pool.sequences) - set(self.requests)
-        assert not strangers, f"sequences without a request: {sorted(strangers)[:5]}"
-        assert not self.pte_report.errors, self.pte_report.errors
-        used = [s for s in self.pte_pool.sequences.values() if s.slot != IDENTITY_SLOT]
-        return {
-            "sequences": len(self.pte_pool.sequences),
-            "slots_in_use": len(used),
-            "free_blocks": self.pte_report.free_blocks,
-            "usable_blocks": self.pte_report.usable_blocks,
-        }
 
 
 class PTECPUModelRunner(PTERunnerMixin, CPUModelRunner):

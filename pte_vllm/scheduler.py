@@ -13,6 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from pte_vllm.cache import PTEManager
 from pte_vllm.config import REQUEST_OPTIONS, EngineConfig, request_plan
+from pte_vllm.snapshots import SnapshotIndex
 from pte_vllm.types import PoolReport
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class PTESchedulerMixin:
         self.pte_engine = engine
         self.pte_manager = manager
         self.pte_plans = manager.plans
+        self.pte_snapshots = SnapshotIndex(manager, _capacity(engine, self.vllm_config))
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
@@ -55,6 +57,7 @@ class PTESchedulerMixin:
         PTE there is no connector.
         """
         folds = self._folds_of(request)
+        self.pte_snapshots.end(request)
         kv_params, ec_params = super()._free_request(request, *args, **kwargs)
         return kv_params or folds, ec_params
 
@@ -78,13 +81,19 @@ class PTESchedulerMixin:
         self.pte_plans.pop(request.request_id, None)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        """End a prefix hit before the first fold.
+        """End a prefix hit before the first fold, or take up an earlier sequence past it.
 
         Blocks from `first_fold` on belong to another plan's view of the same tokens, and a hit
         that ended at the boundary itself would hold the blocks to fold and a whole new chunk.
         """
         blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        limit = self.pte_plans[request.request_id].first_fold - self.pte_manager.block_size
+        plan = self.pte_plans[request.request_id]
+        if num_hit and not request.num_preemptions:
+            found = self.pte_snapshots.find(request, plan, blocks.blocks[0])
+            if found is not None:
+                window = self.kv_cache_manager.create_kv_cache_blocks((found[0],))
+                return window, found[1], boundary, diverged
+        limit = plan.first_fold - self.pte_manager.block_size
         if num_hit > limit:
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, limit)
             num_hit = limit
@@ -112,7 +121,15 @@ class PTESchedulerMixin:
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
         output.pte_pool = self.pte_pool_report()
+        output.pte_snapshots = self.pte_snapshots.orders(
+            (self.requests[new.req_id], new.num_computed_tokens)
+            for new in output.scheduled_new_reqs
+        )
         return output
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        self.pte_snapshots.clear()  # weights may have changed
+        return super().reset_prefix_cache(*args, **kwargs)
 
     def pte_pool_report(self) -> PoolReport:
         pool, manager = self.kv_cache_manager.block_pool, self.pte_manager
@@ -136,6 +153,16 @@ class PTESchedulerMixin:
         """Raise AssertionError unless plans, requests and blocks agree."""
         assert set(self.pte_plans) == set(self.requests)
         self.pte_manager.check_integrity()
+
+
+def _capacity(engine: EngineConfig, vllm_config: Any) -> int:
+    """Thought states to keep for requests that take up another: as the API keeps them."""
+    lora = vllm_config.lora_config
+    rank = lora.max_lora_rank if lora is not None else 0
+    layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    # At most two sums of fp32 and a count per layer, whatever the rule.
+    num_bytes = 4 * layers * (2 * rank**2 + 1)
+    return min(engine.keep_thoughts, engine.keep_thoughts_mib * 2**20 // num_bytes)
 
 
 class PTEScheduler(PTESchedulerMixin, Scheduler):

@@ -78,6 +78,8 @@ def serve(
         setattr(args, name, value)
     args.pte_service = service or ServiceConfig()  # vLLM hands `args` to the endpoint plugin
     check_serve_args(args, engine)
+    if args.api_server_count is None and not args.headless:
+        args.api_server_count = 1  # vLLM's own default is one per engine
     command.validate(args)
     command.cmd(args)
 

@@ -17,7 +17,7 @@ from pte_vllm.config import PTEConfig, check_rule_fits
 from pte_vllm.counters import FoldCounters
 from pte_vllm.ops.reference import RULES, LayerEncoder, Sums, relative_update
 from pte_vllm.plan import FoldPlan
-from pte_vllm.thoughts import Thoughts, ThoughtStore, find_id
+from pte_vllm.thoughts import Thoughts, ThoughtStore, find_id, to_host
 
 IDENTITY_SLOT = 0
 
@@ -73,6 +73,16 @@ class Sequence:
         return torch.stack(self.rho) if self.rho else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A sequence's memory after its last fold, on the host; another may start from it."""
+
+    rule: str | None
+    folded_blocks: int
+    sums: Sums
+    rho: Tensor | None  # [folds]
+
+
 class StatePool:
     """`states[layer]: [slots, R, R]`, what A x is multiplied by, and the sequences that own them.
 
@@ -99,10 +109,10 @@ class StatePool:
         self.states[:, IDENTITY_SLOT] = torch.eye(max_rank, device=device)
         self.free_slots = list(range(max_num_seqs, 0, -1))
         self.sequences: dict[str, Sequence] = {}
-        self.counters = FoldCounters(device)
         self.kept = kept
         # Without states; enough that a rollout still finds its own when many end at once.
         self.finished: deque[Thoughts] = deque(maxlen=max(self.SHOWN_FINISHED, 4 * max_num_seqs))
+        self.counters = FoldCounters(device)
 
     def start(
         self,
@@ -144,6 +154,27 @@ class StatePool:
             self.finished.append(thoughts.without_state())
             self.kept.add(thoughts)
 
+    def snapshot(self, request_id: str) -> Snapshot:
+        """Of a running sequence; its tensors may still be on their way to the host."""
+        sequence = self.sequences[request_id]
+        return Snapshot(
+            rule=sequence.rule,
+            folded_blocks=sequence.folded_blocks,
+            sums={name: to_host(sums) for name, sums in sequence.sums.items()},
+            rho=to_host(torch.stack(sequence.rho)) if sequence.rho else None,
+        )
+
+    def restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
+        """Let a sequence that has just started go on from an earlier one's memory."""
+        assert sequence.rule == snapshot.rule and not sequence.folded_blocks
+        device = self.states.device
+        sequence.folded_blocks = snapshot.folded_blocks
+        if sequence.loaded is not None:
+            sequence.sums = {k: v.to(device, non_blocking=True) for k, v in snapshot.sums.items()}
+            if snapshot.rho is not None:
+                sequence.rho = list(snapshot.rho.to(device, non_blocking=True))
+            self._write(sequence)
+
     def thoughts(self, name: str) -> Thoughts | None:
         """Of the running or finished request that a client calls `name`; the newest of several."""
         request_id = find_id(name, self.sequences)
@@ -165,13 +196,13 @@ class StatePool:
         assert sequence.loaded is not None and sequence.rule is not None
         loaded, rule = sequence.loaded, RULES[sequence.rule]
         how = loaded.config.normalize
-        sequence.sums = rule.fold(sequence.sums, loaded.encoder, k_e, v_e, how)
         before = sequence.state
-        after = self._write(sequence)
         assert before is not None
-        rho = relative_update(before, after - before)  # [L]
-        sequence.rho.append(rho.mean())
+        sequence.sums = rule.fold(sequence.sums, loaded.encoder, k_e, v_e, how)
+        after = self._write(sequence)
+        rho = relative_update(before, after - before)
         self.counters.add_rho(rho)
+        sequence.rho.append(rho.mean())
 
     def _write(self, sequence: Sequence) -> Tensor:
         """Put what the rule reads, `[L, G, r]`, into the slot; returns it."""

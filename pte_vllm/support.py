@@ -16,6 +16,7 @@ _REASONS = {
     "--kv-transfer-config": "KV connectors move blocks without the thought state",
     "--kv-cache-dtype": "quantised KV caches cannot be encoded; use auto",
     "--fully-sharded-loras": "the thought state needs A's whole output on every rank",
+    "--api-server-count": "adapters, and requests to continue, live in one API server",
     "--enable-dbo": "dual-batch overlap splits a step that has one set of gaps",
     "VLLM_USE_V2_MODEL_RUNNER": "Model Runner V2 has no PTE hooks yet; set it to 0",
 }
@@ -52,6 +53,7 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
             "--kv-cache-dtype": _quantised(args.kv_cache_dtype),
             "--fully-sharded-loras": getattr(args, "fully_sharded_loras", False),
             "--enable-dbo": getattr(args, "enable_dbo", False),
+            "--api-server-count": _more_than_one(getattr(args, "api_server_count", None)),
         }
     )
     if args.block_size is not None:

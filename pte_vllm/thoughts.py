@@ -89,7 +89,8 @@ class Thoughts:
 
     def kept(self) -> Thoughts:
         """A copy on the host, in memory of its own; the device is not waited for."""
-        return replace(self, finished=True, state=_to_host(self.state), rho=_to_host(self.rho))
+        state, rho = (None if t is None else to_host(t) for t in (self.state, self.rho))
+        return replace(self, finished=True, state=state, rho=rho)
 
     def without_state(self) -> Thoughts:
         return replace(self, state=None)
@@ -162,9 +163,10 @@ class Thoughts:
         ]
 
 
-def _to_host(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or tensor.device.type == "cpu":
-        return None if tensor is None else tensor.clone()
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own; complete once the device has been waited for."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
     # Into pinned memory, so that the copy waits for nothing.
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)

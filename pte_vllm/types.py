@@ -30,3 +30,14 @@ class PoolReport:
     """Names of the adapters that running and waiting requests use, sorted."""
     errors: tuple[str, ...] = ()
     """What `check_integrity` found wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotOrders:
+    """What the worker does with thought states in a step, in this order; the keys name them."""
+
+    keep: dict[str, bytes] = field(default_factory=dict)
+    """By request that ended: keep its state under this key."""
+    restore: dict[str, bytes] = field(default_factory=dict)
+    """By new request: start from the state under this key."""
+    forget: tuple[bytes, ...] = ()

@@ -70,10 +70,8 @@ def stream(service: Service, jobs: list[Job]) -> Response:
     """Start `jobs`, and answer with the record of each as it finishes; 429 if there is no room."""
     try:
         service.admission.enter(len(jobs))
-    except BusyError as error:  # vLLM's handler of HTTPException would drop the header
-        body = create_error_response(str(error), "TooManyRequests", HTTPStatus.TOO_MANY_REQUESTS)
-        after = {"Retry-After": str(RETRY_AFTER_S)}
-        return JSONResponse(body.model_dump(), HTTPStatus.TOO_MANY_REQUESTS, headers=after)
+    except BusyError as error:
+        return too_many(str(error))
     request_id = f"rollout-{uuid4().hex[:16]}"
     tasks = [
         asyncio.create_task(_counted(service, f"{request_id}-{i}", job))
@@ -88,6 +86,13 @@ def stream(service: Service, jobs: list[Job]) -> Response:
 async def _counted(service: Service, request_id: str, job: Job) -> Rollout:
     with counted(job.kind):
         return await run(service, request_id, job)
+
+
+def too_many(message: str) -> Response:
+    """429, with the header that vLLM's handler of HTTPException would drop."""
+    body = create_error_response(message, "TooManyRequests", HTTPStatus.TOO_MANY_REQUESTS)
+    after = {"Retry-After": str(RETRY_AFTER_S)}
+    return JSONResponse(body.model_dump(), HTTPStatus.TOO_MANY_REQUESTS, headers=after)
 
 
 class _Records(StreamingResponse):

@@ -97,7 +97,9 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
         part, parts = await _on_newest(service, job, done), parts + 1
     events = fold_events(job.plan, len(done.prompt_ids + done.completion_ids))
     if events and part.adapter.lora is not None:
-        (rho,) = await service.engine.collective_rpc("pte_rho", args=(f"{request_id}-{parts}",))
+        # Of the last part, which folded everything before it again on its own version.
+        name = f"{request_id}-{parts}"
+        (rho,) = await service.engine.collective_rpc("pte_rho", args=(name,))
         events = with_rho(events, rho)
     return Rollout(
         prompt_ids=done.prompt_ids,

@@ -51,11 +51,6 @@ def make_service(
     refusal = None
     if engine.vllm_config.lora_config is None:
         refusal = "this server takes no adapters: start it with --enable-lora"
-    elif (args.api_server_count or 1) > 1:
-        refusal = (
-            f"--api-server-count {args.api_server_count}: a pushed adapter would reach one of the "
-            "API servers only; set it to 1"
-        )
     registry = AdapterRegistry(engine, models, spool, keep=options.keep_versions, refusal=refusal)
     return Service(
         engine=engine,

@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from http import HTTPStatus
 from typing import Any, Literal
 
 from fastapi import APIRouter, HTTPException, Request
@@ -14,6 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
+from pte_vllm.earlier import EARLIER
+from pte_vllm.server.generation import too_many
 from pte_vllm.server.state import Service, service
 
 router = APIRouter()
@@ -58,20 +59,17 @@ async def delete_thoughts(id: str, request: Request) -> dict[str, str]:
         outcome = await _call(state, "pte_thoughts_forget", id)
     if _known(id, outcome) == "running":
         raise HTTPException(409, f"request {id} is running; abort it first")
+    EARLIER.forget(id)  # of n choices, all
     return {"deleted": id}
 
 
 @router.get("/thoughts/{id}/events")
-async def thought_events(id: str, request: Request) -> EventSourceResponse:
+async def thought_events(id: str, request: Request) -> Response:
     """Server-sent events: one per fold, those so far included, and `end` when it finishes."""
     state = service(request)
     first = _known(id, await _call(state, "pte_fold_events", id, 0))
     if state.listeners.count >= MAX_LISTENERS:
-        raise HTTPException(
-            HTTPStatus.TOO_MANY_REQUESTS,
-            f"{MAX_LISTENERS} clients follow thoughts already",
-            headers={"Retry-After": "5"},
-        )
+        return too_many(f"{MAX_LISTENERS} clients follow thoughts already")
     state.listeners.count += 1
     return _Followed(_events(state, first), state)
 

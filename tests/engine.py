@@ -41,6 +41,8 @@ class Job:
     logprobs: list[float] = field(default_factory=list)
     prompt_scores: list[float] = field(default_factory=list)
     finished: bool = False
+    cached_tokens: int = 0
+    """Of the prompt, those that were not read again."""
 
     def params(self, default_seed: int) -> SamplingParams:
         return SamplingParams(
@@ -83,6 +85,7 @@ class Engine:
         window_tokens: int = 4 * BLOCK,
         evict_ratio: float = 0.25,
         max_prompt_tokens: int | None = None,
+        keep_thoughts: int = EngineConfig.keep_thoughts,
         num_blocks: int = 400,
         pte: bool = True,
         async_scheduling: bool = False,
@@ -94,6 +97,7 @@ class Engine:
             window_tokens=window_tokens,
             evict_ratio=evict_ratio,
             max_prompt_tokens=max_prompt_tokens,
+            keep_thoughts=keep_thoughts,
         )
         args: dict[str, Any] = {
             "model": str(model),
@@ -213,6 +217,7 @@ def _fill(job: Job, output: Any) -> None:
             for token, entry in zip(job.prompt[1:], output.prompt_logprobs[1:], strict=True)
         ]
     job.finished = output.finished
+    job.cached_tokens = output.num_cached_tokens or 0
 
 
 def lora(name: str, path: Path, lora_id: int) -> LoRARequest:

@@ -80,6 +80,8 @@ def test_request_options_of_others_are_left_alone() -> None:
         ({"pte_window": True}, "pte_window must be an integer"),
         ({"pte_window": -16}, "pte_window must not be negative"),
         ({"pte_pin_tokens": "-3"}, "pte_pin_tokens must not be negative"),
+        ({"pte_state_id": 7}, "pte_state_id must be the id"),
+        ({"pte_state_id": ""}, "pte_state_id must be the id"),
         ({"pte_update": "mean"}, "pte_update must be one of"),
     ],
 )
