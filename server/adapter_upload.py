@@ -1,4 +1,4 @@
-"""The body of a push, as multipart form or tar: its files, its hash and its version number.
+"""The body of a push, as multipart form or tar: its files, its hash, its version; and their check.
 
 Nothing here touches the spool: names that a body carries are compared with the three that an
 adapter has, and never used as paths.
@@ -11,13 +11,14 @@ import tarfile
 import tempfile
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 from fastapi import HTTPException, Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from pte_vllm.adapter import CONFIG_FILE, FILES, LORA_FILE
+from pte_vllm.adapter import CONFIG_FILE, FILES, LORA_FILE, Adapter, AdapterError, ModelShape
 
 MAX_ADAPTER_BYTES = 1 << 30
 """Largest body of a push."""
@@ -89,6 +90,24 @@ async def read_upload(request: Request) -> Upload:
         sha256=fields["sha256"],
         number=int(number) if number is not None else None,
     )
+
+
+def servable_rule(path: Path, shape: ModelShape, max_lora_rank: int) -> str | None:
+    """The update rule of the adapter in `path`; None for a plain LoRA. Reads every tensor.
+
+    Raises:
+        AdapterError: if it is broken, or not for this model or engine; names no directory.
+    """
+    try:
+        adapter = Adapter.load(path, shape)
+        rank = max(a.shape[0] for a in adapter.lora_a.values())
+        if adapter.pte is not None:
+            rank = max(rank, adapter.pte.rank)
+        if rank > max_lora_rank:
+            raise AdapterError(f"rank {rank} exceeds this server's --max-lora-rank {max_lora_rank}")
+    except AdapterError as error:
+        raise AdapterError(str(error).replace(f"{path}/", "")) from error
+    return adapter.pte.rule if adapter.pte is not None else None
 
 
 async def _read_form(request: Request) -> tuple[dict[str, IO[bytes]], dict[str, str]]:

@@ -15,7 +15,8 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from pte_vllm.adapter import FILES, Adapter, AdapterError, ModelShape, content_hash
+from pte_vllm.adapter import ModelShape, content_hash
+from pte_vllm.server.adapter_upload import servable_rule
 from pte_vllm.server.adapter_use import AdapterUse
 from pte_vllm.server.metrics import timed_load
 from pte_vllm.server.served_names import ServedNames
@@ -82,6 +83,8 @@ class AdapterRegistry:
         self._shape = ModelShape.from_hf(
             engine.vllm_config.model_config.hf_config.get_text_config()
         )
+        lora = engine.vllm_config.lora_config
+        self._max_rank = lora.max_lora_rank if lora is not None else 0
         self._versions: dict[str, dict[int, Version]] = {}
         self._lock = asyncio.Lock()
 
@@ -128,7 +131,9 @@ class AdapterRegistry:
             elif number <= newest:
                 what = "has other files" if number in mine else "is not above the newest"
                 raise ConflictError(f"version {number} of {name} {what}; the newest is {newest}")
-            rule = await asyncio.to_thread(self._validate, incoming)
+            rule = await asyncio.to_thread(
+                servable_rule, incoming.path, self._shape, self._max_rank
+            )
             version = await asyncio.to_thread(
                 self._spool.commit, incoming, name=name, number=number, sha256=found, rule=rule
             )
@@ -152,7 +157,7 @@ class AdapterRegistry:
         check_name(name)
         incoming = await asyncio.to_thread(self._spool.incoming)
         try:
-            await asyncio.to_thread(_copy_adapter, path, incoming)
+            await asyncio.to_thread(incoming.copy_adapter, path)
             sha256 = content_hash(incoming.hashes)
             newest = self.versions(name)[-1] if name in self._versions else None
             if newest is not None and newest.sha256 == sha256:
@@ -266,22 +271,6 @@ class AdapterRegistry:
         if self._models.is_base_model(name) or taken:
             raise ValueError(f"{name} is served already, and was not pushed; choose another name")
 
-    def _validate(self, incoming: Incoming) -> str | None:
-        """The rule of an adapter that this engine can serve; AdapterError for any other."""
-        path, lora = incoming.path, self._engine.vllm_config.lora_config
-        try:
-            adapter = Adapter.load(path, self._shape)
-            rank = max(a.shape[0] for a in adapter.lora_a.values())
-            if adapter.pte is not None:
-                rank = max(rank, adapter.pte.rank)
-            if rank > lora.max_lora_rank:
-                raise AdapterError(
-                    f"rank {rank} exceeds this server's --max-lora-rank {lora.max_lora_rank}"
-                )
-        except AdapterError as error:
-            raise AdapterError(str(error).replace(f"{path}/", "")) from error
-        return adapter.pte.rule if adapter.pte is not None else None
-
     def _tidy_soon(self) -> None:
         if self._tidying is None or self._tidying.done():
             self._tidying = asyncio.create_task(self._tidy())
@@ -328,13 +317,3 @@ class AdapterRegistry:
         )
         await asyncio.to_thread(self._spool.forget, version)
         self.use.retire(version)
-
-
-def _copy_adapter(path: Path, incoming: Incoming) -> None:
-    """ValueError if `path` is no adapter directory; nothing but its adapter files is read."""
-    found = [name for name in FILES if (path / name).is_file()]
-    if not found:
-        raise ValueError(f"there is no adapter in {path}")
-    for name in found:
-        with (path / name).open("rb") as file:
-            incoming.write(name, file)

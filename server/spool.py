@@ -78,6 +78,15 @@ class Incoming:
             _sync(file)
         self.hashes[name] = digest.hexdigest()
 
+    def copy_adapter(self, directory: Path) -> None:
+        """Copy an adapter's files, and nothing else; ValueError if there are none."""
+        found = [name for name in FILES if (directory / name).is_file()]
+        if not found:
+            raise ValueError(f"there is no adapter in {directory}")
+        for name in found:
+            with (directory / name).open("rb") as file:
+                self.write(name, file)
+
     def discard(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
