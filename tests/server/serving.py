@@ -62,6 +62,21 @@ class Server(launch.Server):
     def get(self, path: str) -> dict:
         return httpx.get(self.url + path, timeout=30).raise_for_status().json()
 
+    def pace(self, num_tokens: int) -> None:
+        """Return when a request of the base model has had that many tokens.
+
+        What was sent before and runs beside it has had about as many: a clock that no load of the
+        machine disturbs. Asking the worker for its requests may wait for long while it is busy.
+        """
+        body = {
+            "model": "base",
+            "prompt": [5, 6],
+            "max_tokens": num_tokens,
+            "ignore_eos": True,
+            "vllm_xargs": {"pte_window": 2 * BLOCK},
+        }
+        httpx.post(f"{self.url}/v1/completions", json=body, timeout=300).raise_for_status()
+
     def wait_idle(self) -> dict:
         """The pool once nothing runs; the worker hears of the last request one step later."""
         for _ in range(100):

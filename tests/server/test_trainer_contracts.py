@@ -178,7 +178,7 @@ def test_areal_resubmits_what_was_aborted(
     load = {"lora_path": str(steps[0]), "lora_name": names[0]}
     assert post(server, "/v1/load_lora_adapter", load).status_code == 200
     with under_way(lambda: _areal(server, names[0], question, room)) as results:
-        wait_folds(server, 3)
+        server.pace(WINDOW + 6 * BLOCK)
         _ok(post(server, "/areal_pause_generation", {}))
         load = {"lora_path": str(steps[1]), "lora_name": names[1]}
         assert post(server, "/v1/load_lora_adapter", load).status_code == 200
