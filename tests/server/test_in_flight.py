@@ -96,7 +96,7 @@ def test_new_version_while_sampling(
     with RolloutClient(server.url) as pusher, ThreadPoolExecutor(1) as pool:
         pusher.push(weights[1], name)
         answer = pool.submit(httpx.post, f"{server.url}/pte/v1/rollouts", json=body, timeout=300)
-        server.pace(300)
+        server.pace(400)
         assert pusher.push(weights[0], name) == 2
         records = [Rollout.from_json(line) for line in answer.result().text.split("\n") if line]
     assert len(records) == 2
@@ -106,7 +106,7 @@ def test_new_version_while_sampling(
         if reason == "length":
             assert len(record.completion_ids) == 900 and len(record.fold_events) > 20
         else:
-            assert 0 < len(record.completion_ids) < 900
+            assert 200 < len(record.completion_ids) < 900
         assert record.adapter == f"{name}@{versions[-1]}"
         _check(server, weights, record)
     httpx.delete(f"{server.url}/pte/v1/adapters/{name}").raise_for_status()
