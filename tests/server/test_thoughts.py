@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,76 +14,27 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load
 
-from pte_vllm.adapter import Adapter
 from pte_vllm.plan import FoldPlan
 from pte_vllm.server.thoughts import MAX_LISTENERS
-from pte_vllm.thoughts import find_id
 from pte_vllm.train.client import RolloutClient
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import ReplayResult, log_probs
 from tests.engine import BLOCK
-from tests.parity.reference import TOLERANCE, load_model
-from tests.server.serving import NUM_BLOCKS, WINDOW, Server
-from tests.support import random_tokens
+from tests.server.serving import WINDOW, Server
+from tests.server.thinking import IGNORE_EOS, LENGTH, PROMPT, complete, finished, replay
 
 KEPT = 12
-PROMPT, LENGTH = random_tokens(50, 500, 1), WINDOW + 6 * BLOCK + 9
-IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}
 
 
 @pytest.fixture(scope="module")
 def server(
-    tiny: Callable[[str], Path],
-    adapters: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Server]:
+    serve: Callable[..., Server], tiny: Callable[[str], Path], adapters: Callable[..., Path]
+) -> Server:
     model = tiny("qwen3")
     served = {
         "paper": adapters(model, rank=8, rule="paper"),
         "ridge": adapters(model, rank=8, rule="ridge"),
         "few": adapters(model, rank=4, global_tokens=6, rule="sum", layers=[0, 2]),
     }
-    directory = tmp_path_factory.mktemp("thoughts")
-    flags = [
-        *("--pte-spool", str(directory / "spool"), "--pte-keep-thoughts", str(KEPT)),
-        "--enable-prompt-tokens-details",
-    ]
-    with Server(model, served, log=directory / "log", flags=flags) as server:
-        server.wait_ready()
-        yield server
-        report = server.wait_idle()
-        assert report["free_blocks"] == NUM_BLOCKS
-
-
-def _complete(server: Server, model: str, length: int = LENGTH, n: int = 1, **options: object):
-    return server.client.completions.create(
-        model=model,
-        prompt=PROMPT,
-        max_tokens=length,
-        n=n,
-        seed=3,
-        extra_body={**IGNORE_EOS, "vllm_xargs": options},
-    )
-
-
-def _finished(server: Server, name: str) -> dict:
-    """Its thoughts once the worker has heard of the end."""
-    for _ in range(100):
-        found = server.get(f"/pte/v1/thoughts/{name}")
-        if found["status"] == "finished":
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"still running: {found}")
-
-
-def _replay(
-    server: Server, model: str, tokens: list[int], plan: FoldPlan, rule: str | None = None
-) -> ReplayResult:
-    attached = PTEModel(load_model(server.model), Adapter.load(server.adapters[model]))
-    try:
-        return log_probs(attached, tokens, plan, rule=rule)
-    finally:
-        attached.detach()
+    return serve(model, served, flags=["--pte-keep-thoughts", str(KEPT)])
 
 
 def _get(server: Server, path: str) -> httpx.Response:
@@ -101,8 +51,8 @@ def _get(server: Server, path: str) -> httpx.Response:
     ],
 )
 def test_thoughts_are_those_of_the_replay(server: Server, model: str, options: dict) -> None:
-    response = _complete(server, model, **options)
-    found = _finished(server, response.id)
+    response = complete(server, model, **options)
+    found = finished(server, response.id)
     plan = FoldPlan(
         pin_tokens=options.get("pte_pin_tokens", 50),
         window_tokens=options.get("pte_window", WINDOW),
@@ -110,7 +60,7 @@ def test_thoughts_are_those_of_the_replay(server: Server, model: str, options: d
     )
     tokens = [*PROMPT, *response.choices[0].token_ids]
     # The last token is sampled, never computed.
-    expected = _replay(server, model, tokens[:-1], plan, options.get("pte_update"))
+    expected = replay(server, model, tokens[:-1], plan, options.get("pte_update"))
     rho = [fold.rho.mean().item() for fold in expected.folds[0]]
     assert len(rho) >= 5 and found["rho"] == pytest.approx(rho, rel=1e-3, abs=1e-6)
     assert (found["folds"], found["folded_tokens"]) == (len(rho), len(rho) * BLOCK)
@@ -131,7 +81,7 @@ def test_thoughts_are_those_of_the_replay(server: Server, model: str, options: d
 
 
 def test_safetensors_name_their_layers(server: Server, tmp_path: Path) -> None:
-    response = _complete(server, "few", 10)
+    response = complete(server, "few", 10)
     file = tmp_path / "state.safetensors"
     file.write_bytes(_get(server, f"{response.id}?format=safetensors").content)
     with safe_open(file, "pt") as opened:
@@ -147,60 +97,31 @@ def test_rollouts_report_rho(server: Server) -> None:
         (score,) = client.score([records[0].token_ids], [50], adapter="ridge")
     assert len(plain.fold_events) >= 5 and all(e.rho is None for e in plain.fold_events)
     for record in [*records, score]:
-        expected = _replay(server, "ridge", list(record.token_ids[:-1]), record.plan)
+        expected = replay(server, "ridge", list(record.token_ids[:-1]), record.plan)
         rho = [fold.rho.mean().item() for fold in expected.folds[0]]
         assert [event.rho for event in record.fold_events] == pytest.approx(rho, rel=1e-3)
 
 
 def test_each_choice_has_its_thoughts(server: Server) -> None:
-    many = _complete(server, "paper", n=3)
-    seen = [_finished(server, f"{many.id}-{choice.index}")["rho"] for choice in many.choices]
+    many = complete(server, "paper", n=3)
+    seen = [finished(server, f"{many.id}-{choice.index}")["rho"] for choice in many.choices]
     for choice, rho in zip(many.choices, seen, strict=True):
         plan = FoldPlan(pin_tokens=50, window_tokens=WINDOW, block_size=BLOCK)
-        expected = _replay(server, "paper", [*PROMPT, *choice.token_ids[:-1]], plan)
+        expected = replay(server, "paper", [*PROMPT, *choice.token_ids[:-1]], plan)
         means = [fold.rho.mean().item() for fold in expected.folds[0]]
         assert rho == pytest.approx(means, rel=1e-3)
-    assert _finished(server, many.id)["rho"] == seen[0]
+    assert finished(server, many.id)["rho"] == seen[0]
     assert _get(server, f"{many.id}-3").status_code == 404
     chat = server.client.chat.completions.create(
         model="ridge", messages=[{"role": "user", "content": "Hello"}], max_tokens=9, n=2
     )
     for name in (chat.id, f"{chat.id}-1"):
-        assert _finished(server, name)["folds"] == 0
-
-
-def test_names_of_requests() -> None:
-    ids = [
-        "cmpl-a-0-0123abcd",
-        "cmpl-a-1-89abcdef",
-        "0_cmpl-b-0-0123abcd",
-        "1_cmpl-b-0-0123abcd",
-        "0_cmpl-b-1-01234567",
-        "1_cmpl-b-1-01234567",
-        "chatcmpl-c-0123abcd",
-        "1_chatcmpl-d-0123abcd",
-    ]
-    for name, index in {
-        "cmpl-a": 0,
-        "cmpl-a-0": 0,
-        "cmpl-a-1": 1,
-        "cmpl-b": 2,
-        "cmpl-b-1": 3,
-        "cmpl-b-1-0": 4,
-        "cmpl-b-1-1": 5,
-        "chatcmpl-c": 6,
-        "chatcmpl-c-0": 6,
-        "chatcmpl-d-1": 7,
-        "cmpl-a-0-0123abcd": 0,
-    }.items():
-        assert find_id(name, ids) == ids[index], name
-    for name in ("cmpl", "a", "cmpl-a-2", "chatcmpl-d", "cmpl-b-0-2", "", "chatcmpl-c-1"):
-        assert find_id(name, ids) is None, name
+        assert finished(server, name)["folds"] == 0
 
 
 def test_without_a_thought_state(server: Server) -> None:
-    response = _complete(server, "base", 200)
-    found = _finished(server, response.id)
+    response = complete(server, "base", 200)
+    found = finished(server, response.id)
     assert (found["adapter"], found["rule"], found["layers"], found["rho"]) == (None, None, [], [])
     assert found["folds"] == found["folded_tokens"] // BLOCK > 0
     answer = _get(server, f"{response.id}?format=safetensors")
@@ -212,23 +133,23 @@ def test_unknown_forgotten_and_dropped(server: Server) -> None:
         answer = _get(server, path)
         assert answer.status_code == 404 and "--pte-keep-thoughts" in answer.text
     assert _get(server, "x?format=pickle").status_code == 400
-    first = _complete(server, "paper", 5)
+    first = complete(server, "paper", 5)
     url = f"{server.url}/pte/v1/thoughts/{first.id}"
     assert httpx.delete(url, timeout=30).json() == {"deleted": first.id}
     assert httpx.delete(url, timeout=30).status_code == httpx.get(url).status_code == 404
-    oldest = _complete(server, "paper", 5)
-    _finished(server, oldest.id)
+    oldest = complete(server, "paper", 5)
+    finished(server, oldest.id)
     for _ in range(KEPT):
         assert _get(server, oldest.id).status_code == 200
-        newest = _complete(server, "paper", 2)
-        _finished(server, newest.id)
+        newest = complete(server, "paper", 2)
+        finished(server, newest.id)
     assert _get(server, oldest.id).status_code == 404
 
 
 def test_folds_in_the_response(server: Server) -> None:
     """For clients that send an option of ours; for others the response is vLLM's."""
-    response = _complete(server, "paper", pte_window=2 * BLOCK)
-    found = _finished(server, response.id)
+    response = complete(server, "paper", pte_window=2 * BLOCK)
+    found = finished(server, response.id)
     told = response.kv_transfer_params["pte"]
     assert told == {"folds": found["folds"], "folded_tokens": found["folded_tokens"]}
     chat = server.client.chat.completions.create(
@@ -237,9 +158,9 @@ def test_folds_in_the_response(server: Server) -> None:
         max_tokens=150,
         extra_body={**IGNORE_EOS, "vllm_xargs": {"pte_window": 2 * BLOCK}},
     )
-    assert chat.kv_transfer_params["pte"]["folds"] == _finished(server, chat.id)["folds"] > 0
-    assert _complete(server, "paper", 5).kv_transfer_params is None
-    assert _complete(server, "paper", 5, n=2, pte_window=64).kv_transfer_params is None
+    assert chat.kv_transfer_params["pte"]["folds"] == finished(server, chat.id)["folds"] > 0
+    assert complete(server, "paper", 5).kv_transfer_params is None
+    assert complete(server, "paper", 5, n=2, pte_window=64).kv_transfer_params is None
 
 
 def _follow(lines: Iterator[str]) -> Iterator[tuple[str, dict]]:
@@ -273,7 +194,7 @@ def test_events_of_a_request(server: Server) -> None:
         return list(_follow(iter(lines))), first.id
 
     events, name = asyncio.run(run())
-    found = _finished(server, name)
+    found = finished(server, name)
     *folds, (last, end) = events
     assert last == "end" and end["folds"] == found["folds"] == len(folds) > 20
     assert [event["rho"] for _, event in folds] == pytest.approx(found["rho"])
@@ -339,100 +260,6 @@ def test_cancelled_requests_keep_their_thoughts(server: Server) -> None:
             name, count = chunk.id, count + 1
             if count > WINDOW + 3 * BLOCK:
                 break
-    found = _finished(server, name)
+    found = finished(server, name)
     assert len(found["rho"]) == found["folds"] >= 1
     server.wait_idle()
-
-
-def _continue(server: Server, model: str, prompt: list[int], n: int = 1, salt: str = "", **options):
-    return server.client.completions.create(
-        model=model,
-        prompt=prompt,
-        max_tokens=130,
-        n=n,
-        logprobs=0,
-        seed=5,
-        extra_body={
-            **IGNORE_EOS,
-            "vllm_xargs": options,
-            **({"cache_salt": salt} if salt else {}),
-        },
-    )
-
-
-@pytest.mark.parametrize(
-    ("model", "options"),
-    [("paper", {"pte_window": 2 * BLOCK}), ("ridge", {"pte_pin_tokens": 20, "pte_update": "sum"})],
-)
-def test_continue_by_id(server: Server, model: str, options: dict) -> None:
-    """The client needs no plan; what stands is not read again, and the tokens are the replay's."""
-    first = _complete(server, model, **options)
-    prompt = [*PROMPT, *first.choices[0].token_ids, 7, 7, 7]
-    continued = _continue(server, model, prompt, pte_state_id=first.id)
-    cached = continued.usage.prompt_tokens_details.cached_tokens
-    assert cached == (len(prompt) - 4) // BLOCK * BLOCK
-    plan = FoldPlan(
-        pin_tokens=options.get("pte_pin_tokens", 50),
-        window_tokens=options.get("pte_window", WINDOW),
-        block_size=BLOCK,
-    )
-    choice = continued.choices[0]
-    tokens = [*prompt, *choice.token_ids]
-    expected = _replay(server, model, tokens, plan, options.get("pte_update")).logprobs[0]
-    found = torch.tensor(choice.logprobs.token_logprobs)
-    assert (found - expected[len(prompt) :]).abs().max().item() <= TOLERANCE
-    thoughts = _finished(server, continued.id)
-    assert thoughts["folds"] == len(thoughts["rho"]) > cached // BLOCK - 6
-    assert thoughts["rule"] == options.get("pte_update", model)
-    # Under another salt no block is shared: the same by replay.
-    replayed = _continue(server, model, prompt, salt="mine", pte_state_id=first.id)
-    assert replayed.usage.prompt_tokens_details.cached_tokens == 0
-    assert replayed.choices[0].token_ids == choice.token_ids
-    assert _finished(server, replayed.id)["rho"] == pytest.approx(thoughts["rho"], rel=1e-3)
-    # And on from there, in three ways.
-    forks = _continue(server, model, tokens, n=3, pte_state_id=continued.id)
-    assert forks.usage.prompt_tokens_details.cached_tokens >= (len(tokens) - 1) // BLOCK * BLOCK
-    assert len({tuple(fork.token_ids) for fork in forks.choices}) == 3
-
-
-def test_continue_a_cancelled_request(server: Server) -> None:
-    tokens = list(PROMPT)
-    with server.client.completions.create(
-        model="ridge", prompt=PROMPT, max_tokens=3000, stream=True, extra_body=IGNORE_EOS
-    ) as stream:
-        for chunk in stream:
-            name = chunk.id
-            tokens += chunk.choices[0].token_ids
-            if len(tokens) > 300:
-                break
-    _finished(server, name)
-    continued = _continue(server, "ridge", tokens, pte_state_id=name)
-    # The server may have been ahead of the client, so that a later state is all it kept.
-    choice = continued.choices[0]
-    plan = FoldPlan(pin_tokens=50, window_tokens=WINDOW, block_size=BLOCK)
-    expected = _replay(server, "ridge", [*tokens, *choice.token_ids], plan).logprobs[0]
-    found = torch.tensor(choice.logprobs.token_logprobs)
-    assert (found - expected[len(tokens) :]).abs().max().item() <= TOLERANCE
-
-
-def test_what_contradicts_the_earlier_request_is_refused(server: Server) -> None:
-    first = _complete(server, "paper")
-    prompt = [*PROMPT, *first.choices[0].token_ids]
-    for model, tokens, options, message in (
-        ("paper", prompt, {"pte_state_id": "cmpl-nothing"}, "send its pte_pin_tokens"),
-        ("paper", prompt, {"pte_state_id": f"{first.id}-1"}, "no request"),
-        ("paper", prompt, {"pte_state_id": 7}, "must be the id"),
-        ("paper", prompt, {"pte_state_id": first.id, "pte_window": 64}, "ran with 128"),
-        ("paper", prompt, {"pte_state_id": first.id, "pte_pin_tokens": 49}, "ran with 50"),
-        ("paper", prompt, {"pte_state_id": first.id, "pte_update": "sum"}, "ran with paper"),
-        ("ridge", prompt, {"pte_state_id": first.id}, "ran with paper"),
-        ("base", prompt, {"pte_state_id": first.id}, "ran with paper"),
-        ("paper", prompt[1:], {"pte_state_id": first.id}, "must begin with the 50 tokens"),
-    ):
-        with pytest.raises(openai.BadRequestError, match=message):
-            _continue(server, model, tokens, **options)
-    same = {"pte_window": WINDOW, "pte_pin_tokens": 50, "pte_update": "paper"}
-    _continue(server, "paper", prompt, pte_state_id=first.id, **same)
-    httpx.delete(f"{server.url}/pte/v1/thoughts/{first.id}", timeout=30).raise_for_status()
-    with pytest.raises(openai.BadRequestError, match="forgotten"):
-        _continue(server, "paper", prompt, pte_state_id=first.id)

@@ -1,0 +1,36 @@
+"""Servers of the tests: one for a module, with a log and a spool of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.server.serving import Server
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Starts a server that is ready; after the module it must become idle, and ends."""
+    started: list[Server] = []
+    with ExitStack() as servers:
+
+        def start(
+            model: Path,
+            adapters: Mapping[str, Path] | None = None,
+            *,
+            flags: Sequence[str] = (),
+            env: Mapping[str, str] | None = None,
+        ) -> Server:
+            directory = tmp_path_factory.mktemp("server")
+            flags = ["--pte-spool", str(directory / "spool"), *flags]
+            server = Server(model, adapters or {}, log=directory / "log", flags=flags, env=env)
+            servers.enter_context(server).wait_ready()
+            started.append(server)
+            return server
+
+        yield start
+        for server in started:
+            server.wait_idle()

@@ -1,0 +1,48 @@
+"""What the tests of thought states share: a request, its thoughts when it has ended, its replay."""
+
+from __future__ import annotations
+
+import time
+
+from pte_vllm.adapter import Adapter
+from pte_vllm.plan import FoldPlan
+from pte_vllm.train.modeling import PTEModel
+from pte_vllm.train.replay import ReplayResult, log_probs
+from tests.engine import BLOCK
+from tests.parity.reference import load_model
+from tests.server.serving import WINDOW, Server
+from tests.support import random_tokens
+
+PROMPT, LENGTH = random_tokens(50, 500, 1), WINDOW + 6 * BLOCK + 9
+IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}
+
+
+def complete(server: Server, model: str, length: int = LENGTH, n: int = 1, **options: object):
+    return server.client.completions.create(
+        model=model,
+        prompt=PROMPT,
+        max_tokens=length,
+        n=n,
+        seed=3,
+        extra_body={**IGNORE_EOS, "vllm_xargs": options},
+    )
+
+
+def finished(server: Server, name: str) -> dict:
+    """Its thoughts once the worker has heard of the end."""
+    for _ in range(100):
+        found = server.get(f"/pte/v1/thoughts/{name}")
+        if found["status"] == "finished":
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"still running: {found}")
+
+
+def replay(
+    server: Server, model: str, tokens: list[int], plan: FoldPlan, rule: str | None = None
+) -> ReplayResult:
+    attached = PTEModel(load_model(server.model), Adapter.load(server.adapters[model]))
+    try:
+        return log_probs(attached, tokens, plan, rule=rule)
+    finally:
+        attached.detach()
