@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from pte_vllm.config import PTEConfig
@@ -304,7 +304,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.exists():
         raise AdapterError(f"{file} is missing")
     try:
-        tensors: dict[str, Tensor] = load_file(file)
+        # Not load_file: safetensors 0.8 loses memory with every tensor it reads that way.
+        tensors: dict[str, Tensor] = load(file.read_bytes())
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{file} is not a readable safetensors file: {error}") from error
     for name, tensor in tensors.items():

@@ -95,7 +95,8 @@ class ProcessGroup:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self.env,
-                start_new_session=True,
+                # Not a session of its own: Linux divides the CPU by session first, then by nice.
+                process_group=0,
             )
         return self
 

@@ -184,6 +184,17 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         self.targets_output_layer = False
         """Whether any adapter loaded so far has weights for the output layer."""
 
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """vLLM's, which may unload others to make room; their encoders go with them.
+
+        A sequence that runs holds its own reference.
+        """
+        added = super().add_adapter(lora_request)
+        keep = self.list_adapters()
+        self._encoders = {i: e for i, e in self._encoders.items() if i in keep}
+        self._plain &= keep
+        return added
+
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         adapter_id, path = (
             lora_request.lora_int_id,
@@ -215,9 +226,3 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         if adapter_id not in self._encoders and adapter_id not in self._plain:
             self.add_adapter(lora_request)
         return self._encoders.get(adapter_id)
-
-    def forget_unused(self, in_use: set[int]) -> None:
-        """Drop encoders of adapters that vLLM has unloaded and no sequence uses."""
-        keep = in_use | self.list_adapters()
-        self._encoders = {i: e for i, e in self._encoders.items() if i in keep}
-        self._plain &= keep

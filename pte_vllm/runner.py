@@ -125,10 +125,6 @@ class PTERunnerMixin(QueriesMixin):
             if sequence is not None:
                 # Without a slot until it resumes; its plan and its record stay.
                 self.pte_pool.start(request_id, sequence.plan, adapter=sequence.adapter)
-        if self.lora_config and scheduler_output.finished_req_ids:
-            self.lora_manager.forget_unused(
-                {r.lora_request.lora_int_id for r in self.requests.values() if r.lora_request}
-            )
 
     def _fold_due(self, scheduler_output: SchedulerOutput) -> None:
         """Fold for running sequences that start a step at or past a boundary."""

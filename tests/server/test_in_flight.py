@@ -162,10 +162,12 @@ def _resident_mib(pid: int) -> float:
 @pytest.mark.parametrize("pushes", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_pushes_under_load(server: Server, weights: list[Path], pushes: int) -> None:
     """Sixteen streams go on; none is dropped or mixes versions; nothing grows."""
-    stop, records, failures = threading.Event(), [], []
+    stop, finished = threading.Event(), threading.Semaphore(0)
+    records, failures = [], []
     name = f"loaded-{pushes}"
 
     def sample(stream: int) -> None:
+        length = 180 + 10 * stream  # so that samples end one by one
         with RolloutClient(server.url) as mine:
             while not stop.is_set():
                 try:
@@ -173,10 +175,12 @@ def test_pushes_under_load(server: Server, weights: list[Path], pushes: int) -> 
                         mine.rollouts(
                             [random_tokens(20 + stream, 500, stream)],
                             adapter=name,
-                            sampling=_sampling(260),
+                            sampling=_sampling(length),
                         )
                     )
-                except (ServerError, OSError) as error:
+                    assert len(records[-1].completion_ids) == length
+                    finished.release()
+                except (ServerError, OSError, AssertionError) as error:
                     failures.append(error)
                     return
 
@@ -187,6 +191,7 @@ def test_pushes_under_load(server: Server, weights: list[Path], pushes: int) -> 
             thread.start()
         pid, memory, seconds = server._process.pid, [], []
         for number in range(2, pushes + 2):
+            assert finished.acquire(timeout=300)  # streams use versions as they come
             began = time.monotonic()
             assert pusher.push(weights[number % 2], name) == number
             (first,) = pusher.rollouts(
@@ -200,9 +205,10 @@ def test_pushes_under_load(server: Server, weights: list[Path], pushes: int) -> 
         for thread in threads:
             thread.join()
     assert not failures
-    assert len(records) >= 16 and all(len(r.completion_ids) == 260 for r in records)
+    assert len(records) >= pushes
     assert all(len(r.weight_versions) == 1 for r in records)
     checked = {r.weight_versions[0].version: r for r in records}
+    assert len(checked) > pushes // 4
     for record in list(checked.values())[:: max(1, len(checked) // 8)]:
         _check(server, weights, record)
     report = server.wait_idle()
