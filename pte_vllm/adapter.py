@@ -305,7 +305,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{file} is missing")
     try:
         # Not load_file: safetensors 0.8 loses memory with every tensor it reads that way.
-        tensors: dict[str, Tensor] = load(file.read_bytes())
+        tensors: dict[str, Tensor] = dict(sorted(load(file.read_bytes()).items()))
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{file} is not a readable safetensors file: {error}") from error
     for name, tensor in tensors.items():

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import openai
@@ -103,23 +104,74 @@ def test_requests_route_shows_a_bounded_cache(server: Server) -> None:
     assert server.get("/pte/v1/info")["plan"]["window_tokens"] == WINDOW
 
 
-def test_chat_streaming_and_many_choices(server: Server) -> None:
-    messages = [{"role": "user", "content": "Count the birds on the roof."}]
-    extra = {"ignore_eos": True, "vllm_xargs": {"pte_window": 2 * BLOCK}}
-    stream = server.client.chat.completions.create(
-        model="ridge",
-        messages=messages,
-        max_tokens=200,
-        stream=True,
-        extra_body=extra,
-        stream_options={"include_usage": True},
-    )
-    usage = [chunk.usage for chunk in stream if chunk.usage is not None]
-    assert usage[-1].completion_tokens == 200
-    answer = server.client.chat.completions.create(
-        model="ridge", messages=messages, max_tokens=150, n=3, temperature=1.0, extra_body=extra
-    )
-    assert len({choice.message.content for choice in answer.choices}) == 3
+@pytest.mark.parametrize("options", [{}, {"pte_window": 2 * BLOCK}], ids=["plain", "options"])
+class TestOpenAIClient:
+    """What users of OpenAI's own client call; with and without options of ours."""
+
+    MESSAGES: ClassVar = [{"role": "user", "content": "Count the birds on the roof."}]
+
+    def test_chat(self, server: Server, options: dict) -> None:
+        answer = self._chat(server, options, max_tokens=150, n=3, temperature=1.0)
+        assert len({choice.message.content for choice in answer.choices}) == 3
+        assert all(choice.finish_reason == "length" for choice in answer.choices)
+        assert answer.usage.completion_tokens == 3 * 150
+
+    def test_chat_streaming(self, server: Server, options: dict) -> None:
+        kwargs = {"max_tokens": 200, "temperature": 0.0}
+        whole = self._chat(server, options, **kwargs)
+        stream = self._chat(
+            server, options, stream=True, stream_options={"include_usage": True}, **kwargs
+        )
+        chunks = list(stream)
+        assert chunks[-1].usage.completion_tokens == 200
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == whole.choices[0].message.content
+
+    def test_chat_logprobs(self, server: Server, options: dict) -> None:
+        answer = self._chat(server, options, max_tokens=5, logprobs=True, top_logprobs=2)
+        content = answer.choices[0].logprobs.content
+        assert len(content) == 5 and all(len(token.top_logprobs) >= 2 for token in content)
+
+    def test_stop(self, server: Server, options: dict) -> None:
+        text = self._chat(server, options, max_tokens=200, temperature=0.0).choices[0]
+        stop = text.message.content[60:64]
+        answer = self._chat(server, options, max_tokens=200, temperature=0.0, stop=[stop])
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.choices[0].message.content == text.message.content.split(stop)[0]
+
+    def test_completions(self, server: Server, options: dict) -> None:
+        create = server.client.completions.create
+        extra = {"ignore_eos": True, "vllm_xargs": options}
+        kwargs = {"model": "ridge", "max_tokens": 140, "temperature": 0.0, "extra_body": extra}
+        prompts = ["The birds on the roof", "One, two, three"]
+        both = create(prompt=prompts, **kwargs)
+        alone = [create(prompt=prompt, **kwargs).choices[0].text for prompt in prompts]
+        assert [choice.text for choice in both.choices] == alone
+        stream = create(prompt=prompts[0], stream=True, **kwargs)
+        assert "".join(chunk.choices[0].text for chunk in stream) == alone[0]
+
+    def test_tools_off(self, server: Server, options: dict) -> None:
+        function = {"name": "count", "parameters": {"type": "object", "properties": {}}}
+        tools = [{"type": "function", "function": function}]
+        answer = self._chat(server, options, max_tokens=5, tools=tools, tool_choice="none")
+        assert not answer.choices[0].message.tool_calls
+        with pytest.raises(openai.BadRequestError, match="tool choice"):
+            self._chat(server, options, max_tokens=5, tools=tools, tool_choice="auto")
+
+    def test_errors(self, server: Server, options: dict) -> None:
+        with pytest.raises(openai.NotFoundError, match="nobody"):
+            self._chat(server, options, model="nobody")
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            self._chat(server, options, temperature=-1.0)
+        with pytest.raises(openai.BadRequestError, match="max_tokens"):
+            self._chat(server, options, max_tokens=5000)
+        assert len(self._chat(server, options, max_tokens=3).choices) == 1
+        assert {"base", "ridge"} <= {model.id for model in server.client.models.list()}
+
+    def _chat(self, server: Server, options: dict, **kwargs: object):
+        extra = {"ignore_eos": True, **({"vllm_xargs": options} if options else {})}
+        given = {"model": "ridge", "messages": self.MESSAGES, "extra_body": extra, **kwargs}
+        return server.client.chat.completions.create(**given)
 
 
 @pytest.mark.parametrize(
