@@ -205,3 +205,20 @@ def test_parallel_samples(model: Path, adapter: Path) -> None:
         engine.check_idle()
     finally:
         engine.close()
+
+
+def test_adapters_leave_no_memory_behind(model: Path, adapter: Path) -> None:
+    """As trainers push: ever new adapters, of which vLLM keeps four."""
+    engine = Engine(model, window_tokens=WINDOW, num_blocks=130, lora_rank=8)
+    try:
+        manager = engine.runner.lora_manager
+        for number in range(1, 12):
+            engine.engine.add_lora(lora(f"v{number}", adapter, number))
+            assert set(manager._encoders) == manager.list_adapters()
+        assert set(manager._encoders) == {8, 9, 10, 11}
+        # The oldest is gone; a request that names it has it again, exactly.
+        jobs = [Job(random_tokens(40, 500, 3), 300, lora("v1", adapter, 1))]
+        assert_parity(model, engine.run(jobs), WINDOW, min_folds=4)
+        assert set(manager._encoders) == {1, 9, 10, 11}
+    finally:
+        engine.close()

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -15,6 +16,7 @@ from pte_vllm import launch
 from tests.engine import BLOCK
 
 WINDOW = 4 * BLOCK
+IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}
 NUM_BLOCKS = 120
 """Of the pool, vLLM's null block not counted."""
 
@@ -61,6 +63,24 @@ class Server(launch.Server):
     @property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def complete(
+        self,
+        model: str,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        options: Mapping[str, object],
+        cache_salt: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A completion of exactly that many tokens, with their ids; `options`: vllm_xargs."""
+        body: dict[str, Any] = {**IGNORE_EOS, "vllm_xargs": dict(options)}
+        if cache_salt is not None:
+            body["cache_salt"] = cache_salt
+        return self.client.completions.create(
+            model=model, prompt=prompt, max_tokens=max_tokens, extra_body=body, **kwargs
+        )
 
     def get(self, path: str) -> dict:
         return httpx.get(self.url + path, timeout=30).raise_for_status().json()

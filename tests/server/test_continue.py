@@ -13,8 +13,8 @@ import torch
 from pte_vllm.plan import FoldPlan
 from tests.engine import BLOCK
 from tests.parity.reference import TOLERANCE
-from tests.server.serving import WINDOW, Server
-from tests.server.thinking import IGNORE_EOS, PROMPT, complete, finished, replay
+from tests.server.serving import IGNORE_EOS, WINDOW, Server
+from tests.server.thinking import PROMPT, complete, finished, replay
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +26,11 @@ def server(
     return serve(model, served, flags=["--enable-prompt-tokens-details"])
 
 
-def _continue(server: Server, model: str, prompt: list[int], n: int = 1, salt: str = "", **options):
-    return server.client.completions.create(
-        model=model,
-        prompt=prompt,
-        max_tokens=130,
-        n=n,
-        logprobs=0,
-        seed=5,
-        extra_body={
-            **IGNORE_EOS,
-            "vllm_xargs": options,
-            **({"cache_salt": salt} if salt else {}),
-        },
+def _continue(
+    server: Server, model: str, prompt: list[int], n: int = 1, salt: str | None = None, **options
+):
+    return server.complete(
+        model, prompt, 130, options=options, cache_salt=salt, n=n, logprobs=0, seed=5
     )
 
 

@@ -11,15 +11,11 @@ from typing import ClassVar
 import httpx
 import openai
 import pytest
-import torch
 
-from pte_vllm.plan import FoldPlan
 from tests.engine import BLOCK
-from tests.parity.reference import TOLERANCE, replayed
 from tests.server.serving import NUM_BLOCKS, WINDOW, Server
+from tests.server.wire import TEMPERATURE, check
 from tests.support import random_tokens
-
-TEMPERATURE = 0.8
 
 
 @pytest.fixture(scope="module")
@@ -43,39 +39,23 @@ def server(
 
 
 def _complete(server: Server, model: str, prompt: list[int], tokens: int, **options: object):
-    return server.client.completions.create(
-        model=model,
-        prompt=prompt,
-        max_tokens=tokens,
-        temperature=TEMPERATURE,
-        logprobs=0,
-        seed=3,
-        extra_body={"ignore_eos": True, "return_token_ids": True, "vllm_xargs": options},
+    return server.complete(
+        model, prompt, tokens, options=options, temperature=TEMPERATURE, logprobs=0, seed=3
     )
 
 
-def _check(server: Server, model: str, prompt: list[int], response, **options: object) -> float:
+def _check(server: Server, model: str, prompt: list[int], response, **options: object) -> None:
     choice = response.choices[0]
-    plan = FoldPlan(
-        pin_tokens=options.get("pte_pin_tokens", len(prompt)),
-        window_tokens=options.get("pte_window", WINDOW),
-        block_size=BLOCK,
-    )
-    tokens = [*prompt, *choice.token_ids]
-    expected = replayed(
-        server.model,
+    check(
+        server,
         server.adapters.get(model),
-        tokens,
-        plan,
+        prompt,
+        choice.token_ids,
+        choice.logprobs.token_logprobs,
+        pin_tokens=options.get("pte_pin_tokens"),
+        window_tokens=options.get("pte_window", WINDOW),
         rule=options.get("pte_update"),
-        temperature=TEMPERATURE,  # log-probs are those of the sampled distribution
     )
-    found = torch.tensor(choice.logprobs.token_logprobs)
-    worst = (found - expected[len(prompt) - 1 :]).abs().max().item()
-    folds = plan.folded_blocks(len(tokens) - 1) // plan.evict_blocks
-    print(f"{model} {options}: {folds} folds, max |Δ log p| {worst:.1e}")
-    assert worst <= TOLERANCE
-    return worst
 
 
 def test_parity_over_http(server: Server) -> None:

@@ -18,8 +18,8 @@ from pte_vllm.plan import FoldPlan
 from pte_vllm.server.thoughts import MAX_LISTENERS
 from pte_vllm.train.client import RolloutClient
 from tests.engine import BLOCK
-from tests.server.serving import WINDOW, Server
-from tests.server.thinking import IGNORE_EOS, LENGTH, PROMPT, complete, finished, replay
+from tests.server.serving import IGNORE_EOS, WINDOW, Server
+from tests.server.thinking import LENGTH, PROMPT, complete, finished, replay
 
 KEPT = 12
 

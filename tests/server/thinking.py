@@ -14,18 +14,10 @@ from tests.server.serving import WINDOW, Server
 from tests.support import random_tokens
 
 PROMPT, LENGTH = random_tokens(50, 500, 1), WINDOW + 6 * BLOCK + 9
-IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}
 
 
 def complete(server: Server, model: str, length: int = LENGTH, n: int = 1, **options: object):
-    return server.client.completions.create(
-        model=model,
-        prompt=PROMPT,
-        max_tokens=length,
-        n=n,
-        seed=3,
-        extra_body={**IGNORE_EOS, "vllm_xargs": options},
-    )
+    return server.complete(model, PROMPT, length, options=options, n=n, seed=3)
 
 
 def finished(server: Server, name: str) -> dict:

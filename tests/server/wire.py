@@ -33,6 +33,7 @@ def check(
     *,
     pin_tokens: int | None = None,
     window_tokens: int = WINDOW,
+    rule: str | None = None,
     start: int = 0,
 ) -> float:
     """Assert that log-probs of `answer[start:]` are the replay's of one sequence of this plan."""
@@ -41,7 +42,8 @@ def check(
         window_tokens=window_tokens,
         block_size=BLOCK,
     )
-    expected = replayed(server.model, adapter, [*prompt, *answer], plan, temperature=TEMPERATURE)
+    tokens = [*prompt, *answer]
+    expected = replayed(server.model, adapter, tokens, plan, rule=rule, temperature=TEMPERATURE)
     found = torch.tensor(logprobs)
     assert len(found) == len(answer) - start > 0
     worst = (found - expected[len(prompt) - 1 + start :]).abs().max().item()
