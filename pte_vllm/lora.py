@@ -8,11 +8,11 @@ vllm/lora/punica_wrapper/punica_cpu.py and its CUDA sibling).
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from vllm.lora.layers import BaseLayerWithLoRA, LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
@@ -21,7 +21,8 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from pte_vllm.adapter import AdapterError, ModelShape, layer_of, load_for_engine
-from pte_vllm.ops.modulate import Segment, modulate_segments, modulate_tokens
+from pte_vllm.lora_cpu import CPULayerPunica
+from pte_vllm.ops.modulate import Segment, modulate_tokens
 from pte_vllm.state import LoadedEncoder, StatePool
 
 
@@ -35,14 +36,19 @@ class TokenSlots:
     """Whether any token has a thought state."""
     groups: list[tuple[int, Tensor | None]] | None = None
     """Per adapter of the step its index and its tokens (None: all); found by the first layer."""
+    states: Tensor | None = None
+    """`[L, T, R, R]`, of each token: gathered once a step on CPU, where every sequence has one."""
 
     @classmethod
     def allocate(cls, max_num_batched_tokens: int, device: torch.device) -> TokenSlots:
         return cls(slots=torch.zeros(max_num_batched_tokens, dtype=torch.int64, device=device))
 
-    def publish(self, segments: list[Segment]) -> None:
-        """Set the step's tokens, in batch order; tokens past them use the identity."""
-        self.segments, self.groups = segments, None
+    def publish(self, segments: list[Segment], states: Tensor) -> None:
+        """Set the step's tokens, in batch order; tokens past them use the identity.
+
+        `states: [L, slots, R, R]` of all layers, folded as far as the step needs them.
+        """
+        self.segments, self.groups, self.states = segments, None, None
         self.any = any(slot for _, _, slot in segments)
         self.slots.zero_()
         if self.any:
@@ -50,10 +56,12 @@ class TokenSlots:
             slots = torch.tensor([slot for _, _, slot in segments])
             per_token = torch.repeat_interleave(slots, lengths)
             self.slots[: len(per_token)] = per_token.to(self.slots.device)
+            if states.device.type == "cpu" and len(per_token) == len(segments):
+                self.states = states.index_select(1, per_token)
 
 
 class LayerPunica:
-    """vLLM's punica wrapper as one decoder layer sees it."""
+    """vLLM's punica wrapper as one linear of the decoder sees it, on a GPU."""
 
     def __init__(self, wrapper: Any, states: Tensor, tokens: TokenSlots) -> None:
         self._wrapper = wrapper
@@ -79,9 +87,6 @@ class LayerPunica:
 
         `y: [T, d_out]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
         """
-        if x.device.type == "cpu":
-            self._add_grouped(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
-            return
         rank = lora_b_stacked[0].size(-1)
         # The shrink kernel zeroes the buffer itself.
         buffer = torch.empty(
@@ -90,45 +95,8 @@ class LayerPunica:
         self._wrapper.add_shrink(buffer, x, lora_a_stacked, scale)
         slots = self._tokens.slots[: x.size(0)]
         for a in buffer:
-            a.copy_(modulate_tokens(a, self._states, slots))
+            a.copy_(modulate_tokens(a[:, None], self._states, slots)[:, 0])
         self._wrapper.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs)
-
-    def _add_grouped(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: tuple[Tensor, ...],
-        lora_b_stacked: tuple[Tensor, ...],
-        scale: float,
-        output_slices: tuple[int, ...],
-    ) -> None:
-        """On CPU vLLM gathers weights per token; adapters of a batch are few, so group instead."""
-        if self._tokens.groups is None:
-            self._tokens.groups = _group_by_adapter(self._wrapper.token_lora_indices)
-        for index, rows in self._tokens.groups:
-            offset = 0
-            for a_all, b_all, size in zip(
-                lora_a_stacked, lora_b_stacked, output_slices, strict=True
-            ):
-                a, b = a_all[index, 0], b_all[index, 0]
-                shrunk = self._modulate(F.linear(x if rows is None else x[rows], a).float(), rows)
-                out = y[:, offset : offset + size]
-                delta = F.linear((shrunk * scale).to(b.dtype), b).to(y.dtype)
-                if rows is None:
-                    out += delta
-                else:
-                    out.index_add_(0, rows, delta)
-                offset += size
-
-    def _modulate(self, shrunk: Tensor, rows: Tensor | None) -> Tensor:
-        if not self._tokens.any:
-            return shrunk
-        slots = self._tokens.slots
-        if rows is not None:
-            return modulate_tokens(shrunk, self._states, slots[rows])
-        return modulate_segments(
-            shrunk, self._states, slots[: shrunk.shape[0]], self._tokens.segments
-        )
 
 
 class LogitsPunica:
@@ -150,14 +118,6 @@ class LogitsPunica:
             self._wrapper.add_lora_logits(*args, **kwargs)
 
 
-def _group_by_adapter(indices: Tensor) -> list[tuple[int, Tensor | None]]:
-    """Tokens of each adapter; `indices: [T]`, -1 for no adapter."""
-    present = indices.unique().tolist()
-    if len(present) == 1:
-        return [(present[0], None)] if present[0] >= 0 else []
-    return [(i, (indices == i).nonzero()[:, 0]) for i in present if i >= 0]
-
-
 def install_views(
     model: torch.nn.Module, manager: PTELoRAManager, pool: StatePool, tokens: TokenSlots
 ) -> None:
@@ -166,9 +126,14 @@ def install_views(
         if not isinstance(module, BaseLayerWithLoRA):
             continue
         layer, wrapper = layer_of(name), module.punica_wrapper
-        if layer is not None:
+        on_cpu = wrapper.device.type == "cpu"
+        if layer is not None and on_cpu:
+            module.punica_wrapper = CPULayerPunica(
+                wrapper, pool.states[layer], layer, tokens, manager.loaded_in
+            )
+        elif layer is not None:
             module.punica_wrapper = LayerPunica(wrapper, pool.states[layer], tokens)
-        elif isinstance(module, LogitsProcessorWithLoRA) and wrapper.device.type == "cpu":
+        elif isinstance(module, LogitsProcessorWithLoRA) and on_cpu:
             # On CUDA a captured graph must not depend on which adapters are loaded.
             module.punica_wrapper = LogitsPunica(wrapper, manager)
 
@@ -181,6 +146,8 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         self._shape = ModelShape.from_hf(vllm_config.model_config.hf_config.get_text_config())
         self._encoders: dict[int, LoadedEncoder] = {}
         self._plain: set[int] = set()
+        self._loads: dict[int, int] = {}  # by adapter, the number of its loading
+        self._load_numbers = itertools.count()
         self.targets_output_layer = False
         """Whether any adapter loaded so far has weights for the output layer."""
 
@@ -193,7 +160,13 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         keep = self.list_adapters()
         self._encoders = {i: e for i, e in self._encoders.items() if i in keep}
         self._plain &= keep
+        self._loads = {i: number for i, number in self._loads.items() if i in keep}
         return added
+
+    def loaded_in(self, index: int) -> tuple[int | None, int | None]:
+        """What vLLM's adapter slot `index` holds: the adapter, and which loading of it."""
+        adapter_id = self._adapter_manager.lora_index_to_id[index]
+        return adapter_id, None if adapter_id is None else self._loads.get(adapter_id)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         adapter_id, path = (
@@ -209,6 +182,7 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         if lora_request.load_inplace and adapter_id in self._encoders:
             raise AdapterError(f"{path}: load_inplace cannot replace a PTE adapter")
         model = super()._load_adapter(lora_request)
+        self._loads[adapter_id] = next(self._load_numbers)
         self.targets_output_layer |= any(name.endswith("lm_head") for name in model.loras)
         if adapter is None or adapter.pte is None:
             self._plain.add(adapter_id)
