@@ -14,14 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.lora.layers import BaseLayerWithLoRA, LogitsProcessorWithLoRA
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    LogitsProcessorWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from pte_vllm.adapter import AdapterError, ModelShape, layer_of, load_for_engine
-from pte_vllm.lora_cpu import CPULayerPunica
+from pte_vllm.lora_cpu import CPULayerPunica, load_native
 from pte_vllm.ops.modulate import Segment, modulate_tokens
 from pte_vllm.state import LoadedEncoder, StatePool
 
@@ -36,19 +40,14 @@ class TokenSlots:
     """Whether any token has a thought state."""
     groups: list[tuple[int, Tensor | None]] | None = None
     """Per adapter of the step its index and its tokens (None: all); found by the first layer."""
-    states: Tensor | None = None
-    """`[L, T, R, R]`, of each token: gathered once a step on CPU, where every sequence has one."""
 
     @classmethod
     def allocate(cls, max_num_batched_tokens: int, device: torch.device) -> TokenSlots:
         return cls(slots=torch.zeros(max_num_batched_tokens, dtype=torch.int64, device=device))
 
-    def publish(self, segments: list[Segment], states: Tensor) -> None:
-        """Set the step's tokens, in batch order; tokens past them use the identity.
-
-        `states: [L, slots, R, R]` of all layers, folded as far as the step needs them.
-        """
-        self.segments, self.groups, self.states = segments, None, None
+    def publish(self, segments: list[Segment]) -> None:
+        """Set the step's tokens, in batch order; tokens past them use the identity."""
+        self.segments, self.groups = segments, None
         self.any = any(slot for _, _, slot in segments)
         self.slots.zero_()
         if self.any:
@@ -56,8 +55,6 @@ class TokenSlots:
             slots = torch.tensor([slot for _, _, slot in segments])
             per_token = torch.repeat_interleave(slots, lengths)
             self.slots[: len(per_token)] = per_token.to(self.slots.device)
-            if states.device.type == "cpu" and len(per_token) == len(segments):
-                self.states = states.index_select(1, per_token)
 
 
 class LayerPunica:
@@ -95,15 +92,15 @@ class LayerPunica:
         self._wrapper.add_shrink(buffer, x, lora_a_stacked, scale)
         slots = self._tokens.slots[: x.size(0)]
         for a in buffer:
-            a.copy_(modulate_tokens(a[:, None], self._states, slots)[:, 0])
+            a.copy_(modulate_tokens(a, self._states, slots))
         self._wrapper.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs)
 
 
-class LogitsPunica:
-    """vLLM's punica wrapper as the output layer sees it.
+class VocabularyPunica:
+    """vLLM's punica wrapper as the embedding and the output layer see it on CPU.
 
-    vLLM multiplies the logits of every token by an all-zero LoRA when no adapter targets the output
-    layer; with a large vocabulary that is a good part of a step on CPU. Skip it then.
+    vLLM multiplies the vectors and the logits of every token by an all-zero LoRA where no adapter
+    targets these layers; with a large vocabulary that is a good part of a step. Skip it then.
     """
 
     def __init__(self, wrapper: Any, manager: PTELoRAManager) -> None:
@@ -114,28 +111,37 @@ class LogitsPunica:
         return getattr(self._wrapper, name)
 
     def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
-        if self._manager.targets_output_layer:
+        if "lm_head" in self._manager.targeted:
             self._wrapper.add_lora_logits(*args, **kwargs)
+
+    def add_lora_embedding(self, *args: Any, **kwargs: Any) -> None:
+        if "embed_tokens" in self._manager.targeted:
+            self._wrapper.add_lora_embedding(*args, **kwargs)
 
 
 def install_views(
     model: torch.nn.Module, manager: PTELoRAManager, pool: StatePool, tokens: TokenSlots
 ) -> None:
-    """Give every LoRA layer of the decoder, and the output layer on CPU, its view."""
+    """Give every LoRA layer of the decoder, and on CPU embedding and output layer, its view."""
+    on_cpu = tokens.slots.device.type == "cpu"
+    library = load_native(manager.lora_config.lora_dtype) if on_cpu else None
     for name, module in model.named_modules():
         if not isinstance(module, BaseLayerWithLoRA):
             continue
         layer, wrapper = layer_of(name), module.punica_wrapper
-        on_cpu = wrapper.device.type == "cpu"
         if layer is not None and on_cpu:
+            # vLLM looks it up eight times a call, through a `__getattr__` in Python.
+            module.__dict__["base_layer"] = module.base_layer
             module.punica_wrapper = CPULayerPunica(
-                wrapper, pool.states[layer], layer, tokens, manager.loaded_in
+                wrapper, pool.states[layer], tokens, manager.loaded_in, library
             )
         elif layer is not None:
             module.punica_wrapper = LayerPunica(wrapper, pool.states[layer], tokens)
-        elif isinstance(module, LogitsProcessorWithLoRA) and on_cpu:
+        elif on_cpu and isinstance(
+            module, LogitsProcessorWithLoRA | VocabParallelEmbeddingWithLoRA
+        ):
             # On CUDA a captured graph must not depend on which adapters are loaded.
-            module.punica_wrapper = LogitsPunica(wrapper, manager)
+            module.punica_wrapper = VocabularyPunica(wrapper, manager)
 
 
 class PTELoRAManager(LRUCacheWorkerLoRAManager):
@@ -148,8 +154,8 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         self._plain: set[int] = set()
         self._loads: dict[int, int] = {}  # by adapter, the number of its loading
         self._load_numbers = itertools.count()
-        self.targets_output_layer = False
-        """Whether any adapter loaded so far has weights for the output layer."""
+        self.targeted: set[str] = set()
+        """Linears, such as q_proj or lm_head, that any adapter loaded so far has weights for."""
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """vLLM's, which may unload others to make room; their encoders go with them.
@@ -183,7 +189,7 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
             raise AdapterError(f"{path}: load_inplace cannot replace a PTE adapter")
         model = super()._load_adapter(lora_request)
         self._loads[adapter_id] = next(self._load_numbers)
-        self.targets_output_layer |= any(name.endswith("lm_head") for name in model.loras)
+        self.targeted |= {name.rpartition(".")[2] for name in model.loras}
         if adapter is None or adapter.pte is None:
             self._plain.add(adapter_id)
         else:

@@ -1,70 +1,95 @@
-"""State-modulated LoRA on CPU: one product into the states, one batched product, one product out.
+"""State-modulated LoRA on CPU.
 
-vLLM's own path gathers the weights of every token. Here an adapter's matrices of a merged linear
-(such as gate and up) are packed once, and all tokens of the adapter go through them together. At
-the sizes of decoding a call costs more than its arithmetic, so B of several slices is one block
-diagonal matrix: more zeros, fewer calls.
+vLLM's own path gathers the weights of every token; adapters of a batch are few, so tokens are
+grouped by adapter here. Compiled code does all slices and all three products of a linear in one
+call: at the sizes of decoding a call of torch costs more than its arithmetic. Machines without a
+compiler go through torch, slice by slice.
 
-Letters in shapes: T tokens, n slices of a merged linear, R rank, D outputs of all slices.
+Letters in shapes: T tokens, n slices of a merged linear (such as gate and up), R rank, D outputs.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vllm import _custom_ops as vllm_ops
+from vllm.logger import init_logger
 
+from pte_vllm.ops import native
 from pte_vllm.ops.modulate import modulate_segments, modulate_tokens
 
 if TYPE_CHECKING:
     from pte_vllm.lora import TokenSlots
 
-_PRIMITIVES = 32
-"""Shapes for which oneDNN keeps compiled code; as vLLM's own linears."""
+logger = init_logger(__name__)
+
+_LANES, _TILE = 16, 64  # as lora_cpu.cpp
 
 
-class Product:
-    """x Wᵀ with W `[d_out, d_in]` laid out for it by oneDNN where vLLM was built with that."""
+class NativeLoRA:
+    """One adapter's share of one linear, packed for the compiled code.
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight.contiguous()
-        self._handler: Any = None
-        if vllm_ops._supports_onednn:
-            # A dtype that this CPU lacks; vLLM's own linears fall back alike.
-            with contextlib.suppress(RuntimeError):
-                self._handler = vllm_ops.create_onednn_mm(self._weight.t(), _PRIMITIVES)
+    Args:
+        library: of `ops.native.load`.
+        a, b: of each slice A `[R, d_in]` and B `[d, R]`, fp32 or bf16; slices of zeros are
+            left out.
+    """
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x: [T, d_in]`; returns `[T, d_out]`."""
-        if self._handler is None:
-            return F.linear(x, self._weight)
-        out: Tensor = vllm_ops.onednn_mm(self._handler, x, None)
-        return out
-
-
-class PackedLoRA:
-    """One adapter's share of one linear, slices that it leaves alone left out."""
-
-    def __init__(self, a: list[Tensor], b: list[Tensor], used: list[int]) -> None:
-        self.shrink = Product(torch.cat([a[i] for i in used]))  # [n R, d_in]
-        rank, outputs = a[0].shape[0], [part.shape[0] for part in b]
-        block_diagonal = b[0].new_zeros(sum(outputs), len(used) * rank)  # [D, n R]
-        for column, i in enumerate(used):
-            first = sum(outputs[:i])
-            block_diagonal[first : first + outputs[i], column * rank : (column + 1) * rank] = b[i]
-        self.expand = Product(block_diagonal)
-        self.num_slices, self.rank = len(used), rank
-
-    @classmethod
-    def pack(cls, a: list[Tensor], b: list[Tensor]) -> PackedLoRA | None:
-        """Of each slice A `[R, d_in]` and B `[d, R]`; None if the adapter adds nothing here."""
+    def __init__(self, library: ctypes.CDLL, a: list[Tensor], b: list[Tensor]) -> None:
         used = [i for i in range(len(a)) if a[i].any() and b[i].any()]
-        return cls(a, b, used) if used else None
+        self.empty = not used
+        if self.empty:
+            return
+        dtype = a[0].dtype
+        self._function = getattr(library, f"pte_lora_{str(dtype).removeprefix('torch.')}")
+        d_in, rank = a[0].shape[1], a[0].shape[0]
+        stacked = torch.cat([a[i] for i in used])
+        self._a = F.pad(stacked, (0, -d_in % _LANES)).contiguous()
+        tiles, about, first = [], [], 0
+        for i, matrix in enumerate(b):
+            if i in used:
+                padded = F.pad(matrix, (0, 0, 0, -len(matrix) % _TILE)).unflatten(0, (-1, _TILE))
+                tiles.append(padded.mT)  # [tiles, R, 64]
+                for tile in range(len(padded)):
+                    start = tile * _TILE
+                    width = min(_TILE, len(matrix) - start)
+                    about.append((used.index(i), first + start, width))
+            first += len(matrix)
+        self._b = torch.cat(tiles).contiguous()
+        self._tiles = torch.tensor(about, dtype=torch.int32)
+        self._packed = (
+            self._a.data_ptr(),
+            self._b.data_ptr(),
+            self._tiles.data_ptr(),
+            len(about),
+            d_in,
+            self._a.shape[1],
+            rank,
+            len(used),
+        )
+
+    def add(self, y: Tensor, x: Tensor, states: Tensor | None, slots: Tensor) -> None:
+        """`y: [T, D]` += B Sᵀ (A x), in place.
+
+        Args:
+            x: `[T, d_in]`; rows of x and y may be apart, the numbers of a row may not.
+            states: `[slots, R, R]`; None: all the identity.
+            slots: `[T]` int64, the state of each token.
+        """
+        self._function(
+            *self._packed,
+            None if states is None else states.data_ptr(),
+            slots.data_ptr(),
+            x.data_ptr(),
+            x.stride(0),
+            y.data_ptr(),
+            y.stride(0),
+            x.shape[0],
+        )
 
 
 class CPULayerPunica:
@@ -73,25 +98,25 @@ class CPULayerPunica:
     Args:
         wrapper: vLLM's.
         states: of the layer, `[slots, R, R]`, as they are multiplied from the right.
-        layer: its index.
         tokens: of the step.
         loaded: what is in one of vLLM's adapter slots; changes whenever its weights do.
+        library: the compiled code, if there is any.
     """
 
     def __init__(
         self,
         wrapper: Any,
         states: Tensor,
-        layer: int,
         tokens: TokenSlots,
         loaded: Callable[[int], object],
+        library: ctypes.CDLL | None,
     ) -> None:
         self._wrapper = wrapper
         self._states = states
-        self._layer = layer
         self._tokens = tokens
         self._loaded = loaded
-        self._packed: dict[int, tuple[object, PackedLoRA | None]] = {}
+        self._library = library
+        self._packed: dict[int, tuple[object, NativeLoRA]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wrapper, name)
@@ -112,45 +137,74 @@ class CPULayerPunica:
 
         `y: [T, D]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
         """
-        if self._tokens.groups is None:
-            self._tokens.groups = _group_by_adapter(self._wrapper.token_lora_indices)
-        for index, rows in self._tokens.groups:
-            packed = self._pack(index, lora_a_stacked, lora_b_stacked)
-            if packed is None:
+        assert scale == 1.0 and add_inputs, "vLLM merges the scale into B, and adds in place"
+        tokens = self._tokens
+        if tokens.groups is None:
+            tokens.groups = _group_by_adapter(self._wrapper.token_lora_indices)
+        same_dtype = x.dtype == y.dtype == lora_a_stacked[0].dtype
+        states = self._states if tokens.any else None
+        for index, rows in tokens.groups:
+            if self._library is None or not same_dtype:
+                a, b = ([part[index, 0] for part in s] for s in (lora_a_stacked, lora_b_stacked))
+                self._add_by_slice(y, x, a, b, rows)
                 continue
-            shrunk = packed.shrink(x if rows is None else x[rows])
-            if self._tokens.any:
-                per_slice = shrunk.float().unflatten(1, (packed.num_slices, packed.rank))
-                shrunk = self._modulate(per_slice, rows).flatten(1).to(x.dtype)
-            delta = packed.expand(shrunk).to(y.dtype)
-            if scale != 1.0:
-                delta *= scale
+            packed = self._pack(index, lora_a_stacked, lora_b_stacked)
+            if packed.empty:
+                continue
             if rows is None:
-                y += delta
+                packed.add(y, x, states, tokens.slots)
             else:
-                y.index_add_(0, rows, delta)
+                part = y[rows]
+                packed.add(part, x[rows], states, tokens.slots[rows])
+                y[rows] = part
 
     def _pack(
         self, index: int, a_stacked: tuple[Tensor, ...], b_stacked: tuple[Tensor, ...]
-    ) -> PackedLoRA | None:
+    ) -> NativeLoRA:
         loaded = self._loaded(index)
         known = self._packed.get(index)
         if known is None or known[0] != loaded:
-            packed = PackedLoRA.pack(
-                [a[index, 0] for a in a_stacked], [b[index, 0] for b in b_stacked]
-            )
-            known = self._packed[index] = (loaded, packed)
+            assert self._library is not None
+            a, b = ([part[index, 0] for part in stacked] for stacked in (a_stacked, b_stacked))
+            known = self._packed[index] = (loaded, NativeLoRA(self._library, a, b))
         return known[1]
 
+    def _add_by_slice(
+        self, y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], rows: Tensor | None
+    ) -> None:
+        offset, part = 0, x if rows is None else x[rows]
+        for a_slice, b_slice in zip(a, b, strict=True):
+            shrunk = self._modulate(F.linear(part, a_slice).float(), rows)
+            delta = F.linear(shrunk.to(b_slice.dtype), b_slice).to(y.dtype)
+            out = y[:, offset : offset + len(b_slice)]
+            if rows is None:
+                out += delta
+            else:
+                out.index_add_(0, rows, delta)
+            offset += len(b_slice)
+
     def _modulate(self, a: Tensor, rows: Tensor | None) -> Tensor:
-        """`a: [T, n, R]`, every token's slices by the token's state."""
+        """`a: [T, R]`, every token by its state."""
         tokens = self._tokens
-        if tokens.states is not None:
-            own = tokens.states[self._layer]
-            return torch.bmm(a, own if rows is None else own[rows])
+        if not tokens.any:
+            return a
         if rows is not None:
             return modulate_tokens(a, self._states, tokens.slots[rows])
         return modulate_segments(a, self._states, tokens.slots[: len(a)], tokens.segments)
+
+
+def load_native(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled code; None, with a line in the log, where there is none."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        logger.info("LoRA on CPU: through torch, as there is no compiled code for %s", dtype)
+        return None
+    try:
+        library = native.load()
+    except native.NativeError as error:
+        logger.warning("LoRA on CPU: through torch, which is slower: %s", error)
+        return None
+    logger.info("LoRA on CPU: compiled code")
+    return library
 
 
 def _group_by_adapter(indices: Tensor) -> list[tuple[int, Tensor | None]]:

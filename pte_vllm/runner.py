@@ -212,12 +212,12 @@ class PTERunnerMixin(QueriesMixin):
             sequence.held_blocks = self.pte_report.held_blocks.get(request_id, 0)
             sequence.peak_blocks = max(sequence.peak_blocks, sequence.held_blocks)
         self.pte_gaps.publish(first, length)
-        self.pte_tokens.publish(segments, self.pte_pool.states)
+        self.pte_tokens.publish(segments)
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         # Profiling and graph capture use rows and tokens that belong to no sequence.
         self.pte_gaps.clear()
-        self.pte_tokens.publish([], self.pte_pool.states)
+        self.pte_tokens.publish([])
         return super()._dummy_run(*args, **kwargs)
 
 

@@ -2,8 +2,6 @@
 
 Definition: `ops.reference.modulate`. States are stored ready to be multiplied from the right
 (transposed for read `value`), so one product serves both.
-
-Letters in shapes: T tokens, n slices of a merged linear, which share the token's state, R rank.
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ Segment = tuple[int, int, int]
 def modulate_tokens(a: Tensor, states: Tensor, token_slots: Tensor) -> Tensor:
     """One state per token, no host synchronisation: for graphs and for decode.
 
-    `a: [T, n, R]` fp32, `states: [slots, R, R]`, `token_slots: [T]` int64; returns `[T, n, R]`.
+    `a: [T, R]` fp32, `states: [slots, R, R]`, `token_slots: [T]` int64; returns `[T, R]`.
     """
-    return torch.bmm(a, states.index_select(0, token_slots))
+    return torch.bmm(a[:, None], states.index_select(0, token_slots))[:, 0]
 
 
 def modulate_segments(
@@ -35,7 +33,7 @@ def modulate_segments(
         if end - start == 1:
             single.append(start)
         else:
-            torch.matmul(a[start:end], states[slot], out=out[start:end])
+            torch.mm(a[start:end], states[slot], out=out[start:end])
     if len(single) == len(a):
         return modulate_tokens(a, states, token_slots)
     if single:

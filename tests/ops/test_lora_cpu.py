@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,27 +10,31 @@ import torch
 from torch import Tensor
 
 from pte_vllm.lora import TokenSlots
-from pte_vllm.lora_cpu import CPULayerPunica
-from pte_vllm.ops import reference
+from pte_vllm.lora_cpu import CPULayerPunica, load_native
+from pte_vllm.ops import native, reference
 
-RANK, D_IN, OUTPUTS = 8, 48, (32, 16, 16)
-LAYERS, LAYER, SLOTS = 2, 1, 5
+RANK, D_IN, OUTPUTS = 12, 52, (72, 64, 20)  # odd sizes: rows and tiles are padded
+LAYERS, LAYER, SLOTS = 2, 1, 66
 
 
 class _Linear:
     """What vLLM holds of one merged linear, and a step's tokens."""
 
-    def __init__(self, adapters: int, dtype: torch.dtype) -> None:
+    def __init__(self, adapters: int, dtype: torch.dtype, compiled: bool = True) -> None:
         torch.manual_seed(0)
         self.a = tuple(torch.randn(adapters, 1, RANK, D_IN).to(dtype) for _ in OUTPUTS)
         self.b = tuple(torch.randn(adapters, 1, d, RANK).to(dtype) for d in OUTPUTS)
         self.states = torch.randn(LAYERS, SLOTS, RANK, RANK)
         self.states[:, 0] = torch.eye(RANK)
-        self.tokens = TokenSlots.allocate(64, torch.device("cpu"))
+        self.tokens = TokenSlots.allocate(256, torch.device("cpu"))
         self.loads = [0] * adapters
         self.wrapper = SimpleNamespace(token_lora_indices=None)
         self.view = CPULayerPunica(
-            self.wrapper, self.states[LAYER], LAYER, self.tokens, lambda i: self.loads[i]
+            self.wrapper,
+            self.states[LAYER],
+            self.tokens,
+            lambda i: self.loads[i],
+            native.load() if compiled else None,
         )
 
     def run(self, x: Tensor, y: Tensor, lengths: list[int], adapters: list[int]) -> Tensor:
@@ -39,7 +44,7 @@ class _Linear:
             (end - n, end, i + 1 if adapters[i] >= 0 else 0)
             for i, (n, end) in enumerate(zip(lengths, ends, strict=True))
         ]
-        self.tokens.publish(segments, self.states)
+        self.tokens.publish(segments)
         self.wrapper.token_lora_indices = torch.repeat_interleave(
             torch.tensor(adapters), torch.tensor(lengths)
         )
@@ -65,6 +70,7 @@ class _Linear:
         return out
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("lengths", "adapters"),
@@ -74,10 +80,15 @@ class _Linear:
         ([7, 1, 4], [1, 1, 1]),
         ([7, 1, 1, 4], [1, 0, -1, 1]),
         ([3], [-1]),
+        ([1] * 13, [0] * 13),
+        ([1] * 65, [0] * 65),
+        ([90, 1, 40], [1, 1, 0]),
     ],
 )
-def test_against_definition(dtype: torch.dtype, lengths: list[int], adapters: list[int]) -> None:
-    linear = _Linear(2, dtype)
+def test_against_definition(
+    dtype: torch.dtype, compiled: bool, lengths: list[int], adapters: list[int]
+) -> None:
+    linear = _Linear(2, dtype, compiled)
     x = torch.randn(sum(lengths), D_IN).to(dtype)
     y = torch.randn(sum(lengths), sum(OUTPUTS)).to(dtype)
     found = linear.run(x, y, lengths, adapters).double()
@@ -109,3 +120,32 @@ def test_new_weights_in_the_same_slot_are_seen() -> None:
         b.mul_(2.0)
     linear.loads[0] += 1
     torch.testing.assert_close(linear.run(x, y, [1, 1], [0, 0]), 2 * before)
+
+
+def test_identity_where_no_token_has_a_state() -> None:
+    linear = _Linear(1, torch.float32)
+    x, y = torch.randn(3, D_IN), torch.randn(3, sum(OUTPUTS))
+    linear.states[:, 1:] = torch.eye(RANK)
+    wanted = linear.defined(x, y, [1, 1, 1], [0, 0, 0])
+    linear.tokens.publish([(i, i + 1, 0) for i in range(3)])
+    linear.wrapper.token_lora_indices = torch.zeros(3, dtype=torch.int64)
+    linear.view.add_lora_linear(y, x, linear.a, linear.b, 1.0, OUTPUTS)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load = native.load.__wrapped__  # past what this process has loaded already
+    native.load.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(native.NativeError, match="no C\\+\\+ compiler"):
+        load()
+    failing = tmp_path / "g++"
+    failing.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
+    failing.chmod(0o755)
+    with pytest.raises(native.NativeError, match="broken"):
+        load()
+    monkeypatch.setenv(native.DISABLE, "0")
+    with pytest.raises(native.NativeError, match="PTE_NATIVE=0"):
+        load()
+    assert load_native(torch.float16) is None and load_native(torch.float32) is None

@@ -21,16 +21,13 @@ def test_against_reference(lengths: list[int], read: str) -> None:
     for length, slot in zip(lengths, slots, strict=True):
         segments.append((start, start + length, slot))
         start += length
-    a = torch.randn(start, 3, rank)  # three slices of a merged linear
+    a = torch.randn(start, rank)
     wanted = torch.cat([reference.modulate(a[s:e], states[slot], read) for s, e, slot in segments])
     tokens = TokenSlots.allocate(64, torch.device("cpu"))
     tokens.slots.fill_(5)  # left over from an earlier step
-    tokens.publish(segments, stored[None])
+    tokens.publish(segments)
     per_token = tokens.slots[:start]
     assert tokens.any
     assert not tokens.slots[start:].any()
     torch.testing.assert_close(modulate_tokens(a, stored, per_token), wanted)
     torch.testing.assert_close(modulate_segments(a, stored, per_token, segments), wanted)
-    assert (tokens.states is not None) == (set(lengths) == {1})
-    if tokens.states is not None:
-        torch.testing.assert_close(torch.bmm(a, tokens.states[0]), wanted)

@@ -1,0 +1,100 @@
+"""Compiling and loading `lora_cpu.cpp`, once per machine and version.
+
+Plain C++ with OpenMP, called through ctypes: it compiles in seconds, and shares the threads of
+torch's own OpenMP library. Without a compiler the caller keeps to torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_SOURCE = Path(__file__).with_name("lora_cpu.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno")
+_TIMEOUT_S = 120
+DISABLE = "PTE_NATIVE"
+"""Set to 0 in the environment to do without."""
+
+
+class NativeError(Exception):
+    """Why there is no compiled code, in one line."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, compiled if this machine has not done so yet.
+
+    Raises:
+        NativeError: if it is switched off, no compiler is found, or it fails.
+    """
+    if os.environ.get(DISABLE, "1") == "0":
+        raise NativeError(f"{DISABLE}=0")
+    torch.get_num_threads()  # torch's OpenMP library comes first, so that ours resolves to it
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    file = _cache() / f"lora-{_key()}.so"
+    if not file.exists():
+        if compiler is None:
+            raise NativeError("no C++ compiler (g++ or CXX) was found")
+        _compile(compiler, file)
+    try:
+        library = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise NativeError(f"{file} does not load: {error}") from error
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for name in ("pte_lora_float32", "pte_lora_bfloat16"):
+        function = getattr(library, name)
+        function.restype = None
+        function.argtypes = [
+            *(pointer, pointer, pointer),  # a, b, tiles
+            *(number, number, number, number, number),  # num_tiles, d_in, d_pad, rank, num_slices
+            *(pointer, pointer),  # states, slots
+            *(pointer, number),  # x, its stride
+            *(pointer, number),  # y, its stride
+            number,  # tokens
+        ]
+    return library
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "pte-vllm" / "native"
+
+
+def _key() -> str:
+    """Of all that the machine code depends on."""
+    cpu = next(
+        (line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")),
+        platform.processor(),
+    )
+    text = "\n".join((_SOURCE.read_text(), *_FLAGS, platform.machine(), cpu))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _compile(compiler: str, file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            made = Path(scratch) / file.name
+            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+            if done.returncode:
+                raise NativeError(f"`{compiler}` failed: {done.stderr.strip()[-300:]}")
+            os.replace(made, file)  # whole or not at all; others may be compiling too
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeError(f"cannot compile into {file.parent}: {error}") from error
