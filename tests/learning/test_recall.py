@@ -39,10 +39,25 @@ def test_arms_are_trained_scored_and_kept(
 ) -> None:
     sizes = ["--steps", "2", "--batch", "2", "--eval-samples", "2", "--train-tokens", "260"]
     words = [str(tiny("llama")), *sizes, "--eval-tokens", "260,300", "--eval-facts", "1"]
-    words += ["--layers", "all", "--dtype", "float32", "--jobs", "1", "--out", str(tmp_path)]
+    (tmp_path / "text.txt").write_text("The boat drifted along the quiet river. " * 400)
+    words += [
+        "--eval-text",
+        str(tmp_path / "text.txt"),
+        "--layers",
+        "all",
+        "--dtype",
+        "float32",
+        "--jobs",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*words, "--arms", "full,ridge,lora_c"]) == 0
     table = capsys.readouterr().out
-    assert all(title in table for title in ("full cache", "rule ridge", "LoRA_c", "300 tokens"))
+    assert all(
+        title in table
+        for title in ("full cache", "rule ridge", "LoRA_c", "300 tokens", "perplexity")
+    )
     assert (tmp_path / "recall.png").stat().st_size > 0
     records = {n: json.loads((tmp_path / f"{n}-0.json").read_text()) for n in ("full", "ridge")}
     assert records["full"]["losses"] == [] and len(records["ridge"]["losses"]) == 2

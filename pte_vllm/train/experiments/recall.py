@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -17,12 +18,18 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pte_vllm.cli import parse_layers
+from pte_vllm.plan import FoldPlan
 from pte_vllm.train.experiments.recall_arms import ABLATIONS, ARMS
 
+if TYPE_CHECKING:
+    from pte_vllm.train.modeling import PTEModel
+
 BLOCK_TOKENS, EVICT_RATIO, PIN_TOKENS = 32, 0.5, 32
+TEXT_TOKENS, TEXT_SEQUENCES = 768, 16
+"""Of the ordinary text on which perplexity is measured."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--facts", type=int, default=3)
     parser.add_argument("--eval-facts", default="", help="also score these numbers of facts")
     parser.add_argument("--eval-samples", type=int, default=48)
+    parser.add_argument(
+        "--eval-text",
+        default="",
+        metavar="PATH",
+        help="ordinary text, a file or a directory, on which to measure perplexity as well",
+    )
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--dtype", default="bfloat16", help="of the frozen model")
     parser.add_argument("--jobs", type=int, default=2, help="arms at once, one thread each")
@@ -55,6 +68,8 @@ def main(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     known = {**ARMS, **ABLATIONS}
     names = options.arms.split(",")
+    if options.eval_text and not Path(options.eval_text).exists():
+        parser.error(f"--eval-text: {options.eval_text} does not exist")
     if unknown := [name for name in names if name not in known]:
         parser.error(f"--arms: unknown {unknown[0]!r}; there are {', '.join(known)}")
     out = Path(options.out)
@@ -111,7 +126,6 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from pte_vllm.plan import FoldPlan
     from pte_vllm.train.batch import Batch
     from pte_vllm.train.experiments.recall_arms import make_model
     from pte_vllm.train.experiments.recall_task import RecallTask, Sample
@@ -131,12 +145,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
             pin_tokens=PIN_TOKENS,
         )
 
-    plan = FoldPlan(
-        pin_tokens=PIN_TOKENS,
-        window_tokens=arm.window_tokens,
-        evict_ratio=EVICT_RATIO,
-        block_size=BLOCK_TOKENS,
-    )
+    plan = _plan(arm.window_tokens)
 
     def batch_of(samples: list[Sample]) -> Batch:
         return Batch.align(
@@ -177,7 +186,40 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         "by_facts": {
             n: score(max(lengths[0], 48 + 18 * n), n) for n in _ints(settings["eval_facts"])
         },
+        "perplexity": _perplexity(model, tokenizer, plan, settings["eval_text"]),
     }
+
+
+def _plan(window_tokens: int) -> FoldPlan:
+    return FoldPlan(
+        pin_tokens=PIN_TOKENS,
+        window_tokens=window_tokens,
+        evict_ratio=EVICT_RATIO,
+        block_size=BLOCK_TOKENS,
+    )
+
+
+def _perplexity(model: PTEModel, tokenizer: Any, plan: FoldPlan, source: str) -> float | None:
+    """On ordinary text, of the tokens beyond the first fold: the same ones for every arm."""
+    if not source:
+        return None
+    from pte_vllm.train.batch import Batch
+    from pte_vllm.train.distill_data import pack, read_texts
+    from pte_vllm.train.experiments.recall_arms import WINDOW_TOKENS
+    from pte_vllm.train.experiments.supervised import score_answers
+
+    examples = pack(
+        read_texts(source),
+        tokenizer,
+        _plan(WINDOW_TOKENS),
+        sequence_tokens=TEXT_TOKENS,
+        max_sequences=TEXT_SEQUENCES,
+    )
+    batches = (
+        Batch.align([e.tokens for e in part], [plan] * len(part), [e.wanted for e in part])
+        for part in (examples[i : i + 4] for i in range(0, len(examples), 4))
+    )
+    return math.exp(score_answers(model, batches).loss)
 
 
 def _ints(text: str) -> list[int]:

@@ -17,6 +17,8 @@ def write(records: list[Record], out: Path) -> str:
     text = _table(arms, "by_length", "tokens")
     if any(record["by_facts"] for record in records):
         text += "\n" + _table(arms, "by_facts", "facts")
+    if any(record["perplexity"] for record in records):
+        text += "\n" + _perplexities(arms)
     (out / "recall.md").write_text(text)
     _plot(arms, out / "recall.png")
     return text + f"\nwrote {out}/recall.md and recall.png"
@@ -43,6 +45,15 @@ def _table(arms: dict[str, list[Record]], kind: str, unit: str) -> str:
         steps = [r["seconds"] / len(r["losses"]) for r in runs if r["losses"]]
         pace = f"{statistics.mean(steps):.1f}" if steps else "–"
         lines.append(f"| {title} | " + " | ".join(cells) + f" | {len(runs)} | {pace} |")
+    return "\n".join(lines) + "\n"
+
+
+def _perplexities(arms: dict[str, list[Record]]) -> str:
+    lines = ["| arm | perplexity of ordinary text beyond the first fold |", "|---|---|"]
+    for title, runs in arms.items():
+        values = [r["perplexity"] for r in runs]
+        spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
+        lines.append(f"| {title} | {statistics.mean(values):.2f}{spread} |")
     return "\n".join(lines) + "\n"
 
 
