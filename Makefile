@@ -32,9 +32,9 @@ format: setup ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## tokens/s and time per token beside vLLM as it is (ARGS='latency --repeats 2')
+bench: setup ## speed beside vLLM as it is (ARGS='latency --repeats 2'; ARGS=--help)
 	$(BIN)/pte-vllm model fetch smollm2 .cache/models/smollm2
-	$(BIN)/pte-vllm bench $(ARGS)
+	$(BIN)/pte-vllm bench $(or $(ARGS),lora)
 
 lock: ## resolve requirements/*.lock again (KINDS='cpu cuda train')
 	$(PYTHON) requirements/lock.py $(KINDS)

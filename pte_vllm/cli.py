@@ -242,7 +242,7 @@ def _train(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    from pte_vllm.bench.runs import main as run_bench
+    from pte_vllm.bench.cli import main as run_bench
 
     return run_bench(args)
 

@@ -33,6 +33,8 @@ class ArmSpec:
     """May exceed the model's own limit: only speed is measured."""
     num_blocks: int = 2_048
     max_num_seqs: int = 16
+    rank: int = 32
+    prefix_caching: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Workload:
     num_seqs: int
     prompt_tokens: int
     output_tokens: int
+    group_size: int = 1
+    """Sequences that share a prompt."""
     pin_tokens: int | None = None
     seed: int = 0
 
@@ -67,7 +71,13 @@ class Arm:
         self._receive()
 
     def run(self, workload: Workload) -> dict[str, Any]:
-        """`{"seconds", "output_tokens", "step_ms": [...], "positions": [...]}`."""
+        """Run a workload to its end.
+
+        Returns:
+            `seconds`; `output_tokens` of all; by step with an output `step_ms` and `positions`, the
+            length of the longest sequence; by sequence `first_token_ms`; `cached_tokens` of the
+            prompts, found in the prefix cache; `mean_running`, sequences per step.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asdict(workload)) + "\n")
         self._process.stdin.flush()
@@ -113,14 +123,14 @@ def _build(spec: ArmSpec) -> tuple[Any, Any]:
         "max_num_seqs": spec.max_num_seqs,
         "num_gpu_blocks_override": spec.num_blocks + 1,
         "kv_cache_memory_bytes": 2**32,
-        "enable_prefix_caching": False,
+        "enable_prefix_caching": spec.prefix_caching,
         "enforce_eager": True,  # as vLLM does for LoRA on CPU; so the base model is compared alike
     }
     if spec.window_tokens is not None:
         args |= engine_args(EngineConfig(window_tokens=spec.window_tokens))
     lora = None
     if spec.adapter is not None:
-        args |= {"enable_lora": True, "max_lora_rank": 32, "max_loras": 1}
+        args |= {"enable_lora": True, "max_lora_rank": spec.rank, "max_loras": 1}
         lora = LoRARequest(lora_name="bench", lora_int_id=1, lora_path=spec.adapter)
     return LLMEngine.from_engine_args(EngineArgs(**args)), lora
 
@@ -133,8 +143,10 @@ def _run(engine: Any, lora: Any, workload: Workload, vocab: int) -> dict[str, An
 
     rng = random.Random(workload.seed)
     pin = {} if workload.pin_tokens is None else {"pte_pin_tokens": workload.pin_tokens}
+    prompt: list[int] = []
     for i in range(workload.num_seqs):
-        prompt = [rng.randrange(10, vocab) for _ in range(workload.prompt_tokens)]
+        if i % workload.group_size == 0:
+            prompt = [rng.randrange(10, vocab) for _ in range(workload.prompt_tokens)]
         params = SamplingParams(
             max_tokens=workload.output_tokens,
             temperature=0.0,
@@ -145,21 +157,30 @@ def _run(engine: Any, lora: Any, workload: Workload, vocab: int) -> dict[str, An
         request_id = f"{workload.seed}-{i}"
         engine.add_request(request_id, {"prompt_token_ids": prompt}, params, lora_request=lora)
     step_ms, positions, produced = [], [], 0
+    first_token_ms: dict[str, float] = {}
+    cached: dict[str, int] = {}
     began = time.perf_counter()
     while engine.has_unfinished_requests():
         step_began = time.perf_counter()
         outputs = engine.step()
         if outputs:
-            step_ms.append((time.perf_counter() - step_began) * 1e3)
+            now = time.perf_counter()
+            step_ms.append((now - step_began) * 1e3)
             generated = [len(o.outputs[0].token_ids) for o in outputs]
             positions.append(workload.prompt_tokens + max(generated))
             produced += len(outputs)
+            for output in outputs:
+                first_token_ms.setdefault(output.request_id, (now - began) * 1e3)
+                cached.setdefault(output.request_id, output.num_cached_tokens or 0)
     seconds = time.perf_counter() - began
     return {
         "seconds": seconds,
         "output_tokens": produced,
         "step_ms": step_ms,
         "positions": positions,
+        "first_token_ms": list(first_token_ms.values()),
+        "cached_tokens": sum(cached.values()),
+        "mean_running": produced / max(1, len(step_ms)),
     }
 
 

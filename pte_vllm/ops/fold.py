@@ -55,18 +55,19 @@ class BlockLayout:
             value_index=offset_of[cells:].view(block_size, dim),
         )
 
-    def gather(self, cache: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(self, caches: Sequence[Tensor], block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (as cached) and values of whole blocks, in token order, fp32.
 
-        `cache: [blocks, H, bs, 2 D]`, `block_ids: [n]`; returns two `[n * bs, H, D]`.
+        `caches` of L layers, each `[blocks, H, bs, 2 D]`; `block_ids: [n]`; returns two
+        `[L, n * bs, H, D]`. Blocks are collected first, to put all layers in order at once.
         """
         block_size, dim = self.key_index.shape
-        blocks = cache.index_select(0, block_ids).flatten(2)  # [n, H, bs * 2 D]
+        blocks = torch.stack([cache.index_select(0, block_ids) for cache in caches]).flatten(3)
         keys, values = (
-            blocks[:, :, index.flatten()]
-            .unflatten(2, (block_size, dim))
-            .transpose(1, 2)
-            .flatten(0, 1)
+            blocks[..., index.flatten()]  # [L, n, H, bs * D]
+            .unflatten(3, (block_size, dim))
+            .transpose(2, 3)
+            .flatten(1, 2)
             .float()
             for index in (self.key_index, self.value_index)
         )
@@ -121,9 +122,7 @@ def read_evicted(
         first_position: position of the first evicted token.
         rope: to undo RoPE; None leaves keys as cached.
     """
-    pairs = [layout.gather(cache, block_ids) for cache in caches]
-    keys = torch.stack([k for k, _ in pairs])  # [L, m, H, D]
-    values = torch.stack([v for _, v in pairs])
+    keys, values = layout.gather(caches, block_ids)  # [L, m, H, D]
     if rope is not None:
         span = slice(first_position, first_position + keys.shape[1])
         keys = unrotate(keys, rope.cos[span], rope.sin[span])

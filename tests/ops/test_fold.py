@@ -54,7 +54,7 @@ def test_blocks_read_back(block_size: int, dim: int, dtype: torch.dtype) -> None
     k, v = torch.randn(2, len(slots), 3, dim).to(dtype)
     layer.impl.do_kv_cache_update(layer, k.clone(), v.clone(), layer.kv_cache, slots)
     layout = BlockLayout.probe(layer)
-    found_k, found_v = layout.gather(layer.kv_cache, torch.tensor(order))
+    (found_k,), (found_v,) = layout.gather([layer.kv_cache], torch.tensor(order))
     assert torch.equal(found_k, k.float())
     assert torch.equal(found_v, v.float())
 

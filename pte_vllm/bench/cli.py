@@ -1,0 +1,124 @@
+"""`pte-vllm bench WHAT`: speed and memory, every baseline in the same run, the arms taking turns.
+
+Imports the standard library only, so that help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_ABOUT = {
+    "throughput": "tokens/s of many long rollouts in a small KV pool: full cache, window, PTE",
+    "lora": "tokens/s of a batch: base model, vLLM's LoRA, ours, PTE",
+    "latency": "time per token by position, and time to the first token",
+    "fold": "what folding costs per token",
+    "prefix": "a group that shares a question: how much of it is read once",
+    "push": "tokens/s while new adapter versions arrive, against the steady state",
+    "train": "memory and time of a training step by answer length (pte-vllm train memory-curve)",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one benchmark; returns the exit status."""
+    if argv[:1] == ["train"]:  # has options of its own
+        from pte_vllm.train.memory_curve import main as memory_curve
+
+        return memory_curve(argv[1:])
+    args = _parser().parse_args(argv)
+    if not Path(args.model).exists():
+        raise ValueError(
+            f"--model {args.model} does not exist; make it with "
+            f"`pte-vllm model fetch smollm2 {args.model}`"
+        )
+    for name, least in (("repeats", 1), ("window", 0), ("tokens", 2), ("seqs", 1)):
+        if getattr(args, name, least) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.what == "push":
+        from pte_vllm.bench.push import run
+    else:
+        from pte_vllm.bench.engine_runs import run
+    run(args)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pte-vllm bench",
+        description="Measure speed. Baselines run in the same run, in turn with ours; each command "
+        "prints median, spread and ratio, and writes JSON and a plot.",
+    )
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    adders: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+        "throughput": _throughput,
+        "lora": _lora,
+        "latency": _latency,
+        "fold": _fold,
+        "prefix": _prefix,
+        "push": _push,
+    }
+    for name, about in _ABOUT.items():
+        command = commands.add_parser(
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name in adders:
+            _common(command)
+            adders[name](command)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=".cache/models/smollm2", help="checkpoint directory")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
+    parser.add_argument("--window", type=int, default=256, help="tokens of the window")
+    parser.add_argument("--rule", default="ridge", help="update rule of the PTE arm")
+    parser.add_argument("--rank", type=int, default=32, help="of the adapters")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each arm, alternating")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="for JSON and plot")
+
+
+def _throughput(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seqs", type=int, default=16, help="rollouts at once")
+    parser.add_argument("--group", type=int, default=4, help="rollouts that share a question")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a question")
+    parser.add_argument("--tokens", type=int, default=2000, help="tokens of an answer")
+    parser.add_argument("--pool", type=int, default=4, help="full rollouts that the pool holds")
+
+
+def _lora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seqs", type=int, default=8, help="sequences at once")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of a question")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of an answer")
+
+
+def _latency(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--positions", default="1000,2000,4000,8000,16000", help="measured at")
+    parser.add_argument("--tokens", type=int, default=64, help="generated at each")
+
+
+def _fold(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seqs", type=int, default=8, help="sequences, which fold together")
+    parser.add_argument("--tokens", type=int, default=1000, help="tokens of an answer")
+
+
+def _prefix(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--group", type=int, default=16, help="rollouts that share a question")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the question")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer")
+
+
+def _push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--streams", type=int, default=16, help="rollouts that run all the time")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds from push to push")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,74 @@
+"""`pte-vllm bench` on a tiny model: what it runs and writes. Figures: docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pte_vllm.cli import main
+
+
+@pytest.fixture
+def bench(
+    tiny: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Callable[[str], tuple[str, dict[str, Any]]]:
+    def run(line: str) -> tuple[str, dict[str, Any]]:
+        """What it printed, and its JSON."""
+        what, *options = line.split()
+        model = str(tiny("llama"))
+        common = ["--model", model, "--dtype", "float32", "--window", "64", "--rank", "8"]
+        words = ["bench", what, *common, "--out", str(tmp_path), "--repeats", "1", *options]
+        assert main(words) == 0
+        assert (tmp_path / f"{what}.png").stat().st_size > 0
+        return capfd.readouterr().out, json.loads((tmp_path / f"{what}.json").read_text())
+
+    return run
+
+
+def test_fold_finds_the_steps_that_fold(bench: Callable) -> None:
+    shown, found = bench("fold --seqs 3 --tokens 300")
+    # 1 pinned block, a window of 2: folds before positions 96, 128, ..., 320 of 331 read.
+    assert len(found["folding_ms"]) == 8
+    assert len(found["usual_ms"]) == 300 - 8
+    assert "of a step" in shown and "cores of" in found["machine"]
+
+
+@pytest.mark.slow
+def test_throughput_in_a_small_pool(bench: Callable) -> None:
+    shown, found = bench("throughput --seqs 6 --group 3 --prompt 40 --tokens 400 --pool 2")
+    assert found["pool_blocks"] == 2 * 14
+    running = found["running"]
+    assert running["vLLM, full cache"] < running["window, PTE"] == 6.0
+    assert "ratio to the first" in shown
+
+
+@pytest.mark.slow
+def test_prefix_is_read_once(bench: Callable) -> None:
+    _, found = bench("prefix --group 4 --prompt 130 --tokens 5")
+    cached = {name: runs[0] for name, runs in found["cached_tokens"].items()}
+    assert cached["window, PTE, no prefix caching"] == 0
+    assert cached["window, PTE"] == cached["vLLM, prefix caching"] == 3 * 128
+
+
+@pytest.mark.slow
+def test_lora_latency_and_push(bench: Callable) -> None:
+    _, found = bench("lora --seqs 2 --prompt 20 --tokens 20")
+    assert len(found["tokens_per_second"]) == 5
+    _, found = bench("latency --positions 100,300 --tokens 5")
+    assert [len(row) for row in found["ms_per_token"].values()] == [2, 2]
+    _, found = bench("push --streams 3 --tokens 10 --seconds 4 --every 1")
+    assert len(found["push_to_first_token_s"]) >= 2
+    assert all(rate > 0 for runs in found["tokens_per_second"].values() for rate in runs)
+
+
+def test_mistakes_name_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "lora", "--model", str(tmp_path / "absent")]) == 2
+    assert "--model" in capsys.readouterr().err
+    assert main(["bench", "fold", "--model", str(tmp_path), "--repeats", "0"]) == 2
+    assert "--repeats must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "speed"])
