@@ -16,7 +16,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pte_vllm.adapter import ModelShape, content_hash
-from pte_vllm.server.adapter_upload import servable_rule
+from pte_vllm.server.adapter_upload import MAX_ADAPTER_BYTES, servable_rule
 from pte_vllm.server.adapter_use import AdapterUse
 from pte_vllm.server.metrics import timed_load
 from pte_vllm.server.served_names import ServedNames
@@ -157,7 +157,7 @@ class AdapterRegistry:
         check_name(name)
         incoming = await asyncio.to_thread(self._spool.incoming)
         try:
-            await asyncio.to_thread(incoming.copy_adapter, path)
+            await asyncio.to_thread(incoming.copy_adapter, path, max_bytes=MAX_ADAPTER_BYTES)
             sha256 = content_hash(incoming.hashes)
             newest = self.versions(name)[-1] if name in self._versions else None
             if newest is not None and newest.sha256 == sha256:

@@ -78,11 +78,18 @@ class Incoming:
             _sync(file)
         self.hashes[name] = digest.hexdigest()
 
-    def copy_adapter(self, directory: Path) -> None:
-        """Copy an adapter's files, and nothing else; ValueError if there are none."""
+    def copy_adapter(self, directory: Path, *, max_bytes: int) -> None:
+        """Copy an adapter's files, and nothing else.
+
+        Raises:
+            ValueError: if there are none, or more than `max_bytes` of them.
+        """
         found = [name for name in FILES if (directory / name).is_file()]
         if not found:
             raise ValueError(f"there is no adapter in {directory}")
+        num_bytes = sum((directory / name).stat().st_size for name in found)
+        if num_bytes > max_bytes:
+            raise ValueError(f"the adapter has {num_bytes} bytes, more than {max_bytes}")
         for name in found:
             with (directory / name).open("rb") as file:
                 self.write(name, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from pte_vllm.server.adapter_upload import MAX_ADAPTER_BYTES
 from tests.engine import BLOCK
 from tests.server.serving import WINDOW, Server
 from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
@@ -89,6 +91,11 @@ def test_prime_rl(server: Server, steps: list[Path], tmp_path: Path) -> None:
     answer = post(server, "/load_lora_adapter", missing)
     assert answer.status_code == 404  # prime-rl tries again: files may lag behind
     assert "lora_path has no adapter_config.json" in answer.text
+    huge = tmp_path / "huge"
+    shutil.copytree(steps[0], huge)
+    os.truncate(huge / "adapter_model.safetensors", MAX_ADAPTER_BYTES)  # sparse
+    answer = post(server, "/load_lora_adapter", {"lora_name": "huge", "lora_path": str(huge)})
+    assert answer.status_code == 400 and f"more than {MAX_ADAPTER_BYTES}" in answer.text
     assert broadcast(0)["version"] == 1
     with under_way(lambda: _generate(server, "r8-run", prompt, IN_FLIGHT, cache_salt="0")) as early:
         wait_folds(server, 1)
