@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 
 from pte_vllm import __version__
 from pte_vllm.config import EngineConfig, PTEConfig, ServiceConfig
+from pte_vllm.preload import DEFAULT as PRELOADED
+from pte_vllm.preload import LIBRARIES
 from pte_vllm.types import INITS, KEYS, NORMALIZES, READS, RULES
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -93,7 +95,7 @@ def _serve_parser() -> argparse.ArgumentParser:
         "[--pte-max-prompt-tokens N] [--pte-spool DIR] [--pte-keep-versions N] "
         "[--pte-keep-thoughts N] [--pte-keep-thoughts-mib N] "
         "[--pte-admin-key KEY | --pte-admin-key-file FILE] [--pte-max-body-bytes N] "
-        "[--pte-max-rollouts N] "
+        "[--pte-max-rollouts N] [--pte-preload LIST] "
         "[any vllm serve flag ...]",
         description="vLLM's OpenAI-compatible server, with a KV cache of fixed size per sequence.",
         epilog=_SERVE_EPILOG,
@@ -182,7 +184,24 @@ def _serve_parser() -> argparse.ArgumentParser:
         help="samples of rollouts and scores that wait or run at once; a request beyond that gets "
         "HTTP 429 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--pte-preload",
+        type=_libraries,
+        default=",".join(PRELOADED),
+        metavar="LIST",
+        help="libraries that workers on a CPU load first where they are found: "
+        f"{', '.join(LIBRARIES)}; none to do without (default: %(default)s)",
+    )
     return parser
+
+
+def _libraries(text: str) -> tuple[str, ...]:
+    names = () if text == "none" else tuple(name.strip() for name in text.split(","))
+    if unknown := set(names) - set(LIBRARIES):
+        raise argparse.ArgumentTypeError(
+            f"{min(unknown)!r} is none of {', '.join(LIBRARIES)}; or say none"
+        )
+    return names
 
 
 def _serve(args: list[str]) -> int:
@@ -213,7 +232,7 @@ def _serve(args: list[str]) -> int:
     )
     from pte_vllm.serve import serve
 
-    serve(rest[0], config, rest[1:], service)
+    serve(rest[0], config, rest[1:], service, options.pte_preload)
     return 0
 
 

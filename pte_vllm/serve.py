@@ -8,9 +8,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
+from vllm.logger import init_logger
+
 from pte_vllm.config import EngineConfig, ServiceConfig
+from pte_vllm.preload import preload
+
+logger = init_logger(__name__)
 
 SCHEDULER_CLS = "pte_vllm.scheduler.make_scheduler"
 
@@ -41,6 +47,7 @@ def serve(
     engine: EngineConfig,
     vllm_args: list[str],
     service: ServiceConfig | None = None,
+    preloaded: Sequence[str] = (),
 ) -> None:
     """Run the server until it is stopped.
 
@@ -49,12 +56,16 @@ def serve(
         engine: PTE's options.
         vllm_args: any of `vllm serve`'s flags.
         service: options of our routes.
+        preloaded: libraries that workers on a CPU load first, of `preload.LIBRARIES`.
 
     Raises:
         ValueError: naming the flag, if a combination is not supported.
     """
     _allow_plugins(os.environ)
     overrides = engine_args(engine)
+    if overrides["worker_cls"].endswith("CPUWorker"):
+        for line in preload(os.environ, preloaded):
+            logger.info("CPU: %s", line)
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

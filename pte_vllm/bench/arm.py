@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pte_vllm.preload import preload
+
 READY_TIMEOUT_S = 600
 
 
@@ -59,11 +61,14 @@ class Arm:
 
     def __init__(self, spec: ArmSpec, log: Path) -> None:
         self.spec, self._log = spec, log
+        env = dict(os.environ)
+        preload(env)  # as `pte-vllm serve` does; for baselines too
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pte_vllm.bench.arm", json.dumps(asdict(spec))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
+            env=env,
             text=True,
         )
 
