@@ -26,7 +26,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from pte_vllm.adapter import AdapterError, ModelShape, layer_of, load_for_engine
 from pte_vllm.lora_cpu import CPULayerPunica, load_native
-from pte_vllm.ops.modulate import Segment, modulate_tokens
+from pte_vllm.ops.modulate import Segment
 from pte_vllm.state import LoadedEncoder, StatePool
 
 
@@ -61,6 +61,9 @@ class LayerPunica:
     """vLLM's punica wrapper as one linear of the decoder sees it, on a GPU."""
 
     def __init__(self, wrapper: Any, states: Tensor, tokens: TokenSlots) -> None:
+        from pte_vllm.ops.modulate_triton import modulate_slices_  # a CPU may have no Triton
+
+        self._modulate_ = modulate_slices_
         self._wrapper = wrapper
         self._states = states  # [slots, R, R] of this layer
         self._tokens = tokens
@@ -90,9 +93,7 @@ class LayerPunica:
             (len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device
         )
         self._wrapper.add_shrink(buffer, x, lora_a_stacked, scale)
-        slots = self._tokens.slots[: x.size(0)]
-        for a in buffer:
-            a.copy_(modulate_tokens(a, self._states, slots))
+        self._modulate_(buffer, self._states, self._tokens.slots)
         self._wrapper.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs)
 
 

@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTile = 64;       // outputs of one tile of B; lora_cpu.py packs them so
 constexpr int64_t kVectors = kTile / kLanes;
-constexpr int64_t kTokens = 4;      // tokens that share one reading of the weights in registers
+constexpr int64_t kShrink = 8;      // tokens that share one reading of A: as many running sums
+constexpr int64_t kExpand = 4;      // of B: four vectors of a tile for each
 constexpr int64_t kBlock = 64;      // tokens whose inputs stay in a core's cache
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
@@ -47,21 +48,22 @@ inline float to_float(BFloat16 value) {
     return out;
 }
 
-inline void store(float* to, float value) { *to = value; }
+inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
 
-inline void store(BFloat16* to, float value) {  // round to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffffu) > 0x7f800000u)
-        to->bits = 0x7fc0;  // NaN stays NaN
-    else
-        to->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+inline void store(BFloat16* to, Vector value) {  // round to nearest, ties to even
+    const Bits bits = (Bits)value;
+    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits nan = (Bits)((bits & 0x7fffffffu) > 0x7f800000u);  // stays one
+    const Halves halves = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Halves);
+    std::memcpy(to, &halves, sizeof halves);
 }
 
 inline float sum(Vector v) {
-    float total = 0.0f;
-    for (int i = 0; i < kLanes; ++i) total += v[i];
-    return total;
+    float part[kLanes];
+    std::memcpy(part, &v, sizeof part);
+    for (int64_t width = kLanes / 2; width > 0; width /= 2)  // a tree: few additions wait in line
+        for (int64_t i = 0; i < width; ++i) part[i] += part[i + width];
+    return part[0];
 }
 
 // One linear of one adapter, and the tokens that go through it.
@@ -90,7 +92,7 @@ struct Work {
 
     // A x of one row of A for tokens [first, end).
     void shrink(int64_t row, int64_t first, int64_t end) const {
-        for (; first + kTokens <= end; first += kTokens) shrink_some<kTokens>(row, first);
+        for (; first + kShrink <= end; first += kShrink) shrink_some<kShrink>(row, first);
         for (; first < end; ++first) shrink_some<1>(row, first);
     }
 
@@ -119,7 +121,7 @@ struct Work {
 
     // y of one tile of outputs for tokens [first, end).
     void expand(int64_t tile, int64_t first, int64_t end) const {
-        for (; first + kTokens <= end; first += kTokens) expand_some<kTokens>(tile, first);
+        for (; first + kExpand <= end; first += kExpand) expand_some<kExpand>(tile, first);
         for (; first < end; ++first) expand_some<1>(tile, first);
     }
 
@@ -136,9 +138,17 @@ struct Work {
             }
         for (int64_t t = 0; t < count; ++t) {
             Number* out = y + (first + t) * y_stride + about[1];
-            float delta[kTile];
-            std::memcpy(delta, sums[t], sizeof delta);
-            for (int32_t o = 0; o < about[2]; ++o) store(out + o, to_float(out[o]) + delta[o]);
+            for (int64_t v = 0; v < kVectors; ++v, out += kLanes) {
+                const int64_t left = about[2] - v * kLanes;
+                if (left >= kLanes) {
+                    store(out, load(out) + sums[t][v]);
+                } else if (left > 0) {
+                    Number padded[kLanes] = {};
+                    std::memcpy(padded, out, left * sizeof(Number));
+                    store(padded, load(padded) + sums[t][v]);
+                    std::memcpy(out, padded, left * sizeof(Number));
+                }
+            }
         }
     }
 };

@@ -58,6 +58,7 @@ ABLATIONS: tuple[Arm, ...] = (
     _ablate(_RIDGE, "attention linears only", target_modules=_ATTENTION),
     _ablate(_RIDGE, "v_proj only", target_modules=("v_proj",)),
     _ablate(_RIDGE, "window 24", window_tokens=24),
+    _ablate(_RIDGE, "window 32", window_tokens=32),
     _ablate(_RIDGE, "backward full", backward="full"),
     _SUM,
     _ablate(_SUM, "normalize row", normalize="row"),
@@ -67,6 +68,8 @@ ABLATIONS: tuple[Arm, ...] = (
     _ablate(_SUM, "init random", init="random", value_start=0.0),
     _ablate(_SUM, "backward full", backward="full"),
     _PAPER,
+    _ablate(_PAPER, "window 24", window_tokens=24),
+    _ablate(_PAPER, "window 32", window_tokens=32),
     _ablate(_PAPER, "gain × 0.1", gain=0.1),
     _ablate(_PAPER, "gain × 10", gain=10.0),
 )

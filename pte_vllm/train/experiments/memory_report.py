@@ -21,6 +21,7 @@ def write(result: dict[str, Any], out: Path, name: str) -> str:
     facts = result["budget"]["eval_facts"]
     gaps = [(gap, facts[0]) for gap in result["budget"]["eval_gaps"]]
     text = f"Share of right answers; trained gaps {low} to {high} tokens, {facts[0]} facts.\n\n"
+    text += _summary(arms, result["budget"]["tasks"], gaps, (low, high)) + "\n"
     for task in result["budget"]["tasks"]:
         text += f"**{task}**\n\n" + _table(arms, task, gaps, lambda cell: f"gap {cell[0]}") + "\n"
         if len(facts) > 1:
@@ -39,6 +40,28 @@ def _by_arm(runs: list[dict[str, Any]]) -> dict[str, list[dict[Key, float]]]:
         scores = {(s["task"], s["gap_tokens"], s["facts"]): s["accuracy"] for s in record["scores"]}
         arms.setdefault(record["arm"], []).append(scores)
     return arms
+
+
+def _summary(
+    arms: dict[str, list[dict[Key, float]]],
+    tasks: list[str],
+    gaps: list[tuple[int, int]],
+    trained: tuple[int, int],
+) -> str:
+    """By task the mean over trained gaps, and the longest gap; means over seeds."""
+    inside = [cell for cell in gaps if trained[0] <= cell[0] <= trained[1]]
+    lines = [
+        f"| arm | {' | '.join(f'{task}, trained gaps; gap {gaps[-1][0]}' for task in tasks)} |",
+        "|---" * (len(tasks) + 1) + "|",
+    ]
+    for arm, seeds in arms.items():
+        row = []
+        for task in tasks:
+            near = statistics.mean(scores[task, *cell] for scores in seeds for cell in inside)
+            far = statistics.mean(scores[task, *gaps[-1]] for scores in seeds)
+            row.append(f"{near:.2f}; {far:.2f}")
+        lines.append(f"| {arm} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _table(
