@@ -37,7 +37,7 @@ class FoldCounters:
         self.folded_tokens += num_blocks * block_size
 
     def add_rho(self, rho: Tensor) -> None:
-        """`rho: [L]`, of each layer of one fold."""
+        """`rho: [n]`, of each layer of one or several folds."""
         bins = torch.bucketize(rho, self._edges)  # an edge belongs to the bin below it
         self._rho_bins.index_add_(0, bins, torch.ones_like(bins))
         self._rho_sum += rho.nan_to_num(posinf=0.0).sum()

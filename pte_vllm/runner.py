@@ -129,37 +129,59 @@ class PTERunnerMixin(QueriesMixin):
     def _fold_due(self, scheduler_output: SchedulerOutput) -> None:
         """Fold for running sequences that start a step at or past a boundary."""
         cached = scheduler_output.scheduled_cached_reqs
-        for request_id, num_computed in zip(
-            cached.req_ids, cached.num_computed_tokens, strict=True
-        ):
-            if request_id not in cached.resumed_req_ids:
-                sequence = self.pte_pool.sequences[request_id]
-                self._fold_until(sequence, num_computed, self.requests[request_id].block_ids[0])
+        behind = [
+            (self.pte_pool.sequences[request_id], num_computed, request_id)
+            for request_id, num_computed in zip(
+                cached.req_ids, cached.num_computed_tokens, strict=True
+            )
+            if request_id not in cached.resumed_req_ids
+        ]
+        while True:
+            behind = [
+                (sequence, num_computed, request_id)
+                for sequence, num_computed, request_id in behind
+                if sequence.folded_blocks < sequence.plan.folded_blocks(num_computed)
+            ]
+            if not behind:
+                return
+            self._fold_once(
+                [(sequence, self.requests[name].block_ids[0]) for sequence, _, name in behind]
+            )
 
-    def _fold_until(self, sequence: Sequence, num_computed: int, block_ids: list[int]) -> None:
-        plan = sequence.plan
-        due = plan.folded_blocks(num_computed)
-        while sequence.folded_blocks < due:
-            first = plan.pinned_blocks + sequence.folded_blocks
-            if sequence.loaded is not None and sequence.rule != "none":
-                self._fold(sequence, block_ids[first : first + plan.evict_blocks], first)
+    def _fold_once(self, due: list[tuple[Sequence, list[int]]]) -> None:
+        """One fold of each sequence, given its blocks; those that are alike fold together."""
+        alike: dict[tuple[int, str, int], list[tuple[Sequence, list[int]]]] = {}
+        for sequence, block_ids in due:
+            plan = sequence.plan
+            if sequence.loaded is not None and sequence.rule not in (None, "none"):
+                key = (id(sequence.loaded), sequence.rule, plan.evict_blocks)
+                alike.setdefault(key, []).append((sequence, block_ids))
+        for group in alike.values():
+            self._fold(group)
+        for sequence, _ in due:
+            plan = sequence.plan
             sequence.folded_blocks += plan.evict_blocks
             self.pte_pool.counters.add_fold(
                 sequence.rule, num_blocks=plan.evict_blocks, block_size=plan.block_size
             )
 
     @torch.inference_mode()
-    def _fold(self, sequence: Sequence, block_ids: list[int], first_block: int) -> None:
-        loaded = sequence.loaded
+    def _fold(self, group: list[tuple[Sequence, list[int]]]) -> None:
+        loaded = group[0][0].loaded
         assert loaded is not None
+        first = [s.plan.pinned_blocks + s.folded_blocks for s, _ in group]
+        evicted = [
+            block_ids[start : start + sequence.plan.evict_blocks]
+            for (sequence, block_ids), start in zip(group, first, strict=True)
+        ]
         k_e, v_e = read_evicted(
             [self.pte_attention[layer].kv_cache for layer in loaded.layers],
             self.pte_layout,
-            torch.tensor(block_ids, device=self.device),
-            first_block * self.pte_block_size,
+            torch.tensor(evicted, device=self.device),
+            torch.tensor(first, device=self.device) * self.pte_block_size,
             self.pte_rope if loaded.config.keys == "unrotated" else None,
         )
-        self.pte_pool.fold(sequence, k_e, v_e)
+        self.pte_pool.fold([sequence for sequence, _ in group], k_e, v_e)
 
     def _start_sequences(self, scheduler_output: SchedulerOutput, orders: SnapshotOrders) -> None:
         """Start new requests, and preempted ones again, from S_0 or from an earlier request's S."""

@@ -134,7 +134,7 @@ class StatePool:
             sequence.slot = self.free_slots.pop()
             self.states[:, sequence.slot] = 0.0
             sequence.sums = RULES[sequence.rule].start(loaded.encoder, loaded.config.normalize)
-            self._write(sequence)
+            self._write_own(sequence)
         self.sequences[request_id] = sequence
         return sequence
 
@@ -173,7 +173,7 @@ class StatePool:
             sequence.sums = {k: v.to(device, non_blocking=True) for k, v in snapshot.sums.items()}
             if snapshot.rho is not None:
                 sequence.rho = list(snapshot.rho.to(device, non_blocking=True))
-            self._write(sequence)
+            self._write_own(sequence)
 
     def thoughts(self, name: str) -> Thoughts | None:
         """Of the running or finished request that a client calls `name`; the newest of several."""
@@ -191,29 +191,46 @@ class StatePool:
         request_id = find_id(name, finished)
         return None if request_id is None else finished[request_id].rho_list()
 
-    def fold(self, sequence: Sequence, k_e: Tensor, v_e: Tensor) -> None:
-        """Fold `K_e, V_e: [L, m, d_kv]` into the sequence's state."""
-        assert sequence.loaded is not None and sequence.rule is not None
-        loaded, rule = sequence.loaded, RULES[sequence.rule]
-        how = loaded.config.normalize
-        before = sequence.state
-        assert before is not None
-        sequence.sums = rule.fold(sequence.sums, loaded.encoder, k_e, v_e, how)
-        after = self._write(sequence)
-        rho = relative_update(before, after - before)
-        self.counters.add_rho(rho)
-        sequence.rho.append(rho.mean())
+    def fold(self, sequences: list[Sequence], k_e: Tensor, v_e: Tensor) -> None:
+        """Fold `K_e, V_e: [L, S, m, d_kv]` into S sequences of one adapter and one rule."""
+        loaded, rule = sequences[0].loaded, sequences[0].rule
+        assert loaded is not None and rule is not None
+        assert all(s.loaded is loaded and s.rule == rule for s in sequences)
+        encoder = loaded.encoder.map(lambda t: t[:, None])  # [L, 1, ...], over sequences
+        sums = {
+            name: torch.stack([s.sums[name] for s in sequences], 1) for name in sequences[0].sums
+        }
+        sums = RULES[rule].fold(sums, encoder, k_e, v_e, loaded.config.normalize)
+        for i, sequence in enumerate(sequences):
+            # A copy of its own: a view would keep the others' alive.
+            sequence.sums = {name: both[:, i].contiguous() for name, both in sums.items()}
+        before = torch.stack([s.state for s in sequences if s.state is not None], 1)
+        after = self._write(sequences, sums)
+        rho = relative_update(before, after - before)  # [L, S]
+        self.counters.add_rho(rho.flatten())
+        for sequence, own in zip(sequences, rho.mean(0), strict=True):
+            sequence.rho.append(own)
 
-    def _write(self, sequence: Sequence) -> Tensor:
-        """Put what the rule reads, `[L, G, r]`, into the slot; returns it."""
-        assert sequence.loaded is not None and sequence.rule is not None
-        loaded = sequence.loaded
-        state = RULES[sequence.rule].read(sequence.sums, loaded.encoder, loaded.config.normalize)
-        sequence.state = state
-        stored = state if loaded.config.read == "key" else state.mT
+    def _write(self, sequences: list[Sequence], sums: Sums) -> Tensor:
+        """Put what the rule reads from `sums`, `[L, S, ...]`, into the slots; returns the states.
+
+        States are `[L, S, G, r]`; every sequence gets its own, `[L, G, r]`.
+        """
+        loaded, rule = sequences[0].loaded, sequences[0].rule
+        assert loaded is not None and rule is not None
+        encoder = loaded.encoder.map(lambda t: t[:, None])
+        states = RULES[rule].read(sums, encoder, loaded.config.normalize)
+        states = states.expand(-1, len(sequences), -1, -1)  # the rule `none` knows no sequences
+        stored = states if loaded.config.read == "key" else states.mT
         rows, columns = stored.shape[-2:]
-        self.states[loaded.layers, sequence.slot, :rows, :columns] = stored
-        return state
+        for i, sequence in enumerate(sequences):
+            sequence.state = states[:, i].contiguous()
+            self.states[loaded.layers, sequence.slot, :rows, :columns] = stored[:, i]
+        return states
+
+    def _write_own(self, sequence: Sequence) -> None:
+        """`_write` of one sequence, from its own sums."""
+        self._write([sequence], {name: own[:, None] for name, own in sequence.sums.items()})
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every slot is free or owned by exactly one sequence."""

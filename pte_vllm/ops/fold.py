@@ -110,20 +110,24 @@ def read_evicted(
     caches: Sequence[Tensor],
     layout: BlockLayout,
     block_ids: Tensor,
-    first_position: int,
+    first_positions: Tensor,
     rope: RopeTable | None,
 ) -> tuple[Tensor, Tensor]:
-    """`K_e, V_e: [L, m, d_kv]` of the blocks that one sequence folds.
+    """`K_e, V_e: [L, S, m, d_kv]` of the blocks that S sequences fold.
 
     Args:
         caches: of the layers that have a state, each `[blocks, H, bs, 2 D]`.
         layout: of a block.
-        block_ids: `[n]` int64, in token order; m = n * bs.
-        first_position: position of the first evicted token.
+        block_ids: `[S, n]` int64, in token order; m = n * bs.
+        first_positions: `[S]` int64, of each sequence's first evicted token.
         rope: to undo RoPE; None leaves keys as cached.
     """
-    keys, values = layout.gather(caches, block_ids)  # [L, m, H, D]
+    keys, values = (
+        found.unflatten(1, (len(block_ids), -1))  # [L, S, m, H, D]
+        for found in layout.gather(caches, block_ids.flatten())
+    )
     if rope is not None:
-        span = slice(first_position, first_position + keys.shape[1])
-        keys = unrotate(keys, rope.cos[span], rope.sin[span])
-    return keys.flatten(2), values.flatten(2)
+        steps = torch.arange(keys.shape[2], device=block_ids.device)
+        positions = first_positions[:, None] + steps  # [S, m]
+        keys = unrotate(keys, rope.cos[positions], rope.sin[positions])
+    return keys.flatten(3), values.flatten(3)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _modulate_kernel(  # type: ignore[no-untyped-def]
     a_ptr,  # [n, T, R] fp32
     states_ptr,  # [slots, R, R] fp32

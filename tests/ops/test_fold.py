@@ -59,22 +59,25 @@ def test_blocks_read_back(block_size: int, dim: int, dtype: torch.dtype) -> None
     assert torch.equal(found_v, v.float())
 
 
-def test_rope_is_undone_by_position() -> None:
-    block_size, dim, first = 32, 32, 96
+def test_rope_is_undone_by_position_and_sequence() -> None:
+    """Two sequences fold two blocks each, from different positions on."""
+    block_size, dim, first = 32, 32, torch.tensor([96, 32])
     layer = _layer(block_size, dim, torch.float32, heads=2)
-    positions = torch.arange(first, first + block_size)
+    positions = (first[:, None] + torch.arange(2 * block_size)).flatten()
     angle = torch.arange(200)[:, None] / 100 ** (torch.arange(dim // 2) / (dim // 2))
     rope = RopeTable(cos=angle.cos(), sin=angle.sin())
-    k, v = torch.randn(2, block_size, 2, dim)
+    k, v = torch.randn(2, 4 * block_size, 2, dim)
     cos, sin = (torch.cat([t[positions]] * 2, -1)[:, None] for t in (rope.cos, rope.sin))
     rotated = k * cos + rotate_half(k) * sin
-    layer.impl.do_kv_cache_update(layer, rotated, v, layer.kv_cache, torch.arange(block_size))
-    layout, block = BlockLayout.probe(layer), torch.tensor([0])
-    k_e, v_e = read_evicted([layer.kv_cache], layout, block, first, rope)
-    torch.testing.assert_close(k_e[0], k.flatten(1), atol=1e-5, rtol=0)
-    assert torch.equal(v_e[0], v.flatten(1))
-    k_e, _ = read_evicted([layer.kv_cache], layout, block, first, None)
-    assert torch.equal(k_e[0], rotated.flatten(1))
+    blocks = torch.tensor([[5, 1], [0, 3]])
+    slots = (blocks.flatten()[:, None] * block_size + torch.arange(block_size)).flatten()
+    layer.impl.do_kv_cache_update(layer, rotated, v, layer.kv_cache, slots)
+    layout, both = BlockLayout.probe(layer), (2, 2 * block_size, -1)
+    k_e, v_e = read_evicted([layer.kv_cache], layout, blocks, first, rope)
+    torch.testing.assert_close(k_e[0], k.view(*both), atol=1e-5, rtol=0)
+    assert torch.equal(v_e[0], v.view(*both))
+    k_e, _ = read_evicted([layer.kv_cache], layout, blocks, first, None)
+    assert torch.equal(k_e[0], rotated.view(*both))
 
 
 def test_a_cache_that_cannot_be_read_back_is_refused() -> None:
