@@ -14,6 +14,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from pte_vllm.config import EngineConfig, ServiceConfig
+from pte_vllm.plugin import adopt_logging
 from pte_vllm.preload import preload
 
 logger = init_logger(__name__)
@@ -62,6 +63,7 @@ def serve(
         ValueError: naming the flag, if a combination is not supported.
     """
     _allow_plugins(os.environ)
+    adopt_logging()
     overrides = engine_args(engine)
     if overrides["worker_cls"].endswith("CPUWorker"):
         for line in preload(os.environ, preloaded):
