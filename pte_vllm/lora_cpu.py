@@ -25,7 +25,7 @@ from pte_vllm.ops.modulate import modulate_segments, modulate_tokens
 if TYPE_CHECKING:
     from pte_vllm.lora import TokenSlots
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
 _LANES, _TILE = 16, 64  # as lora_cpu.cpp
 

@@ -6,7 +6,6 @@ Without `additional_config["pte"]` (a plain `vllm serve`) everything registered 
 from __future__ import annotations
 
 import importlib.util
-import logging
 
 VLLM_VERSION = "0.32.0"
 
@@ -30,7 +29,6 @@ def register() -> None:
             f"pte-vllm supports vLLM {VLLM_VERSION}, found {vllm.__version__}: install "
             f"vllm=={VLLM_VERSION}, or remove pte-vllm"
         )
-    adopt_logging()
     register_spec()
     if current_platform.is_cpu():
         # The CPU platform takes CPU_ATTN's path whatever backend is selected.
@@ -38,15 +36,6 @@ def register() -> None:
     else:
         register_backend(AttentionBackendEnum.CUSTOM, f"pte_vllm.attention.{cuda_backend()}")
     apply_all(all_patches())
-
-
-def adopt_logging() -> None:
-    """Let our modules log where and how vLLM's do, which configures only loggers named `vllm`."""
-    import vllm.logger  # noqa: F401 (configures)
-
-    ours, theirs = logging.getLogger("pte_vllm"), logging.getLogger("vllm")
-    ours.handlers, ours.propagate = theirs.handlers, theirs.propagate
-    ours.setLevel(theirs.level)
 
 
 def cuda_backend() -> str:

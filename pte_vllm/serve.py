@@ -8,16 +8,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.logger import init_logger
-
 from pte_vllm.config import EngineConfig, ServiceConfig
-from pte_vllm.plugin import adopt_logging
 from pte_vllm.preload import preload
-
-logger = init_logger(__name__)
 
 SCHEDULER_CLS = "pte_vllm.scheduler.make_scheduler"
 
@@ -63,11 +59,10 @@ def serve(
         ValueError: naming the flag, if a combination is not supported.
     """
     _allow_plugins(os.environ)
-    adopt_logging()
     overrides = engine_args(engine)
     if overrides["worker_cls"].endswith("CPUWorker"):
         for line in preload(os.environ, preloaded):
-            logger.info("CPU: %s", line)
+            print(f"pte-vllm: CPU: {line}", file=sys.stderr)  # vLLM sets up its log later
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

@@ -22,7 +22,7 @@ from pte_vllm.server.metrics import timed_load
 from pte_vllm.server.served_names import ServedNames
 from pte_vllm.server.spool import Incoming, Spool, Version, check_name
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
 _TIDY_S = 2.0
 """How often it is looked whether old versions may leave, while there are any."""

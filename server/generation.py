@@ -26,7 +26,7 @@ from pte_vllm.server.schemas import RolloutRequest, ScoreRequest
 from pte_vllm.server.state import Service
 from pte_vllm.train.rollout import Rollout
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
 KEEP_ALIVE_S = 10.0
 """A blank line goes out this often while nothing finishes."""

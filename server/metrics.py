@@ -33,7 +33,7 @@ from pte_vllm.types import RULES
 if TYPE_CHECKING:
     from pte_vllm.server.state import Service
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
 MIN_INTERVAL_S = 1.0
 """Scrapes that come faster get the totals of the one before."""

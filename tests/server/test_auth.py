@@ -102,10 +102,16 @@ def server(
         *("--pte-max-body-bytes", str(MAX_BYTES), "--pte-spool", str(directory / "spool")),
     ]
     served = {"paper": adapters(model, rank=8, rule="paper")}
-    env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO"}  # vLLM's /server_info
+    env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO"}  # /server_info, log
     with Server(model, served, log=directory / "log", flags=flags, env=env) as server:
         server.wait_ready()
         yield server
+
+
+def test_log_says_what_speeds_up_a_cpu(server: Server) -> None:
+    log = server.log.read_text()
+    assert "LoRA on CPU: compiled code" in log
+    assert "CPU: tcmalloc: " in log
 
 
 def _call(server: Server, method: str, path: str, key: str | None, **options) -> httpx.Response:

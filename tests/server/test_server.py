@@ -72,12 +72,6 @@ def test_parity_over_http(server: Server) -> None:
         _check(server, "paper", prompt, response, **options)
 
 
-def test_log_says_what_speeds_up_a_cpu(server: Server) -> None:
-    log = server.log.read_text()
-    assert "LoRA on CPU: compiled code" in log
-    assert "CPU: tcmalloc: " in log
-
-
 def test_requests_route_shows_a_bounded_cache(server: Server) -> None:
     before = len(server.get("/pte/v1/requests")["finished"])
     response = _complete(server, "paper", random_tokens(50, 500, 2), 800)
