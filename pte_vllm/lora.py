@@ -27,6 +27,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from pte_vllm.adapter import AdapterError, ModelShape, layer_of, load_for_engine
 from pte_vllm.lora_cpu import CPULayerPunica, load_native
 from pte_vllm.ops.modulate import Segment
+from pte_vllm.punica import PunicaView
 from pte_vllm.state import LoadedEncoder, StatePool
 
 
@@ -57,19 +58,16 @@ class TokenSlots:
             self.slots[: len(per_token)] = per_token.to(self.slots.device)
 
 
-class LayerPunica:
+class LayerPunica(PunicaView):
     """vLLM's punica wrapper as one linear of the decoder sees it, on a GPU."""
 
     def __init__(self, wrapper: Any, states: Tensor, tokens: TokenSlots) -> None:
         from pte_vllm.ops.modulate_triton import modulate_slices_  # a CPU may have no Triton
 
         self._modulate_ = modulate_slices_
-        self._wrapper = wrapper
+        super().__init__(wrapper)
         self._states = states  # [slots, R, R] of this layer
         self._tokens = tokens
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._wrapper, name)
 
     def add_lora_linear(
         self,
@@ -97,7 +95,7 @@ class LayerPunica:
         self._wrapper.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs)
 
 
-class VocabularyPunica:
+class VocabularyPunica(PunicaView):
     """vLLM's punica wrapper as the embedding and the output layer see it on CPU.
 
     vLLM multiplies the vectors and the logits of every token by an all-zero LoRA where no adapter
@@ -105,11 +103,8 @@ class VocabularyPunica:
     """
 
     def __init__(self, wrapper: Any, manager: PTELoRAManager) -> None:
-        self._wrapper = wrapper
+        super().__init__(wrapper)
         self._manager = manager
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._wrapper, name)
 
     def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
         if "lm_head" in self._manager.targeted:

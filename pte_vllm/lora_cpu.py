@@ -21,6 +21,7 @@ from vllm.logger import init_logger
 
 from pte_vllm.ops import native
 from pte_vllm.ops.modulate import modulate_segments, modulate_tokens
+from pte_vllm.punica import PunicaView
 
 if TYPE_CHECKING:
     from pte_vllm.lora import TokenSlots
@@ -92,7 +93,7 @@ class NativeLoRA:
         )
 
 
-class CPULayerPunica:
+class CPULayerPunica(PunicaView):
     """vLLM's punica wrapper as one linear of the decoder sees it.
 
     Args:
@@ -111,15 +112,12 @@ class CPULayerPunica:
         loaded: Callable[[int], object],
         library: ctypes.CDLL | None,
     ) -> None:
-        self._wrapper = wrapper
+        super().__init__(wrapper)
         self._states = states
         self._tokens = tokens
         self._loaded = loaded
         self._library = library
         self._packed: dict[int, tuple[object, NativeLoRA]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._wrapper, name)
 
     def add_lora_linear(
         self,
