@@ -9,7 +9,7 @@ import argparse
 
 from pte_vllm.config import EngineConfig, ServiceConfig
 from pte_vllm.preload import DEFAULT as PRELOADED
-from pte_vllm.preload import LIBRARIES
+from pte_vllm.preload import LIBRARIES, parse_names
 
 _EPILOG = """\
 Every other flag is handed to `vllm serve` as it stands. To see those:
@@ -120,22 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--pte-preload",
-        type=_libraries,
+        type=parse_names,
         default=",".join(PRELOADED),
         metavar="LIST",
         help="libraries that workers on a CPU load first where they are found: "
         f"{', '.join(LIBRARIES)}; none to do without (default: %(default)s)",
     )
     return parser
-
-
-def _libraries(text: str) -> tuple[str, ...]:
-    names = () if text == "none" else tuple(name.strip() for name in text.split(","))
-    if unknown := set(names) - set(LIBRARIES):
-        raise argparse.ArgumentTypeError(
-            f"{min(unknown)!r} is none of {', '.join(LIBRARIES)}; or say none"
-        )
-    return names
 
 
 def main(args: list[str]) -> int:

@@ -1,12 +1,12 @@
 """Libraries that processes on a CPU load before all others: a faster malloc, Intel's OpenMP.
 
 Standard library only. vLLM's workers are started afresh, so what LD_PRELOAD says when the server
-starts is what they get. Measured with `pte-vllm bench lora` (docs/benchmarks.md): tcmalloc pays;
-Intel's OpenMP did not on two cores, and is left to those who ask for it.
+starts is what they get. `pte-vllm bench lora --preload ...` shows what each does on a machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import glob
 import os
 import sys
@@ -45,6 +45,16 @@ LIBRARIES = {
 DEFAULT = ("tcmalloc",)
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """The names in an option such as `tcmalloc,iomp`, or `none`; for argparse."""
+    names = () if text == "none" else tuple(name.strip() for name in text.split(","))
+    if unknown := set(names) - set(LIBRARIES):
+        raise argparse.ArgumentTypeError(
+            f"{min(unknown)!r} is none of {', '.join(LIBRARIES)}; or say none"
+        )
+    return names
+
+
 def preload(environ: MutableMapping[str, str], names: Sequence[str] = DEFAULT) -> list[str]:
     """Add libraries to LD_PRELOAD for processes started from now on.
 
@@ -55,7 +65,7 @@ def preload(environ: MutableMapping[str, str], names: Sequence[str] = DEFAULT) -
     Returns:
         What was done, a line for each.
     """
-    lines = []
+    lines: list[str] = []
     if not sys.platform.startswith("linux"):
         return lines
     for name in names:
@@ -65,7 +75,7 @@ def preload(environ: MutableMapping[str, str], names: Sequence[str] = DEFAULT) -
             continue
         found = next((f for p in library.patterns for f in sorted(glob.glob(p))), None)
         if found is None:
-            lines.append(f"{name}: not found; it speeds up serving on a CPU ({library.get})")
+            lines.append(f"{name}: not found ({library.get})")
             continue
         environ[VARIABLE] = f"{found}:{given}" if given else found
         lines.append(f"{name}: preloads {os.path.realpath(found)}")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pte_vllm.config import EngineConfig, ServiceConfig
-from pte_vllm.preload import preload
+from pte_vllm.preload import DEFAULT, preload
 
 SCHEDULER_CLS = "pte_vllm.scheduler.make_scheduler"
 
@@ -44,7 +44,7 @@ def serve(
     engine: EngineConfig,
     vllm_args: list[str],
     service: ServiceConfig | None = None,
-    preloaded: Sequence[str] = (),
+    preloaded: Sequence[str] = DEFAULT,
 ) -> None:
     """Run the server until it is stopped.
 

@@ -11,11 +11,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.preload import preload
+from pte_vllm.preload import DEFAULT, preload
 
 READY_TIMEOUT_S = 600
 
@@ -59,10 +60,10 @@ class Arm:
         RuntimeError: with the end of the log, if the process dies.
     """
 
-    def __init__(self, spec: ArmSpec, log: Path) -> None:
+    def __init__(self, spec: ArmSpec, log: Path, preloaded: Sequence[str] = DEFAULT) -> None:
         self.spec, self._log = spec, log
         env = dict(os.environ)
-        preload(env)  # as `pte-vllm serve` does; for baselines too
+        preload(env, preloaded)  # as `pte-vllm serve` does; for baselines too
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pte_vllm.bench.arm", json.dumps(asdict(spec))],
             stdin=subprocess.PIPE,

@@ -6,9 +6,10 @@ Imports the standard library only, so that help and mistakes are answered at onc
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from pte_vllm.preload import DEFAULT, LIBRARIES, parse_names
 
 _ABOUT = {
     "throughput": "tokens/s of many long rollouts in a small KV pool: full cache, window, PTE",
@@ -80,6 +81,12 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rule", default="ridge", help="update rule of the PTE arm")
     parser.add_argument("--rank", type=int, default=32, help="of the adapters")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each arm, alternating")
+    parser.add_argument(
+        "--preload",
+        type=parse_names,
+        default=",".join(DEFAULT),
+        help=f"what engines on a CPU load first, baselines too: {', '.join(LIBRARIES)}, none",
+    )
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="for JSON and plot")
 
 
@@ -118,7 +125,3 @@ def _push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
     parser.add_argument("--every", type=float, default=2.0, help="seconds from push to push")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -53,7 +53,8 @@ class _Turns:
             with Progress(console=report.console, transient=True) as progress:
                 task = progress.add_task("starting engines", total=total)
                 for i, spec in enumerate(specs):
-                    arms.append(Arm(spec, self._scratch / f"arm{i}.log"))
+                    log = self._scratch / f"arm{i}.log"
+                    arms.append(Arm(spec, log, self._args.preload))
                     arms[-1].wait_ready()  # one by one: loading uses the whole machine
                     progress.advance(task)
                 for arm in arms:

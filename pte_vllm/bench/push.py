@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
             *("--enable-lora", "--max-lora-rank", str(args.rank), "--max-loras", "4"),
             *("--dtype", args.dtype, "--block-size", str(BLOCK_TOKENS), "--enforce-eager"),
             *("--max-num-seqs", str(args.streams + 1), "--max-model-len", "4096"),
+            *("--pte-preload", ",".join(args.preload) or "none"),
             *("--kv-cache-memory-bytes", str(_KV_BYTES)),  # fits beside whatever else runs
         ]
         with Server([args.model, *flags], log=args.out / "push-server.log") as server:

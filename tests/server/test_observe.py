@@ -285,9 +285,9 @@ def test_page_draws_requests(looking: Looking, tmp_path: Path) -> None:
         rows = page.locator("#finished tbody tr", has_text=record["request_id"])
         assert rows.count() == 1
     pictures = Path(os.environ.get("PTE_PICTURES", tmp_path))  # docs/images has the light one
-    for scheme, name in (("dark", "page-dark.png"), ("light", "page.png")):
+    for scheme, picture in (("dark", tmp_path / "dark.png"), ("light", pictures / "page.png")):
         page.emulate_media(color_scheme=scheme)
-        assert len(page.screenshot(path=pictures / name, full_page=True)) > 20_000
+        assert len(page.screenshot(path=picture, full_page=True)) > 20_000
     assert not looking.complaints
 
 

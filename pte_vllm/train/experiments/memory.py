@@ -19,6 +19,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pte_vllm.train.tasks import TASKS
+
 if TYPE_CHECKING:
     from pte_vllm.train.experiments.memory_arms import Arm, Budget
     from pte_vllm.train.experiments.memory_plans import Plan
@@ -39,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=2, help="worker processes (default: 2)")
     parser.add_argument("--steps", type=int, help="training steps of each adapter")
     parser.add_argument("--seeds", help="such as 0,1,2")
+    parser.add_argument("--tasks", help=f"to train and score, of {', '.join(TASKS)}")
     parser.add_argument("--arms", help="only arms whose name contains one of these, by comma")
     return parser
 
@@ -91,6 +94,11 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, str]:
         if not all(word.strip().isdigit() for word in words):
             raise ValueError(f"--seeds must look like 0,1,2, got {options.seeds!r}")
         plan = replace(plan, seeds=tuple(int(word) for word in words))
+    if options.tasks is not None:
+        tasks = tuple(word.strip() for word in options.tasks.split(","))
+        if unknown := set(tasks) - set(plan.base.tasks):
+            raise ValueError(f"--tasks: {min(unknown)!r} is none of {', '.join(plan.base.tasks)}")
+        plan = replace(plan, budget=replace(plan.budget, tasks=tasks))
     if options.arms is not None:
         words = options.arms.split(",")
         chosen = tuple(arm for arm in plan.arms if any(word in arm.name for word in words))
