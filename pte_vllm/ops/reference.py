@@ -56,15 +56,31 @@ def project(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> tuple[Tensor, Te
     return k, v
 
 
-def contribution(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> Tensor:
-    """S' = (g/m) (q_g W_Qᵀ) (K_e W_Kᵀ)ᵀ (V_e W_Vᵀ), `[*, G, r]`.
+@dataclass(frozen=True)
+class Moments:
+    """All that a fold takes from m evicted tokens: two sums over them, in any order."""
 
-    `k_e, v_e: [*, m, d_kv]`. Linear attention: a sum over evicted tokens, in any order.
-    """
+    kv: Tensor  # [*, r, r] Σ kᵀv
+    kk: Tensor | None  # [*, r, r] Σ kᵀk, for the rules that read it
+    num_tokens: int  # m
+
+
+def moments(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, *, with_kk: bool) -> Moments:
+    """Σ kᵀv and Σ kᵀk of the encoded `k_e, v_e: [*, m, d_kv]`."""
     k, v = project(encoder, k_e, v_e)
+    return Moments(kv=k.mT @ v, kk=k.mT @ k if with_kk else None, num_tokens=k_e.shape[-2])
+
+
+def contribution_of(encoder: LayerEncoder, evicted: Moments) -> Tensor:
+    """S' = (g/m) (q_g W_Qᵀ) Σ kᵀv, `[*, G, r]`: linear attention of the global queries."""
     queries = encoder.query @ encoder.w_q.mT
-    scale = encoder.gain[..., None, None] / k_e.shape[-2]
-    return scale * (queries @ (k.mT @ v))
+    scale = encoder.gain[..., None, None] / evicted.num_tokens
+    return scale * (queries @ evicted.kv)
+
+
+def contribution(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> Tensor:
+    """S' = (g/m) (q_g W_Qᵀ) (K_e W_Kᵀ)ᵀ (V_e W_Vᵀ) of `k_e, v_e: [*, m, d_kv]`, `[*, G, r]`."""
+    return contribution_of(encoder, moments(encoder, k_e, v_e, with_kk=False))
 
 
 def normalize(s: Tensor, how: str) -> Tensor:
@@ -99,14 +115,26 @@ def relative_update(s: Tensor, update: Tensor) -> Tensor:
     return torch.where(norm > EPS, ratio, torch.ones_like(ratio))
 
 
-class PaperRule:
+class _Rule:
+    reads_kk = False
+
+    def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
+        """The sums after a fold of `k_e, v_e: [*, m, d_kv]`."""
+        return self.add(sums, encoder, moments(encoder, k_e, v_e, with_kk=self.reads_kk), how)
+
+    def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
+        """The same from the tokens' moments, however they were computed."""
+        raise NotImplementedError
+
+
+class PaperRule(_Rule):
     """S ← Normalize(S + S') after each fold."""
 
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
         return {"S": initial_state(encoder, how)}
 
-    def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
-        return {"S": normalize(sums["S"] + contribution(encoder, k_e, v_e), how)}
+    def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
+        return {"S": normalize(sums["S"] + contribution_of(encoder, evicted), how)}
 
     def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
         return sums["S"]
@@ -115,8 +143,8 @@ class PaperRule:
 class SumRule(PaperRule):
     """S ← S + S'; normalised when read, so that no fold fades."""
 
-    def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
-        return {"S": sums["S"] + contribution(encoder, k_e, v_e)}
+    def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
+        return {"S": sums["S"] + contribution_of(encoder, evicted)}
 
     def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
         return normalize(sums["S"], how)
@@ -128,21 +156,26 @@ class NoneRule(PaperRule):
     def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
         return sums
 
+    def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
+        return sums
 
-class RidgeRule:
+
+class RidgeRule(_Rule):
     """S = (C/n + λ·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv; zero before any fold."""
+
+    reads_kk = True
 
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
         rank = encoder.w_k.shape[-2]
         zero = encoder.w_k.new_zeros(*encoder.w_k.shape[:-2], rank, rank)
         return {"C": zero, "M": zero.clone(), "n": encoder.gain.new_zeros(encoder.gain.shape)}
 
-    def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
-        k, v = project(encoder, k_e, v_e)
+    def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
+        assert evicted.kk is not None
         return {
-            "C": sums["C"] + k.mT @ k,
-            "M": sums["M"] + k.mT @ v,
-            "n": sums["n"] + k_e.shape[-2],
+            "C": sums["C"] + evicted.kk,
+            "M": sums["M"] + evicted.kv,
+            "n": sums["n"] + evicted.num_tokens,
         }
 
     def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
