@@ -1,70 +1,19 @@
 // State-modulated LoRA: y += B_slice (S^T (A_slice x)), all slices of one linear
 // and all three products in one call. pte_vllm/ops/native.py compiles it; lora_cpu.py packs for it.
 //
-// Numbers are float32 inside, whatever the model's. Vectors are GCC's, 16 floats wide: the compiler
-// splits them for CPUs that have less.
-//
 // Letters in shapes: T tokens, n slices, R rank, D outputs.
 
-#include <cstdint>
-#include <cstring>
+#include "cpu_numbers.h"
+
 #include <vector>
 
 namespace {
 
-constexpr int64_t kLanes = 16;
 constexpr int64_t kTile = 64;       // outputs of one tile of B; lora_cpu.py packs them so
 constexpr int64_t kVectors = kTile / kLanes;
 constexpr int64_t kShrink = 8;      // tokens that share one reading of A: as many running sums
 constexpr int64_t kExpand = 4;      // of B: four vectors of a tile for each
 constexpr int64_t kBlock = 64;      // tokens whose inputs stay in a core's cache
-
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline Vector load(const float* from) {
-    Vector out;
-    std::memcpy(&out, from, sizeof out);
-    return out;
-}
-
-inline Vector load(const BFloat16* from) {
-    Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-    return (Vector)(__builtin_convertvector(halves, Bits) << 16);
-}
-
-inline float to_float(float value) { return value; }
-
-inline float to_float(BFloat16 value) {
-    uint32_t bits = uint32_t(value.bits) << 16;
-    float out;
-    std::memcpy(&out, &bits, sizeof out);
-    return out;
-}
-
-inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
-
-inline void store(BFloat16* to, Vector value) {  // round to nearest, ties to even
-    const Bits bits = (Bits)value;
-    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Bits nan = (Bits)((bits & 0x7fffffffu) > 0x7f800000u);  // stays one
-    const Halves halves = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Halves);
-    std::memcpy(to, &halves, sizeof halves);
-}
-
-inline float sum(Vector v) {
-    float part[kLanes];
-    std::memcpy(part, &v, sizeof part);
-    for (int64_t width = kLanes / 2; width > 0; width /= 2)  // a tree: few additions wait in line
-        for (int64_t i = 0; i < width; ++i) part[i] += part[i + width];
-    return part[0];
-}
 
 // One linear of one adapter, and the tokens that go through it.
 template <typename Number>

@@ -1,4 +1,4 @@
-"""Compiling and loading `lora_cpu.cpp`, once per machine and version.
+"""Compiling and loading our C++, `*_cpu.cpp`, once per machine and version.
 
 Plain C++ with OpenMP, called through ctypes: it compiles in seconds, and shares the threads of
 torch's own OpenMP library. Without a compiler the caller keeps to torch.
@@ -15,10 +15,13 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
-_SOURCE = Path(__file__).with_name("lora_cpu.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = (_FOLDER / "lora_cpu.cpp", _FOLDER / "fold_cpu.cpp")
+_HEADERS = (_FOLDER / "cpu_numbers.h",)
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno")
 _TIMEOUT_S = 120
 DISABLE = "PTE_NATIVE"
@@ -27,6 +30,27 @@ DISABLE = "PTE_NATIVE"
 
 class NativeError(Exception):
     """Why there is no compiled code, in one line."""
+
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_LORA_ARGUMENTS = [
+    *(_POINTER, _POINTER, _POINTER),  # a, b, tiles
+    *(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _NUMBER),  # num_tiles, d_in, d_pad, rank, num_slices
+    *(_POINTER, _POINTER),  # states, slots
+    *(_POINTER, _NUMBER),  # x, its stride
+    *(_POINTER, _NUMBER),  # y, its stride
+    _NUMBER,  # tokens
+]
+_FOLD_ARGUMENTS = [
+    *(_POINTER, _NUMBER, _NUMBER),  # caches, strides of a block and of a head
+    *(_POINTER, _POINTER),  # key_index, value_index
+    *(_POINTER, _POINTER),  # block_ids, first
+    *(_POINTER, _POINTER),  # cos, sin
+    *(_POINTER, _POINTER, _POINTER, _POINTER),  # w_k, w_v, b_k, b_v
+    *(_NUMBER, _NUMBER, _NUMBER, _NUMBER),  # num_layers, num_sequences, num_blocks, block_size
+    *(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _NUMBER),  # heads, dim, half, rank, vectors
+    *(_POINTER, _POINTER),  # kv, kk
+]
 
 
 @functools.cache
@@ -40,7 +64,7 @@ def load() -> ctypes.CDLL:
         raise NativeError(f"{DISABLE}=0")
     torch.get_num_threads()  # torch's OpenMP library comes first, so that ours resolves to it
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    file = _cache() / f"lora-{_key()}.so"
+    file = _cache() / f"ops-{_key()}.so"
     if not file.exists():
         if compiler is None:
             raise NativeError("no C++ compiler (g++ or CXX) was found")
@@ -49,19 +73,14 @@ def load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(file))
     except OSError as error:
         raise NativeError(f"{file} does not load: {error}") from error
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    for name in ("pte_lora_float32", "pte_lora_bfloat16"):
-        function = getattr(library, name)
-        function.restype = None
-        function.argtypes = [
-            *(pointer, pointer, pointer),  # a, b, tiles
-            *(number, number, number, number, number),  # num_tiles, d_in, d_pad, rank, num_slices
-            *(pointer, pointer),  # states, slots
-            *(pointer, number),  # x, its stride
-            *(pointer, number),  # y, its stride
-            number,  # tokens
-        ]
+    for dtype in ("float32", "bfloat16"):
+        _declare(getattr(library, f"pte_lora_{dtype}"), _LORA_ARGUMENTS)
+        _declare(getattr(library, f"pte_fold_{dtype}"), _FOLD_ARGUMENTS)
     return library
+
+
+def _declare(function: Any, arguments: list[Any]) -> None:
+    function.restype, function.argtypes = None, arguments
 
 
 def _cache() -> Path:
@@ -75,7 +94,8 @@ def _key() -> str:
         (line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")),
         platform.processor(),
     )
-    text = "\n".join((_SOURCE.read_text(), *_FLAGS, platform.machine(), cpu))
+    sources = (file.read_text() for file in (*_SOURCES, *_HEADERS))
+    text = "\n".join((*sources, *_FLAGS, platform.machine(), cpu))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -91,7 +111,7 @@ def _compile(compiler: str, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
             made = Path(scratch) / file.name
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+            command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
             if done.returncode:
                 raise NativeError(f"`{compiler}` failed: {done.stderr.strip()[-300:]}")
