@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from vllm.engine.protocol import EngineClient
 
+from pte_vllm.server.metrics import forget_adapter
 from pte_vllm.server.spool import Spool, Version
 
 GRACE_S = 10.0
@@ -96,6 +97,7 @@ class AdapterUse:
         in_use = {*report["adapters_in_use"], *self._rollouts}
         for retired in due:
             if retired[1].engine_name not in in_use:
+                forget_adapter(retired[1].engine_name)
                 await asyncio.to_thread(self._spool.remove, retired[1])
                 self._retired.remove(retired)
         return bool(self._retired)

@@ -91,6 +91,26 @@ async def timed_load(
         _loads.labels(outcome).observe(time.monotonic() - start)
 
 
+def forget_adapter(engine_name: str) -> None:
+    """Drop the series of `vllm:lora_requests_info` that name an adapter which will not come back.
+
+    vLLM adds one for every set of adapters that ever ran together, and keeps it: with a version a
+    step, `/metrics` would grow for as long as a trainer runs.
+    """
+    # The registry has no public way to find a metric by its name.
+    gauge = REGISTRY._names_to_collectors.get("vllm:lora_requests_info")
+    if not isinstance(gauge, Gauge):
+        return  # statistics are off, or there were no adapters
+    for family in gauge.collect():
+        for sample in family.samples:
+            named = (
+                sample.labels["running_lora_adapters"],
+                sample.labels["waiting_lora_adapters"],
+            )
+            if any(engine_name in names.split(",") for names in named):
+                gauge.remove_by_labels(sample.labels)
+
+
 @contextmanager
 def counted(kind: str) -> Iterator[None]:
     """Count a sequence, `rollout` or `score`, while it runs, and time it if it finishes."""

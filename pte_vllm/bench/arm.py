@@ -38,6 +38,9 @@ class ArmSpec:
     max_num_seqs: int = 16
     rank: int = 32
     prefix_caching: bool = False
+    compiled: bool = False
+    """Under torch.compile; else eager, as vLLM runs LoRA on CPU, so that the base model is compared
+    alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,7 @@ def _build(spec: ArmSpec) -> tuple[Any, Any]:
         "num_gpu_blocks_override": spec.num_blocks + 1,
         "kv_cache_memory_bytes": 2**32,
         "enable_prefix_caching": spec.prefix_caching,
-        "enforce_eager": True,  # as vLLM does for LoRA on CPU; so the base model is compared alike
+        "enforce_eager": not spec.compiled,
     }
     if spec.window_tokens is not None:
         args |= engine_args(EngineConfig(window_tokens=spec.window_tokens))

@@ -96,12 +96,18 @@ def _throughput(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a question")
     parser.add_argument("--tokens", type=int, default=2000, help="tokens of an answer")
     parser.add_argument("--pool", type=int, default=4, help="full rollouts that the pool holds")
+    parser.add_argument(
+        "--with-lora", action="store_true", help="also a full cache with a plain LoRA"
+    )
 
 
 def _lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqs", type=int, default=8, help="sequences at once")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a question")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of an answer")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also the base model under torch.compile"
+    )
 
 
 def _latency(parser: argparse.ArgumentParser) -> None:

@@ -108,6 +108,9 @@ def _throughput(args: argparse.Namespace, turns: _Turns) -> None:
         turns.spec("window, base model", window_tokens=args.window, **common),
         turns.spec("window, PTE", window_tokens=args.window, adapter=turns.thoughts, **common),
     ]
+    if args.with_lora:  # window 0: full attention, with our LoRA
+        lora = {"window_tokens": 0, "adapter": turns.plain, **common}
+        specs.insert(1, turns.spec("full cache, plain LoRA", **lora))
     workload = Workload(
         num_seqs=args.seqs,
         group_size=args.group,
@@ -137,6 +140,8 @@ def _lora(args: argparse.Namespace, turns: _Turns) -> None:
         turns.spec("window, plain LoRA", adapter=turns.plain, **window),
         turns.spec("window, PTE", adapter=turns.thoughts, **window),
     ]
+    if args.compiled:
+        specs.append(turns.spec("vLLM, base model, compiled", compiled=True, **common))
     workload = Workload(num_seqs=args.seqs, prompt_tokens=args.prompt, output_tokens=args.tokens)
     (results,) = turns.run(specs, [workload])
     rates = _rates(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -221,6 +222,9 @@ def test_pushes_under_load(server: Server, weights: list[Path], pushes: int) -> 
         time.sleep(0.5)
     with RolloutClient(server.url) as pusher:
         assert len(pusher.adapters()[name]["versions"]) == len(kept) == KEPT_VERSIONS
+    # One version a training step, for weeks: what names those that left must leave too.
+    served = {entry.rpartition("-")[0] for entry in kept}
+    assert set(re.findall(rf"{name}@\d+", httpx.get(f"{server.url}/metrics").text)) <= served
     growth = max(memory[-5:]) - max(memory[:5])
     seconds.sort()
     print(
