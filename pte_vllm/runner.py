@@ -20,7 +20,8 @@ from pte_vllm.adapter import layer_of
 from pte_vllm.attention import Gaps, set_gaps
 from pte_vllm.config import EngineConfig, RequestOptions, request_plan
 from pte_vllm.lora import PTELoRAManager, TokenSlots, install_views
-from pte_vllm.ops.fold import BlockLayout, RopeTable, read_evicted
+from pte_vllm.folding import EvictedBlocks
+from pte_vllm.ops.fold import BlockLayout, RopeTable
 from pte_vllm.plan import FoldPlan
 from pte_vllm.queries import QueriesMixin
 from pte_vllm.state import Sequence, Snapshot, StatePool
@@ -94,9 +95,11 @@ class PTERunnerMixin(QueriesMixin):
                     f"{attn_group.kernel_block_size}; set --block-size to the latter for PTE"
                 )
         layers = self.compilation_config.static_forward_context
-        self.pte_attention = {layer_of(name): layers[name] for name in group.layer_names}
-        self.pte_layout = BlockLayout.probe(layers[group.layer_names[0]])
-        self.pte_rope = self._find_rope(group.layer_names[0])
+        self.pte_evicted = EvictedBlocks(
+            caches={layer_of(name): layers[name].kv_cache for name in group.layer_names},
+            layout=BlockLayout.probe(layers[group.layer_names[0]]),
+            rope=self._find_rope(group.layer_names[0]),
+        )
 
     def _find_rope(self, attention_name: str) -> RopeTable | None:
         """The table of the model's rotary embedding; None if it has none."""
@@ -165,23 +168,13 @@ class PTERunnerMixin(QueriesMixin):
                 sequence.rule, num_blocks=plan.evict_blocks, block_size=plan.block_size
             )
 
-    @torch.inference_mode()
     def _fold(self, group: list[tuple[Sequence, list[int]]]) -> None:
-        loaded = group[0][0].loaded
-        assert loaded is not None
         first = [s.plan.pinned_blocks + s.folded_blocks for s, _ in group]
-        evicted = [
+        blocks = [
             block_ids[start : start + sequence.plan.evict_blocks]
             for (sequence, block_ids), start in zip(group, first, strict=True)
         ]
-        k_e, v_e = read_evicted(
-            [self.pte_attention[layer].kv_cache for layer in loaded.layers],
-            self.pte_layout,
-            torch.tensor(evicted, device=self.device),
-            torch.tensor(first, device=self.device) * self.pte_block_size,
-            self.pte_rope if loaded.config.keys == "unrotated" else None,
-        )
-        self.pte_pool.fold([sequence for sequence, _ in group], k_e, v_e)
+        self.pte_evicted.fold_into(self.pte_pool, [sequence for sequence, _ in group], blocks, first)
 
     def _start_sequences(self, scheduler_output: SchedulerOutput, orders: SnapshotOrders) -> None:
         """Start new requests, and preempted ones again, from S_0 or from an earlier request's S."""
@@ -212,6 +205,8 @@ class PTERunnerMixin(QueriesMixin):
             rule=options.rule,
             loaded=loaded,
         )
+        if loaded is not None and sequence.rule is not None:
+            self.pte_evicted.warm_up(loaded, sequence.rule)
         if snapshot is not None:
             self.pte_pool.restore(sequence, self.pte_snapshots[snapshot])
         # Any other prefix hit ends before the first fold, so nothing is due here.

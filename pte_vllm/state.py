@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pte_vllm.config import PTEConfig, check_rule_fits
 from pte_vllm.counters import FoldCounters
-from pte_vllm.ops.reference import RULES, LayerEncoder, Sums, relative_update
+from pte_vllm.ops.reference import RULES, LayerEncoder, Moments, Sums, moments, relative_update
+from pte_vllm.ops.staging import to_device
 from pte_vllm.plan import FoldPlan
 from pte_vllm.thoughts import Thoughts, ThoughtStore, find_id, to_host
 
@@ -29,6 +31,11 @@ class LoadedEncoder:
     config: PTEConfig
     layers: list[int]  # [L] indices of decoder layers, ascending
     encoder: LayerEncoder  # every tensor [L, ...]
+
+    @cached_property
+    def layer_index(self) -> Tensor:
+        """`layers` on the device, `[L]`; indexing by the list would wait for it at every fold."""
+        return torch.tensor(self.layers, device=self.encoder.gain.device)
 
 
 @dataclass(kw_only=True)
@@ -195,12 +202,20 @@ class StatePool:
         """Fold `K_e, V_e: [L, S, m, d_kv]` into S sequences of one adapter and one rule."""
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
-        assert all(s.loaded is loaded and s.rule == rule for s in sequences)
         encoder = loaded.encoder.map(lambda t: t[:, None])  # [L, 1, ...], over sequences
+        evicted = moments(encoder, k_e, v_e, with_kk=RULES[rule].reads_kk)
+        self.fold_moments(sequences, evicted)
+
+    def fold_moments(self, sequences: list[Sequence], evicted: Moments) -> None:
+        """The same from sums over the keys and values, `[L, S, r, r]`."""
+        loaded, rule = sequences[0].loaded, sequences[0].rule
+        assert loaded is not None and rule is not None
+        assert all(s.loaded is loaded and s.rule == rule for s in sequences)
+        encoder = loaded.encoder.map(lambda t: t[:, None])
         sums = {
             name: torch.stack([s.sums[name] for s in sequences], 1) for name in sequences[0].sums
         }
-        sums = RULES[rule].fold(sums, encoder, k_e, v_e, loaded.config.normalize)
+        sums = RULES[rule].add(sums, encoder, evicted, loaded.config.normalize)
         for i, sequence in enumerate(sequences):
             # A copy of its own: a view would keep the others' alive.
             sequence.sums = {name: both[:, i].contiguous() for name, both in sums.items()}
@@ -223,9 +238,10 @@ class StatePool:
         states = states.expand(-1, len(sequences), -1, -1)  # the rule `none` knows no sequences
         stored = states if loaded.config.read == "key" else states.mT
         rows, columns = stored.shape[-2:]
+        slots = to_device([sequence.slot for sequence in sequences], self.states.device)
+        self.states[loaded.layer_index[:, None], slots, :rows, :columns] = stored
         for i, sequence in enumerate(sequences):
             sequence.state = states[:, i].contiguous()
-            self.states[loaded.layers, sequence.slot, :rows, :columns] = stored[:, i]
         return states
 
     def _write_own(self, sequence: Sequence) -> None:

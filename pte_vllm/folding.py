@@ -1,0 +1,124 @@
+"""From blocks that sequences leave behind to their thought states, on whatever device.
+
+On a GPU a kernel goes from the paged cache to the sums that a fold adds (`ops.fold_triton`);
+elsewhere, and where the kernel does not apply, keys and values are read first (`ops.fold`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from pte_vllm.ops import native
+from pte_vllm.ops.fold import BlockLayout, RopeTable, read_evicted
+from pte_vllm.ops.reference import RULES
+from pte_vllm.ops.staging import to_device
+from pte_vllm.state import LoadedEncoder, Sequence, StatePool
+
+if TYPE_CHECKING:
+    from pte_vllm.ops.fold_triton import CacheTable
+
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
+
+_MAX_COPY_BYTES = 2**29
+"""Of keys and values in fp32 at once, on a GPU without the kernel."""
+
+
+def use_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels run: on a GPU, unless PTE_NATIVE=0 asks for PyTorch."""
+    return device.type == "cuda" and os.environ.get(native.DISABLE, "1") != "0"
+
+
+@dataclass
+class EvictedBlocks:
+    """Reads the paged cache of a worker; lives as long as the cache does."""
+
+    caches: Mapping[int, Tensor]
+    """By decoder layer, `[blocks, H, bs, 2 D]` each."""
+    layout: BlockLayout
+    rope: RopeTable | None
+    """The model's; None where it has no rotary embedding."""
+    _tables: dict[tuple[tuple[int, ...], int], CacheTable | None] = field(default_factory=dict)
+    _warm: set[tuple[int, bool, bool]] = field(default_factory=set)
+
+    @torch.inference_mode()
+    def fold_into(
+        self,
+        pool: StatePool,
+        sequences: list[Sequence],
+        block_ids: list[list[int]],
+        first_blocks: list[int],
+    ) -> None:
+        """One fold of S sequences of one adapter and one rule; nothing waits for the device.
+
+        Args:
+            pool: of the sequences.
+            sequences: S of them.
+            block_ids: for each the n blocks it folds, in token order; n is the same for all.
+            first_blocks: for each the logical index of the first of them.
+        """
+        loaded, rule = sequences[0].loaded, sequences[0].rule
+        assert loaded is not None and rule is not None
+        rope = self._rope_for(loaded)
+        block_size, device = self.layout.key_index.shape[0], self.layout.key_index.device
+        blocks = to_device(block_ids, device)
+        first = to_device(first_blocks, device) * block_size
+        table = self._table(loaded)
+        if table is not None:
+            from pte_vllm.ops.fold_triton import evicted_moments
+
+            with_kk = RULES[rule].reads_kk
+            found = evicted_moments(table, loaded.encoder, blocks, first, rope, with_kk=with_kk)
+            pool.fold_moments(sequences, found)
+            return
+        caches = [self.caches[layer] for layer in loaded.layers]
+        at_once = len(sequences)
+        if device.type == "cuda":
+            per_token = len(caches) * caches[0].shape[1] * caches[0].shape[3] * 4
+            at_once = max(1, _MAX_COPY_BYTES // (per_token * block_size * blocks.shape[1]))
+        for start in range(0, len(sequences), at_once):
+            part = slice(start, start + at_once)
+            k_e, v_e = read_evicted(caches, self.layout, blocks[part], first[part], rope)
+            pool.fold(sequences[part], k_e, v_e)
+
+    def warm_up(self, loaded: LoadedEncoder, rule: str) -> None:
+        """Compile the kernel for an adapter before its first fold, which would wait seconds."""
+        reads_kk, rope = RULES[rule].reads_kk, self._rope_for(loaded)
+        kind = loaded.config.rank, reads_kk, rope is None
+        if rule == "none" or kind in self._warm:
+            return
+        self._warm.add(kind)
+        table = self._table(loaded)
+        if table is not None:
+            from pte_vllm.ops.fold_triton import evicted_moments
+
+            zero = to_device([[0]], self.layout.key_index.device)  # vLLM's null block
+            evicted_moments(table, loaded.encoder, zero, zero[0], rope, with_kk=reads_kk)
+
+    def _rope_for(self, loaded: LoadedEncoder) -> RopeTable | None:
+        return self.rope if loaded.config.keys == "unrotated" else None
+
+    def _table(self, loaded: LoadedEncoder) -> CacheTable | None:
+        """Of the adapter's layers, for the kernel; None: it does not apply."""
+        key = tuple(loaded.layers), loaded.config.rank
+        if key not in self._tables:
+            self._tables[key] = self._make_table(*key)
+        return self._tables[key]
+
+    def _make_table(self, layers: tuple[int, ...], rank: int) -> CacheTable | None:
+        if not use_kernels(self.layout.key_index.device):
+            return None
+        from pte_vllm.ops.fold_triton import CacheTable, unusable
+
+        caches = [self.caches[layer] for layer in layers]
+        reason = unusable(caches, self.layout, rank)
+        if reason is not None:
+            logger.warning("Folds go through torch, which is slower: %s", reason)
+            return None
+        return CacheTable.of(caches)
