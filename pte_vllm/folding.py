@@ -1,14 +1,16 @@
 """From blocks that sequences leave behind to their thought states, on whatever device.
 
-On a GPU a kernel goes from the paged cache to the sums that a fold adds (`ops.fold_triton`);
-elsewhere, and where the kernel does not apply, keys and values are read first (`ops.fold`).
+Compiled code goes from the paged cache to the sums that a fold adds: `ops.fold_triton` on a GPU,
+`ops.fold_cpu` on a CPU. Where neither applies, keys and values are read first (`ops.fold`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +19,7 @@ from vllm.logger import init_logger
 
 from pte_vllm.ops import native
 from pte_vllm.ops.fold import BlockLayout, RopeTable, read_evicted
+from pte_vllm.ops.fold_cpu import can_fold, moments_cpu
 from pte_vllm.ops.reference import RULES
 from pte_vllm.ops.staging import to_device
 from pte_vllm.state import LoadedEncoder, Sequence, StatePool
@@ -33,6 +36,15 @@ _MAX_COPY_BYTES = 2**29
 def use_kernels(device: torch.device) -> bool:
     """Whether Triton kernels run: on a GPU, unless PTE_NATIVE=0 asks for PyTorch."""
     return device.type == "cuda" and os.environ.get(native.DISABLE, "1") != "0"
+
+
+@cache
+def _compiled() -> ctypes.CDLL | None:
+    """The compiled code of a CPU, if there is any; why not, LoRA has said at start."""
+    try:
+        return native.load()
+    except native.NativeError:
+        return None
 
 
 @dataclass
@@ -78,6 +90,16 @@ class EvictedBlocks:
             pool.fold_moments(sequences, found)
             return
         caches = [self.caches[layer] for layer in loaded.layers]
+        if device.type == "cpu" and can_fold(caches, loaded.config.rank):
+            library = _compiled()
+            if library is not None:
+                with_kk = RULES[rule].reads_kk
+                found = moments_cpu(
+                    *(library, caches, self.layout, blocks, first, rope, loaded.encoder),
+                    with_kk=with_kk,
+                )
+                pool.fold_moments(sequences, found)
+                return
         at_once = len(sequences)
         if device.type == "cuda":
             per_token = len(caches) * caches[0].shape[1] * caches[0].shape[3] * 4
