@@ -41,7 +41,10 @@ def weights(model: Path, adapters: Callable[..., Path]) -> list[Path]:
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("in_flight")
     flags = ["--pte-spool", str(directory / "spool"), "--pte-max-rollouts", str(MAX_ROLLOUTS)]
-    with Server(model, {}, log=directory / "log", flags=flags) as server:
+    # oneDNN keeps up to 1,024 kernels that it compiled, one for each size of a matrix: growth that
+    # has nothing to do with pushes, and would hide theirs.
+    env = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+    with Server(model, {}, log=directory / "log", flags=flags, env=env) as server:
         server.wait_ready()
         yield server
         server.wait_idle()
@@ -232,4 +235,4 @@ def test_pushes_under_load(server: Server, weights: list[Path], pushes: int) -> 
         f"{seconds[len(seconds) // 2]:.2f} s median, {seconds[-1]:.2f} s most; memory "
         f"{memory[0]:.0f} to {memory[-1]:.0f} MiB"
     )
-    assert growth < 64, memory
+    assert growth < 24, memory
