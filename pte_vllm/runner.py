@@ -19,8 +19,8 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from pte_vllm.adapter import layer_of
 from pte_vllm.attention import Gaps, set_gaps
 from pte_vllm.config import EngineConfig, RequestOptions, request_plan
-from pte_vllm.lora import PTELoRAManager, TokenSlots, install_views
 from pte_vllm.folding import EvictedBlocks
+from pte_vllm.lora import PTELoRAManager, TokenSlots, install_views
 from pte_vllm.ops.fold import BlockLayout, RopeTable
 from pte_vllm.plan import FoldPlan
 from pte_vllm.queries import QueriesMixin
@@ -174,7 +174,9 @@ class PTERunnerMixin(QueriesMixin):
             block_ids[start : start + sequence.plan.evict_blocks]
             for (sequence, block_ids), start in zip(group, first, strict=True)
         ]
-        self.pte_evicted.fold_into(self.pte_pool, [sequence for sequence, _ in group], blocks, first)
+        self.pte_evicted.fold_into(
+            self.pte_pool, [sequence for sequence, _ in group], blocks, first
+        )
 
     def _start_sequences(self, scheduler_output: SchedulerOutput, orders: SnapshotOrders) -> None:
         """Start new requests, and preempted ones again, from S_0 or from an earlier request's S."""
