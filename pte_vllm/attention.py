@@ -7,6 +7,7 @@ cut out of the metadata.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -19,6 +20,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from pte_vllm.cache import PTESpec, check_spec
 from pte_vllm.config import EngineConfig
+from pte_vllm.ops.staging import to_device
 
 
 @dataclass
@@ -47,8 +49,8 @@ class Gaps:
         self.any = any(length)
         self.length_cpu.zero_()
         self.length_cpu[:num_rows] = torch.tensor(length, dtype=torch.int32)
-        self.length.copy_(self.length_cpu)
-        self.first[:num_rows] = torch.tensor(first, dtype=torch.int32).to(self.first.device)
+        self.length.copy_(to_device(self.length_cpu, self.length.device, torch.int32))
+        self.first[:num_rows] = to_device(first, self.first.device, torch.int32)
 
     def clear(self) -> None:
         """No gaps, as for profiling and graph capture."""
@@ -80,22 +82,28 @@ def cut_gaps(
     """
     rows = common.num_reqs
     table, seq_lens = common.block_table_tensor[:rows], common.seq_lens[:rows]
+    changes: dict[str, object] = {}
+    columns = width = table.shape[1]
+    upper = common.seq_lens_cpu_upper_bound
+    # Without gaps the caller's bounds stand. When a graph is captured the longest sequence is
+    # `max_model_len`, far beyond the batch's own: kernels keep that number for all replays.
+    if upper is not None and gaps.any:
+        physical = upper[:rows] - gaps.length_cpu[:rows] * block_size
+        changes["seq_lens_cpu_upper_bound"] = physical
+        changes["max_seq_len"] = longest = int(physical.max())
+        if out is not None:
+            columns = min(width, -(-longest // block_size))  # nobody reads the rest
     first, length = gaps.first[:rows, None], gaps.length[:rows, None]
-    column = torch.arange(table.shape[1], device=table.device, dtype=torch.int32)[None]
+    column = torch.arange(columns, device=table.device, dtype=torch.int32)[None]
     source = torch.where(column < first, column, column + length)
-    source = source.clamp_(max=table.shape[1] - 1).long()
+    source = source.clamp_(max=width - 1).long()
     new_table = table.gather(1, source)
     new_seq_lens = seq_lens - length[:, 0] * block_size
     if out is not None:
-        out[0][:rows, : table.shape[1]].copy_(new_table)
+        out[0][:rows, :columns].copy_(new_table)
         out[1][:rows].copy_(new_seq_lens)
-        new_table, new_seq_lens = out[0][:rows, : table.shape[1]], out[1][:rows]
-    changes: dict[str, object] = {"block_table_tensor": new_table, "seq_lens": new_seq_lens}
-    upper = common.seq_lens_cpu_upper_bound
-    if upper is not None:
-        physical = upper[:rows] - gaps.length_cpu[:rows] * block_size
-        changes["seq_lens_cpu_upper_bound"] = physical
-        changes["max_seq_len"] = int(physical.max())
+        new_table, new_seq_lens = out[0][:rows, :width], out[1][:rows]
+    changes |= {"block_table_tensor": new_table, "seq_lens": new_seq_lens}
     return replace(
         common,
         **changes,
@@ -159,7 +167,7 @@ class PTEBackend:
 
 @cache
 def _with_gap_cutting(builder: type) -> type:
-    return type(f"PTE{builder.__name__}", (GapCuttingBuilder, builder), {})
+    return type(f"PTE{builder.__name__}", (GapCuttingBuilder, builder), {"__module__": __name__})
 
 
 class PTECPUAttentionBackend(PTEBackend, CPUAttentionBackend):
@@ -174,12 +182,33 @@ _CUDA_BACKENDS = {
 
 def __getattr__(name: str) -> type[AttentionBackend]:
     """Our backend over one of CUDA's, built when vLLM asks for it by path."""
+    if name == "PTECUDAAttentionBackend":
+        name = cuda_backend()
     if name not in _CUDA_BACKENDS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _cuda_backend(name)
+    return _over_cuda(name)
+
+
+def cuda_backend() -> str:
+    """FlashAttention where vLLM was built with it; Triton elsewhere, and for models in fp32."""
+    config = get_current_vllm_config_or_none()  # set whenever vLLM chooses a backend
+    in_fp32 = config is not None and config.model_config.dtype == torch.float32
+    use_flash = _has_flash_attention() and not in_fp32
+    return "PTEFlashAttentionBackend" if use_flash else "PTETritonAttentionBackend"
 
 
 @cache
-def _cuda_backend(name: str) -> type[AttentionBackend]:
+def _has_flash_attention() -> bool:
+    try:
+        importlib.import_module("vllm.vllm_flash_attn")
+    except ImportError:  # it refuses to be imported without its extensions
+        return False
+    return True
+
+
+@cache
+def _over_cuda(name: str) -> type[AttentionBackend]:
     base = resolve_obj_by_qualname(_CUDA_BACKENDS[name])
-    return type(name, (PTEBackend, base), {"get_name": staticmethod(lambda: "CUSTOM")})
+    # vLLM finds the class again by module and name; without the former it would look in `abc`.
+    about = {"__module__": __name__, "get_name": staticmethod(lambda: "CUSTOM")}
+    return type(name, (PTEBackend, base), about)

@@ -26,9 +26,13 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from pte_vllm.adapter import AdapterError, ModelShape, layer_of, load_for_engine
 from pte_vllm.lora_cpu import CPULayerPunica, load_native
+from pte_vllm.lora_cuda import CUDALayerPunica
 from pte_vllm.ops.modulate import Segment
+from pte_vllm.ops.staging import to_device
 from pte_vllm.punica import PunicaView
 from pte_vllm.state import LoadedEncoder, StatePool
+
+_VOCABULARY = ("embed_tokens", "lm_head")
 
 
 @dataclass
@@ -55,51 +59,15 @@ class TokenSlots:
             lengths = torch.tensor([end - start for start, end, _ in segments])
             slots = torch.tensor([slot for _, _, slot in segments])
             per_token = torch.repeat_interleave(slots, lengths)
-            self.slots[: len(per_token)] = per_token.to(self.slots.device)
-
-
-class LayerPunica(PunicaView):
-    """vLLM's punica wrapper as one linear of the decoder sees it, on a GPU."""
-
-    def __init__(self, wrapper: Any, states: Tensor, tokens: TokenSlots) -> None:
-        from pte_vllm.ops.modulate_triton import modulate_slices_  # a CPU may have no Triton
-
-        self._modulate_ = modulate_slices_
-        super().__init__(wrapper)
-        self._states = states  # [slots, R, R] of this layer
-        self._tokens = tokens
-
-    def add_lora_linear(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: tuple[Tensor, ...],
-        lora_b_stacked: tuple[Tensor, ...],
-        scale: float,
-        output_slices: tuple[int, ...],
-        *,
-        add_inputs: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """y[:, slice] += B_slice (Sᵀ (A_slice x)); alpha/r is already merged into B.
-
-        `y: [T, d_out]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
-        """
-        rank = lora_b_stacked[0].size(-1)
-        # The shrink kernel zeroes the buffer itself.
-        buffer = torch.empty(
-            (len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device
-        )
-        self._wrapper.add_shrink(buffer, x, lora_a_stacked, scale)
-        self._modulate_(buffer, self._states, self._tokens.slots)
-        self._wrapper.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs)
+            self.slots[: len(per_token)] = to_device(per_token, self.slots.device)
 
 
 class VocabularyPunica(PunicaView):
-    """vLLM's punica wrapper as the embedding and the output layer see it on CPU.
+    """vLLM's punica wrapper as the embedding and the output layer see it on CPU, and in fp32.
 
     vLLM multiplies the vectors and the logits of every token by an all-zero LoRA where no adapter
-    targets these layers; with a large vocabulary that is a good part of a step. Skip it then.
+    targets these layers; with a large vocabulary that is a good part of a step. Skip it then. On a
+    GPU vLLM's kernels refuse fp32, and `PTELoRAManager` the adapters that would need them.
     """
 
     def __init__(self, wrapper: Any, manager: PTELoRAManager) -> None:
@@ -118,8 +86,9 @@ class VocabularyPunica(PunicaView):
 def install_views(
     model: torch.nn.Module, manager: PTELoRAManager, pool: StatePool, tokens: TokenSlots
 ) -> None:
-    """Give every LoRA layer of the decoder, and on CPU embedding and output layer, its view."""
+    """Give LoRA layers of the decoder, and on CPU or in fp32 embedding and output, their view."""
     on_cpu = tokens.slots.device.type == "cpu"
+    skips_unused = on_cpu or manager.lora_config.lora_dtype == torch.float32
     library = load_native(manager.lora_config.lora_dtype) if on_cpu else None
     for name, module in model.named_modules():
         if not isinstance(module, BaseLayerWithLoRA):
@@ -132,11 +101,12 @@ def install_views(
                 wrapper, pool.states[layer], tokens, manager.loaded_in, library
             )
         elif layer is not None:
-            module.punica_wrapper = LayerPunica(wrapper, pool.states[layer], tokens)
-        elif on_cpu and isinstance(
+            module.punica_wrapper = CUDALayerPunica(wrapper, pool.states[layer], tokens)
+        elif skips_unused and isinstance(
             module, LogitsProcessorWithLoRA | VocabParallelEmbeddingWithLoRA
         ):
-            # On CUDA a captured graph must not depend on which adapters are loaded.
+            # On CUDA a captured graph must not depend on which adapters are loaded; in fp32 there
+            # it never does, as none may target these.
             module.punica_wrapper = VocabularyPunica(wrapper, manager)
 
 
@@ -184,6 +154,12 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         if lora_request.load_inplace and adapter_id in self._encoders:
             raise AdapterError(f"{path}: load_inplace cannot replace a PTE adapter")
         model = super()._load_adapter(lora_request)
+        vocabulary = {name for name in model.loras if name.endswith(_VOCABULARY)}
+        if vocabulary and self._in_fp32_on_gpu():
+            raise AdapterError(
+                f"{path}: a LoRA of {', '.join(sorted(vocabulary))} needs --dtype bfloat16 or "
+                "float16 on a GPU"
+            )
         self._loads[adapter_id] = next(self._load_numbers)
         self.targeted |= {name.rpartition(".")[2] for name in model.loras}
         if adapter is None or adapter.pte is None:
@@ -195,6 +171,10 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
                 encoder=adapter.stacked_encoder().map(lambda t: t.to(self.device)),
             )
         return model
+
+    def _in_fp32_on_gpu(self) -> bool:
+        fp32 = self.lora_config.lora_dtype == torch.float32
+        return fp32 and torch.device(self.device).type != "cpu"
 
     def encoder_of(self, lora_request: LoRARequest) -> LoadedEncoder | None:
         """The adapter's encoder, loading the adapter if need be; None for a plain LoRA."""

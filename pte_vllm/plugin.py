@@ -5,8 +5,6 @@ Without `additional_config["pte"]` (a plain `vllm serve`) everything registered 
 
 from __future__ import annotations
 
-import importlib.util
-
 VLLM_VERSION = "0.32.0"
 
 
@@ -34,11 +32,5 @@ def register() -> None:
         # The CPU platform takes CPU_ATTN's path whatever backend is selected.
         register_backend(AttentionBackendEnum.CPU_ATTN, "pte_vllm.attention.PTECPUAttentionBackend")
     else:
-        register_backend(AttentionBackendEnum.CUSTOM, f"pte_vllm.attention.{cuda_backend()}")
+        register_backend(AttentionBackendEnum.CUSTOM, "pte_vllm.attention.PTECUDAAttentionBackend")
     apply_all(all_patches())
-
-
-def cuda_backend() -> str:
-    """FlashAttention where vLLM was built with it, else Triton."""
-    has_flash = importlib.util.find_spec("vllm.vllm_flash_attn._vllm_fa2_C") is not None
-    return "PTEFlashAttentionBackend" if has_flash else "PTETritonAttentionBackend"

@@ -23,6 +23,15 @@ def modulate_tokens(a: Tensor, states: Tensor, token_slots: Tensor) -> Tensor:
     return torch.bmm(a[:, None], states.index_select(0, token_slots))[:, 0]
 
 
+def modulate_slices(a: Tensor, states: Tensor, token_slots: Tensor) -> None:
+    """`modulate_tokens` for all slices of a merged linear, in place.
+
+    `a: [n, T, R]` fp32; of `token_slots` the first T count.
+    """
+    chosen = states.index_select(0, token_slots[: a.shape[1]])
+    a.copy_(torch.bmm(a.transpose(0, 1), chosen).transpose(0, 1))
+
+
 def modulate_segments(
     a: Tensor, states: Tensor, token_slots: Tensor, segments: Sequence[Segment]
 ) -> Tensor:

@@ -44,7 +44,7 @@ def modulate_slices_(a: Tensor, states: Tensor, token_slots: Tensor) -> None:
     """`a[i, t] ← a[i, t] · states[token_slots[t]]`, in place.
 
     `a: [n, T, R]` fp32 contiguous, `states: [slots, R, R]` fp32 contiguous, ready to be multiplied
-    from the right, `token_slots: [T]` int64.
+    from the right, `token_slots` int64, of which the first T count.
     """
     num_slices, num_tokens, rank = a.shape
     if num_tokens:
