@@ -1,0 +1,87 @@
+"""The fold kernel against the definition: by Triton's interpreter, and on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.ops.fold_cases import LARGE, SMALL, Case, check, make_caches, plain_layout
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_against_reference() -> None:
+    # In a process of its own: the interpreter is chosen when Triton is imported.
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.ops.fold_cases"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "ok", done.stderr[-2000:]
+
+
+def test_what_the_kernel_cannot_read_is_told() -> None:
+    from pte_vllm.ops.fold_triton import unusable
+
+    case = SMALL[0]
+    caches, layout = make_caches(case, 3, "cpu"), plain_layout(16, 64, "cpu")
+    assert unusable(caches, layout, 32) is None
+    assert "rank 200 exceeds" in str(unusable(caches, layout, 200))
+    swapped = type(layout)(key_index=layout.value_index, value_index=layout.key_index)
+    assert "out of order" in str(unusable(caches, swapped, 32))
+    mixed = [*caches, caches[0].clone(memory_format=torch.contiguous_format)]
+    assert "strides" in str(unusable(mixed, layout, 32))
+    assert "aligned" in str(unusable([caches[0][..., 1:]], layout, 32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rank, dim, kind", [(32, 128, "*bf16"), (8, 64, "*fp32")])
+def test_compiles_for_gpus(capability: int, rank: int, dim: int, kind: str) -> None:
+    """Down to machine code, without a GPU; what spills would be slow."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from pte_vllm.ops.fold_triton import _TILE, _TOKENS, _moments_kernel, launch_options
+
+    options = launch_options(dim, rank)
+    fixed = {
+        "DIM": dim,
+        "HALF": dim // 2,
+        "WITH_KK": True,
+        "CHUNK": options["CHUNK"],
+        "BLOCK_R": options["BLOCK_R"],
+        "TILE": _TILE,
+        "TOKENS": _TOKENS,
+    }
+    integers = dict.fromkeys(("caches_ptr", "blocks_ptr", "first_ptr"), "*i64")
+    names = _moments_kernel.arg_names
+    types = {
+        name: "constexpr"
+        if name in fixed
+        else {"example_ptr": kind, **integers}.get(name, "*fp32" if "_ptr" in name else "i32")
+        for name in names
+    }
+    source = ASTSource(
+        fn=_moments_kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in fixed.items()},
+    )
+    made = compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": options["num_warps"], "num_stages": options["num_stages"]},
+    )
+    assert made.asm["cubin"]
+    assert made.metadata.shared <= 48 * 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LARGE + SMALL, ids=str)
+def test_on_a_gpu(case: Case) -> None:
+    check(case, "cuda")
