@@ -1,0 +1,77 @@
+"""Gaps cut out of attention metadata the way captured CUDA graphs need it; backends by name."""
+
+from __future__ import annotations
+
+import torch
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from pte_vllm import attention
+from pte_vllm.attention import Gaps, cut_gaps
+
+BLOCK, WIDTH, MAX_REQS = 16, 12, 5
+
+
+def _common(lengths: list[int], max_seq_len: int) -> CommonAttentionMetadata:
+    rows = len(lengths)
+    return CommonAttentionMetadata(
+        query_start_loc=torch.arange(rows + 1, dtype=torch.int32),
+        query_start_loc_cpu=torch.arange(rows + 1, dtype=torch.int32),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
+        num_reqs=rows,
+        num_actual_tokens=rows,
+        max_query_len=1,
+        max_seq_len=max_seq_len,
+        block_table_tensor=torch.arange(rows * WIDTH, dtype=torch.int32).view(rows, WIDTH),
+        slot_mapping=torch.zeros(rows, dtype=torch.int64),
+    )
+
+
+def _buffers() -> tuple[torch.Tensor, torch.Tensor]:
+    table = torch.full((MAX_REQS, WIDTH), -1, dtype=torch.int32)
+    return table, torch.full((MAX_REQS,), -1, dtype=torch.int32)
+
+
+def test_graphs_find_every_step_at_the_same_address() -> None:
+    gaps, out = Gaps.allocate(MAX_REQS, torch.device("cpu")), _buffers()
+    steps = [
+        ([40, 100, 160], [1, 2, 1], [0, 3, 6]),
+        ([41, 101, 0], [1, 2, 0], [0, 3, 0]),  # the last row pads the batch
+        ([170, 20, 90], [4, 0, 1], [2, 0, 4]),
+    ]
+    for lengths, first, length in steps:
+        gaps.publish(first, length)
+        common = _common(lengths, max(lengths))
+        cut = cut_gaps(common, gaps, BLOCK, out)
+        assert cut.block_table_tensor.data_ptr() == out[0].data_ptr()
+        assert cut.block_table_tensor.stride() == out[0].stride()
+        assert cut.seq_lens.data_ptr() == out[1].data_ptr()
+        physical = [n - gap * BLOCK for n, gap in zip(lengths, length, strict=True)]
+        assert cut.seq_lens.tolist() == physical
+        assert cut.max_seq_len == max(physical)
+        for row, tokens in enumerate(physical):
+            logical = common.block_table_tensor[row].tolist()
+            kept = logical[: first[row]] + logical[first[row] + length[row] :]
+            used = -(-tokens // BLOCK)
+            assert cut.block_table_tensor[row, :used].tolist() == kept[:used]
+        without = cut_gaps(common, gaps, BLOCK)
+        assert torch.equal(without.seq_lens, cut.seq_lens)
+
+
+def test_without_gaps_bounds_stand() -> None:
+    """A graph is captured with short sequences, and keeps the longest length it was told."""
+    gaps = Gaps.allocate(MAX_REQS, torch.device("cpu"))
+    gaps.publish([1, 1], [2, 0])
+    gaps.clear()
+    cut = cut_gaps(_common([1, 1], max_seq_len=32_768), gaps, BLOCK, _buffers())
+    assert cut.max_seq_len == 32_768
+    assert torch.equal(cut.block_table_tensor, _common([1, 1], 0).block_table_tensor)
+
+
+def test_cuda_backends_are_found_by_module_and_name() -> None:
+    backend = attention.PTECUDAAttentionBackend  # over Triton's where FlashAttention is missing
+    assert resolve_obj_by_qualname(".".join(backend.full_cls_name())) is backend
+    assert backend.get_name() == "CUSTOM"
+    assert issubclass(backend.get_builder_cls(), attention.GapCuttingBuilder)
+    assert backend.get_builder_cls() is backend.get_builder_cls()
