@@ -18,6 +18,7 @@ _ABOUT = {
     "fold": "what folding costs per token",
     "prefix": "a group that shares a question: how much of it is read once",
     "push": "tokens/s while new adapter versions arrive, against the steady state",
+    "gpu": "one GPU without a network: kernels, exactness, throughput at long rollouts, overhead",
     "train": "memory and time of a training step by answer length (pte-vllm train memory-curve)",
 }
 
@@ -28,6 +29,10 @@ def main(argv: list[str]) -> int:
         from pte_vllm.train.memory_curve import main as memory_curve
 
         return memory_curve(argv[1:])
+    if argv[:1] == ["gpu"]:  # so does this
+        from pte_vllm.bench.gpu import main as gpu
+
+        return gpu(argv[1:])
     args = _parser().parse_args(argv)
     if not Path(args.model).exists():
         raise ValueError(

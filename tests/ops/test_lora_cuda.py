@@ -106,5 +106,7 @@ print("ok")
 
 def test_traced_as_one_graph_whose_states_and_slots_may_change() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", _COMPILED], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILED], env=env, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "ok", done.stderr[-2000:]
