@@ -220,7 +220,9 @@ def evicted_moments(
         )
         for start in range(0, num_seqs, at_once)
     ]
-    kv, kk = (torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*found))
+    kv, kk = (
+        torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)
+    )
     return Moments(kv=kv, kk=kk if with_kk else None, num_tokens=num_tokens)
 
 
