@@ -50,7 +50,8 @@ class Gaps:
         self.length_cpu.zero_()
         self.length_cpu[:num_rows] = torch.tensor(length, dtype=torch.int32)
         self.length.copy_(to_device(self.length_cpu, self.length.device, torch.int32))
-        self.first[:num_rows] = to_device(first, self.first.device, torch.int32)
+        if first:
+            self.first[:num_rows] = to_device(first, self.first.device, torch.int32)
 
     def clear(self) -> None:
         """No gaps, as for profiling and graph capture."""

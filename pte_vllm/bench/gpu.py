@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -207,7 +208,7 @@ def _most_sequences(args: argparse.Namespace, model: str, window: int | None) ->
         rank=args.rank,
         rule=args.rule,
     )
-    return min(2048, int(rows[-1].sequences * 1.05) + 1)
+    return min(2048, 8 * math.ceil(1.05 * rows[-1].sequences / 8))
 
 
 def _child(spec: Any, log: Path, *, timeout_s: float) -> dict[str, Any]:

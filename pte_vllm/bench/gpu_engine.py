@@ -87,12 +87,12 @@ def build(spec: Spec, *, load_format: str = "dummy", **more: Any) -> tuple[Any, 
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
-    """Powers of two up to the batch that is measured, and that batch: beyond 512, vLLM's default
-    bound, steps would run without graphs."""
-    sizes = [1]
-    while 2 * sizes[-1] < max_num_seqs:
-        sizes.append(2 * sizes[-1])
-    return [*sizes, -(-max_num_seqs // 8) * 8]
+    """Batch sizes with CUDA graphs, up to `max_num_seqs`, a multiple of 8.
+
+    vLLM's own stop at 512: steps of more sequences would run without graphs.
+    """
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size < max_num_seqs]
+    return [*sizes, *range(96, max_num_seqs, 32), max_num_seqs]
 
 
 class Batch:

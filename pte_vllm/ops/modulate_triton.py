@@ -37,6 +37,7 @@ def _modulate_kernel(  # type: ignore[no-untyped-def]
         for i in range(num_slices):
             row = a_ptr + i * slice_stride + token * rank + index
             a = tl.load(row, mask=inside, other=0.0)
+            tl.debug_barrier()  # the store must not overtake other warps' loads of the same row
             tl.store(row, tl.sum(a[:, None] * state, axis=0), mask=inside)
 
 

@@ -82,6 +82,7 @@ def test_compiles_for_gpus(capability: int, rank: int, dim: int, kind: str) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("case", LARGE + SMALL, ids=str)
 def test_on_a_gpu(case: Case) -> None:
     check(case, "cuda")
