@@ -127,7 +127,7 @@ def _run(
             continue
         console.print(f"{key} ...", highlight=False)
         began = time.monotonic()
-        results[key] = _child(Spec(**options), scratch / "log", timeout_s=max(60.0, left))
+        results[key] = _child(Spec(**options), scratch / "log", timeout_s=max(30.0, left))
         results[key]["seconds"] = round(time.monotonic() - began, 1)
         if options["part"] in ("throughput", "profile"):
             longest = max(longest, results[key]["seconds"])

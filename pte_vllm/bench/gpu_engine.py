@@ -65,16 +65,16 @@ def build(spec: Spec, *, load_format: str = "dummy", **more: Any) -> tuple[Any, 
         "block_size": spec.block_size,
         "max_model_len": max(spec.rollouts) + spec.prompt_tokens + 2 * HEADROOM_TOKENS,
         "max_num_seqs": spec.max_num_seqs,
+        "max_num_batched_tokens": 8192,
         "disable_log_stats": True,
         "generation_config": "vllm",
-        **more,
     }
     if spec.dry_run:
         args |= {"num_gpu_blocks_override": 400, "kv_cache_memory_bytes": 2**28}
         args |= {"enforce_eager": True}
     else:
         args["gpu_memory_utilization"] = spec.memory_utilization
-        args.setdefault("cudagraph_capture_sizes", capture_sizes(spec.max_num_seqs))
+        args["cudagraph_capture_sizes"] = capture_sizes(spec.max_num_seqs)
     if spec.window_tokens is not None:
         args |= engine_args(EngineConfig(window_tokens=spec.window_tokens))
     elif spec.attention_backend is not None:
@@ -83,7 +83,7 @@ def build(spec: Spec, *, load_format: str = "dummy", **more: Any) -> tuple[Any, 
     if spec.adapter is not None:
         args |= {"enable_lora": True, "max_lora_rank": max(8, spec.rank), "max_loras": 1}
         lora = LoRARequest(lora_name="bench", lora_int_id=1, lora_path=spec.adapter)
-    return LLMEngine.from_engine_args(EngineArgs(**args)), lora
+    return LLMEngine.from_engine_args(EngineArgs(**(args | more))), lora
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
@@ -257,6 +257,8 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(own_process))
     if spec.dry_run:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if spec.part == "parity":  # Triton's attention would multiply fp32 as TF32
+        os.environ["TRITON_F32_DEFAULT"] = "ieee"
     for name, value in (
         ("VLLM_LOGGING_LEVEL", "WARNING"),
         ("VLLM_USE_FLASHINFER_SAMPLER", "0"),  # it is compiled at first use, from the network

@@ -5,6 +5,7 @@ Letters in shapes: L layers, S sequences, T tokens, H KV heads, D head size, r r
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -83,7 +84,7 @@ def _fold(
 
 def _encoder(layers: int, d_kv: int, device: str) -> LayerEncoder:
     def noise(*shape: int) -> Tensor:
-        return torch.randn(layers, *shape, device=device) * d_kv**-0.5
+        return torch.randn(layers, *shape, device=device) / math.sqrt(d_kv)
 
     names = ("query", "global_", "w_q", "w_k", "w_v")
     matrices = {name: noise(_RANK, d_kv) for name in names}
@@ -94,7 +95,7 @@ def _encoder(layers: int, d_kv: int, device: str) -> LayerEncoder:
 def _modulate(device: str, tokens: int, slices: int) -> dict[str, Any]:
     torch.manual_seed(0)
     slots = min(tokens, 1024)
-    states = _RANK**-0.5 * torch.randn(slots + 1, _RANK, _RANK, device=device)  # keeps norms
+    states = torch.randn(slots + 1, _RANK, _RANK, device=device) / math.sqrt(_RANK)  # keeps norms
     states[0] = torch.eye(_RANK, device=device)
     token_slots = torch.arange(tokens, device=device) * slots // tokens  # long chunks if many
     a = torch.randn(slices, tokens, _RANK, device=device)
@@ -133,4 +134,4 @@ def _time(call: Callable[[], object], device: str, repeats: int = 20) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return float(statistics.median(times))

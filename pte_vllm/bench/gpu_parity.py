@@ -74,6 +74,7 @@ def _generate(
             memory_utilization=min(spec.memory_utilization, 0.3),
         ),
         load_format="auto",
+        max_loras=len(RULES),
     )
     prompts = {}
     for i, rule in enumerate(RULES):

@@ -30,14 +30,14 @@ _TILE = 32
 _MAX_PARTIAL_BYTES = 256 * 2**20
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _load_x(rows, index, live, inside):  # type: ignore[no-untyped-def]
     """Numbers `index: [CHUNK]` of a head, of each token: `[TILE, CHUNK]` fp32."""
     mask = live[:, None] & inside[None, :]
     return tl.load(rows[:, None] + index[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _load_w(weight, index, inside, row, rank, width):  # type: ignore[no-untyped-def]
     """The columns of W, `[r, H * D]`, for these numbers: `[CHUNK, BLOCK_R]`."""
     mask = inside[:, None] & (row < rank)[None, :]
