@@ -146,7 +146,8 @@ class Batch:
 
     def start(self) -> float:
         """Prefill until every sequence decodes; seconds."""
-        began, seen = time.perf_counter(), set()
+        began = time.perf_counter()
+        seen: set[str] = set()
         while len(seen) < self.num_seqs and self.engine.has_unfinished_requests():
             seen |= {output.request_id for output in self.engine.step()}
         return time.perf_counter() - began
