@@ -14,13 +14,13 @@ from functools import cache
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadata, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from pte_vllm.cache import PTESpec, check_spec
 from pte_vllm.config import EngineConfig
-from pte_vllm.ops.staging import to_device
 
 
 @dataclass
@@ -49,9 +49,10 @@ class Gaps:
         self.any = any(length)
         self.length_cpu.zero_()
         self.length_cpu[:num_rows] = torch.tensor(length, dtype=torch.int32)
-        self.length.copy_(to_device(self.length_cpu, self.length.device, torch.int32))
+        # Through pinned memory: the host must not wait for the step that is under way.
+        async_tensor_h2d(self.length_cpu, out=self.length)
         if first:
-            self.first[:num_rows] = to_device(first, self.first.device, torch.int32)
+            async_tensor_h2d(first, out=self.first[:num_rows])
 
     def clear(self) -> None:
         """No gaps, as for profiling and graph capture."""

@@ -20,8 +20,7 @@ from vllm.logger import init_logger
 from pte_vllm.ops import native
 from pte_vllm.ops.fold import BlockLayout, RopeTable, read_evicted
 from pte_vllm.ops.fold_cpu import can_fold, moments_cpu
-from pte_vllm.ops.reference import RULES
-from pte_vllm.ops.staging import to_device
+from pte_vllm.ops.reference import RULES, Moments
 from pte_vllm.state import LoadedEncoder, Sequence, StatePool
 
 if TYPE_CHECKING:
@@ -64,50 +63,59 @@ class EvictedBlocks:
         self,
         pool: StatePool,
         sequences: list[Sequence],
-        block_ids: list[list[int]],
-        first_blocks: list[int],
+        block_ids: Tensor,
+        first_positions: Tensor,
     ) -> None:
         """One fold of S sequences of one adapter and one rule; nothing waits for the device.
 
         Args:
             pool: of the sequences.
             sequences: S of them.
-            block_ids: for each the n blocks it folds, in token order; n is the same for all.
-            first_blocks: for each the logical index of the first of them.
+            block_ids: `[S, n]` int64 on the device, the blocks that each folds in token order.
+            first_positions: `[S]` int64 on the device, of the first token of each.
         """
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
-        rope = self._rope_for(loaded)
-        block_size, device = self.layout.key_index.shape[0], self.layout.key_index.device
-        blocks = to_device(block_ids, device)
-        first = to_device(first_blocks, device) * block_size
+        evicted = self._moments(loaded, rule, block_ids, first_positions)
+        if evicted is not None:
+            pool.fold_moments(sequences, evicted)
+            return
+        caches, rope = self._caches_of(loaded), self._rope_for(loaded)
+        at_once = len(sequences)
+        if block_ids.device.type == "cuda":
+            block_size, width = caches[0].shape[2:]
+            per_token = len(caches) * caches[0].shape[1] * width * 4
+            at_once = max(1, _MAX_COPY_BYTES // (per_token * block_size * block_ids.shape[1]))
+        for start in range(0, len(sequences), at_once):
+            part = slice(start, start + at_once)
+            k_e, v_e = read_evicted(
+                caches, self.layout, block_ids[part], first_positions[part], rope
+            )
+            pool.fold(sequences[part], k_e, v_e)
+
+    def _moments(
+        self, loaded: LoadedEncoder, rule: str, block_ids: Tensor, first_positions: Tensor
+    ) -> Moments | None:
+        """By compiled code, `[L, S, r, r]`; None where there is none that applies."""
+        rope, with_kk = self._rope_for(loaded), RULES[rule].reads_kk
         table = self._table(loaded)
         if table is not None:
             from pte_vllm.ops.fold_triton import evicted_moments
 
-            with_kk = RULES[rule].reads_kk
-            found = evicted_moments(table, loaded.encoder, blocks, first, rope, with_kk=with_kk)
-            pool.fold_moments(sequences, found)
-            return
-        caches = [self.caches[layer] for layer in loaded.layers]
-        if device.type == "cpu" and can_fold(caches, loaded.config.rank):
-            library = _compiled()
-            if library is not None:
-                with_kk = RULES[rule].reads_kk
-                found = moments_cpu(
-                    *(library, caches, self.layout, blocks, first, rope, loaded.encoder),
-                    with_kk=with_kk,
-                )
-                pool.fold_moments(sequences, found)
-                return
-        at_once = len(sequences)
-        if device.type == "cuda":
-            per_token = len(caches) * caches[0].shape[1] * caches[0].shape[3] * 4
-            at_once = max(1, _MAX_COPY_BYTES // (per_token * block_size * blocks.shape[1]))
-        for start in range(0, len(sequences), at_once):
-            part = slice(start, start + at_once)
-            k_e, v_e = read_evicted(caches, self.layout, blocks[part], first[part], rope)
-            pool.fold(sequences[part], k_e, v_e)
+            return evicted_moments(
+                table, loaded.encoder, block_ids, first_positions, rope, with_kk=with_kk
+            )
+        caches = self._caches_of(loaded)
+        library = _compiled() if can_fold(caches, loaded.config.rank) else None
+        if library is None:
+            return None
+        return moments_cpu(
+            *(library, caches, self.layout, block_ids, first_positions, rope, loaded.encoder),
+            with_kk=with_kk,
+        )
+
+    def _caches_of(self, loaded: LoadedEncoder) -> list[Tensor]:
+        return [self.caches[layer] for layer in loaded.layers]
 
     def warm_up(self, loaded: LoadedEncoder, rule: str) -> None:
         """Compile the kernel for an adapter before its first fold, which would wait seconds."""
@@ -120,7 +128,7 @@ class EvictedBlocks:
         if table is not None:
             from pte_vllm.ops.fold_triton import evicted_moments
 
-            zero = to_device([[0]], self.layout.key_index.device)  # vLLM's null block
+            zero = torch.zeros_like(self.layout.key_index[:1, :1])  # vLLM's null block
             evicted_moments(table, loaded.encoder, zero, zero[0], rope, with_kk=reads_kk)
 
     def _rope_for(self, loaded: LoadedEncoder) -> RopeTable | None:

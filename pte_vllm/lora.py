@@ -23,12 +23,12 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from pte_vllm.adapter import AdapterError, ModelShape, layer_of, load_for_engine
 from pte_vllm.lora_cpu import CPULayerPunica, load_native
 from pte_vllm.lora_cuda import CUDALayerPunica
 from pte_vllm.ops.modulate import Segment
-from pte_vllm.ops.staging import to_device
 from pte_vllm.punica import PunicaView
 from pte_vllm.state import LoadedEncoder, StatePool
 
@@ -59,7 +59,7 @@ class TokenSlots:
             lengths = torch.tensor([end - start for start, end, _ in segments])
             slots = torch.tensor([slot for _, _, slot in segments])
             per_token = torch.repeat_interleave(slots, lengths)
-            self.slots[: len(per_token)] = to_device(per_token, self.slots.device)
+            async_tensor_h2d(per_token, out=self.slots[: len(per_token)])
 
 
 class VocabularyPunica(PunicaView):

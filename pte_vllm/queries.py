@@ -90,7 +90,7 @@ class QueriesMixin:
             AssertionError: if slots, sequences and requests disagree.
         """
         self.pte_pool.check_integrity()
-        strangers = set(self.pte_pool.sequences) - set(self.requests)
+        strangers = set(self.pte_pool.sequences) - self._known_requests()
         assert not strangers, f"sequences without a request: {sorted(strangers)[:5]}"
         assert not self.pte_report.errors, self.pte_report.errors
         used = [s for s in self.pte_pool.sequences.values() if s.slot != IDENTITY_SLOT]

@@ -21,10 +21,11 @@ SCHEDULER_CLS = "pte_vllm.scheduler.make_scheduler"
 def engine_args(engine: EngineConfig) -> dict[str, Any]:
     """Keyword arguments for vLLM's `LLM` or `EngineArgs` that turn PTE on.
 
-    Also selects the V1 model runner for this process and those it starts.
+    Also selects Model Runner V1 for this process and those it starts, unless
+    VLLM_USE_V2_MODEL_RUNNER is set.
     """
-    # TODO(vllm>=0.33): drop once Model Runner V2, vLLM's default on GPU, has our hooks.
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    # TODO: drop once Model Runner V2, vLLM's default on a GPU, has been seen to work on one.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     from vllm.platforms import current_platform
 
     args: dict[str, Any] = {
@@ -32,7 +33,7 @@ def engine_args(engine: EngineConfig) -> dict[str, Any]:
         "additional_config": {EngineConfig.KEY: engine.to_dict()},
     }
     if current_platform.is_cpu():
-        args["worker_cls"] = "pte_vllm.worker.PTECPUWorker"
+        args["worker_cls"] = "pte_vllm.worker_cpu.PTECPUWorker"
     else:
         args["worker_cls"] = "pte_vllm.worker.PTEGPUWorker"
         args["attention_backend"] = "CUSTOM"

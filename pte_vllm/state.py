@@ -13,11 +13,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from pte_vllm.config import PTEConfig, check_rule_fits
 from pte_vllm.counters import FoldCounters
 from pte_vllm.ops.reference import RULES, LayerEncoder, Moments, Sums, moments, relative_update
-from pte_vllm.ops.staging import to_device
 from pte_vllm.plan import FoldPlan
 from pte_vllm.thoughts import Thoughts, ThoughtStore, find_id, to_host
 
@@ -238,7 +238,9 @@ class StatePool:
         states = states.expand(-1, len(sequences), -1, -1)  # the rule `none` knows no sequences
         stored = states if loaded.config.read == "key" else states.mT
         rows, columns = stored.shape[-2:]
-        slots = to_device([sequence.slot for sequence in sequences], self.states.device)
+        slots = async_tensor_h2d(
+            [sequence.slot for sequence in sequences], device=self.states.device
+        )
         self.states[loaded.layer_index[:, None], slots, :rows, :columns] = stored
         for i, sequence in enumerate(sequences):
             sequence.state = states[:, i].contiguous()

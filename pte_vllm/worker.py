@@ -1,28 +1,17 @@
-"""Workers that build our model runner in place of vLLM's."""
+"""Worker on CUDA, and what both workers answer; `worker_cpu.py` has the other.
+
+They are apart because vLLM's CPU worker puts stand-ins for streams, events and pinned memory into
+torch when it is imported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
-from vllm.v1.worker import cpu_worker, gpu_model_runner
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
-from pte_vllm.runner import PTECPUModelRunner, PTEGPUModelRunner
-
-
-@contextmanager
-def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    """`module.name` is `value` inside the block."""
-    original = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
 
 class PTEWorkerMixin:
@@ -53,18 +42,23 @@ class PTEWorkerMixin:
         return self.model_runner.pte_rho(name)
 
 
-class PTECPUWorker(PTEWorkerMixin, CPUWorker):
-    """On CPU."""
-
-    def init_device(self) -> None:
-        with _replaced(cpu_worker, "CPUModelRunner", PTECPUModelRunner):
-            super().init_device()
-
-
 class PTEGPUWorker(PTEWorkerMixin, Worker):
     """On CUDA."""
 
-    def init_device(self) -> None:
-        # The parent imports the class from its module when it builds the runner.
-        with _replaced(gpu_model_runner, "GPUModelRunner", PTEGPUModelRunner):
-            super().init_device()
+    def _make_model_runner(self) -> Any:
+        if self.use_v2_model_runner:
+            from pte_vllm.runner_v2 import PTEGPUModelRunnerV2
+
+            logger.warning("PTE on Model Runner V2 has not been seen to work on a GPU yet")
+            return PTEGPUModelRunnerV2(self.vllm_config, self.device)
+        from pte_vllm.runner import PTEGPUModelRunner
+
+        # TODO: drop, and `setdefault` in serve.py, once V2 has been seen to work on a GPU.
+        logger.info("PTE on Model Runner V1; VLLM_USE_V2_MODEL_RUNNER=1 chooses V2")
+        return PTEGPUModelRunner(self.vllm_config, self.device)
+
+    def compile_or_warm_up_model(self) -> Any:
+        if not self.use_v2_model_runner:
+            return super().compile_or_warm_up_model()
+        with self.model_runner.pte_warm_up():
+            return super().compile_or_warm_up_model()
