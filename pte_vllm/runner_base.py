@@ -117,6 +117,10 @@ class PTERunnerMixin(QueriesMixin):
         """
         raise NotImplementedError
 
+    def _known_requests(self) -> set[str]:
+        """Requests that may have a sequence: those vLLM has told of and not yet ended."""
+        raise NotImplementedError
+
     # -- each step --------------------------------------------------------------------------------
 
     def _begin_step(self, scheduler_output: SchedulerOutput) -> SnapshotOrders:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from vllm import EngineArgs
 
 from pte_vllm.config import EngineConfig
@@ -17,6 +18,8 @@ from pte_vllm.support import UnsupportedError, check_vllm_config
 from tests.engine import BLOCK
 
 ROOT = Path(__file__).parent.parent
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a vLLM for CUDA interprets nothing")
 
 
 def _under_interpreter(*paths: str, timeout_s: int) -> str:
@@ -32,12 +35,14 @@ def _under_interpreter(*paths: str, timeout_s: int) -> str:
     return done.stdout
 
 
+@no_gpu
 def test_driven_for_real() -> None:
     printed = _under_interpreter("tests/model_runner_v2.py", timeout_s=600)
     assert "folds, max |Δ log p|" in printed
     print("\n".join(line for line in printed.splitlines() if "Δ log p" in line))
 
 
+@no_gpu
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
@@ -63,6 +68,7 @@ def test_v1_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
 
+@no_gpu
 def test_refused_without_triton(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +100,7 @@ print("ok")
 """
 
 
+@no_gpu
 def test_cuda_worker_keeps_streams() -> None:
     """vLLM's CPU worker replaces streams, events and pinned memory by stand-ins when imported."""
     done = subprocess.run([sys.executable, "-c", _IMPORTS], capture_output=True, text=True)
