@@ -5,7 +5,7 @@ ARGS ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench lock clean
+.PHONY: help setup demo test test-slow lint format bench lock hooks release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,13 @@ bench: setup ## speed beside vLLM as it is (ARGS='latency --repeats 2'; ARGS=--h
 
 lock: ## resolve requirements/*.lock again (KINDS='cpu cuda train')
 	$(PYTHON) requirements/lock.py $(KINDS)
+
+hooks: setup ## write the hashes of the installed vLLM's hooks, once its changes were read
+	$(BIN)/python -m pte_vllm.hooks --refresh
+
+release: setup ## build sdist and wheel into dist/, and try both in clean environments
+	rm -rf dist
+	PTE_DIST=dist $(BIN)/python -m pytest tests/test_release.py $(ARGS)
 
 clean: ## remove caches and outputs; keeps .venv and .cache
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from pte_vllm.upstream import source_sha256
 
 MARK = "__pte_patched__"
 
@@ -29,7 +30,7 @@ class Patch:
     why: str
     remove_when: str
     sha256: str
-    """Of the upstream function's source."""
+    """Of the upstream function's source, comments and docstrings aside (`pte_vllm/upstream.py`)."""
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def _owner(self) -> tuple[Any, str]:
@@ -44,7 +45,7 @@ class Patch:
     def source_sha256(self) -> str:
         """SHA-256 of the source that is installed, patched or not."""
         original = getattr(self._live(), MARK, self._live())
-        return hashlib.sha256(inspect.getsource(original).encode()).hexdigest()
+        return source_sha256(inspect.getsource(original))
 
     def check(self) -> None:
         """Raise PatchError if the upstream source changed or the symbol is gone."""
@@ -55,7 +56,7 @@ class Patch:
         if found != self.sha256:
             raise PatchError(
                 f"{self.name}: the source of {self.target} ({self.upstream}) has changed "
-                f"(SHA-256 {found[:12]}…, expected {self.sha256[:12]}…)"
+                f"(SHA-256 {found}, expected {self.sha256[:12]}…)"
             )
 
     def apply(self) -> None:

@@ -109,6 +109,6 @@ PATCH = Patch(
     upstream="vllm/v1/engine/input_processor.py at v0.32.0",
     why="no plugin point sees prompt, sampling parameters and engine config of a request together",
     remove_when="vLLM offers request validation to plugins with the engine's config",
-    sha256="e22b5f772979054c158de62fa720f7a03db03382a91902852c9148d0144cd27b",
+    sha256="2086f7c6da70e91d2eec131b67f5734ccb44620f0d654433108a6a13368db61d",
     wrap=_wrap,
 )
