@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # These read their own arguments: argparse would take or reorder what is not its own.
         commands = {"serve": _serve, "train": _train, "demo": _demo, "bench": _bench}
+        commands["doctor"] = _doctor
         own = commands.get(args[0] if args else "")
         if own is not None:
             return own(args[1:])
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("serve", help="start the OpenAI-compatible server", add_help=False)
     commands.add_parser("train", help="train adapters: grpo, distill, ...", add_help=False)
     commands.add_parser("demo", help="watch chats with and without a window", add_help=False)
+    commands.add_parser("doctor", help="check installation and machine", add_help=False)
     commands.add_parser("bench", help="measure speed against vLLM as it is", add_help=False)
     adapter = commands.add_parser("adapter", help="make or check an adapter")
     adapter_commands = adapter.add_subparsers(required=True, metavar="COMMAND")
@@ -100,6 +102,12 @@ def _bench(args: list[str]) -> int:
     from pte_vllm.bench.cli import main as run_bench
 
     return run_bench(args)
+
+
+def _doctor(args: list[str]) -> int:
+    from pte_vllm.doctor.cli import main as run_doctor
+
+    return run_doctor(args)
 
 
 def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -135,11 +135,29 @@ def main(args: list[str]) -> int:
     if "-h" in args or "--help" in args:
         parser.print_help()
         return 0
-    options, rest = parser.parse_known_args(args)
+    options, rest = parse(args)
     if not rest or rest[0].startswith("-"):
         # vLLM's flags may take values, so a model after them cannot be told from a value.
         parser.error("MODEL is missing: it comes before vLLM's flags")
-    config = EngineConfig(
+    config, service = configs(options)
+    from pte_vllm.serve import serve
+
+    serve(rest[0], config, rest[1:], service, options.pte_preload)
+    return 0
+
+
+def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags, and what is left: MODEL first, if it is named, then vLLM's."""
+    return _parser().parse_known_args(args)
+
+
+def configs(options: argparse.Namespace) -> tuple[EngineConfig, ServiceConfig]:
+    """What our flags say.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    engine = EngineConfig(
         window_tokens=options.pte_window,
         evict_ratio=options.pte_evict_ratio,
         max_prompt_tokens=options.pte_max_prompt_tokens,
@@ -156,10 +174,7 @@ def main(args: list[str]) -> int:
         max_body_bytes=options.pte_max_body_bytes,
         max_rollouts=options.pte_max_rollouts,
     )
-    from pte_vllm.serve import serve
-
-    serve(rest[0], config, rest[1:], service, options.pte_preload)
-    return 0
+    return engine, service
 
 
 def _read_key(flag: str, path: str) -> str:

@@ -55,6 +55,12 @@ def parse_names(text: str) -> tuple[str, ...]:
     return names
 
 
+def find(name: str) -> str | None:
+    """The file of one of `LIBRARIES` on this machine; None if there is none."""
+    patterns = LIBRARIES[name].patterns
+    return next((file for pattern in patterns for file in sorted(glob.glob(pattern))), None)
+
+
 def preload(environ: MutableMapping[str, str], names: Sequence[str] = DEFAULT) -> list[str]:
     """Add libraries to LD_PRELOAD for processes started from now on.
 
@@ -73,7 +79,7 @@ def preload(environ: MutableMapping[str, str], names: Sequence[str] = DEFAULT) -
         if any(mark in given for mark in library.marks):
             lines.append(f"{name}: {VARIABLE} has it, or its like, already")
             continue
-        found = next((f for p in library.patterns for f in sorted(glob.glob(p))), None)
+        found = find(name)
         if found is None:
             lines.append(f"{name}: not found ({library.get})")
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 from pte_vllm.config import EngineConfig
@@ -106,3 +107,8 @@ def check_window(engine: EngineConfig, block_size: int) -> None:
 
 def _quantised(dtype: str) -> str | None:
     return dtype if dtype not in ("auto", "bfloat16", "float16", "float32", "half") else None
+
+
+def refused_flags() -> Mapping[str, str]:
+    """What is refused at start, and why, by flag or variable."""
+    return _REASONS

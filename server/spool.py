@@ -98,6 +98,12 @@ class Incoming:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def default_root() -> Path:
+    """Where the spools of a user's servers lie, unless `--pte-spool` says otherwise."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "pte-vllm" / "spool"
+
+
 class Spool:
     """The directory of one server. Blocking calls; the caller keeps them off the event loop.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from pte_vllm.config import EngineConfig, ServiceConfig
 from pte_vllm.server.adapters import AdapterRegistry
 from pte_vllm.server.admission import Admission
-from pte_vllm.server.spool import Spool
+from pte_vllm.server.spool import Spool, default_root
 
 
 @dataclass
@@ -63,11 +62,10 @@ def make_service(
 
 def default_spool(model: str, port: int | None) -> Path:
     """A directory of the user's cache, one per model and port."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     where = str(Path(model).resolve()) if Path(model).exists() else model
     label = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model).name) or "model"
     digest = hashlib.sha256(where.encode()).hexdigest()[:8]
-    return cache / "pte-vllm" / "spool" / f"{label}-{digest}-{port or 0}"
+    return default_root() / f"{label}-{digest}-{port or 0}"
 
 
 def service(request: Request) -> Service:

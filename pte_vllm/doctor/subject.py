@@ -1,0 +1,153 @@
+"""A model, the flags it would be served with, and an adapter: whether they work with folding."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pte_vllm.config import EngineConfig
+from pte_vllm.doctor.report import Check, Checks, broken, ok, warning
+from pte_vllm.support import UnsupportedError, check_serve_args, check_vllm_config, refused_flags
+
+_V2 = "VLLM_USE_V2_MODEL_RUNNER"
+
+
+class Subject:
+    """What `pte-vllm doctor MODEL --adapter DIR` is about.
+
+    Args:
+        model: name or directory; None checks neither model nor flags.
+        adapter: directory; None checks none.
+        engine: PTE's options of the server.
+        vllm_args: vLLM's flags of the server.
+    """
+
+    def __init__(
+        self, model: str | None, adapter: str | None, engine: EngineConfig, vllm_args: Sequence[str]
+    ) -> None:
+        self._model, self._adapter = model, adapter
+        self._engine, self._vllm_args = engine, list(vllm_args)
+        self._config: Any = None
+
+    def checks(self) -> list[Checks]:
+        chosen: list[Checks] = [self.features]
+        if self._model is not None:
+            chosen.append(self.model)
+        if self._adapter is not None:
+            chosen.append(self.adapter)
+        return chosen
+
+    def features(self) -> Iterator[Check]:
+        """What is refused, whatever the model."""
+        flags = (flag for flag in refused_flags() if flag.startswith("--"))
+        yield ok("refused with folding", " ".join(flags))
+
+    def model(self) -> Iterator[Check]:
+        """Resolve model and flags as a server would, without loading weights."""
+        try:
+            args = self._parse()
+            check_serve_args(args, self._engine)
+            config = self._resolve(args)
+            check_vllm_config(config, self._engine)
+        except UnsupportedError as error:
+            yield broken("model and flags", error, "leave the flag out, or choose another model")
+            return
+        except (ValueError, OSError) as error:
+            yield broken("model and flags", " ".join(str(error).split()), "mend what it names")
+            return
+        self._config = config
+        found, text = config.model_config, config.model_config.hf_text_config
+        kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+        if kinds or found.get_sliding_window() is not None:
+            what = ", ".join(sorted(kinds)) or f"a sliding window of {found.get_sliding_window()}"
+            yield broken(
+                "model", f"{self._model} has layers with {what}",
+                "choose a model with full attention in every layer",
+            )  # fmt: skip
+            return
+        layers = found.get_num_layers(config.parallel_config)
+        yield ok(
+            "model",
+            f"{found.architecture}, {layers} layers, {found.get_total_num_kv_heads()} KV heads of "
+            f"{found.get_head_size()}, {str(found.dtype).removeprefix('torch.')}, "
+            f"at most {found.max_model_len} tokens",
+        )
+        plan = self._engine.plan(pin_tokens=0, block_size=config.cache_config.block_size)
+        window = f"window of {plan.window_tokens} tokens, {plan.evict_blocks} blocks a fold"
+        yield ok("plan", window if plan.bounded else "full attention (--pte-window 0)")
+
+    def adapter(self) -> Iterator[Check]:
+        """What `pte-vllm adapter inspect` checks, and the flags that the adapter needs."""
+        from pte_vllm.adapter import AdapterError, ModelShape
+        from pte_vllm.adapter_inspect import describe
+
+        config = self._config
+        shape = None
+        if config is not None:
+            shape = ModelShape.from_hf(config.model_config.hf_config.get_text_config())
+        try:
+            about = describe(self._adapter or "", shape)
+        except (AdapterError, OSError) as error:
+            yield broken("adapter", error, "make it anew, or name the model it was made for")
+            return
+        fits = "fits the model" if about["checked_against_model"] else "not checked against a model"
+        rule = f", rule {about['rule']}" if "rule" in about else ""
+        yield ok("adapter", f"{about['kind']}, rank {about['rank']}{rule}, {fits}")
+        rank = max(about["rank"], about.get("global_tokens", 0))
+        lora = config.lora_config if config is not None else None
+        if config is not None and (lora is None or lora.max_lora_rank < rank):
+            allowed = "LoRA is off" if lora is None else f"--max-lora-rank is {lora.max_lora_rank}"
+            yield warning(
+                "adapter and flags", f"{allowed}, the adapter has rank {rank}",
+                f"serve with --enable-lora --max-lora-rank {_allowed_rank(rank)}",
+            )  # fmt: skip
+
+    def _parse(self) -> Namespace:
+        """vLLM's own reading of the flags.
+
+        Raises:
+            ValueError: if it refuses them.
+        """
+        from vllm.entrypoints.cli.serve import ServeSubcommand
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = FlexibleArgumentParser(prog="pte-vllm")
+        ServeSubcommand().subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+        try:
+            args = parser.parse_args(["serve", self._model, *self._vllm_args])
+        except SystemExit as error:  # after a message on stderr
+            raise ValueError(f"vLLM refuses the flags {' '.join(self._vllm_args)}") from error
+        args.model = self._model  # as vLLM's command does
+        return args
+
+    def _resolve(self, args: Namespace) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        from pte_vllm.plugin import register
+        from pte_vllm.serve import engine_args
+
+        register()
+        for name, value in engine_args(self._engine).items():
+            setattr(args, name, value)
+        return AsyncEngineArgs.from_cli_args(args).create_engine_config()
+
+
+def _allowed_rank(rank: int) -> int:
+    """The smallest `--max-lora-rank` of vLLM's that fits."""
+    return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
+
+
+def model_runner(environ_value: str | None) -> Checks:
+    """vLLM's choice of a model runner, as the environment had it."""
+
+    def model_runner() -> Iterator[Check]:
+        if environ_value not in (None, "0"):
+            yield warning(
+                _V2, f"{environ_value}: `pte-vllm serve` sets it to 0, `vllm serve` does not",
+                "unset it",
+            )  # fmt: skip
+        else:
+            yield ok(_V2, environ_value or "unset; `pte-vllm serve` sets it to 0")
+
+    return model_runner

