@@ -154,7 +154,8 @@ class _Module:
         found = [s for s in body if name in _names(s)]
         if not found:
             methods = [s for s in body if isinstance(s, _Function)]
-            found = [s for method in methods for s in ast.walk(method) if _assigns(s, name)]
+            inner = (s for method in methods for s in ast.walk(method) if isinstance(s, ast.stmt))
+            found = [s for s in inner if _assigns(s, name)]
         if not found:
             raise LookupError(f"{self.name}.{cls.name} has no {name} of its own")
         return "\n".join(self._text(s) for s in found)

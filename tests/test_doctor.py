@@ -1,4 +1,4 @@
-"""`pte-vllm doctor`: what works is said to work, what is broken for real is found, and no key is shown."""
+"""`pte-vllm doctor`: what works is said to work, what is broken is found, and no key is shown."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _find(checks: Sequence[Check] | Iterator[Check], name: str) -> Check:
     return found
 
 
-# -- this installation --------------------------------------------------------------------------------
+# -- this installation ----------------------------------------------------------------------------
 
 
 def test_packages_of_the_lock_fit() -> None:
@@ -70,7 +70,7 @@ def test_a_cache_that_cannot_be_read_back_is_found(monkeypatch: pytest.MonkeyPat
     assert "cannot read back" in checks[0].value and "--kv-cache-dtype" in checks[0].value
 
 
-# -- what is broken -----------------------------------------------------------------------------------
+# -- what is broken -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_drift_of_the_installed_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hook.symbol in checks[1].value and "pte_vllm.scheduler" in checks[1].value
 
 
-# -- model and adapter --------------------------------------------------------------------------------
+# -- model and adapter ----------------------------------------------------------------------------
 
 
 def _subject(model: Path, *args: str, adapter: Path | None = None) -> list[Check]:
@@ -219,7 +219,7 @@ def test_a_broken_adapter(tmp_path: Path, model: Path, adapters: Callable[..., P
     assert check.status == "broken" and "pte_encoder.safetensors" in check.value
 
 
-# -- the report ---------------------------------------------------------------------------------------
+# -- the report -----------------------------------------------------------------------------------
 
 
 def _report(*checks: Check, as_json: bool = False, **environ: str) -> tuple[int, str]:
@@ -282,7 +282,7 @@ def test_nothing_secret_is_shown() -> None:
         assert KEY not in _report(check, as_json=as_json, **environ)[1]
 
 
-# -- the command --------------------------------------------------------------------------------------
+# -- the command ----------------------------------------------------------------------------------
 
 
 @pytest.fixture

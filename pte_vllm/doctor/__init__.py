@@ -1,1 +1,1 @@
-"""`pte-vllm doctor`: what is installed here, whether it fits together, and how to mend what does not."""
+"""`pte-vllm doctor`: what is installed, whether it fits together, how to mend what does not."""

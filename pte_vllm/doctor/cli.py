@@ -12,6 +12,7 @@ from pte_vllm import __version__, cli_serve
 
 if TYPE_CHECKING:
     from pte_vllm.doctor.report import Section
+    from pte_vllm.doctor.subject import Subject
 
 _EPILOG = """\
 Exit status: 0 if all works or works with warnings, 1 if something is broken, 2 for a mistake on the
@@ -19,7 +20,7 @@ command line. Paste the output into a bug report: keys and your home directory a
 examples:
     pte-vllm doctor
     pte-vllm doctor MODEL --adapter ADAPTER --pte-window 512 --enable-lora --max-lora-rank 32
-    pte-vllm doctor --vllm-source DIR --diff      what another vLLM would need (docs/compatibility.md)
+    pte-vllm doctor --vllm-source DIR --diff    what another vLLM would need (docs/compatibility.md)
 """
 
 
@@ -28,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pte-vllm doctor",
         usage="pte-vllm doctor [MODEL [any flag of pte-vllm serve ...]] [--adapter DIR] [--json]\n"
         "       pte-vllm doctor --vllm-source DIR [--diff] [--json]",
-        description="Check this installation and this machine, and a model and an adapter if named.",
+        description="Check this installation and machine, and a model and an adapter if named.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

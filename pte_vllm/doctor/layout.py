@@ -46,9 +46,10 @@ def platform_and_backend() -> Iterator[Check]:
         where = f"{backend.get_name()}, {backend.__module__}.{backend.__qualname__}"
         if not isinstance(spec, PTESpec):
             yield broken(
-                "attention backend", f"{where}: it is not ours",
+                "attention backend",
+                f"{where}: it is not ours",
                 "another plugin took its place: see VLLM_PLUGINS and --attention-backend",
-            )  # fmt: skip
+            )
             return
         yield ok("attention backend", where)
         yield _manager(spec)
@@ -83,9 +84,10 @@ def kv_layout() -> Iterator[Check]:
                     _check_round_trip(layer, block_size)
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 yield broken(
-                    f"KV layout {dtype}", f"blocks of {block_size}: {error}",
-                    f"serve with another --dtype or --block-size, and report this",
-                )  # fmt: skip
+                    f"KV layout {dtype}",
+                    f"blocks of {block_size}: {error}",
+                    "serve with another --dtype or --block-size, and report this",
+                )
             else:
                 works.setdefault(getattr(layer, "isa", "plain"), []).append(block_size)
         for isa, sizes in works.items():
@@ -127,15 +129,16 @@ def _attention(dtype: str, block_size: int) -> Iterator[tuple[Any, Any]]:
     register()
     with tempfile.TemporaryDirectory() as model:
         (Path(model) / "config.json").write_text(json.dumps(_CONFIG))
-        config = EngineArgs(
-            model=model,
-            skip_tokenizer_init=True,
-            load_format="dummy",
-            dtype=dtype,
-            block_size=block_size,
-            enforce_eager=True,
+        args: dict[str, Any] = {
+            "model": model,
+            "skip_tokenizer_init": True,
+            "load_format": "dummy",
+            "dtype": dtype,
+            "block_size": block_size,
+            "enforce_eager": True,
             **engine_args(EngineConfig()),
-        ).create_engine_config()
+        }
+        config: Any = EngineArgs(**args).create_engine_config()
     device, before = torch.device(config.device_config.device), torch.get_default_dtype()
     with set_current_vllm_config(config):
         torch.set_default_dtype(config.model_config.dtype)  # as vLLM does around a model
@@ -150,7 +153,8 @@ def _attention(dtype: str, block_size: int) -> Iterator[tuple[Any, Any]]:
             ).to(device)
         finally:
             torch.set_default_dtype(before)
-        spec = customize_attention_spec(layer.attn_backend, layer.get_kv_cache_spec(config))
+        full: Any = layer.get_kv_cache_spec(config)
+        spec = customize_attention_spec(layer.attn_backend, full)
         # On CPU the builder tells its layers the order of a block.
         layer.attn_backend.get_builder_cls()(spec, [_NAME], config, device)
         layer.kv_cache = torch.zeros(

@@ -69,17 +69,19 @@ def gpus() -> Iterator[Check]:
     if torch.version.cuda is None:
         if present:
             yield warning(
-                "GPUs", f"there is an NVIDIA driver, but torch {torch.__version__} is for CPUs",
+                "GPUs",
+                f"there is an NVIDIA driver, but torch {torch.__version__} is for CPUs",
                 "make setup LOCK=requirements/cuda.lock, or pip install 'pte-vllm[cuda]'",
-            )  # fmt: skip
+            )
         else:
             yield ok("GPUs", f"none; torch {torch.__version__} is for CPUs")
         return
     if not torch.cuda.is_available():
         yield broken(
-            "GPUs", f"torch {torch.__version__} is for CUDA {torch.version.cuda}, but sees no GPU",
+            "GPUs",
+            f"torch {torch.__version__} is for CUDA {torch.version.cuda}, but sees no GPU",
             "check nvidia-smi and CUDA_VISIBLE_DEVICES; for CPUs: make setup, or pte-vllm[cpu]",
-        )  # fmt: skip
+        )
         return
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
@@ -136,9 +138,10 @@ def spool(path: str | None) -> Checks:
                 pass
         except OSError as error:
             yield broken(
-                "spool", f"{root}: {nearest} cannot be written: {error.strerror}",
+                "spool",
+                f"{root}: {nearest} cannot be written: {error.strerror}",
                 "--pte-spool DIR with a directory that can be written",
-            )  # fmt: skip
+            )
             return
         free = shutil.disk_usage(nearest).free
         text = f"{root}, {free / _GIB:.1f} GiB free{_in_use(root / 'lock')}"

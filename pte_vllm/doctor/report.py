@@ -72,7 +72,7 @@ class Section:
 
 
 class Redactor:
-    """Takes what nobody else should read out of texts: keys in the environment, and the user's name.
+    """Takes out of texts what nobody else should read: keys in the environment, the home directory.
 
     Args:
         environ: whose values under names such as `*_KEY` and `*_TOKEN` are kept out.

@@ -1,12 +1,13 @@
-"""What is installed, whether vLLM finds our plugins, and whether it is the vLLM we were written for."""
+"""What is installed, whether vLLM finds our plugins, whether it is the vLLM they are made for."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
+from typing import Any
 
 from pte_vllm import __version__
 from pte_vllm.doctor.report import Check, broken, ok, warning
@@ -54,7 +55,7 @@ def python_and_packages() -> Iterator[Check]:
                 yield broken(name, "not installed", _SETUP)
             elif name in ("peft",):
                 yield ok(name, "not installed; training needs it (pte-vllm[train])")
-        elif not wanted.get(name, lambda _: True)(found):
+        elif name in wanted and not wanted[name].contains(found, prereleases=True):
             yield broken(name, f"{found} is outside what pte-vllm needs", _SETUP)
         else:
             yield ok(name, found)
@@ -69,16 +70,17 @@ def _vllm_version() -> Iterator[Check]:
         yield broken("vllm", f"{shown}: one overwrites the other", "uninstall both, install one")
     elif next(iter(found.values())).split("+")[0] != VLLM_VERSION:
         yield broken(
-            "vllm", f"{shown}; pte-vllm {__version__} needs {VLLM_VERSION}",
+            "vllm",
+            f"{shown}; pte-vllm {__version__} needs {VLLM_VERSION}",
             f"pip install {next(iter(found))}=={VLLM_VERSION}, or another pte-vllm "
             "(docs/compatibility.md)",
-        )  # fmt: skip
+        )
     else:
         yield ok("vllm", shown)
 
 
-def _requirements() -> dict[str, Callable[[str], bool]]:
-    """Per package, a test of its version: from our metadata, extras of an engine included."""
+def _requirements() -> dict[str, Any]:
+    """Per package, the versions that our metadata asks for, extras of an engine included."""
     from packaging.requirements import Requirement
 
     wanted = {}
@@ -89,10 +91,7 @@ def _requirements() -> dict[str, Callable[[str], bool]]:
             requirement.marker.evaluate({"extra": extra}) for extra in extras
         ):
             wanted[requirement.name] = requirement.specifier
-    return {
-        name: (lambda version, spec=spec: spec.contains(version, prereleases=True))
-        for name, spec in wanted.items()
-    }
+    return wanted
 
 
 def entry_points() -> Iterator[Check]:
@@ -101,9 +100,10 @@ def entry_points() -> Iterator[Check]:
         found = [point for point in metadata.entry_points(group=group) if point.name == "pte"]
         if not found:
             yield broken(
-                group, f"no entry point pte: vLLM would not load {purpose}",
+                group,
+                f"no entry point pte: vLLM would not load {purpose}",
                 "install pte-vllm into this environment: pip install -e . or pip install pte-vllm",
-            )  # fmt: skip
+            )
             continue
         try:
             found[0].load()
@@ -177,10 +177,11 @@ def drift(tree: SourceTree) -> Iterator[Check]:
         yield ok("hooks", f"{count} of {count} symbols of {of} are as expected")
         return
     yield broken(
-        "hooks", f"{len(drifts)} of {count} symbols of {of} are not as expected",
+        "hooks",
+        f"{len(drifts)} of {count} symbols of {of} are not as expected",
         f"install vLLM {VLLM_VERSION} as released; to move pte-vllm to another, see "
         "docs/compatibility.md",
-    )  # fmt: skip
+    )
     for found in drifts:
         yield broken(
             "missing" if found.missing else "changed",

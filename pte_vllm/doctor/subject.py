@@ -62,9 +62,10 @@ class Subject:
         if kinds or found.get_sliding_window() is not None:
             what = ", ".join(sorted(kinds)) or f"a sliding window of {found.get_sliding_window()}"
             yield broken(
-                "model", f"{self._model} has layers with {what}",
+                "model",
+                f"{self._model} has layers with {what}",
                 "choose a model with full attention in every layer",
-            )  # fmt: skip
+            )
             return
         layers = found.get_num_layers(config.parallel_config)
         yield ok(
@@ -99,9 +100,10 @@ class Subject:
         if config is not None and (lora is None or lora.max_lora_rank < rank):
             allowed = "LoRA is off" if lora is None else f"--max-lora-rank is {lora.max_lora_rank}"
             yield warning(
-                "adapter and flags", f"{allowed}, the adapter has rank {rank}",
+                "adapter and flags",
+                f"{allowed}, the adapter has rank {rank}",
                 f"serve with --enable-lora --max-lora-rank {_allowed_rank(rank)}",
-            )  # fmt: skip
+            )
 
     def _parse(self) -> Namespace:
         """vLLM's own reading of the flags.
@@ -115,7 +117,7 @@ class Subject:
         parser = FlexibleArgumentParser(prog="pte-vllm")
         ServeSubcommand().subparser_init(parser.add_subparsers(required=True, dest="subparser"))
         try:
-            args = parser.parse_args(["serve", self._model, *self._vllm_args])
+            args: Namespace = parser.parse_args(["serve", str(self._model), *self._vllm_args])
         except SystemExit as error:  # after a message on stderr
             raise ValueError(f"vLLM refuses the flags {' '.join(self._vllm_args)}") from error
         args.model = self._model  # as vLLM's command does
@@ -144,9 +146,10 @@ def model_runner(environ_value: str | None) -> Checks:
     def model_runner() -> Iterator[Check]:
         if environ_value not in (None, "0"):
             yield warning(
-                _V2, f"{environ_value}: `pte-vllm serve` sets it to 0, `vllm serve` does not",
+                _V2,
+                f"{environ_value}: `pte-vllm serve` sets it to 0, `vllm serve` does not",
                 "unset it",
-            )  # fmt: skip
+            )
         else:
             yield ok(_V2, environ_value or "unset; `pte-vllm serve` sets it to 0")
 
