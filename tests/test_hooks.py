@@ -185,7 +185,7 @@ def test_every_name_that_we_import_is_in_the_ledger() -> None:
 
 def _is_covered(module: str, name: str) -> bool:
     """Whether the ledger has a symbol, what it stands for, or something in it."""
-    found = getattr(importlib.import_module(module), name)
+    found = getattr(importlib.import_module(module), name, None)
     names = {f"{module}.{name}"}
     if inspect.ismodule(found):
         names.add(found.__name__)

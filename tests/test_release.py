@@ -156,6 +156,7 @@ def test_installed_archive_works(
     serve = server.command.index("serve")
     server.command = [str(command), *server.command[serve:]]
     with server:
+        server.wait_ready()
         answer = server.complete("thoughts", random_tokens(40), 300, options={"pte_window": 64})
         assert len(answer.choices[0].token_ids) == 300
         info = server.get("/pte/v1/info")
