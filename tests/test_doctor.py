@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from pte_vllm import hooks
-from pte_vllm.cli import main
 from pte_vllm.config import EngineConfig
 from pte_vllm.doctor import layout, machine, software
-from pte_vllm.doctor.report import Check, Redactor, Report, Section, broken, ok, warning
+from pte_vllm.doctor.report import Check
 from pte_vllm.doctor.subject import Subject
 from pte_vllm.ops import native
-from pte_vllm.upstream import SourceTree
 
 KEY = "sk-doctor-0123456789"
 
@@ -217,194 +210,3 @@ def test_a_broken_adapter(tmp_path: Path, model: Path, adapters: Callable[..., P
     (tmp_path / "adapter/pte_encoder.safetensors").write_bytes(b"no tensors")
     check = _find(_subject(model, adapter=tmp_path / "adapter"), "adapter")
     assert check.status == "broken" and "pte_encoder.safetensors" in check.value
-
-
-# -- the report -----------------------------------------------------------------------------------
-
-
-def _report(*checks: Check, as_json: bool = False, **environ: str) -> tuple[int, str]:
-    out = io.StringIO()
-    report = Report(Console(file=out, width=40), as_json=as_json, environ=environ)
-    report.add(Section(title="Some", checks=[lambda: iter(checks)]))
-    return report.finish(), out.getvalue()
-
-
-def test_only_what_is_broken_sets_the_exit_status() -> None:
-    assert _report(ok("a", 1))[0] == 0
-    assert _report(ok("a", 1), warning("b", "slow", "do"))[0] == 0
-    status, text = _report(warning("b", "slow", "hurry up"), broken("c", "gone", "get it back"))
-    assert status == 1
-    assert "-> hurry up" in text and "1 broken, 1 warnings, 0 ok" in text
-
-
-def test_json_report() -> None:
-    long = "x" * 200  # must not be wrapped
-    status, text = _report(broken("c", long, "mend"), as_json=True)
-    assert status == 1
-    assert json.loads(text) == {
-        "status": "broken",
-        "sections": [
-            {
-                "title": "Some",
-                "checks": [{"name": "c", "value": long, "status": "broken", "fix": "mend"}],
-            }
-        ],
-    }
-
-
-def test_a_check_that_fails_is_a_finding() -> None:
-    def kernel_order() -> Iterator[Check]:
-        yield ok("first", "there")
-        raise OSError(f"illegal instruction of {KEY}")
-
-    section = Section(title="Some", checks=[kernel_order, lambda: iter([ok("next", "there")])])
-    checks = section.run()
-    assert [check.status for check in checks] == ["ok", "broken", "ok"]
-    assert checks[1].name == "kernel order" and "illegal instruction" in checks[1].value
-
-
-def test_nothing_secret_is_shown() -> None:
-    environ = {
-        "HOME": "/home/ada",
-        "HF_TOKEN": KEY,
-        "AWS_SECRET_ACCESS": "hidden-away",
-        "TOKENIZERS_PARALLELISM": "parallel",
-        "OPENAI_API_KEY": "none",
-    }
-    redact = Redactor(environ)
-    assert redact(f"error at {KEY}: hidden-away") == "error at ***: ***"
-    assert redact("/home/ada/x and /home/adam, parallel none") == (
-        "~/x and /home/adam, parallel none"
-    )
-    assert redact("from https://ada:secret@host/simple") == "from https://***@host/simple"
-    for as_json in (False, True):
-        check = broken("a", f"in /home/ada/{KEY}", f"unset {KEY}")
-        assert KEY not in _report(check, as_json=as_json, **environ)[1]
-
-
-# -- the command ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def other_vllm(tmp_path: Path) -> Path:
-    """The installed vLLM's sources, as links, with one change."""
-    source = SourceTree.installed().root / "vllm"
-    shutil.copytree(source, tmp_path / "vllm", copy_function=os.symlink)
-    request = tmp_path / "vllm/v1/request.py"
-    text = request.read_text()
-    request.unlink()
-    assert "self.num_preemptions = 0" in text
-    request.write_text(text.replace("self.num_preemptions = 0", "self.num_preemptions = int()"))
-    return tmp_path
-
-
-def test_check_of_another_source(
-    other_vllm: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert main(["doctor", "--vllm-source", str(other_vllm), "--diff"]) == 1
-    out = capsys.readouterr().out
-    assert "vllm.v1.request.Request.num_preemptions has changed; pte_vllm.scheduler" in out
-    assert "+self.num_preemptions = int()" in out.splitlines()
-    assert main(["doctor", "--vllm-source", str(SourceTree.installed().root), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["status"] == "ok"
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--vllm-source", "/nowhere"], "--vllm-source: /nowhere holds no vllm"),
-        (["--pte-window", "-1"], "--pte-window must not be negative"),
-    ],
-)
-def test_mistakes(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", *args]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "args", [["--diff"], ["--max-model-len", "9"], ["--vllm-source", "a", "M"]]
-)
-def test_mistakes_of_usage(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["doctor", *args])
-    assert stopped.value.code == 2
-    assert "usage: pte-vllm doctor" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("args", ["'--help'", "'--vllm-source', sys.argv[1]"])
-def test_imports_neither_torch_nor_vllm(args: str) -> None:
-    code = f"""
-import sys
-from pte_vllm.cli import main
-try:
-    status = main(["doctor", {args}])
-except SystemExit as stopped:
-    status = stopped.code
-assert not {{"torch", "vllm", "transformers"}} & set(sys.modules), "imported"
-sys.exit(status)
-"""
-    root = str(SourceTree.installed().root)
-    done = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def _doctor(*args: str, **environ: str) -> tuple[int, dict[str, Check], str]:
-    """The command in a process of its own: status, checks by name, all that it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pte_vllm", "doctor", "--json", *args],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environ},
-    )
-    sections = json.loads(done.stdout)["sections"]
-    checks = [Check(**check) for section in sections for check in section["checks"]]
-    return done.returncode, {check.name: check for check in checks}, done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_the_whole_command() -> None:
-    status, checks, _ = _doctor()
-    assert status == 0
-    assert {check.status for check in checks.values()} <= {"ok", "warning"}
-    assert {"hooks", "CPU", "memory", "GPUs", "registration", "KV layout float32"} <= set(checks)
-
-
-@pytest.mark.slow
-def test_everything_broken_at_once(other_vllm: Path, tmp_path: Path) -> None:
-    status, checks, printed = _doctor(
-        *("--pte-spool", f"/proc/{KEY}"),
-        PYTHONPATH=str(other_vllm),
-        PATH=str(tmp_path),
-        XDG_CACHE_HOME=str(tmp_path / "cache"),
-        VLLM_PLUGINS="other",
-        VLLM_USE_V2_MODEL_RUNNER="1",
-        VLLM_API_KEY=KEY,
-        PTE_ADMIN_KEY="admin-" + KEY,
-    )
-    assert status == 1
-    assert KEY not in printed
-    assert checks["VLLM_API_KEY"].value == checks["PTE_ADMIN_KEY"].value == "set"
-    expected = {
-        "hooks": ("broken", "1 of"),
-        "changed": ("broken", "vllm.v1.request.Request.num_preemptions has changed"),
-        "spool": ("broken", "cannot be written"),
-        "compiled LoRA": ("warning", "no C++ compiler"),
-        "VLLM_PLUGINS": ("warning", "leaves out pte"),
-        "VLLM_USE_V2_MODEL_RUNNER": ("warning", "sets it to 0"),
-    }
-    for name, (how, text) in expected.items():
-        assert checks[name].status == how and text in checks[name].value, checks[name]
-        assert checks[name].fix
-    assert checks["registration"].status == "ok"  # `pte-vllm serve` would start
-    assert checks["KV layout bfloat16"].status == "ok"
-
-
-@pytest.mark.slow
-def test_without_vllm(tmp_path: Path) -> None:
-    """As after `pip install pte-vllm` without an extra."""
-    (tmp_path / "vllm").mkdir()
-    (tmp_path / "vllm/__init__.py").write_text("raise ImportError('vLLM is not here')")
-    status, checks, _ = _doctor(PYTHONPATH=str(tmp_path))
-    assert status == 1
-    assert checks["registration"].status == "broken"
-    assert checks["CPU"].status == "ok"

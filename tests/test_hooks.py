@@ -18,7 +18,7 @@ from pte_vllm import attention, hooks
 from pte_vllm.hooks import Drift, check_hooks, load_hooks
 from pte_vllm.patches import all_patches
 from pte_vllm.punica import PunicaView
-from pte_vllm.upstream import SourceTree, normalise, source_sha256
+from pte_vllm.upstream import SourceTree, source_sha256
 
 TREE = SourceTree.installed()
 LEDGER = {hook.symbol: hook for hook in load_hooks()}
@@ -280,83 +280,6 @@ def test_diff_shows_what_changed(changed: Path) -> None:
     _edit(changed, "vllm.v1.request.Request", *PREEMPTIONS)
     lines = hooks.diff(symbol, TREE, SourceTree.of(changed)).splitlines()
     assert "-self.num_preemptions = 0" in lines and "+self.num_preemptions = 1" in lines
-
-
-# -- how symbols are found ------------------------------------------------------------------------
-
-SOURCE = '''
-from .other import thing as renamed
-from vllm.other import Base
-
-if True:
-    try:
-        NUMBER: int = 3  # three
-    except ImportError:
-        NUMBER = 4
-
-
-class Box(Base):
-    """Holds one thing."""
-
-    size: int = 1
-
-    @property
-    def twice(self) -> int:
-        """Twice."""
-        # of it
-        return 2 * self.size
-
-    if NUMBER:
-
-        def fill(self, what):
-            self.what, self.full = what, True
-            self.what: str = str(what)
-'''
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> SourceTree:
-    (tmp_path / "vllm").mkdir()
-    (tmp_path / "vllm/__init__.py").write_text("from vllm.box import Box\n")
-    (tmp_path / "vllm/box.py").write_text(SOURCE)
-    (tmp_path / "vllm/other.py").write_text("thing = 1\nfrom vllm.loop import around\n")
-    (tmp_path / "vllm/loop.py").write_text("from vllm.other import around\n")
-    return SourceTree.of(tmp_path / "vllm")
-
-
-@pytest.mark.parametrize(
-    ("symbol", "lines"),
-    [
-        ("Box", ["class Box(Base):", "    size: int = 1", "    if NUMBER:"]),
-        ("box.Box.twice", ["@property", "def twice(self) -> int:", "    return 2 * self.size"]),
-        ("Box.what", ["self.what, self.full = what, True", "self.what: str = str(what)"]),
-        ("Box.size", ["size: int = 1"]),
-        ("box.NUMBER", ["NUMBER: int = 3", "NUMBER = 4"]),
-        ("box.renamed", ["thing = 1"]),
-    ],
-)
-def test_sources_of_symbols(small: SourceTree, symbol: str, lines: list[str]) -> None:
-    assert normalise(small.source(f"vllm.{symbol}")).splitlines() == lines
-
-
-@pytest.mark.parametrize(
-    ("symbol", "message"),
-    [
-        ("box.gone", "vllm.box has no gone"),
-        ("Box.gone", "vllm.box.Box has no gone of its own"),
-        ("box.NUMBER.real", "no class"),
-        ("away.Box", "vllm has no away"),
-        ("other.around", "circle"),
-    ],
-)
-def test_what_is_not_there_is_named(small: SourceTree, symbol: str, message: str) -> None:
-    with pytest.raises(LookupError, match=message):
-        small.source(f"vllm.{symbol}")
-
-
-def test_a_folder_without_vllm_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LookupError, match="holds no vllm/__init__.py"):
-        SourceTree.of(tmp_path)
 
 
 def test_drift_reads_well() -> None:

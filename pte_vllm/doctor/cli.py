@@ -13,6 +13,7 @@ from pte_vllm import __version__, cli_serve
 if TYPE_CHECKING:
     from pte_vllm.doctor.report import Section
     from pte_vllm.doctor.subject import Subject
+    from pte_vllm.upstream import SourceTree
 
 _EPILOG = """\
 Exit status: 0 if all works or works with warnings, 1 if something is broken, 2 for a mistake on the
@@ -28,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pte-vllm doctor",
         usage="pte-vllm doctor [MODEL [any flag of pte-vllm serve ...]] [--adapter DIR] [--json]\n"
-        "       pte-vllm doctor --vllm-source DIR [--diff] [--json]",
+        "       pte-vllm doctor --vllm-source DIR [--diff | --json]",
         description="Check this installation and machine, and a model and an adapter if named.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -53,8 +54,8 @@ def main(args: list[str]) -> int:
     model = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if rest and model is None:
         parser.error(f"{rest[0]} is no flag of doctor; flags of a server come after MODEL")
-    if options.diff and options.vllm_source is None:
-        parser.error("--diff needs --vllm-source")
+    if options.diff and (options.vllm_source is None or options.json):
+        parser.error("--diff needs --vllm-source, and goes without --json")
     if options.vllm_source is not None and (model or options.adapter):
         parser.error("--vllm-source checks nothing else: leave out MODEL and --adapter")
     engine, service = cli_serve.configs(serve)
@@ -65,8 +66,10 @@ def main(args: list[str]) -> int:
 
     console = Console(file=sys.stdout, highlight=False)
     report = Report(console, as_json=options.json, environ=dict(os.environ))
+    tree = None
     if options.vllm_source is not None:
-        sections = _sections_of_source(options.vllm_source)
+        tree = _source_tree(options.vllm_source)
+        sections = _sections_of_source(tree)
     else:
         # vLLM and torch log what is repeated here in plain words.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -80,8 +83,8 @@ def main(args: list[str]) -> int:
         for section in sections:
             report.add(section)
     status = report.finish()
-    if options.diff:
-        _print_diffs(options.vllm_source)
+    if tree is not None and options.diff:
+        _print_diffs(tree)
     return status
 
 
@@ -110,23 +113,27 @@ def _sections(subject: Subject, spool: str | None) -> list[Section]:
     ]
 
 
-def _sections_of_source(path: str) -> list[Section]:
-    from pte_vllm.doctor import software
-    from pte_vllm.doctor.report import Section
+def _source_tree(path: str) -> SourceTree:
     from pte_vllm.upstream import SourceTree
 
     try:
-        tree = SourceTree.of(path)
+        return SourceTree.of(path)
     except LookupError as error:
         raise ValueError(f"--vllm-source: {error}") from error
-    return [Section(title=f"Drift of {path}", checks=[lambda: software.drift(tree)])]
 
 
-def _print_diffs(path: str) -> None:
+def _sections_of_source(tree: SourceTree) -> list[Section]:
+    from pte_vllm.doctor import software
+    from pte_vllm.doctor.report import Section
+
+    return [Section(title=f"Drift of {tree.root}", checks=[lambda: software.drift(tree)])]
+
+
+def _print_diffs(after: SourceTree) -> None:
     from pte_vllm.hooks import check_hooks, diff
     from pte_vllm.upstream import SourceTree
 
-    before, after = SourceTree.installed(), SourceTree.of(path)
+    before = SourceTree.installed()
     for found in check_hooks(after):
         if not found.missing:
             print(diff(found.hook.symbol, before, after), end="\n\n")

@@ -83,7 +83,9 @@ def _requirements() -> dict[str, Any]:
     """Per package, the versions that our metadata asks for, extras of an engine included."""
     from packaging.requirements import Requirement
 
-    wanted = {}
+    wanted: dict[str, Any] = {}
+    if _version("pte-vllm") is None:
+        return wanted
     for text in metadata.requires("pte-vllm") or ():
         requirement = Requirement(text)
         extras = ("", "cpu", "cuda")
@@ -119,7 +121,7 @@ def _filter() -> Check:
     names = os.environ.get("VLLM_PLUGINS")
     if names is None:
         return ok("VLLM_PLUGINS", "unset; `pte-vllm serve` names the plugins that there are")
-    if "pte" in [name.strip() for name in names.split(",")]:
+    if "pte" in names.split(","):  # as vLLM reads it: blanks count
         return ok("VLLM_PLUGINS", names)
     return warning(
         "VLLM_PLUGINS",
