@@ -13,6 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from pte_vllm.cache import PTEManager
 from pte_vllm.config import REQUEST_OPTIONS, EngineConfig, request_plan
+from pte_vllm.orphans import end_with_parent
 from pte_vllm.snapshots import SnapshotIndex
 from pte_vllm.types import PoolReport
 
@@ -174,7 +175,11 @@ class PTEAsyncScheduler(PTESchedulerMixin, AsyncScheduler):
 
 
 def make_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
-    """Build the scheduler that vLLM's config asks for."""
+    """Build the scheduler that vLLM's config asks for.
+
+    It lives in the engine core's process, and nothing else of ours does from the start to the end.
+    """
+    end_with_parent()
     config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
     scheduler_class = (
         PTEAsyncScheduler if config.scheduler_config.async_scheduling else PTEScheduler

@@ -9,10 +9,10 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from pte_vllm.server.adapter_upload import BODY_SCHEMA, Upload, read_upload
+from pte_vllm.server.adapter_upload import BODY_SCHEMA, Upload, not_stored, read_upload
 from pte_vllm.server.adapters import AdapterRegistry, ConflictError
 from pte_vllm.server.auth import may_change
-from pte_vllm.server.spool import Incoming, check_name
+from pte_vllm.server.spool import Incoming, SpoolError, check_name
 from pte_vllm.server.state import service
 
 router = APIRouter()
@@ -62,8 +62,8 @@ async def put_adapter(name: str, request: Request) -> JSONResponse:
         raise HTTPException(400, str(error)) from error
     except EngineDeadError as error:
         raise HTTPException(503, "the engine has died; the server is about to end") from error
-    except OSError as error:
-        raise HTTPException(500, f"--pte-spool cannot be written: {error.strerror}") from error
+    except SpoolError as error:
+        raise not_stored("--pte-spool", error) from error
 
 
 async def _push(

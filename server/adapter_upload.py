@@ -7,6 +7,7 @@ adapter has, and never used as paths.
 from __future__ import annotations
 
 import asyncio
+import errno
 import tarfile
 import tempfile
 from collections.abc import AsyncGenerator
@@ -24,6 +25,7 @@ MAX_ADAPTER_BYTES = 1 << 30
 """Largest body of a push."""
 TAR_TYPES = ("application/x-tar", "application/tar")
 _IN_MEMORY_BYTES = 1 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 BODY_SCHEMA = {
     "requestBody": {
@@ -63,8 +65,21 @@ async def read_upload(request: Request) -> Upload:
 
     Raises:
         ValueError: naming the part that is wrong.
-        HTTPException: 413 if it is too large.
+        HTTPException: 413 if it is too large, 507 if there is no room for it.
     """
+    try:
+        return await _read_upload(request)
+    except OSError as error:
+        raise not_stored(f"TMPDIR, {tempfile.gettempdir()},", error) from error
+
+
+def not_stored(where: str, error: OSError) -> HTTPException:
+    """507 where the disk is full or a quota used up, 500 otherwise; `where` is what to change."""
+    status = 507 if error.errno in _NO_ROOM else 500
+    return HTTPException(status, f"{where} cannot be written: {error.strerror}")
+
+
+async def _read_upload(request: Request) -> Upload:
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > MAX_ADAPTER_BYTES:
         raise _too_large()

@@ -56,7 +56,7 @@ class _Request(_Strict):
 class RolloutRequest(_Request):
     token_ids: list[TokenIds] | None = None
     prompts: list[str] | None = None
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, le=MAX_SAMPLES)  # before the indices are counted out
     """Samples of each prompt."""
     samples: list[list[Annotated[int, Field(ge=0)]]] | None = None
     """Per prompt, which of its `n` samples are wanted; null: all."""

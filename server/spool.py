@@ -19,6 +19,8 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -28,6 +30,10 @@ from pte_vllm.adapter import FILES
 RECORD_FILE = "record.json"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CHUNK_BYTES = 1 << 20
+
+
+class SpoolError(OSError):
+    """The spool cannot be written; `errno` and `strerror` say why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +73,14 @@ class Incoming:
         self.num_bytes = 0
 
     def write(self, name: str, source: BinaryIO | IO[bytes]) -> None:
-        """Copy one file to disk."""
+        """Copy one file to disk.
+
+        Raises:
+            SpoolError: if it cannot be written.
+        """
         assert name in FILES, name
         digest = hashlib.sha256()
-        with (self.path / name).open("xb") as file:
+        with _writing(), (self.path / name).open("xb") as file:
             while chunk := source.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 file.write(chunk)
@@ -83,6 +93,8 @@ class Incoming:
 
         Raises:
             ValueError: if there are none, or more than `max_bytes` of them.
+            SpoolError: if they cannot be written.
+            OSError: if they cannot be read.
         """
         found = [name for name in FILES if (directory / name).is_file()]
         if not found:
@@ -120,12 +132,13 @@ class Spool:
 
         Raises:
             ValueError: if another server uses it.
-            OSError: if it cannot be written.
+            SpoolError: if it cannot be written.
         """
         if self._lock is not None:
             return
-        (self.root / "incoming").mkdir(parents=True, exist_ok=True)
-        lock = (self.root / "lock").open("a")
+        with _writing():
+            (self.root / "incoming").mkdir(parents=True, exist_ok=True)
+            lock = (self.root / "lock").open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -153,14 +166,19 @@ class Spool:
         return sorted(found, key=lambda v: (v.name, v.number))
 
     def incoming(self) -> Incoming:
-        """A place for the files of a new version."""
+        """A place for the files of a new version; SpoolError if there is none."""
         self.open()
-        return Incoming(Path(tempfile.mkdtemp(dir=self.root / "incoming")))
+        with _writing():
+            return Incoming(Path(tempfile.mkdtemp(dir=self.root / "incoming")))
 
     def commit(
         self, incoming: Incoming, *, name: str, number: int, sha256: str, rule: str | None
     ) -> Version:
-        """Make a version of files that were validated; after this it survives a crash."""
+        """Make a version of files that were validated; after this it survives a crash.
+
+        Raises:
+            SpoolError: if the disk does not take it; then there is no such version.
+        """
         path = self.root / f"{name}@{number}-{sha256[:12]}"
         version = Version(
             name=name,
@@ -173,13 +191,14 @@ class Spool:
         )
         record = asdict(version)
         del record["path"]
-        with (incoming.path / RECORD_FILE).open("w") as file:
-            json.dump(record, file)
-            _sync(file)
-        _sync_directory(incoming.path)
-        shutil.rmtree(path, ignore_errors=True)  # the same files, deleted but not yet removed
-        incoming.path.rename(path)
-        _sync_directory(self.root)
+        with _writing():
+            with (incoming.path / RECORD_FILE).open("w") as file:
+                json.dump(record, file)
+                _sync(file)
+            _sync_directory(incoming.path)
+            shutil.rmtree(path, ignore_errors=True)  # the same files, deleted but not yet removed
+            incoming.path.rename(path)
+            _sync_directory(self.root)
         return version
 
     def forget(self, version: Version) -> None:
@@ -190,6 +209,15 @@ class Spool:
         """Remove the files, unless the same version was pushed again meanwhile."""
         if not (Path(version.path) / RECORD_FILE).exists():
             shutil.rmtree(version.path, ignore_errors=True)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Failures inside the block are the spool's, not those of what is read meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        raise SpoolError(error.errno, error.strerror) from error
 
 
 def _sync(file: IO[bytes] | IO[str]) -> None:

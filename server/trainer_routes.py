@@ -19,7 +19,9 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pte_vllm.adapter import CONFIG_FILE, LORA_FILE
+from pte_vllm.server.adapter_upload import not_stored
 from pte_vllm.server.auth import may_change
+from pte_vllm.server.spool import SpoolError
 from pte_vllm.server.state import service
 
 BASE_WEIGHT_ROUTES = (
@@ -64,12 +66,13 @@ async def load_lora_adapter(body: LoadRequest, request: Request) -> JSONResponse
     path = Path(body.lora_path)
     try:
         missing = await asyncio.to_thread(_missing, path)
+        if missing is not None:  # a shared file system may lag: trainers try again on 404
+            raise HTTPException(404, f"lora_path has no {missing}")
+        version = await service(request).registry.push_directory(body.lora_name, path)
+    except SpoolError as error:
+        raise not_stored("--pte-spool", error) from error
     except OSError as error:
         raise HTTPException(400, f"lora_path cannot be read: {error.strerror}") from error
-    if missing is not None:  # a shared file system may lag: trainers try again on 404
-        raise HTTPException(404, f"lora_path has no {missing}")
-    try:
-        version = await service(request).registry.push_directory(body.lora_name, path)
     except ValueError as error:
         raise HTTPException(400, str(error)) from error
     except EngineDeadError as error:

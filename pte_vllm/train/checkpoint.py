@@ -5,12 +5,15 @@ OUT/checkpoints/step-000010/
     optimizer.pt      its state_dict
     rng.safetensors   states of torch's generators
     state.json        step, version of the adapter, position in the data
+
+A later one of the same step is `step-000010.1` and so on: the earlier stays until it is there.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +26,9 @@ from pte_vllm.adapter import Adapter
 
 _ADAPTER, _OPTIMIZER, _RNG, _STATE = "adapter", "optimizer.pt", "rng.safetensors", "state.json"
 _FORMAT = 1
-_PREFIX = "step-"
+_NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
+_DRAFT = ".draft-"
+"""Begins the name of what is not a checkpoint yet, or no longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +60,17 @@ class Checkpoints:
         return found[-1] if found else None
 
     def save(self, state: RunState, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Path:
-        """Write a checkpoint, then remove those that are too old; replaces one of the same step."""
+        """Write a checkpoint, then remove those that are too old.
+
+        Nothing is written if the newest is of the same state.
+        """
+        newest = self.newest()
+        if newest is not None and read_state(newest) == state:
+            return newest
         self._root.mkdir(parents=True, exist_ok=True)
-        for left_over in self._root.glob(".draft-*"):  # of a process that was killed
+        for left_over in self._root.glob(f"{_DRAFT}*"):  # of a process that was killed
             shutil.rmtree(left_over)
-        draft = self._root / f".draft-{os.getpid()}"
+        draft = self._root / f"{_DRAFT}{os.getpid()}"
         adapter.save(draft / _ADAPTER)
         torch.save(optimizer.state_dict(), draft / _OPTIMIZER)
         save_file(_rng_states(), draft / _RNG)
@@ -67,16 +78,33 @@ class Checkpoints:
         (draft / _STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         for path in (*draft.rglob("*"), draft):
             _sync(path)
-        target = self._root / f"{_PREFIX}{state.step:06d}"
-        shutil.rmtree(target, ignore_errors=True)
+        same_step = [path for path in self._all() if _order(path)[0] == state.step]
+        edition = f".{_order(same_step[-1])[1] + 1}" if same_step else ""
+        target = self._root / f"step-{state.step:06d}{edition}"
         draft.rename(target)
         _sync(self._root)
-        for old in self._all()[: -self._keep]:
-            shutil.rmtree(old)
+        for path in same_step:
+            self._remove(path)
+        for path in self._all()[: -self._keep]:
+            self._remove(path)
         return target
 
+    def _remove(self, path: Path) -> None:
+        """By a rename first: half of a checkpoint must not look like one."""
+        gone = path.rename(self._root / f"{_DRAFT}{path.name}")
+        shutil.rmtree(gone)
+
     def _all(self) -> list[Path]:
-        return sorted(self._root.glob(f"{_PREFIX}*"), key=lambda p: int(p.name[len(_PREFIX) :]))
+        """From old to new."""
+        found = self._root.glob("step-*")
+        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_order)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """Step, and which checkpoint of that step."""
+    name = _NAME.fullmatch(path.name)
+    assert name is not None, path
+    return int(name[1]), int(name[2] or 0)
 
 
 def read_state(path: Path) -> RunState:

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.rollout import Rollout
-from pte_vllm.train.transport import ServerError, Transport, Unavailable, bearer, error_of
+from pte_vllm.train.transport import (
+    CONFLICT,
+    ServerError,
+    Transport,
+    Unavailable,
+    bearer,
+    error_of,
+)
 
 if TYPE_CHECKING:
     from pte_vllm.adapter import Adapter
@@ -258,7 +265,8 @@ class RolloutClient:
     def push(self, adapter: Adapter | str | Path, name: str, version: int | None = None) -> int:
         """Make an adapter version `version` of `name`, by default the next; returns the version.
 
-        Safe to repeat: the same files under the same version are no error.
+        Safe to repeat: the same files under the same version are no error. Where others push the
+        same name at once, each gets a number of its own.
 
         Args:
             adapter: the adapter, or its directory.
@@ -269,14 +277,26 @@ class RolloutClient:
             ServerError: if the server refuses (the adapter does not fit, the version is taken) or
                 stays away.
         """
-        if version is None:  # decided once, so that a retry cannot push the same files twice
-            known = self.adapters().get(name)
-            version = known["newest"] + 1 if known is not None else 1
         with tempfile.TemporaryDirectory() as scratch:
             if not isinstance(adapter, str | Path):
                 adapter.save(scratch)
                 adapter = scratch
-            return self._push_directory(Path(adapter), name, version)
+            if version is not None:
+                return self._push_directory(Path(adapter), name, version)
+            return self._push_next(Path(adapter), name)
+
+    def _push_next(self, path: Path, name: str) -> int:
+        """Push under the first free number."""
+        number = 0
+        while True:
+            # Decided before it is sent, so that a retry cannot push the same files twice.
+            known = self.adapters().get(name)
+            number = max(number, known["newest"] if known is not None else 0) + 1
+            try:
+                return self._push_directory(path, name, number)
+            except ServerError as error:
+                if error.status != CONFLICT:  # somebody else's push took the number
+                    raise
 
     def _push_directory(self, path: Path, name: str, version: int) -> int:
         from pte_vllm.adapter import content_hash, file_hashes

@@ -13,6 +13,8 @@ import tenacity
 T = TypeVar("T")
 
 RETRIED_STATUS = (429, 502, 503, 504)
+CONFLICT = 409
+"""Status of a request that contradicts versions that are there."""
 _MAX_WAIT_S = 15.0
 
 
