@@ -108,6 +108,12 @@ class ProcessGroup:
     ) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """Of the command itself."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
     def exit_status(self) -> int | None:
         """Of the command itself; None while it runs."""
         assert self._process is not None, "not started"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pte_vllm.bench.watch import growth
 from pte_vllm.cli import main
 
 
@@ -63,6 +64,35 @@ def test_lora_latency_and_push(bench: Callable) -> None:
     _, found = bench("push --streams 3 --tokens 10 --seconds 4 --every 1")
     assert len(found["push_to_first_token_s"]) >= 2
     assert all(rate > 0 for runs in found["tokens_per_second"].values() for rate in runs)
+
+
+@pytest.mark.slow
+def test_soak(
+    tiny: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", "soak", "--model", str(tiny("llama")), "--dtype", "float32", "--rank", "8"]
+    words += ["--window", "64", "--streams", "6", "--tokens", "120", "--pool", "40"]
+    words += ["--minutes", "0.3", "--every", "2", "--out", str(tmp_path)]
+    status = main(words)
+    shown, found = capfd.readouterr().out, json.loads((tmp_path / "soak.json").read_text())
+    assert status == 0 and found["errors"] == [] and "0 errors" in shown, shown
+    assert {"chat", "chat, first chunk", "push", "rollout", "score"} <= found["seconds"].keys()
+    assert found["tokens"] > 0 and 0 < max(found["drift"]) < 1e-3
+    assert 0 < max(found["series"]["blocks"]) <= 40 and max(found["series"]["slots"]) > 0
+    assert {"API server", "engine core", "worker"} == found["growth"].keys()
+    assert (tmp_path / "soak.png").stat().st_size > 1000
+
+
+def test_growth_is_told_from_noise() -> None:
+    seconds = [float(s) for s in range(600)]
+    steady = [500.0 + 30 * (s % 7 == 0) for s in range(600)]  # taken, and given back
+    leaking = [mib + s / 20 for s, mib in enumerate(steady)]
+    warming = [500.0 + min(s, 100) for s in range(600)]
+    assert growth(seconds, leaking).significant
+    assert growth(seconds, leaking).mib_per_minute == pytest.approx(3.0, rel=0.05)
+    for mib in (steady, warming, leaking[:3]):
+        assert not growth(seconds[: len(mib)], mib).significant
+    assert not growth([], []).significant
 
 
 def test_mistakes_name_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ _ABOUT = {
     "prefix": "a group that shares a question: how much of it is read once",
     "push": "tokens/s while new adapter versions arrive, against the steady state",
     "gpu": "one GPU without a network: kernels, exactness, throughput at long rollouts, overhead",
+    "soak": "a server under mixed traffic for long: errors, latencies, and what grows",
     "train": "memory and time of a training step by answer length (pte-vllm train memory-curve)",
 }
 
@@ -39,10 +40,17 @@ def main(argv: list[str]) -> int:
             f"--model {args.model} does not exist; make it with "
             f"`pte-vllm model fetch smollm2 {args.model}`"
         )
-    for name, least in (("repeats", 1), ("window", 0), ("tokens", 2), ("seqs", 1)):
+    for name, least in (
+        *(("repeats", 1), ("window", 0), ("tokens", 2), ("seqs", 1)),
+        *(("streams", 1), ("minutes", 0), ("every", 0), ("pool", 1)),
+    ):
         if getattr(args, name, least) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.what == "soak":
+        from pte_vllm.bench.soak import run as soak
+
+        return soak(args)
     if args.what == "push":
         from pte_vllm.bench.push import run
     else:
@@ -65,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "fold": _fold,
         "prefix": _prefix,
         "push": _push,
+        "soak": _soak,
     }
     for name, about in _ABOUT.items():
         command = commands.add_parser(
@@ -75,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name in adders:
             _common(command)
+            if name != "soak":  # has one arm
+                command.add_argument(
+                    "--repeats", type=int, default=3, help="runs of each arm, alternating"
+                )
             adders[name](command)
     return parser
 
@@ -85,7 +98,6 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=256, help="tokens of the window")
     parser.add_argument("--rule", default="ridge", help="update rule of the PTE arm")
     parser.add_argument("--rank", type=int, default=32, help="of the adapters")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each arm, alternating")
     parser.add_argument(
         "--preload",
         type=parse_names,
@@ -136,3 +148,12 @@ def _push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
     parser.add_argument("--every", type=float, default=2.0, help="seconds from push to push")
+
+
+def _soak(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=20.0, help="how long")
+    parser.add_argument("--streams", type=int, default=16, help="requests at once")
+    parser.add_argument("--tokens", type=int, default=300, help="longest answer")
+    parser.add_argument("--pool", type=int, default=160, help="KV blocks; few: preemptions")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds from push to push")
+    parser.add_argument("--seed", type=int, default=0, help="of what the requests are")

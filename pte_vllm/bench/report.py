@@ -85,6 +85,26 @@ def lines(
     _save(figure, stem)
 
 
+def panels(
+    stem: Path,
+    rows: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    x: str,
+) -> None:
+    """One plot below the other, by what it shows; in each one line for each name, `(xs, ys)`."""
+    figure, all_axes = _pyplot().subplots(
+        len(rows), figsize=(8, 2.6 * len(rows)), layout="constrained", sharex=True, squeeze=False
+    )
+    for axes, (y, series) in zip(all_axes[:, 0], rows.items(), strict=True):
+        for name, (xs, ys) in series.items():
+            axes.plot(xs, ys, linewidth=1, label=name)
+        axes.set_ylabel(y)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right", fontsize=8)
+    all_axes[-1, 0].set_xlabel(x)
+    _save(figure, stem)
+
+
 def _pyplot() -> Any:
     import matplotlib
 

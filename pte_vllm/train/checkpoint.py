@@ -59,6 +59,11 @@ class Checkpoints:
         found = self._all()
         return found[-1] if found else None
 
+    def tidy(self) -> None:
+        """Remove what a process that was killed left behind."""
+        for left_over in self._root.glob(f"{_DRAFT}*"):
+            shutil.rmtree(left_over)
+
     def save(self, state: RunState, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Path:
         """Write a checkpoint, then remove those that are too old.
 
@@ -67,9 +72,8 @@ class Checkpoints:
         newest = self.newest()
         if newest is not None and read_state(newest) == state:
             return newest
+        self.tidy()
         self._root.mkdir(parents=True, exist_ok=True)
-        for left_over in self._root.glob(f"{_DRAFT}*"):  # of a process that was killed
-            shutil.rmtree(left_over)
         draft = self._root / f"{_DRAFT}{os.getpid()}"
         adapter.save(draft / _ADAPTER)
         torch.save(optimizer.state_dict(), draft / _OPTIMIZER)

@@ -51,6 +51,7 @@ def start_run(run: GrpoRun | DistillRun) -> Start:
     """
     directory = run.run.directory
     checkpoints = Checkpoints(directory, keep=run.run.keep_checkpoints)
+    checkpoints.tidy()
     newest = checkpoints.newest()
     if newest is not None and not run.run.resume:
         raise ValueError(f"--run.out {run.run.out} holds checkpoints, and --run.resume is false")

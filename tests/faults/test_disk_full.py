@@ -1,0 +1,123 @@
+"""A full disk: pushes are refused, nothing is half written, and what was there serves on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pte_vllm.adapter import LORA_FILE
+from pte_vllm.server.spool import Spool, SpoolError
+from pte_vllm.train.client import RolloutClient, ServerError
+from tests.faults.conftest import small_disk
+from tests.faults.spooling import content, push
+from tests.parity.reference import TOLERANCE, replayed
+from tests.server.serving import Server
+from tests.server.wire import post
+from tests.support import random_tokens
+
+PAGE = 4096
+
+
+def test_room_for_a_part_of_a_version(tmp_path: Path) -> None:
+    """Whatever does not fit any more: directory, file, second file, record."""
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        spool = Spool(disk / "spool")
+        first = push(spool, "policy", 1)
+        filler, refused = disk / "filler", 0
+        with filler.open("wb", buffering=0) as file:
+            while True:  # until the disk is full
+                try:
+                    file.write(b"x" * PAGE)
+                except OSError:
+                    break
+        while True:
+            try:
+                second = push(spool, "policy", 2)
+                break
+            except SpoolError as error:
+                assert error.strerror == "No space left on device"
+                refused += 1
+            assert list((spool.root / "incoming").iterdir()) == []
+            assert spool.versions() == [first]
+            free = shutil.disk_usage(disk).free
+            with filler.open("r+b") as file:
+                file.truncate(filler.stat().st_size - PAGE)
+            assert shutil.disk_usage(disk).free >= free  # nothing was left behind
+        assert refused > len(content(2)) // PAGE
+        assert spool.versions() == [first, second]
+        assert (Path(second.path) / LORA_FILE).read_bytes() == content(2)
+
+
+@contextmanager
+def full_disk(server: Server) -> Iterator[None]:
+    spool = Path(server.command[server.command.index("--pte-spool") + 1])
+    filler = spool.parent / "filler"
+    filler.write_bytes(b"x" * (shutil.disk_usage(spool).free - 20_000))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@contextmanager
+def size_limit(server: Server) -> Iterator[None]:
+    """No file may exceed the log that the server writes, and 20 kB: needs no right to mount."""
+    process = psutil.Process(server.pid)
+    before = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (server.log.stat().st_size + 20_000, before[1]))
+    try:
+        yield
+    finally:
+        process.rlimit(psutil.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limited", [full_disk, size_limit])
+def test_server_goes_on_with_what_it_has(
+    limited: Callable,
+    tiny: Callable[[str], Path],
+    adapters: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    model = tiny("llama")
+    versions = [adapters(model, rank=8, rule=rule, seed=3) for rule in ("ridge", "paper", "sum")]
+    with small_disk(tmp_path / "disk", 8 * 2**20) as disk:
+        flags = ["--pte-spool", str(disk / "spool")]
+        with Server(model, {}, log=tmp_path / "log", flags=flags) as server:
+            server.wait_ready()
+            with RolloutClient(server.url) as client:
+                client.push(versions[0], "policy")
+                client.push(versions[1], "policy")
+                before = client.adapters()
+                with limited(server):
+                    with pytest.raises(ServerError, match="--pte-spool cannot be written") as no:
+                        client.push(versions[2], "policy")
+                    assert no.value.status == 507
+                    body = {"lora_name": "policy", "lora_path": str(versions[2])}
+                    answer = post(server, "/load_lora_adapter", body)
+                    assert answer.status_code == 507 and "--pte-spool" in answer.text
+                    assert list((disk / "spool" / "incoming").iterdir()) == []
+                    assert client.adapters() == before
+                    check_serves(server, client, versions[:2])
+                assert client.push(versions[2], "policy") == 3
+                check_serves(server, client, versions)
+            server.wait_idle()
+
+
+def check_serves(server: Server, client: RolloutClient, versions: list[Path]) -> None:
+    sampling = {"max_tokens": 250, "temperature": 0.8, "ignore_eos": True}
+    for number, path in enumerate(versions, start=1):
+        (record,) = client.rollouts(
+            [random_tokens(40, 500, number)], adapter=f"policy@{number}", sampling=sampling
+        )
+        expected = replayed(
+            server.model, path, list(record.token_ids), record.plan, temperature=0.8
+        )[len(record.prompt_ids) - 1 :]
+        worst = (torch.tensor(record.logprobs) - expected).abs().max().item()
+        assert worst <= TOLERANCE

@@ -1,0 +1,88 @@
+"""A trainer for the tests that kill it, and the server it talks to, which outlives it on disk."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+
+from pte_vllm.adapter import Adapter  # noqa: E402
+from pte_vllm.train import learner, loop, sampling  # noqa: E402, F401 (all that a run imports)
+from pte_vllm.train.checkpoint import Checkpoints, RunState, read_state  # noqa: E402
+from pte_vllm.train.config import GrpoRun  # noqa: E402
+from pte_vllm.train.data import Problem, Stream  # noqa: E402
+from tests.faults.killing import EVENT  # noqa: E402
+from tests.support import random_tokens  # noqa: E402
+from tests.train.fake_server import FakeServer  # noqa: E402
+
+
+class Questions:
+    size = 5
+
+    def problem(self, index: int) -> Problem:
+        tokens = random_tokens(12 + 3 * index, seed=index)
+        return Problem(key=str(index), prompt=tokens, answer=[index], reward="exact")
+
+
+class LastingServer(FakeServer):
+    """Versions are kept in `directory`; what was pushed is there whoever dies then.
+
+    Args:
+        base: directory of the base model.
+        directory: versions by number.
+    """
+
+    def __init__(self, base: Path, directory: Path) -> None:
+        super().__init__(base)
+        self._directory = directory
+        for number in pushed(directory):
+            self.versions.setdefault("policy", {})[number] = Adapter.load(directory / str(number))
+
+    def push(self, adapter: Adapter, name: str, version: int | None = None) -> int:
+        sys.audit(EVENT)  # killed before the server has it
+        number = super().push(adapter, name, version)
+        adapter.save(self._directory / str(number))
+        sys.audit(EVENT)  # killed before the trainer knows that it has
+        return number
+
+
+def pushed(directory: Path) -> list[int]:
+    """Versions that the server has."""
+    return sorted(int(path.name) for path in directory.iterdir()) if directory.exists() else []
+
+
+def train(base: Path, adapter: Path, out: Path, served: Path) -> None:
+    """Three steps of GRPO, a checkpoint after each, the newest kept."""
+    # Answers are random, so what earns is set here: the first token's lowest bits.
+    sampling.score = lambda problem, text, ids: (ids[0] % 4) / 3
+    tables: dict[str, dict[str, Any]] = {
+        "model": {"base": str(base), "adapter": str(adapter), "device": "cpu"},
+        "plan": {"window_tokens": 32, "block_size": 16},
+        "optimizer": {"lr": 3e-3, "steps": 3, "warmup_steps": 2, "schedule": "linear"},
+        "sampling": {"group_size": 3, "groups_per_step": 1, "max_tokens": 61},
+        "data": {"source": "memory", "task": "recall"},
+        "run": {
+            "out": str(out),
+            "save_every_steps": 1,
+            "keep_checkpoints": 1,
+            "tensorboard": False,
+        },
+    }
+    run = GrpoRun.model_validate(tables)
+    assert loop.train(run, LastingServer(base, served), stream=Stream(Questions(), seed=5))
+
+
+def save_again(adapter: Path, directory: Path) -> None:
+    """A checkpoint of step 7 under the next version, in place of the one that is there."""
+    checkpoints = Checkpoints(directory, keep=1)
+    newest = checkpoints.newest()
+    version = read_state(newest).version + 1 if newest is not None else 1
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
+    state = RunState(step=7, version=version, stream={"drawn": 2})
+    checkpoints.save(state, Adapter.load(adapter), optimizer)
