@@ -14,7 +14,9 @@ class BodyLimit:
     """ASGI middleware: 413 for a body above the limit, declared or chunked, on some routes.
 
     FastAPI reads a JSON body whole before any dependency of its route runs, so a dependency would
-    come too late.
+    come too late. What comes in chunks may have no end: then the connection is closed after a 413,
+    while a declared body is read to its end and dropped, as its sender may not look at the answer
+    before.
 
     Args:
         app: what comes after.
@@ -32,19 +34,22 @@ class BodyLimit:
         exempt: Sequence[Callable[..., object]] = (),
     ) -> None:
         self.app = app
-        self._routes = [r for r in routes if getattr(r, "endpoint", None) not in exempt]
+        self._routes, self._exempt = list(routes), tuple(exempt)
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._applies(scope):
-            receive = self._bounded(scope, receive)
+        if scope["type"] == "http":
+            length, chunked = self._declared(scope)
+            # Most requests are neither: the server reads no more than was declared.
+            if (length > self._max_bytes or chunked) and (route := self._route(scope)) is not None:
+                if getattr(route, "endpoint", None) not in self._exempt:
+                    receive = self._bounded(scope, receive)
+                if chunked:
+                    send = _closing(send)
         await self.app(scope, receive, send)
 
-    def _applies(self, scope: Scope) -> bool:
-        length, chunked = self._declared(scope)
-        if length <= self._max_bytes and not chunked:
-            return False  # most requests: the server reads no more than was declared
-        return any(route.matches(scope)[0] == Match.FULL for route in self._routes)
+    def _route(self, scope: Scope) -> BaseRoute | None:
+        return next((r for r in self._routes if r.matches(scope)[0] == Match.FULL), None)
 
     @staticmethod
     def _declared(scope: Scope) -> tuple[int, bool]:
@@ -73,3 +78,15 @@ class BodyLimit:
         return HTTPException(
             413, f"the body exceeds this server's --pte-max-body-bytes, {self._max_bytes}"
         )
+
+
+def _closing(send: Send) -> Send:
+    """`send`, which also ends the connection of a client whose body is too large."""
+
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 413:
+            headers = [*message.get("headers", ()), (b"connection", b"close")]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return closing

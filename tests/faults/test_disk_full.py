@@ -78,34 +78,33 @@ def size_limit(server: Server) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limited", [full_disk, size_limit])
 def test_server_goes_on_with_what_it_has(
-    limited: Callable,
-    tiny: Callable[[str], Path],
-    adapters: Callable[..., Path],
-    tmp_path: Path,
+    tiny: Callable[[str], Path], adapters: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny("llama")
-    versions = [adapters(model, rank=8, rule=rule, seed=3) for rule in ("ridge", "paper", "sum")]
+    rules = ("ridge", "paper", "sum", "none")
+    versions = [adapters(model, rank=8, rule=rule, seed=3) for rule in rules]
     with small_disk(tmp_path / "disk", 8 * 2**20) as disk:
-        flags = ["--pte-spool", str(disk / "spool")]
+        flags = ["--pte-spool", str(disk / "spool"), "--pte-keep-versions", "4"]
         with Server(model, {}, log=tmp_path / "log", flags=flags) as server:
             server.wait_ready()
             with RolloutClient(server.url) as client:
-                client.push(versions[0], "policy")
-                client.push(versions[1], "policy")
-                before = client.adapters()
-                with limited(server):
-                    with pytest.raises(ServerError, match="--pte-spool cannot be written") as no:
-                        client.push(versions[2], "policy")
-                    assert no.value.status == 507
-                    body = {"lora_name": "policy", "lora_path": str(versions[2])}
-                    answer = post(server, "/load_lora_adapter", body)
-                    assert answer.status_code == 507 and "--pte-spool" in answer.text
-                    assert list((disk / "spool" / "incoming").iterdir()) == []
-                    assert client.adapters() == before
-                    check_serves(server, client, versions[:2])
-                assert client.push(versions[2], "policy") == 3
+                for path in versions[:2]:
+                    client.push(path, "policy")
+                for number, limited in ((3, full_disk), (4, size_limit)):
+                    path, before = versions[number - 1], client.adapters()
+                    with limited(server):
+                        refusal = "--pte-spool cannot be written"
+                        with pytest.raises(ServerError, match=refusal) as error:
+                            client.push(path, "policy")
+                        assert error.value.status == 507
+                        body = {"lora_name": "policy", "lora_path": str(path)}
+                        answer = post(server, "/load_lora_adapter", body)
+                        assert answer.status_code == 507 and refusal in answer.text
+                        assert list((disk / "spool" / "incoming").iterdir()) == []
+                        assert client.adapters() == before
+                        check_serves(server, client, versions[: number - 1])
+                    assert client.push(path, "policy") == number
                 check_serves(server, client, versions)
             server.wait_idle()
 
