@@ -1,0 +1,83 @@
+"""Install a lock and keep what some extras need; run while an image is built, by its own Python.
+
+    python docker/install.py requirements/cpu.lock cpu [demo ...]
+
+A lock also pins what tests and the trainer need. A dependency of the extras that the lock leaves
+out on purpose (torchvision on a CPU) stays left out. Standard library only; pip reads its settings
+from the environment and from /etc/pip.conf.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution, distributions
+from pathlib import Path
+
+from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.utils import canonicalize_name
+
+PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+KEPT = {"pip", "setuptools", "wheel"}  # they build the project's own wheel
+
+
+def closure(texts: list[str]) -> set[str]:
+    """Canonical names of what is installed and needed, directly or not, by these requirements."""
+    needed: set[str] = set()
+    wanted = [(Requirement(text), "") for text in texts]
+    seen: set[tuple[str, str]] = set()
+    while wanted:
+        requirement, extra = wanted.pop()
+        name = canonicalize_name(requirement.name)
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        try:
+            requires = distribution(name).requires or []
+        except PackageNotFoundError:
+            continue  # left out of the lock
+        needed.add(name)
+        for own_extra in ("", *requirement.extras):
+            if (name, own_extra) not in seen:
+                seen.add((name, own_extra))
+                wanted += [(Requirement(text), own_extra) for text in requires]
+    return needed
+
+
+def pip(*args: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *args]
+    if status := subprocess.run(command).returncode:
+        raise SystemExit(status)
+
+
+def main(lock: str, *extras: str) -> None:
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    roots = list(project["dependencies"])
+    for extra in extras:
+        roots += project["optional-dependencies"][extra]
+    torch = re.search(r"^torch=.*$", Path(lock).read_text(), re.MULTILINE)
+    if torch is None:
+        raise SystemExit(f"install.py: {lock} pins no torch")
+    options = ("install", "-q", "--no-compile", "--no-cache-dir", "--no-deps")
+    try:
+        pip(*options, torch.group())  # the one that may be missing from pip's indexes; in seconds
+    except SystemExit:
+        if "+cpu" not in torch.group():
+            raise
+        raise SystemExit(
+            f"install.py: pip cannot install {torch.group()}. It comes from PyTorch's CPU wheel "
+            "index: --build-arg PIP_EXTRA_INDEX_URL=<that index>, or --secret id=pip,src=pip.conf"
+        ) from None
+    pip(*options, "-r", lock)
+    installed = {canonicalize_name(d.metadata["Name"]) for d in distributions()}
+    needed = closure(roots)
+    if missing := {canonicalize_name(Requirement(r).name) for r in roots} - needed:
+        raise SystemExit(f"install.py: {lock} lacks {', '.join(sorted(missing))}")
+    if surplus := sorted(installed - needed - KEPT):
+        print(f"install.py: {len(needed)} packages stay, {len(surplus)} go", flush=True)
+        pip("uninstall", "-q", "-y", *surplus)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
