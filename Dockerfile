@@ -34,7 +34,7 @@ COPY docker/install.py docker/install.py
 # that are no Python make it report a failure.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     /opt/pte/bin/python docker/install.py "requirements/$VARIANT.lock" "$VARIANT" \
-    && { /opt/pte/bin/python -m compileall -q -j 0 /opt/pte/lib || true; }
+    && { /opt/pte/bin/python -m compileall -qq -j 0 /opt/pte/lib || true; }
 
 FROM packages AS wheel
 COPY README.md LICENSE ./

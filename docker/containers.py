@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,6 @@ from typing import Any
 
 Json = dict[str, Any]
 _KERNEL = ("/proc", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue")
-_LIMITS = {"nofile": "RLIMIT_NOFILE", "memlock": "RLIMIT_MEMLOCK", "stack": "RLIMIT_STACK"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +139,7 @@ class Container:
             env=[f"{k}={v}" for k, v in environment.items() if v is not None],
             cwd=service.get("working_dir") or config["WorkingDir"] or "/",
             noNewPrivileges="no-new-privileges:true" in service.get("security_opt", ()),
-            rlimits=[
-                {"type": _LIMITS[name], "soft": limit % 2**64, "hard": limit % 2**64}
-                for name, limit in service.get("ulimits", {}).items()
-            ],
+            rlimits=[_limit(*limit) for limit in service.get("ulimits", {}).items()],
         )
         assert service.get("cap_drop") == ["ALL"], "give it docker's default capabilities here"
         process["capabilities"] = {kind: [] for kind in process["capabilities"]}
@@ -197,3 +194,11 @@ class Container:
             status = below.stat()
             os.chown(source, status.st_uid, status.st_gid)
             source.chmod(status.st_mode)
+
+
+def _limit(name: str, value: int) -> Json:
+    """One of `ulimits`; no more than this machine lets root set."""
+    kind = f"RLIMIT_{name.upper()}"
+    allowed = resource.getrlimit(getattr(resource, kind))[1] % 2**64  # -1: without limit
+    value = min(value % 2**64, allowed)
+    return {"type": kind, "soft": value, "hard": value}

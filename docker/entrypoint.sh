@@ -3,7 +3,7 @@
 #
 #     serve [MODEL] [flags]    MODEL may come from PTE_MODEL
 #     train COMMAND [...]      below /runs
-#     health                   whether the server in this container answers; for health checks
+#     health [PORT]            whether the server in this container answers; for health checks
 #     anything else            as `pte-vllm` takes it: adapter, plan, --version, ...
 #
 # VLLM_API_KEY_FILE, PTE_ADMIN_KEY_FILE and HF_TOKEN_FILE name files with secrets. PTE_SPOOL is where
@@ -118,13 +118,13 @@ train() {
 }
 
 health() {
-    local status
-    exec 2>/dev/null 3<>/dev/tcp/127.0.0.1/8000 || {
-        echo "nothing listens on port 8000 of the container"
+    local port=${1:-8000} status
+    exec 2>/dev/null 3<>"/dev/tcp/127.0.0.1/$port" || {
+        echo "nothing listens on port $port of the container"
         exit 1
     }
     printf 'GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n' >&3
-    read -r _ status _ <&3 || status=none
+    read -r _ status _ <&3 || status=nothing
     [[ $status == 200 ]] || { echo "/health answers ${status%$'\r'}" && exit 1; }
 }
 

@@ -21,6 +21,8 @@ from pip._vendor.packaging.utils import canonicalize_name
 
 PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 KEPT = {"pip", "setuptools", "wheel"}  # they build the project's own wheel
+NO_USE = {"cpu.lock": {"triton"}}
+"""A gigabyte that xgrammar asks for and uses on GPUs only; vLLM turns it off on a CPU."""
 
 
 def closure(texts: list[str]) -> set[str]:
@@ -71,7 +73,7 @@ def main(lock: str, *extras: str) -> None:
         ) from None
     pip(*options, "-r", lock)
     installed = {canonicalize_name(d.metadata["Name"]) for d in distributions()}
-    needed = closure(roots)
+    needed = closure(roots) - NO_USE.get(Path(lock).name, set())
     if missing := {canonicalize_name(Requirement(r).name) for r in roots} - needed:
         raise SystemExit(f"install.py: {lock} lacks {', '.join(sorted(missing))}")
     if surplus := sorted(installed - needed - KEPT):

@@ -31,7 +31,7 @@ COPY docker/install.py docker/install.py
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     case "$VARIANT" in cuda) lock=train ;; *) lock=$VARIANT ;; esac \
     && /opt/pte/bin/python docker/install.py "requirements/$lock.lock" train \
-    && { /opt/pte/bin/python -m compileall -q -j 0 /opt/pte/lib || true; }
+    && { /opt/pte/bin/python -m compileall -qq -j 0 /opt/pte/lib || true; }
 
 FROM packages AS wheel
 COPY README.md LICENSE ./

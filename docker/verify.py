@@ -115,7 +115,7 @@ class Verify:
     def run_to_end(self, service: str, *command: str, **options: Any) -> tuple[int, str]:
         name = f"once-{secrets.token_hex(4)}"
         with self.container(name, service, command=command, **options) as container:
-            return container.wait(120.0), container.log
+            return container.wait(START_S), container.log
 
     def images_are_clean(self) -> None:
         for name, image in self.images.items():
@@ -159,7 +159,7 @@ class Verify:
                 ("serve", "/models/model"),
                 {"mounts": {"/cache": ("tmpfs", "tmpfs", ["noexec", "mode=1777"])}},
             ),
-            ("--speculative-config", ("serve", "/models/model", "--speculative-config={}"), {}),
+            ("--tensor-parallel-size 2 is not", ("serve", "/models/model", "--tensor-parallel-size=2"), {}),
         ]
         for expected, command, options in cases:
             status, log = self.run_to_end("server", *command, **options)
@@ -193,6 +193,10 @@ class Verify:
         assert answer.strip()
         long = self.chat(max_tokens=200, ignore_eos=True, vllm_xargs={"pte_window": 64})
         assert long.json()["kv_transfer_params"]["pte"]["folds"] > 1, long.text
+        schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+        wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+        said = self.chat(response_format=wanted, max_tokens=40).raise_for_status().json()
+        assert said["choices"][0]["message"]["content"].lstrip().startswith("{"), said
         assert httpx.get(f"{URL}/v1/models").status_code == 401
         metrics = httpx.get(f"{URL}/metrics", timeout=30).raise_for_status().text
         folds = re.search(r'^pte_folds_total\{rule="none"\} (\S+)$', metrics, re.MULTILINE)
