@@ -174,6 +174,7 @@ class Container:
             # docker's own defaults, noexec among them
             given = [o for o in options.split(",") if o] or ["mode=1777"]
             found[target] = ("tmpfs", "tmpfs", ["nosuid", "nodev", "noexec", *given])
+        found["/sys"] = ("bind", "/sys", ["rbind", "ro"])  # vLLM looks at CPUs and NUMA nodes
         hosts = self.state / "hosts"
         hosts.write_text("127.0.0.1 localhost server trainer prometheus grafana\n")
         found["/etc/hosts"] = ("bind", str(hosts), ["rbind", "ro"])

@@ -47,6 +47,7 @@ export_secret() {
     check_secret "$from"
     value=$(tr -d '[:space:]' <"${!from}")
     export "$variable=$value"
+    unset "$from" # vLLM warns of variables that look like its own
 }
 
 # check_writable DIRECTORY VARIABLE PURPOSE

@@ -159,7 +159,11 @@ class Verify:
                 ("serve", "/models/model"),
                 {"mounts": {"/cache": ("tmpfs", "tmpfs", ["noexec", "mode=1777"])}},
             ),
-            ("--tensor-parallel-size 2 is not", ("serve", "/models/model", "--tensor-parallel-size=2"), {}),
+            (
+                "--tensor-parallel-size 2 is not",
+                ("serve", "/models/model", "--tensor-parallel-size=2"),
+                {},
+            ),
         ]
         for expected, command, options in cases:
             status, log = self.run_to_end("server", *command, **options)

@@ -12,6 +12,8 @@ _REASONS = {
     "--speculative-config": "speculative decoding verifies several positions at once, across folds",
     "--pipeline-parallel-size": "pipeline parallelism: a stage would fold before the next reads",
     "--tensor-parallel-size": "tensor parallelism: the encoder reads all KV heads of a layer",
+    "--data-parallel-size": "data parallelism in one server: adapters in use and thoughts are known "
+    "to one engine only; run servers of their own behind a router",
     "--decode-context-parallel-size": "decode context parallelism splits a sequence",
     "--prefill-context-parallel-size": "prefill context parallelism splits a sequence",
     "--kv-transfer-config": "KV connectors move blocks without the thought state",
@@ -48,6 +50,7 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
             "--speculative-config": getattr(args, "speculative_config", None),
             "--pipeline-parallel-size": _more_than_one(args.pipeline_parallel_size),
             "--tensor-parallel-size": _more_than_one(args.tensor_parallel_size),
+            "--data-parallel-size": _more_than_one(args.data_parallel_size),
             "--decode-context-parallel-size": _more_than_one(args.decode_context_parallel_size),
             "--prefill-context-parallel-size": _more_than_one(args.prefill_context_parallel_size),
             "--kv-transfer-config": getattr(args, "kv_transfer_config", None),
@@ -75,6 +78,7 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
             "--speculative-config": vllm_config.speculative_config,
             "--pipeline-parallel-size": _more_than_one(parallel.pipeline_parallel_size),
             "--tensor-parallel-size": _more_than_one(parallel.tensor_parallel_size),
+            "--data-parallel-size": _more_than_one(parallel.data_parallel_size),
             "--decode-context-parallel-size": _more_than_one(parallel.decode_context_parallel_size),
             "--prefill-context-parallel-size": _more_than_one(
                 parallel.prefill_context_parallel_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +183,23 @@ def test_settings_are_documented(lint: None) -> None:
         ROOT / "docker/compose.cuda.yaml"
     ).read_text()
     settings = set(re.findall(r"\$\{([A-Z_]+)", text))
-    rows = re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \|", DOC.read_text(), re.MULTILINE)
+    table = DOC.read_text().split("| setting |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \|", table, re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"`([A-Z_]+)`", row)} == settings
+
+
+def test_documented_metrics_exist() -> None:
+    """As named in the code; tests/server/test_observe.py asks a server for those of the board."""
+    table = DOC.read_text().split("| expression |")[1].split("\n\n")[0]
+    names = set(re.findall(r"\b(?:pte_|vllm:)\w+", table))
+    code = (ROOT / "server/metrics.py").read_text()
+    vllm = find_spec("vllm")  # not imported: that takes seconds
+    assert vllm is not None and vllm.origin is not None
+    code += (Path(vllm.origin).parent / "v1/metrics/loggers.py").read_text()
+    assert len(names) > 3
+    for name in names:
+        base = re.sub(r"(_total|_count|_bucket|_sum)$", "", name)
+        assert f'"{base}"' in code or f'"{name}"' in code, name
 
 
 def test_documented_files_exist() -> None:
