@@ -12,8 +12,8 @@ _REASONS = {
     "--speculative-config": "speculative decoding verifies several positions at once, across folds",
     "--pipeline-parallel-size": "pipeline parallelism: a stage would fold before the next reads",
     "--tensor-parallel-size": "tensor parallelism: the encoder reads all KV heads of a layer",
-    "--data-parallel-size": "data parallelism in one server: adapters in use and thoughts are known "
-    "to one engine only; run servers of their own behind a router",
+    "--data-parallel-size": "data parallelism in one server: adapters in use and thoughts are "
+    "known to one engine only; run servers of their own behind a router",
     "--decode-context-parallel-size": "decode context parallelism splits a sequence",
     "--prefill-context-parallel-size": "prefill context parallelism splits a sequence",
     "--kv-transfer-config": "KV connectors move blocks without the thought state",
