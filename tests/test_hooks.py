@@ -43,7 +43,8 @@ def test_ledger_reads_the_files_that_python_imports() -> None:
         for name in names:
             found = inspect.getattr_static(found, name, None)
             found = getattr(found, "__func__", getattr(found, "fget", found))
-        if inspect.isfunction(found) and not hasattr(found, "__pte_patched__"):
+        stands_in = getattr(found, "__module__", None) == "vllm.v1.worker.cpu.shm"  # for CUDA's
+        if inspect.isfunction(found) and not stands_in and not hasattr(found, "__pte_patched__"):
             live = inspect.getsource(inspect.unwrap(found))
             assert source_sha256(live) == source_sha256(TREE.source(symbol)), symbol
             compared += 1
