@@ -32,6 +32,7 @@ base = "/models/model"
 [adapter]
 rank = 8
 layers = "20-23"
+init = "random"
 [plan]
 window_tokens = 64
 block_size = 32

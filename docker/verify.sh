@@ -5,7 +5,7 @@
 #
 # buildah builds the Dockerfiles as they are, on a Debian made by debootstrap that goes by the name
 # in their FROM. runc runs the services: read-only root, user 10001, no capabilities, no network.
-# MODEL_DIR defaults to SmolLM2-135M. Needs 15 GB below .cache while it runs; --keep leaves it there.
+# MODEL_DIR defaults to SmolLM2-135M. Needs 12 GB below .cache while it runs; --keep leaves it there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,12 +30,15 @@ done
 [ -d "$model" ] || .venv/bin/pte-vllm model fetch smollm2 "$model"
 docker/lint.sh # also gets docker-compose, which says what compose.yaml means
 
-export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
-storage=(buildah --root "$work/storage" --runroot "$work/run")
+export BUILDAH_ISOLATION=chroot
+# Where overlay cannot be mounted, as in some containers: STORAGE_DRIVER=vfs, and twice the disk.
+storage=(buildah --storage-driver "${STORAGE_DRIVER:-overlay}" --root "$work/storage" --runroot "$work/run")
 clean() {
-    [ -n "$keep" ] || rm -rf "$work"
+    [ -z "$keep" ] || return 0
+    "${storage[@]}" umount --all >/dev/null 2>&1 || true
+    rm -rf "$work"
 }
-[ -d "$work/storage" ] || mkdir -p "$work"
+mkdir -p "$work"
 trap clean EXIT
 
 seconds() {
@@ -82,4 +85,4 @@ done
 # A network of their own, with loopback alone: nothing may be fetched, no port of this machine is
 # taken, and 127.0.0.1 is all that the names of services lead to.
 seconds "running" unshare --net bash -c 'ip link set lo up && exec "$@"' - \
-    .venv/bin/python -m docker.verify "$work" "$(realpath "$model")"
+    .venv/bin/python docker/verify.py "$work" "$(realpath "$model")"

@@ -22,6 +22,7 @@ from pte_vllm.adapter import AdapterError, ModelShape, load_for_engine
 from pte_vllm.config import REQUEST_OPTIONS, EngineConfig, ServiceConfig
 from pte_vllm.server import adapter_routes, control, page, rollouts, thoughts, trainer_routes
 from pte_vllm.server.auth import Keys, admit_admin, may_change, may_use
+from pte_vllm.server.ending import answer_at_shutdown
 from pte_vllm.server.limits import BodyLimit
 from pte_vllm.server.metrics import COLLECTOR, RefreshOnScrape, timed_load
 from pte_vllm.server.state import make_service, service
@@ -145,3 +146,4 @@ class PTEEndpointPlugin:
             state.serving_tokens = serving_tokens(engine_client, state, args, found.registry)
             state.pte_service = found
             COLLECTOR.watch(found)
+            answer_at_shutdown(engine_client)

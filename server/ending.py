@@ -1,0 +1,38 @@
+"""A stop answers what still runs, so that its clients have something and the server can end."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any
+
+from vllm.engine.protocol import EngineClient
+from vllm.logger import init_logger
+
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
+
+
+def answer_at_shutdown(engine: EngineClient) -> None:
+    """Make `engine.shutdown` end what it left unfinished, with `abort` and what was sampled.
+
+    vLLM 0.32 stops its engine (at once, or after `--shutdown-timeout`) and then waits for open
+    connections, whose requests hear no more of it: the server would have to be killed.
+
+    Call it in the event loop; vLLM calls `shutdown` from another thread.
+    """
+    # TODO(vllm>=0.33): drop, once vLLM's API server ends its own requests.
+    loop, stop = asyncio.get_running_loop(), engine.shutdown
+    processor: Any = engine.output_processor  # type: ignore[attr-defined]  # AsyncLLM's
+
+    def end() -> None:
+        if left := list(processor.request_states):
+            logger.info("%d requests end with what they have", len(left))
+            processor.abort_requests(left, internal=True)
+
+    @functools.wraps(stop)
+    def shutdown(*args: Any, **kwargs: Any) -> None:
+        stop(*args, **kwargs)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(end)
+
+    engine.shutdown = shutdown  # type: ignore[method-assign]

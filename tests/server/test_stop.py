@@ -1,0 +1,47 @@
+"""SIGTERM to a server that is busy, as `docker stop` sends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+
+from tests.server.serving import Server
+
+
+def test_sigterm_answers_what_runs(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 3000, "ignore_eos": True}
+    rollouts = {"token_ids": [[5, 6, 7]], "n": 2, "sampling": {"max_tokens": 3000}}
+    rollouts["sampling"]["ignore_eos"] = True
+    flags = ["--pte-spool", str(tmp_path / "spool")]
+    with (
+        ThreadPoolExecutor() as pool,
+        Server(tiny("llama"), {}, log=tmp_path / "log", flags=flags) as server,
+    ):
+        server.wait_ready()
+        asked = [
+            pool.submit(httpx.post, f"{server.url}{path}", json=sent, timeout=300)
+            for path, sent in (
+                ("/v1/completions", body),
+                ("/v1/completions", {**body, "stream": True}),
+                ("/pte/v1/rollouts", rollouts),
+            )
+        ]
+        while len(server.get("/pte/v1/requests")["running"]) < 4:
+            time.sleep(0.1)
+        assert server._process is not None
+        os.kill(server._process.pid, signal.SIGTERM)
+        assert server._process.wait(60) == 0, (tmp_path / "log").read_text()[-3000:]
+        whole, streamed, sampled = (future.result(60) for future in asked)
+    assert whole.json()["choices"][0]["finish_reason"] == "abort"
+    assert 0 < whole.json()["usage"]["completion_tokens"] < 3000
+    assert '"finish_reason":"abort"' in streamed.text and "[DONE]" in streamed.text
+    records = [json.loads(line) for line in sampled.text.splitlines() if line]
+    assert [r["finish_reason"] for r in records] == ["abort"] * 2
+    assert all(0 < len(r["completion_ids"]) < 3000 for r in records)
