@@ -43,7 +43,7 @@ def test_what_the_kernel_cannot_read_is_told() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("rank, dim, kind", [(32, 128, "*bf16"), (8, 64, "*fp32")])
 def test_compiles_for_gpus(capability: int, rank: int, dim: int, kind: str) -> None:
-    """Down to machine code, without a GPU; what spills would be slow."""
+    """Down to machine code, without a GPU, and with no more shared memory than any has."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
