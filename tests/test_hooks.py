@@ -123,14 +123,17 @@ def _uses(cls: type) -> tuple[set[str], set[str]]:
 
 def _definer(mro: tuple[type, ...], name: str) -> str | None:
     """The symbol of vLLM that a name stands for: a method, a field, or what a method sets."""
-    for base in filter(_theirs, mro):
-        symbol = f"{base.__module__}.{base.__qualname__}.{name}"
-        try:
-            TREE.source(symbol)
-        except LookupError:
-            continue
-        return symbol
-    return None
+    symbols = (f"{base.__module__}.{base.__qualname__}.{name}" for base in mro if _theirs(base))
+    return None if name.startswith("pte_") else next(filter(_exists, symbols), None)
+
+
+@cache
+def _exists(symbol: str) -> bool:
+    try:
+        TREE.source(symbol)
+    except LookupError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("cls", _classes(), ids=lambda cls: cls.__qualname__)
