@@ -74,7 +74,7 @@ class _Turns:
         return results
 
 
-def make_adapters(args: argparse.Namespace, scratch: Path) -> tuple[str, str]:
+def make_adapters(args: argparse.Namespace, scratch: Path, *, seed: int = 0) -> tuple[str, str]:
     """A PTE adapter with random B, and the same LoRA without its encoder."""
     from pte_vllm.adapter_make import make_adapter
     from pte_vllm.config import PTEConfig
@@ -82,7 +82,7 @@ def make_adapters(args: argparse.Namespace, scratch: Path) -> tuple[str, str]:
     scratch.mkdir(parents=True, exist_ok=True)
     thoughts, plain = scratch / "thoughts", scratch / "plain"
     config = PTEConfig(init="random", rule=args.rule, rank=args.rank, global_tokens=args.rank)
-    adapter = make_adapter(args.model, thoughts, config, b="random")
+    adapter = make_adapter(args.model, thoughts, config, b="random", seed=seed)
     replace(adapter, pte=None, encoders={}).save(plain)
     return str(thoughts), str(plain)
 

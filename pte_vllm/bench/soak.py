@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     report.announce(args)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        adapters = [make_adapters(args, scratch / str(i))[0] for i in range(2)]
+        adapters = [make_adapters(args, scratch / str(i), seed=i)[0] for i in range(2)]
         flags = [
             *("--pte-window", str(args.window), "--pte-max-prompt-tokens", "512"),
             *("--pte-spool", str(scratch / "spool"), "--pte-keep-versions", str(KEPT_VERSIONS)),

@@ -25,7 +25,7 @@ _NAMES = {"EngineCore": "engine core", "Worker": "worker"}
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """A trend in memory, after the first quarter of a run."""
+    """A trend in memory, over the second half of a run."""
 
     mib_per_minute: float
     standard_error: float
@@ -40,11 +40,11 @@ class Growth:
 
 
 def growth(seconds: Sequence[float], mib: Sequence[float]) -> Growth:
-    """A line through the least memory in each of ten parts of the time, the first quarter left out.
+    """A line through the least memory in each of ten parts of the second half: before, caches fill.
 
     The least, as memory that is used for a while and given back is no growth.
     """
-    start = seconds[0] + (seconds[-1] - seconds[0]) / 4 if seconds else 0.0
+    start = (seconds[0] + seconds[-1]) / 2 if seconds else 0.0
     kept = [(s, m) for s, m in zip(seconds, mib, strict=True) if s >= start]
     minutes = (kept[-1][0] - kept[0][0]) / 60 if kept else 0.0
     size = max(2, math.ceil(len(kept) / _BINS))
