@@ -235,9 +235,12 @@ class Verify:
         assert (run / "adapter/pte_encoder.safetensors").exists(), list(run.iterdir())
         assert (run / "adapter").stat().st_uid == 10001
 
+    def get(self, path: str) -> dict[str, Any]:
+        reply = httpx.get(f"{URL}{path}", headers=self.headers, timeout=120)
+        return reply.raise_for_status().json()
+
     def adapters(self) -> dict[str, int]:
-        reply = httpx.get(f"{URL}/pte/v1/adapters", headers=self.headers, timeout=30)
-        return {a["name"]: a["newest"] for a in reply.raise_for_status().json()["adapters"]}
+        return {a["name"]: a["newest"] for a in self.get("/pte/v1/adapters")["adapters"]}
 
     def stops(self, server: Container) -> None:
         """As `docker stop`: clients get what there is; status 0, within the grace period."""
@@ -245,7 +248,10 @@ class Verify:
         body = {"max_tokens": 1900, "ignore_eos": True}
         client = threading.Thread(target=lambda: replies.append(self.chat(**body)))
         client.start()
-        time.sleep(3.0)
+        deadline = time.monotonic() + 300.0
+        while not (running := self.get("/pte/v1/requests")["running"]) or not running[0]["folds"]:
+            assert time.monotonic() < deadline, running
+            time.sleep(0.5)
         began = time.monotonic()
         server.kill(signal.SIGTERM)
         status = server.wait(STOP_S)

@@ -22,7 +22,7 @@ def answer_at_shutdown(engine: EngineClient) -> None:
     """
     # TODO(vllm>=0.33): drop, once vLLM's API server ends its own requests.
     loop, stop = asyncio.get_running_loop(), engine.shutdown
-    processor: Any = engine.output_processor  # type: ignore[attr-defined]  # AsyncLLM's
+    processor: Any = engine.output_processor  # AsyncLLM has it
 
     def end() -> None:
         if left := list(processor.request_states):
@@ -35,4 +35,4 @@ def answer_at_shutdown(engine: EngineClient) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(end)
 
-    engine.shutdown = shutdown  # type: ignore[method-assign]
+    engine.shutdown = shutdown

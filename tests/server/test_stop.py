@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,12 +32,11 @@ def test_sigterm_answers_what_runs(tiny: Callable[[str], Path], tmp_path: Path) 
                 ("/pte/v1/rollouts", rollouts),
             )
         ]
-        while len(server.get("/pte/v1/requests")["running"]) < 4:
-            time.sleep(0.1)
+        server.pace(20)
         assert server._process is not None
         os.kill(server._process.pid, signal.SIGTERM)
-        assert server._process.wait(60) == 0, (tmp_path / "log").read_text()[-3000:]
-        whole, streamed, sampled = (future.result(60) for future in asked)
+        assert server._process.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
+        whole, streamed, sampled = (future.result(120) for future in asked)
     assert whole.json()["choices"][0]["finish_reason"] == "abort"
     assert 0 < whole.json()["usage"]["completion_tokens"] < 3000
     assert '"finish_reason":"abort"' in streamed.text and "[DONE]" in streamed.text
