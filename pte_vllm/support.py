@@ -21,7 +21,6 @@ _REASONS = {
     "--fully-sharded-loras": "the thought state needs A's whole output on every rank",
     "--api-server-count": "adapters, and requests to continue, live in one API server",
     "--enable-dbo": "dual-batch overlap splits a step that has one set of gaps",
-    "VLLM_USE_V2_MODEL_RUNNER": "Model Runner V2 needs a Triton for this device; leave it unset",
 }
 
 
@@ -70,8 +69,6 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
     Raises:
         UnsupportedError: naming the flag.
     """
-    from vllm.triton_utils import HAS_TRITON
-
     parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
     _refuse(
         {
@@ -87,7 +84,6 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
             "--kv-cache-dtype": _quantised(vllm_config.cache_config.cache_dtype),
             "--fully-sharded-loras": lora.fully_sharded_loras if lora is not None else False,
             "--enable-dbo": parallel.enable_dbo,
-            "VLLM_USE_V2_MODEL_RUNNER": int(vllm_config.use_v2_model_runner and not HAS_TRITON),
         }
     )
     model = vllm_config.model_config
