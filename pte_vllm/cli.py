@@ -7,6 +7,7 @@ and mistakes on the command line are answered at once.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -19,18 +20,23 @@ from pte_vllm.types import INITS, KEYS, NORMALIZES, READS, RULES
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 B_STARTS = ("zero", "random")
+_OWN_PARSERS = {
+    "serve": ("pte_vllm.cli_serve", "start the OpenAI-compatible server"),
+    "train": ("pte_vllm.train.cli", "train adapters: grpo, distill, ..."),
+    "demo": ("pte_vllm.demo", "watch chats with and without a window"),
+    "doctor": ("pte_vllm.doctor.cli", "check installation and machine"),
+    "bench": ("pte_vllm.bench.cli", "measure speed against vLLM as it is"),
+}
+"""Commands that read their own arguments: argparse would take or reorder what is not its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        # These read their own arguments: argparse would take or reorder what is not its own.
-        commands = {"serve": _serve, "train": _train, "demo": _demo, "bench": _bench}
-        commands["doctor"] = _doctor
-        own = commands.get(args[0] if args else "")
-        if own is not None:
-            return own(args[1:])
+        if args and args[0] in _OWN_PARSERS:
+            module = importlib.import_module(_OWN_PARSERS[args[0]][0])
+            return module.main(args[1:]) or 0
         options = _parser().parse_args(args)
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
@@ -64,12 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pte-vllm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    # Listed for --help only: `main` takes these before argparse sees them.
-    commands.add_parser("serve", help="start the OpenAI-compatible server", add_help=False)
-    commands.add_parser("train", help="train adapters: grpo, distill, ...", add_help=False)
-    commands.add_parser("demo", help="watch chats with and without a window", add_help=False)
-    commands.add_parser("doctor", help="check installation and machine", add_help=False)
-    commands.add_parser("bench", help="measure speed against vLLM as it is", add_help=False)
+    for name, (_, about) in _OWN_PARSERS.items():  # for --help only: `main` takes these before
+        commands.add_parser(name, help=about, add_help=False)
     adapter = commands.add_parser("adapter", help="make or check an adapter")
     adapter_commands = adapter.add_subparsers(required=True, metavar="COMMAND")
     _add_init(adapter_commands)
@@ -78,36 +80,6 @@ def _parser() -> argparse.ArgumentParser:
     model = commands.add_parser("model", help="get a small model to try things with")
     _add_fetch(model.add_subparsers(required=True, metavar="COMMAND"))
     return parser
-
-
-def _serve(args: list[str]) -> int:
-    from pte_vllm.cli_serve import main as run_serve
-
-    return run_serve(args)
-
-
-def _demo(args: list[str]) -> int:
-    from pte_vllm.demo import main as run_demo
-
-    return run_demo(args) or 0
-
-
-def _train(args: list[str]) -> int:
-    from pte_vllm.train.cli import main as run_train
-
-    return run_train(args)
-
-
-def _bench(args: list[str]) -> int:
-    from pte_vllm.bench.cli import main as run_bench
-
-    return run_bench(args)
-
-
-def _doctor(args: list[str]) -> int:
-    from pte_vllm.doctor.cli import main as run_doctor
-
-    return run_doctor(args)
 
 
 def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
