@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -96,28 +97,33 @@ def test_api_server_killed_alone(
         for name, path in paths.items():
             client.push(path, name.partition("@")[0])
         before = client.adapters()
-        stream = client.rollouts(prompts, n=6, adapter="ridge", sampling=SAMPLING)
-        impatient = RolloutClient(server.url, retry_s=2.0)
-        short = impatient.rollouts(prompts, n=3, adapter="paper", sampling=SAMPLING)
-        received, cut = [next(stream)], [next(short)]
-        body = {"model": "base", "prompt": [5, 6], "max_tokens": 3000, "stream": True}
-        with httpx.stream(
-            "POST", f"{server.url}/v1/completions", json={**body, "ignore_eos": True}, timeout=60
-        ) as answer:
+        # More samples than run at once: some still wait when the first are there.
+        stream = client.rollouts(prompts, n=12, adapter="ridge", sampling=SAMPLING)
+        received = [next(stream)]
+        body = {"model": "base", "prompt": [5, 6], "max_tokens": 3500, "ignore_eos": True}
+        with (
+            ThreadPoolExecutor(1) as pool,
+            RolloutClient(server.url, retry_s=2.0) as impatient,
+            httpx.stream(
+                "POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=120
+            ) as answer,
+        ):
+            long = {**SAMPLING, "max_tokens": 3500}
+            refused = pool.submit(lambda: list(impatient.rollouts(prompts, sampling=long)))
             lines = answer.iter_lines()
             next(lines)
             kill_alone(server)
             with pytest.raises(httpx.TransportError):
                 list(lines)
-        with pytest.raises(ServerError, match="RemoteProtocolError|ReadError|ConnectError"):
-            cut += short
-        assert len(cut) < 12
-        impatient.close()
+            with pytest.raises(ServerError, match="RemoteProtocolError|ReadError|ConnectError"):
+                refused.result(timeout=120)
         server.__enter__()  # the same port, the same spool
         server.wait_ready()
         received += stream
-        assert {(r.group_id, r.index) for r in received} == set(itertools.product("0123", range(6)))
-        assert len(received) == 24
+        assert {(r.group_id, r.index) for r in received} == set(
+            itertools.product("0123", range(12))
+        )
+        assert len(received) == 48
         assert client.adapters() == before
         for record in (received[0], received[9], received[-1]):
             check(server, paths, record)
