@@ -24,6 +24,8 @@ from tests.support import random_tokens
 
 MAX_ROLLOUTS, TEMPERATURE = 22, 0.8
 KEPT_VERSIONS = 3
+LENGTH = 1600
+"""Of samples that a new version should meet: after 400 tokens it has seconds to arrive."""
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_new_version_while_sampling(
         "token_ids": [random_tokens(40, 500, 1)],
         "n": 2,
         "adapter": name,
-        "sampling": _sampling(900),
+        "sampling": _sampling(LENGTH),
         **options,
     }
     with RolloutClient(server.url) as pusher, ThreadPoolExecutor(1) as pool:
@@ -108,9 +110,9 @@ def test_new_version_while_sampling(
         assert [span.version for span in record.weight_versions] == versions
         assert record.finish_reason == reason
         if reason == "length":
-            assert len(record.completion_ids) == 900 and len(record.fold_events) > 20
+            assert len(record.completion_ids) == LENGTH and len(record.fold_events) > 20
         else:
-            assert 200 < len(record.completion_ids) < 900
+            assert 200 < len(record.completion_ids) < LENGTH
         assert record.adapter == f"{name}@{versions[-1]}"
         _check(server, weights, record)
     httpx.delete(f"{server.url}/pte/v1/adapters/{name}").raise_for_status()
