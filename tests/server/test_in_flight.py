@@ -177,14 +177,13 @@ def test_pushes_under_load(server: Server, weights: list[Path], pushes: int) -> 
         with RolloutClient(server.url) as mine:
             while not stop.is_set():
                 try:
-                    records.extend(
-                        mine.rollouts(
-                            [random_tokens(20 + stream, 500, stream)],
-                            adapter=name,
-                            sampling=_sampling(length),
-                        )
+                    (record,) = mine.rollouts(
+                        [random_tokens(20 + stream, 500, stream)],
+                        adapter=name,
+                        sampling=_sampling(length),
                     )
-                    assert len(records[-1].completion_ids) == length
+                    assert len(record.completion_ids) == length
+                    records.append(record)
                     finished.release()
                 except (ServerError, OSError, AssertionError) as error:
                     failures.append(error)
