@@ -11,6 +11,7 @@ vLLM has two runners, V1 and V2, which keep requests and blocks in different for
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 
-class PTERunnerMixin(QueriesMixin):
+class PTERunnerMixin(QueriesMixin, ABC):
     """Over one of vLLM's model runners."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -110,16 +111,16 @@ class PTERunnerMixin(QueriesMixin):
 
     # -- what a runner has to answer --------------------------------------------------------------
 
+    @abstractmethod
     def _evicted_blocks(self, request_ids: list[str], first: list[int], count: int) -> Tensor:
         """Ids of the blocks `[first, first + count)` of each request, `[S, count]` on the device.
 
         As the requests stood before this step.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _known_requests(self) -> set[str]:
         """Requests that may have a sequence: those vLLM has told of and not yet ended."""
-        raise NotImplementedError
 
     # -- each step --------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ def engine_args(engine: EngineConfig) -> dict[str, Any]:
     Also selects Model Runner V1 for this process and those it starts, unless
     VLLM_USE_V2_MODEL_RUNNER is set.
     """
-    # TODO: drop once Model Runner V2, vLLM's default on a GPU, has been seen to work on one.
+    # Until Model Runner V2, vLLM's default on a GPU, has been seen to work there with PTE.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     from vllm.platforms import current_platform
 

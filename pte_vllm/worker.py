@@ -53,7 +53,7 @@ class PTEGPUWorker(PTEWorkerMixin, Worker):
             return PTEGPUModelRunnerV2(self.vllm_config, self.device)
         from pte_vllm.runner import PTEGPUModelRunner
 
-        # TODO: drop, and `setdefault` in serve.py, once V2 has been seen to work on a GPU.
+        # By the `setdefault` in serve.py, until V2 has been seen to work on a GPU.
         logger.info("PTE on Model Runner V1; VLLM_USE_V2_MODEL_RUNNER=1 chooses V2")
         return PTEGPUModelRunner(self.vllm_config, self.device)
 

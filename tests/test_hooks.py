@@ -35,6 +35,18 @@ def test_every_module_that_relies_on_a_hook_exists() -> None:
         assert importlib.util.find_spec(f"pte_vllm.{hook.by}") is not None, hook
 
 
+def test_what_is_overridden_is_overridden_there() -> None:
+    """Who moves a hook to another module says so in the ledger, which drift sends people to."""
+    strays = []
+    for hook in load_hooks():
+        if hook.why.startswith(("overridden", "extended", "base of our")):
+            module = importlib.util.find_spec(f"pte_vllm.{hook.by}")
+            assert module is not None and module.origin is not None
+            if hook.symbol.rpartition(".")[2] not in Path(module.origin).read_text():
+                strays.append(f"{hook.symbol} is not in pte_vllm.{hook.by}")
+    assert not strays, "\n".join(strays)
+
+
 def test_ledger_reads_the_files_that_python_imports() -> None:
     compared = 0
     for symbol in LEDGER:

@@ -10,6 +10,7 @@ global vectors.  `S: [*, G, r]` is the thought state.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -115,19 +116,30 @@ def relative_update(s: Tensor, update: Tensor) -> Tensor:
     return torch.where(norm > EPS, ratio, torch.ones_like(ratio))
 
 
-class _Rule:
+class Rule(ABC):
+    """What a sequence keeps between folds, and how its state is read from that."""
+
     reads_kk = False
+    """Whether `add` needs Σ kᵀk."""
+
+    @abstractmethod
+    def start(self, encoder: LayerEncoder, how: str) -> Sums:
+        """The sums before any fold."""
 
     def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
         """The sums after a fold of `k_e, v_e: [*, m, d_kv]`."""
         return self.add(sums, encoder, moments(encoder, k_e, v_e, with_kk=self.reads_kk), how)
 
+    @abstractmethod
     def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
         """The same from the tokens' moments, however they were computed."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
+        """S, `[*, G, r]`."""
 
 
-class PaperRule(_Rule):
+class PaperRule(Rule):
     """S ← Normalize(S + S') after each fold."""
 
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
@@ -151,7 +163,7 @@ class SumRule(PaperRule):
 
 
 class NoneRule(PaperRule):
-    """S stays S_0: the paper's "Global-Only" control."""
+    """S stays S_0: the paper's "Global-Only" control; nothing is encoded."""
 
     def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
         return sums
@@ -160,7 +172,7 @@ class NoneRule(PaperRule):
         return sums
 
 
-class RidgeRule(_Rule):
+class RidgeRule(Rule):
     """S = (C/n + λ·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv; zero before any fold."""
 
     reads_kk = True
@@ -190,7 +202,7 @@ class RidgeRule(_Rule):
         return solution
 
 
-RULES: dict[str, PaperRule | RidgeRule] = {
+RULES: dict[str, Rule] = {
     "paper": PaperRule(),
     "sum": SumRule(),
     "none": NoneRule(),
