@@ -1,7 +1,8 @@
 """What our views of vLLM's punica wrapper have in common.
 
 vLLM gives every LoRA layer one wrapper, whose methods add the adapters' share to its output. A view
-stands before it in a layer, replaces one of them (`lora.py`, `lora_cpu.py`), and hands on the rest.
+stands before it in a layer, replaces one of them (`lora.py`, `lora_cpu.py`, `lora_cuda.py`), and
+hands on the rest.
 """
 
 from __future__ import annotations

@@ -74,8 +74,14 @@ class _Turns:
         return results
 
 
-def make_adapters(args: argparse.Namespace, scratch: Path, *, seed: int = 0) -> tuple[str, str]:
-    """A PTE adapter with random B, and the same LoRA without its encoder."""
+def make_adapters(
+    args: argparse.Namespace, scratch: Path, *, seed: int = 0, b_scale: float = 1.0
+) -> tuple[str, str]:
+    """A PTE adapter with random B, and the same LoRA without its encoder.
+
+    Speed does not depend on what B holds; where answers matter a small `b_scale` keeps a real model
+    from being sure of nonsense.
+    """
     from pte_vllm.adapter_make import make_adapter
     from pte_vllm.config import PTEConfig
 
@@ -83,6 +89,10 @@ def make_adapters(args: argparse.Namespace, scratch: Path, *, seed: int = 0) -> 
     thoughts, plain = scratch / "thoughts", scratch / "plain"
     config = PTEConfig(init="random", rule=args.rule, rank=args.rank, global_tokens=args.rank)
     adapter = make_adapter(args.model, thoughts, config, b="random", seed=seed)
+    if b_scale != 1.0:
+        lora_b = {module: b_scale * weight for module, weight in adapter.lora_b.items()}
+        adapter = replace(adapter, lora_b=lora_b)
+        adapter.save(thoughts)
     replace(adapter, pte=None, encoders={}).save(plain)
     return str(thoughts), str(plain)
 

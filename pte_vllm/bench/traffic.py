@@ -48,6 +48,8 @@ class Tally:
     """Sampled, of answers that came whole."""
     drift: list[float] = field(default_factory=list)
     """Mean |Δ log p| between a rollout and its score."""
+    surprise: list[float] = field(default_factory=list)
+    """Mean −log p of those rollouts: where it is zero, drift is too, whatever goes wrong."""
 
     @property
     def done(self) -> int:
@@ -243,6 +245,7 @@ class Traffic:
         pairs = list(zip(record.logprobs, scored[0].logprobs, strict=True))
         drift = sum(abs(a - b) for a, b in pairs) / len(pairs)
         self.tally.drift.append(drift)
+        self.tally.surprise.append(-sum(record.logprobs) / len(pairs))
         if drift > self._max_drift:
             raise WrongAnswer(
                 f"a rollout of {record.adapter} and its score differ by {drift:.1e} in the mean; "

@@ -17,6 +17,9 @@ from tests.engine import BLOCK
 
 WINDOW = 4 * BLOCK
 IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}
+NO_KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+"""For tests of growth: oneDNN keeps up to 1,024 kernels that it compiled, one for each size of a
+matrix, whatever the server does."""
 NUM_BLOCKS = 120
 """Of the pool, vLLM's null block not counted."""
 

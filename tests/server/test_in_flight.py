@@ -19,7 +19,7 @@ from pte_vllm.train.client import RolloutClient, ServerError
 from pte_vllm.train.rollout import Rollout
 from tests.engine import BLOCK
 from tests.parity.reference import TOLERANCE, replayed
-from tests.server.serving import NUM_BLOCKS, Server
+from tests.server.serving import NO_KERNEL_CACHE, NUM_BLOCKS, Server
 from tests.support import random_tokens
 
 MAX_ROLLOUTS, TEMPERATURE = 22, 0.8
@@ -43,10 +43,8 @@ def weights(model: Path, adapters: Callable[..., Path]) -> list[Path]:
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("in_flight")
     flags = ["--pte-spool", str(directory / "spool"), "--pte-max-rollouts", str(MAX_ROLLOUTS)]
-    # oneDNN keeps up to 1,024 kernels that it compiled, one for each size of a matrix: growth that
-    # has nothing to do with pushes, and would hide theirs.
-    env = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
-    with Server(model, {}, log=directory / "log", flags=flags, env=env) as server:
+    log = directory / "log"
+    with Server(model, {}, log=log, flags=flags, env=NO_KERNEL_CACHE) as server:
         server.wait_ready()
         yield server
         server.wait_idle()
