@@ -223,6 +223,8 @@ def serve_args(options: argparse.Namespace, model: Path, adapter: Path) -> list[
         "--max-num-seqs": MAX_STREAMS,
     }
     flags = ["--enable-lora", "--disable-uvicorn-access-log"]
+    if on_cpu():
+        flags.append("--enforce-eager")  # a minute of torch.compile would gain little here
     modules = json.loads((adapter / "adapter_config.json").read_text()).get("target_modules")
     if isinstance(modules, list):
         # Else vLLM also computes a LoRA of the output layer, which on CPU takes a third of a step.

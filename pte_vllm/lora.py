@@ -12,6 +12,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.lora.layers import (
@@ -29,7 +30,7 @@ from pte_vllm.adapter import AdapterError, ModelShape, layer_of, load_for_engine
 from pte_vllm.lora_cpu import CPULayerPunica, load_native
 from pte_vllm.lora_cuda import CUDALayerPunica
 from pte_vllm.ops.modulate import Segment
-from pte_vllm.punica import PunicaView
+from pte_vllm.punica import Operators, PunicaView
 from pte_vllm.state import LoadedEncoder, StatePool
 
 _VOCABULARY = ("embed_tokens", "lm_head")
@@ -56,10 +57,10 @@ class TokenSlots:
         self.any = any(slot for _, _, slot in segments)
         self.slots.zero_()
         if self.any:
-            lengths = torch.tensor([end - start for start, end, _ in segments])
-            slots = torch.tensor([slot for _, _, slot in segments])
-            per_token = torch.repeat_interleave(slots, lengths)
-            async_tensor_h2d(per_token, out=self.slots[: len(per_token)])
+            # numpy, as torch's would share these few numbers out among threads.
+            lengths = [end - start for start, end, _ in segments]
+            per_token = np.repeat([slot for _, _, slot in segments], lengths)
+            async_tensor_h2d(torch.from_numpy(per_token), out=self.slots[: len(per_token)])
 
 
 class VocabularyPunica(PunicaView):
@@ -70,26 +71,50 @@ class VocabularyPunica(PunicaView):
     GPU vLLM's kernels refuse fp32, and `PTELoRAManager` the adapters that would need them.
     """
 
-    def __init__(self, wrapper: Any, manager: PTELoRAManager) -> None:
-        super().__init__(wrapper)
+    def __init__(
+        self, module: torch.nn.Module, manager: PTELoRAManager, operators: Operators | None
+    ) -> None:
+        super().__init__(module.punica_wrapper)
         self._manager = manager
+        self._number: int | None = None
+        if operators is not None and isinstance(module, VocabParallelEmbeddingWithLoRA):
+            weights = module.lora_b_stacked
+            self._number = operators.number(lambda y, x: self._add_embedding(y, x, weights))
 
     def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
         if "lm_head" in self._manager.targeted:
             self._wrapper.add_lora_logits(*args, **kwargs)
 
-    def add_lora_embedding(self, *args: Any, **kwargs: Any) -> None:
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **kwargs: Any
+    ) -> None:
+        if self._number is None:
+            self._add_embedding(y, x, lora_b_stacked, **kwargs)
+        else:
+            Operators.call(y, x, self._number)
+
+    def _add_embedding(self, *args: Any, **kwargs: Any) -> None:
         if "embed_tokens" in self._manager.targeted:
             self._wrapper.add_lora_embedding(*args, **kwargs)
 
 
 def install_views(
-    model: torch.nn.Module, manager: PTELoRAManager, pool: StatePool, tokens: TokenSlots
+    model: torch.nn.Module,
+    manager: PTELoRAManager,
+    pool: StatePool,
+    tokens: TokenSlots,
+    *,
+    compiled: bool,
 ) -> None:
-    """Give LoRA layers of the decoder, and on CPU or in fp32 embedding and output, their view."""
+    """Give LoRA layers of the decoder, and on CPU or in fp32 embedding and output, their view.
+
+    Args:
+        compiled: torch.compile will trace the model.
+    """
     on_cpu = tokens.slots.device.type == "cpu"
     skips_unused = on_cpu or manager.lora_config.lora_dtype == torch.float32
     library = load_native(manager.lora_config.lora_dtype) if on_cpu else None
+    operators = Operators() if on_cpu and compiled else None
     for name, module in model.named_modules():
         if not isinstance(module, BaseLayerWithLoRA):
             continue
@@ -98,7 +123,7 @@ def install_views(
             # vLLM looks it up eight times a call, through a `__getattr__` in Python.
             module.__dict__["base_layer"] = module.base_layer
             module.punica_wrapper = CPULayerPunica(
-                wrapper, pool.states[layer], tokens, manager.loaded_in, library
+                module, pool.states[layer], tokens, manager.loaded_in, library, operators
             )
         elif layer is not None:
             module.punica_wrapper = CUDALayerPunica(wrapper, pool.states[layer], tokens)
@@ -107,7 +132,7 @@ def install_views(
         ):
             # On CUDA a captured graph must not depend on which adapters are loaded; in fp32 there
             # it never does, as none may target these.
-            module.punica_wrapper = VocabularyPunica(wrapper, manager)
+            module.punica_wrapper = VocabularyPunica(module, manager, operators)
 
 
 class PTELoRAManager(LRUCacheWorkerLoRAManager):

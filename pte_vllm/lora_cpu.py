@@ -21,9 +21,11 @@ from vllm.logger import init_logger
 
 from pte_vllm.ops import native
 from pte_vllm.ops.modulate import modulate_segments, modulate_tokens
-from pte_vllm.punica import PunicaView
+from pte_vllm.punica import Operators, PunicaView
 
 if TYPE_CHECKING:
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
     from pte_vllm.lora import TokenSlots
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
@@ -47,16 +49,18 @@ class NativeLoRA:
             return
         dtype = a[0].dtype
         self._function = getattr(library, f"pte_lora_{str(dtype).removeprefix('torch.')}")
+        pairs = 4 // dtype.itemsize  # numbers that are multiplied together, side by side
         d_in, rank = a[0].shape[1], a[0].shape[0]
+        r_pad = rank + -rank % pairs
         stacked = torch.cat([a[i] for i in used])
-        self._a = F.pad(stacked, (0, -d_in % _LANES)).contiguous()
+        self._a = F.pad(stacked, (0, -d_in % (_LANES * pairs))).contiguous()
         tiles, about, first = [], [], 0
         for i, matrix in enumerate(b):
             if i in used:
-                padded = F.pad(matrix, (0, 0, 0, -len(matrix) % _TILE)).unflatten(0, (-1, _TILE))
-                tiles.append(padded.mT)  # [tiles, R, 64]
-                for tile in range(len(padded)):
-                    start = tile * _TILE
+                padded = F.pad(matrix, (0, r_pad - rank, 0, -len(matrix) % _TILE))
+                # [tiles, 64, r_pad / pairs, pairs] to [tiles, r_pad / pairs, 64, pairs]
+                tiles.append(padded.reshape(-1, _TILE, r_pad // pairs, pairs).transpose(1, 2))
+                for start in range(0, len(matrix), _TILE):
                     width = min(_TILE, len(matrix) - start)
                     about.append((used.index(i), first + start, width))
             first += len(matrix)
@@ -70,6 +74,7 @@ class NativeLoRA:
             d_in,
             self._a.shape[1],
             rank,
+            r_pad,
             len(used),
         )
 
@@ -97,22 +102,26 @@ class CPULayerPunica(PunicaView):
     """vLLM's punica wrapper as one linear of the decoder sees it.
 
     Args:
-        wrapper: vLLM's.
+        module: of the linear; its adapters' weights stay where they are.
         states: of the layer, `[slots, R, R]`, as they are multiplied from the right.
         tokens: of the step.
         loaded: what is in one of vLLM's adapter slots; changes whenever its weights do.
         library: the compiled code, if there is any.
+        operators: where torch.compile traces the layer.
     """
 
     def __init__(
         self,
-        wrapper: Any,
+        module: BaseLinearLayerWithLoRA,
         states: Tensor,
         tokens: TokenSlots,
         loaded: Callable[[int], object],
         library: ctypes.CDLL | None,
+        operators: Operators | None,
     ) -> None:
-        super().__init__(wrapper)
+        super().__init__(module.punica_wrapper)
+        self._a_stacked, self._b_stacked = module.lora_a_stacked, module.lora_b_stacked
+        self._number = None if operators is None else operators.number(self._add)
         self._states = states
         self._tokens = tokens
         self._loaded = loaded
@@ -136,17 +145,22 @@ class CPULayerPunica(PunicaView):
         `y: [T, D]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
         """
         assert scale == 1.0 and add_inputs, "vLLM merges the scale into B, and adds in place"
+        if self._number is None:
+            self._add(y, x)
+        else:
+            Operators.call(y, x, self._number)
+
+    def _add(self, y: Tensor, x: Tensor) -> None:
         tokens = self._tokens
         if tokens.groups is None:
             tokens.groups = _group_by_adapter(self._wrapper.token_lora_indices)
-        same_dtype = x.dtype == y.dtype == lora_a_stacked[0].dtype
+        same_dtype = x.dtype == y.dtype == self._a_stacked[0].dtype
         states = self._states if tokens.any else None
         for index, rows in tokens.groups:
             if self._library is None or not same_dtype:
-                a, b = ([part[index, 0] for part in s] for s in (lora_a_stacked, lora_b_stacked))
-                self._add_by_slice(y, x, a, b, rows)
+                self._add_by_slice(y, x, *self._weights(index), rows)
                 continue
-            packed = self._pack(index, lora_a_stacked, lora_b_stacked)
+            packed = self._pack(index)
             if packed.empty:
                 continue
             if rows is None:
@@ -156,15 +170,17 @@ class CPULayerPunica(PunicaView):
                 packed.add(part, x[rows], states, tokens.slots[rows])
                 y[rows] = part
 
-    def _pack(
-        self, index: int, a_stacked: tuple[Tensor, ...], b_stacked: tuple[Tensor, ...]
-    ) -> NativeLoRA:
+    def _weights(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
+        """A `[R, d_in]` and B `[d, R]` of each slice, of the adapter in one of vLLM's slots."""
+        return [a[index, 0] for a in self._a_stacked], [b[index, 0] for b in self._b_stacked]
+
+    def _pack(self, index: int) -> NativeLoRA:
         loaded = self._loaded(index)
         known = self._packed.get(index)
         if known is None or known[0] != loaded:
             assert self._library is not None
-            a, b = ([part[index, 0] for part in stacked] for stacked in (a_stacked, b_stacked))
-            known = self._packed[index] = (loaded, NativeLoRA(self._library, a, b))
+            packed = NativeLoRA(self._library, *self._weights(index))
+            known = self._packed[index] = (loaded, packed)
         return known[1]
 
     def _add_by_slice(

@@ -1,7 +1,7 @@
 """Libraries that processes on a CPU load before all others: a faster malloc, Intel's OpenMP.
 
 Standard library only. vLLM's workers are started afresh, so what LD_PRELOAD says when the server
-starts is what they get. `pte-vllm bench lora --preload ...` shows what each does on a machine.
+starts is what they get. `pte-vllm bench preload` shows what each does on a machine.
 """
 
 from __future__ import annotations

@@ -7,7 +7,16 @@ hands on the rest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+from vllm.utils.torch_utils import direct_register_custom_op
+
+Add = Callable[[Tensor, Tensor], None]
+"""`add(y, x)`: adds what the adapters make of x to y, in place."""
 
 
 class PunicaView:
@@ -18,3 +27,45 @@ class PunicaView:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wrapper, name)
+
+
+_library = Library("pte_vllm", "FRAGMENT")  # operators live as long as it does
+_adds: list[Add] = []
+
+
+def _add(y: torch.Tensor, x: torch.Tensor, number: int) -> None:
+    _adds[number](y, x)
+
+
+def _add_fake(y: torch.Tensor, x: torch.Tensor, number: int) -> None:
+    """Shapes stay as they are."""
+
+
+direct_register_custom_op(
+    op_name="add_lora_",
+    op_func=_add,
+    mutates_args=["y"],
+    fake_impl=_add_fake,
+    target_lib=_library,
+    dispatch_key="CompositeExplicitAutograd",
+)
+
+
+class Operators:
+    """Makes operators of functions that torch.compile must not look into.
+
+    It takes what it sees of Python at the first step for constant, and which adapters a step has is
+    not. Numbers count from zero for each model, so that compiled code is found again.
+    """
+
+    def __init__(self) -> None:
+        _adds.clear()
+
+    def number(self, add: Add) -> int:
+        """By which `call` finds it."""
+        _adds.append(add)
+        return len(_adds) - 1
+
+    @staticmethod
+    def call(y: Tensor, x: Tensor, number: int) -> None:
+        torch.ops.pte_vllm.add_lora_(y, x, number)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from vllm.config import set_current_vllm_config
+from vllm.config.compilation import CompilationMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker import lora_model_runner_mixin
 
@@ -76,7 +77,8 @@ class PTERunnerMixin(QueriesMixin, ABC):
         finally:
             lora_model_runner_mixin.LRUCacheWorkerLoRAManager = upstream
         assert isinstance(self.lora_manager, PTELoRAManager)
-        install_views(model, self.lora_manager, self.pte_pool, self.pte_tokens)
+        compiled = self.compilation_config.mode != CompilationMode.NONE
+        install_views(model, self.lora_manager, self.pte_pool, self.pte_tokens, compiled=compiled)
         return model
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:

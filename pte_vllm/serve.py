@@ -21,8 +21,9 @@ SCHEDULER_CLS = "pte_vllm.scheduler.make_scheduler"
 def engine_args(engine: EngineConfig) -> dict[str, Any]:
     """Keyword arguments for vLLM's `LLM` or `EngineArgs` that turn PTE on.
 
-    Also selects Model Runner V1 for this process and those it starts, unless
-    VLLM_USE_V2_MODEL_RUNNER is set.
+    Also sets variables of vLLM's for this process and those it starts, unless they are set:
+    VLLM_USE_V2_MODEL_RUNNER selects Model Runner V1, and on a CPU VLLM_USE_AOT_COMPILE lets a
+    second start find what the first one compiled.
     """
     # Until Model Runner V2, vLLM's default on a GPU, has been seen to work there with PTE.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
@@ -34,6 +35,9 @@ def engine_args(engine: EngineConfig) -> dict[str, Any]:
     }
     if current_platform.is_cpu():
         args["worker_cls"] = "pte_vllm.worker_cpu.PTECPUWorker"
+        # vLLM 0.32 cannot load what this saves on a CPU, and would compile at every start; what
+        # torch.compile itself keeps is found again.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     else:
         args["worker_cls"] = "pte_vllm.worker.PTEGPUWorker"
         args["attention_backend"] = "CUSTOM"

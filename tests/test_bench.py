@@ -31,11 +31,18 @@ def bench(
 
 
 def test_fold_finds_the_steps_that_fold(bench: Callable) -> None:
-    shown, found = bench("fold --seqs 3 --tokens 300")
+    shown, found = bench("fold --seqs 3 --tokens 300 --eager")
     # 1 pinned block, a window of 2: folds before positions 96, 128, ..., 320 of 331 read.
     assert len(found["folding_ms"]) == 8
     assert len(found["usual_ms"]) == 300 - 8
     assert "of a step" in shown and "cores of" in found["machine"]
+
+
+def test_profile_adds_up(bench: Callable) -> None:
+    shown, found = bench("profile --seqs 2 --prompt 20 --tokens 100 --eager")
+    parts = found["parts_ms"]
+    for part in ("attention", "LoRA and states", "folds", "output layer", "all else"):
+        assert parts[part][0] > 0 and part in shown
 
 
 @pytest.mark.slow
@@ -59,6 +66,8 @@ def test_prefix_is_read_once(bench: Callable) -> None:
 def test_lora_latency_and_push(bench: Callable) -> None:
     _, found = bench("lora --seqs 2 --prompt 20 --tokens 20")
     assert len(found["tokens_per_second"]) == 5
+    _, found = bench("preload --seqs 2 --prompt 20 --tokens 20 --eager")
+    assert "nothing preloaded" in found["tokens_per_second"]
     _, found = bench("latency --positions 100,300 --tokens 5")
     assert [len(row) for row in found["ms_per_token"].values()] == [2, 2]
     _, found = bench("push --streams 3 --tokens 10 --seconds 4 --every 1")

@@ -11,11 +11,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pte_vllm.bench.parts import REST, Parts, time_engine
 from pte_vllm.preload import DEFAULT, preload
 
 READY_TIMEOUT_S = 600
@@ -38,9 +38,12 @@ class ArmSpec:
     max_num_seqs: int = 16
     rank: int = 32
     prefix_caching: bool = False
-    compiled: bool = False
-    """Under torch.compile; else eager, as vLLM runs LoRA on CPU, so that the base model is compared
-    alike."""
+    compiled: bool = True
+    """Under torch.compile."""
+    preload: tuple[str, ...] = DEFAULT
+    """What the process loads first, as with `pte-vllm serve`; baselines too."""
+    timed: bool = False
+    """Also tell where the time of a step goes; for arms with PTE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +66,10 @@ class Arm:
         RuntimeError: with the end of the log, if the process dies.
     """
 
-    def __init__(self, spec: ArmSpec, log: Path, preloaded: Sequence[str] = DEFAULT) -> None:
+    def __init__(self, spec: ArmSpec, log: Path) -> None:
         self.spec, self._log = spec, log
         env = dict(os.environ)
-        preload(env, preloaded)  # as `pte-vllm serve` does; for baselines too
+        preload(env, spec.preload)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pte_vllm.bench.arm", json.dumps(asdict(spec))],
             stdin=subprocess.PIPE,
@@ -85,7 +88,8 @@ class Arm:
         Returns:
             `seconds`; `output_tokens` of all; by step with an output `step_ms` and `positions`, the
             length of the longest sequence; by sequence `first_token_ms`; `cached_tokens` of the
-            prompts, found in the prefix cache; `mean_running`, sequences per step.
+            prompts, found in the prefix cache; `mean_running`, sequences per step; `parts_ms` of a
+            timed arm, the mean over its steps.
         """
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asdict(workload)) + "\n")
@@ -144,7 +148,9 @@ def _build(spec: ArmSpec) -> tuple[Any, Any]:
     return LLMEngine.from_engine_args(EngineArgs(**args)), lora
 
 
-def _run(engine: Any, lora: Any, workload: Workload, vocab: int) -> dict[str, Any]:
+def _run(
+    engine: Any, lora: Any, workload: Workload, vocab: int, parts: Parts | None = None
+) -> dict[str, Any]:
     import random
 
     from vllm import SamplingParams
@@ -168,6 +174,8 @@ def _run(engine: Any, lora: Any, workload: Workload, vocab: int) -> dict[str, An
     step_ms, positions, produced = [], [], 0
     first_token_ms: dict[str, float] = {}
     cached: dict[str, int] = {}
+    if parts is not None:
+        parts.seconds.clear()
     began = time.perf_counter()
     while engine.has_unfinished_requests():
         step_began = time.perf_counter()
@@ -190,17 +198,25 @@ def _run(engine: Any, lora: Any, workload: Workload, vocab: int) -> dict[str, An
         "first_token_ms": list(first_token_ms.values()),
         "cached_tokens": sum(cached.values()),
         "mean_running": produced / max(1, len(step_ms)),
+        "parts_ms": {} if parts is None else _per_step(parts, seconds, len(step_ms)),
     }
+
+
+def _per_step(parts: Parts, seconds: float, steps: int) -> dict[str, float]:
+    found = {**parts.seconds, REST: seconds - sum(parts.seconds.values())}
+    return {part: 1e3 * spent / steps for part, spent in found.items()}
 
 
 def main() -> None:
     """Serve workloads from standard input until it closes."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    engine, lora = _build(ArmSpec(**json.loads(sys.argv[1])))
+    spec = ArmSpec(**json.loads(sys.argv[1]))
+    parts = time_engine() if spec.timed else None
+    engine, lora = _build(spec)
     vocab = engine.model_config.get_vocab_size()
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
-        result = _run(engine, lora, Workload(**json.loads(line)), vocab)
+        result = _run(engine, lora, Workload(**json.loads(line)), vocab, parts)
         print(json.dumps(result), file=answers, flush=True)
 
 

@@ -18,6 +18,8 @@ _ABOUT = {
     "fold": "what folding costs per token",
     "prefix": "a group that shares a question: how much of it is read once",
     "push": "tokens/s while new adapter versions arrive, against the steady state",
+    "preload": "PTE with tcmalloc, Intel's OpenMP, both and neither preloaded",
+    "profile": "where the time of a step goes on a CPU",
     "gpu": "one GPU without a network: kernels, exactness, throughput at long rollouts, overhead",
     "soak": "a server under mixed traffic for long: errors, latencies, and what grows",
     "train": "memory and time of a training step by answer length (pte-vllm train memory-curve)",
@@ -72,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         "latency": _latency,
         "fold": _fold,
         "prefix": _prefix,
+        "preload": _lora,
+        "profile": _profile,
         "push": _push,
         "soak": _soak,
     }
@@ -104,6 +108,11 @@ def _common(parser: argparse.ArgumentParser) -> None:
         default=",".join(DEFAULT),
         help=f"what engines on a CPU load first, baselines too: {', '.join(LIBRARIES)}, none",
     )
+    parser.add_argument(
+        "--eager",
+        action="store_true",
+        help="all engines without torch.compile, which takes a minute at their start",
+    )
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="for JSON and plot")
 
 
@@ -122,9 +131,11 @@ def _lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqs", type=int, default=8, help="sequences at once")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a question")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of an answer")
-    parser.add_argument(
-        "--compiled", action="store_true", help="also the base model under torch.compile"
-    )
+
+
+def _profile(parser: argparse.ArgumentParser) -> None:
+    _lora(parser)
+    parser.set_defaults(seqs=16, tokens=512)
 
 
 def _latency(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,9 @@
-"""Benchmarks of engines that take turns: `throughput`, `lora`, `latency`, `fold`, `prefix`."""
+"""Benchmarks of engines that take turns: `throughput`, `lora`, `latency`, `fold`, ..."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from rich.table import Table
 from pte_vllm.bench import report
 from pte_vllm.bench.arm import Arm, ArmSpec, Workload
 from pte_vllm.config import EngineConfig
+from pte_vllm.preload import LIBRARIES, find
 
 BLOCK_TOKENS = 32
 Results = dict[str, list[dict[str, Any]]]
@@ -36,7 +38,10 @@ class _Turns:
 
     def spec(self, name: str, **options: Any) -> ArmSpec:
         args = self._args
-        common = {"model": args.model, "dtype": args.dtype, "rank": args.rank}
+        common = {
+            **{"model": args.model, "dtype": args.dtype, "rank": args.rank},
+            **{"compiled": not args.eager, "preload": args.preload},
+        }
         return ArmSpec(name=name, block_size=BLOCK_TOKENS, **{**common, **options})
 
     def run(self, specs: Sequence[ArmSpec], workloads: Sequence[Workload]) -> list[Results]:
@@ -54,7 +59,7 @@ class _Turns:
                 task = progress.add_task("starting engines", total=total)
                 for i, spec in enumerate(specs):
                     log = self._scratch / f"arm{i}.log"
-                    arms.append(Arm(spec, log, self._args.preload))
+                    arms.append(Arm(spec, log))
                     arms[-1].wait_ready()  # one by one: loading uses the whole machine
                     progress.advance(task)
                 for arm in arms:
@@ -145,13 +150,12 @@ def _lora(args: argparse.Namespace, turns: _Turns) -> None:
     window = {"window_tokens": args.window, **common}
     specs = [
         turns.spec("vLLM, base model", **common),
-        turns.spec("vLLM, its LoRA", adapter=turns.plain, **common),
+        # vLLM compiles no LoRA on a CPU; told so, it takes the operators that are fast without.
+        turns.spec("vLLM, its LoRA", adapter=turns.plain, compiled=False, **common),
         turns.spec("window, base model", **window),
         turns.spec("window, plain LoRA", adapter=turns.plain, **window),
         turns.spec("window, PTE", adapter=turns.thoughts, **window),
     ]
-    if args.compiled:
-        specs.append(turns.spec("vLLM, base model, compiled", compiled=True, **common))
     workload = Workload(num_seqs=args.seqs, prompt_tokens=args.prompt, output_tokens=args.tokens)
     (results,) = turns.run(specs, [workload])
     rates = _rates(results)
@@ -265,10 +269,61 @@ def _prefix(args: argparse.Namespace, turns: _Turns) -> None:
     report.bars(stem, slowest, f"s until {args.group} rollouts have their first token")
 
 
+def _preload(args: argparse.Namespace, turns: _Turns) -> None:
+    """The PTE arm with each library that this machine has, and with none."""
+    found = [name for name in LIBRARIES if find(name)]
+    specs = [
+        turns.spec(
+            " + ".join(names) or "nothing preloaded",
+            window_tokens=args.window,
+            adapter=turns.thoughts,
+            max_num_seqs=args.seqs,
+            preload=names,
+        )
+        for size in range(len(found) + 1)
+        for names in itertools.combinations(found, size)
+    ]
+    workload = Workload(num_seqs=args.seqs, prompt_tokens=args.prompt, output_tokens=args.tokens)
+    (results,) = turns.run(specs, [workload])
+    rates = _rates(results)
+    report.console.print(report.rates(rates, "tok/s"))
+    missing = [f"{name} ({LIBRARIES[name].get})" for name in LIBRARIES if name not in found]
+    if missing:
+        report.console.print(f"not found here: {', '.join(missing)}", highlight=False)
+    stem = report.write(args, {"tokens_per_second": rates})
+    report.bars(stem, rates, f"tok/s, {args.seqs} sequences")
+
+
+def _profile(args: argparse.Namespace, turns: _Turns) -> None:
+    """The PTE arm, with clocks around its parts."""
+    spec = turns.spec(
+        "window, PTE",
+        window_tokens=args.window,
+        adapter=turns.thoughts,
+        max_num_seqs=args.seqs,
+        timed=True,
+    )
+    workload = Workload(num_seqs=args.seqs, prompt_tokens=args.prompt, output_tokens=args.tokens)
+    (results,) = turns.run([spec], [workload])
+    runs = [run["parts_ms"] for run in results[spec.name]]
+    parts = {part: [run[part] for run in runs] for part in runs[0]}
+    medians = {part: statistics.median(found) for part, found in parts.items()}
+    step = sum(medians.values())
+    table = Table("", "ms a step", "share")
+    for part, ms in sorted(medians.items(), key=lambda item: -item[1]):
+        table.add_row(part, f"{ms:.2f}", f"{ms / step:.1%}")
+    table.add_row("a step", f"{step:.2f}", "")
+    report.console.print(table)
+    stem = report.write(args, {"parts_ms": parts})
+    report.bars(stem, parts, f"ms a step, {args.seqs} sequences")
+
+
 _RUNS = {
     "throughput": _throughput,
     "lora": _lora,
     "latency": _latency,
     "fold": _fold,
     "prefix": _prefix,
+    "preload": _preload,
+    "profile": _profile,
 }

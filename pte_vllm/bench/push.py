@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
         flags = [
             *("--pte-window", str(args.window), "--pte-spool", str(scratch / "spool")),
             *("--enable-lora", "--max-lora-rank", str(args.rank), "--max-loras", "4"),
-            *("--dtype", args.dtype, "--block-size", str(BLOCK_TOKENS), "--enforce-eager"),
+            *("--dtype", args.dtype, "--block-size", str(BLOCK_TOKENS)),
+            *(("--enforce-eager",) if args.eager else ()),
             *("--max-num-seqs", str(args.streams + 1), "--max-model-len", "4096"),
             *("--pte-preload", ",".join(args.preload) or "none"),
             *("--kv-cache-memory-bytes", str(_KV_BYTES)),  # fits beside whatever else runs

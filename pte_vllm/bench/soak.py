@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
             *("--pte-window", str(args.window), "--pte-max-prompt-tokens", "512"),
             *("--pte-spool", str(scratch / "spool"), "--pte-keep-versions", str(KEPT_VERSIONS)),
             *("--enable-lora", "--max-lora-rank", str(args.rank), "--max-loras", "4"),
-            *("--dtype", args.dtype, "--block-size", str(BLOCK_TOKENS), "--enforce-eager"),
+            *("--dtype", args.dtype, "--block-size", str(BLOCK_TOKENS)),
+            *(("--enforce-eager",) if args.eager else ()),
             *("--max-num-seqs", str(args.streams), "--max-model-len", "4096"),
             *("--pte-preload", ",".join(args.preload) or "none"),
             *("--num-gpu-blocks-override", str(args.pool + 1)),  # one is vLLM's null block

@@ -5,6 +5,9 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -46,6 +49,45 @@ inline void store(BFloat16* to, Vector value) {  // round to nearest, ties to ev
     const Bits nan = (Bits)((bits & 0x7fffffffu) > 0x7f800000u);  // stays one
     const Halves halves = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Halves);
     std::memcpy(to, &halves, sizeof halves);
+}
+
+inline void store(float* to, float value) { *to = value; }
+
+inline void store(BFloat16* to, float value) {
+    BFloat16 all[kLanes];
+    store(all, Vector{} + value);
+    *to = all[0];
+}
+
+// Products along a vector of 16 x 4 bytes: one float32 in each of its lanes, or two bfloat16.
+
+template <typename Number>
+constexpr int64_t kPairs = sizeof(float) / sizeof(Number);
+
+template <typename Number>
+inline Bits load_bits(const Number* from) {
+    Bits out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+
+template <typename Number>
+inline Bits repeat_bits(const Number* from) {  // one lane's numbers in all of them
+    uint32_t bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return Bits{} + bits;
+}
+
+inline Vector add_products(Vector to, Bits a, Bits b, float) { return to + (Vector)a * (Vector)b; }
+
+inline Vector add_products(Vector to, Bits a, Bits b, BFloat16) {
+#ifdef __AVX512BF16__
+    return (Vector)_mm512_dpbf16_ps((__m512)to, (__m512bh)a, (__m512bh)b);
+#else
+    const Bits high = Bits{} + 0xffff0000u;
+    to += (Vector)(a << 16) * (Vector)(b << 16);
+    return to + (Vector)(a & high) * (Vector)(b & high);
+#endif
 }
 
 inline float sum(Vector v) {

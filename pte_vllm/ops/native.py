@@ -35,7 +35,8 @@ class NativeError(Exception):
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 _LORA_ARGUMENTS = [
     *(_POINTER, _POINTER, _POINTER),  # a, b, tiles
-    *(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _NUMBER),  # num_tiles, d_in, d_pad, rank, num_slices
+    *(_NUMBER, _NUMBER, _NUMBER),  # num_tiles, d_in, d_pad
+    *(_NUMBER, _NUMBER, _NUMBER),  # rank, r_pad, num_slices
     *(_POINTER, _POINTER),  # states, slots
     *(_POINTER, _NUMBER),  # x, its stride
     *(_POINTER, _NUMBER),  # y, its stride

@@ -29,12 +29,16 @@ class _Linear:
         self.tokens = TokenSlots.allocate(256, torch.device("cpu"))
         self.loads = [0] * adapters
         self.wrapper = SimpleNamespace(token_lora_indices=None)
+        module = SimpleNamespace(
+            punica_wrapper=self.wrapper, lora_a_stacked=self.a, lora_b_stacked=self.b
+        )
         self.view = CPULayerPunica(
-            self.wrapper,
+            module,
             self.states[LAYER],
             self.tokens,
             lambda i: self.loads[i],
             native.load() if compiled else None,
+            operators=None,
         )
 
     def run(self, x: Tensor, y: Tensor, lengths: list[int], adapters: list[int]) -> Tensor:
