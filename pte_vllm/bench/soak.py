@@ -115,6 +115,8 @@ def _load(args: argparse.Namespace, server: Server, adapters: list[str]) -> tupl
             f"nothing was compared: the model is sure of every token (mean -log p "
             f"{max(tally.surprise):.1e} at most)"
         )
+    if tally.unfolded and not max(tally.unfolded):
+        tally.errors.append("scores do not depend on the plan")
     return tally, watch.series
 
 
@@ -144,7 +146,8 @@ def _report(args: argparse.Namespace, tally: Tally, series: Series) -> int:
     trends = {n: growth(series.seconds, mib) for n, mib in series.resident_mib.items()}
     console.print(
         f"{tally.tokens / seconds:.0f} tok/s of whole answers; rollouts and their scores differ by "
-        f"{max(tally.drift, default=math.nan):.1e} at most; most in use: "
+        f"{max(tally.drift, default=math.nan):.1e} at most (scored without folds "
+        f"{max(tally.unfolded, default=math.nan):.1e}); most in use: "
         f"{max(series.blocks, default=0)} of {args.pool} blocks, {max(series.slots, default=0)} "
         f"state slots",
         highlight=False,
@@ -186,6 +189,8 @@ def _results(tally: Tally, series: Series, trends: dict[str, Growth]) -> dict[st
         "left": dict(tally.left),
         "seconds": tally.seconds,
         "drift": tally.drift,
+        "surprise": tally.surprise,
+        "unfolded": tally.unfolded,
         "series": vars(series),
         "growth": {
             name: {

@@ -28,6 +28,8 @@ _WEIGHTS = {"chat": 4, "rollout": 3, "score": 2}
 _LEFT = 0.15
 """Part of the requests that are left before their end."""
 _WORDS = ("the", "birds", "on", "roof", "count", "while", "it", "rains", "and", "nobody", "asks")
+_UNFOLDED = 0.2
+"""Part of the scores of folded rollouts that are asked for under full attention."""
 _RECENT = 2
 """Versions that a rollout may be behind to be scored: the server keeps `KEPT_VERSIONS`."""
 
@@ -50,6 +52,9 @@ class Tally:
     """Mean |Δ log p| between a rollout and its score."""
     surprise: list[float] = field(default_factory=list)
     """Mean −log p of those rollouts: where it is zero, drift is too, whatever goes wrong."""
+    unfolded: list[float] = field(default_factory=list)
+    """As drift, of scores under full attention: others can agree to the last bit, in bf16 too, and
+    these show that the comparison sees something."""
 
     @property
     def done(self) -> int:
@@ -233,17 +238,22 @@ class Traffic:
         if not fresh:
             return await self._rollout(client)
         began, record = time.monotonic(), self._rng.choice(fresh)
+        folded = record.plan.folded_blocks(len(record.token_ids) - 1) > 0
+        unfolded = folded and self._rng.random() < _UNFOLDED
         body = {
             "token_ids": [list(record.token_ids)],
             "prompt_tokens": [len(record.prompt_ids)],
             "adapter": record.adapter,
-            "window_tokens": record.plan.window_tokens,
+            "window_tokens": 0 if unfolded else record.plan.window_tokens,
         }
         scored = [_record(line) async for line in self._lines(client, "/pte/v1/score", body)]
         if len(scored) != 1:
             raise WrongAnswer(f"{len(scored)} records of 1")
         pairs = list(zip(record.logprobs, scored[0].logprobs, strict=True))
         drift = sum(abs(a - b) for a, b in pairs) / len(pairs)
+        if unfolded:
+            self.tally.unfolded.append(drift)
+            return None
         self.tally.drift.append(drift)
         self.tally.surprise.append(-sum(record.logprobs) / len(pairs))
         if drift > self._max_drift:
