@@ -27,6 +27,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from pte_vllm.adapter import AdapterError, ModelShape, layer_of, load_for_engine
+from pte_vllm.huge_pages import Arena
 from pte_vllm.lora_cpu import CPULayerPunica, load_native
 from pte_vllm.lora_cuda import CUDALayerPunica
 from pte_vllm.ops.modulate import Segment
@@ -76,7 +77,7 @@ class VocabularyPunica(PunicaView):
     ) -> None:
         super().__init__(module.punica_wrapper)
         self._manager = manager
-        self._number: int | None = None
+        self._operators = operators
         if operators is not None and isinstance(module, VocabParallelEmbeddingWithLoRA):
             weights = module.lora_b_stacked
             self._number = operators.number(lambda y, x: self._add_embedding(y, x, weights))
@@ -88,10 +89,10 @@ class VocabularyPunica(PunicaView):
     def add_lora_embedding(
         self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **kwargs: Any
     ) -> None:
-        if self._number is None:
+        if self._operators is None:
             self._add_embedding(y, x, lora_b_stacked, **kwargs)
         else:
-            Operators.call(y, x, self._number)
+            self._operators.call(y, x, self._number)
 
     def _add_embedding(self, *args: Any, **kwargs: Any) -> None:
         if "embed_tokens" in self._manager.targeted:
@@ -115,6 +116,7 @@ def install_views(
     skips_unused = on_cpu or manager.lora_config.lora_dtype == torch.float32
     library = load_native(manager.lora_config.lora_dtype) if on_cpu else None
     operators = Operators() if on_cpu and compiled else None
+    arena = Arena()
     for name, module in model.named_modules():
         if not isinstance(module, BaseLayerWithLoRA):
             continue
@@ -123,7 +125,7 @@ def install_views(
             # vLLM looks it up eight times a call, through a `__getattr__` in Python.
             module.__dict__["base_layer"] = module.base_layer
             module.punica_wrapper = CPULayerPunica(
-                module, pool.states[layer], tokens, manager.loaded_in, library, operators
+                module, pool.states[layer], tokens, manager.loaded_in, library, arena, operators
             )
         elif layer is not None:
             module.punica_wrapper = CUDALayerPunica(wrapper, pool.states[layer], tokens)

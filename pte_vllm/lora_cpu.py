@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.logger import init_logger
 
+from pte_vllm.huge_pages import Arena
 from pte_vllm.ops import native
 from pte_vllm.ops.modulate import modulate_segments, modulate_tokens
 from pte_vllm.punica import Operators, PunicaView
@@ -40,9 +41,12 @@ class NativeLoRA:
         library: of `ops.native.load`.
         a, b: of each slice A `[R, d_in]` and B `[d, R]`, fp32 or bf16; slices of zeros are
             left out.
+        arena: where the packed weights lie.
     """
 
-    def __init__(self, library: ctypes.CDLL, a: list[Tensor], b: list[Tensor]) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, a: list[Tensor], b: list[Tensor], arena: Arena
+    ) -> None:
         used = [i for i in range(len(a)) if a[i].any() and b[i].any()]
         self.empty = not used
         if self.empty:
@@ -53,7 +57,7 @@ class NativeLoRA:
         d_in, rank = a[0].shape[1], a[0].shape[0]
         r_pad = rank + -rank % pairs
         stacked = torch.cat([a[i] for i in used])
-        self._a = F.pad(stacked, (0, -d_in % (_LANES * pairs))).contiguous()
+        self._a = arena.keep(F.pad(stacked, (0, -d_in % (_LANES * pairs))))
         tiles, about, first = [], [], 0
         for i, matrix in enumerate(b):
             if i in used:
@@ -64,7 +68,7 @@ class NativeLoRA:
                     width = min(_TILE, len(matrix) - start)
                     about.append((used.index(i), first + start, width))
             first += len(matrix)
-        self._b = torch.cat(tiles).contiguous()
+        self._b = arena.keep(torch.cat(tiles))
         self._tiles = torch.tensor(about, dtype=torch.int32)
         self._packed = (
             self._a.data_ptr(),
@@ -107,6 +111,7 @@ class CPULayerPunica(PunicaView):
         tokens: of the step.
         loaded: what is in one of vLLM's adapter slots; changes whenever its weights do.
         library: the compiled code, if there is any.
+        arena: for packed weights.
         operators: where torch.compile traces the layer.
     """
 
@@ -117,15 +122,18 @@ class CPULayerPunica(PunicaView):
         tokens: TokenSlots,
         loaded: Callable[[int], object],
         library: ctypes.CDLL | None,
+        arena: Arena,
         operators: Operators | None,
     ) -> None:
         super().__init__(module.punica_wrapper)
         self._a_stacked, self._b_stacked = module.lora_a_stacked, module.lora_b_stacked
-        self._number = None if operators is None else operators.number(self._add)
+        self._operators = operators
+        self._number = -1 if operators is None else operators.number(self._add)
         self._states = states
         self._tokens = tokens
         self._loaded = loaded
         self._library = library
+        self._arena = arena
         self._packed: dict[int, tuple[object, NativeLoRA]] = {}
 
     def add_lora_linear(
@@ -145,10 +153,10 @@ class CPULayerPunica(PunicaView):
         `y: [T, D]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
         """
         assert scale == 1.0 and add_inputs, "vLLM merges the scale into B, and adds in place"
-        if self._number is None:
+        if self._operators is None:
             self._add(y, x)
         else:
-            Operators.call(y, x, self._number)
+            self._operators.call(y, x, self._number)
 
     def _add(self, y: Tensor, x: Tensor) -> None:
         tokens = self._tokens
@@ -179,7 +187,7 @@ class CPULayerPunica(PunicaView):
         known = self._packed.get(index)
         if known is None or known[0] != loaded:
             assert self._library is not None
-            packed = NativeLoRA(self._library, *self._weights(index))
+            packed = NativeLoRA(self._library, *self._weights(index), self._arena)
             known = self._packed[index] = (loaded, packed)
         return known[1]
 

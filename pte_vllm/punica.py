@@ -7,8 +7,10 @@ hands on the rest.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -30,14 +32,14 @@ class PunicaView:
 
 
 _library = Library("pte_vllm", "FRAGMENT")  # operators live as long as it does
-_adds: list[Add] = []
+_models: WeakValueDictionary[int, Operators] = WeakValueDictionary()
 
 
-def _add(y: torch.Tensor, x: torch.Tensor, number: int) -> None:
-    _adds[number](y, x)
+def _add(y: torch.Tensor, x: torch.Tensor, model: int, number: int) -> None:
+    _models[model].adds[number](y, x)
 
 
-def _add_fake(y: torch.Tensor, x: torch.Tensor, number: int) -> None:
+def _add_fake(y: torch.Tensor, x: torch.Tensor, model: int, number: int) -> None:
     """Shapes stay as they are."""
 
 
@@ -52,20 +54,21 @@ direct_register_custom_op(
 
 
 class Operators:
-    """Makes operators of functions that torch.compile must not look into.
+    """Makes functions of one model an operator that torch.compile does not look into.
 
     It takes what it sees of Python at the first step for constant, and which adapters a step has is
-    not. Numbers count from zero for each model, so that compiled code is found again.
+    not. Numbers are the same whenever the model is loaded, so that compiled code is found again.
     """
 
     def __init__(self) -> None:
-        _adds.clear()
+        self.adds: list[Add] = []
+        self._model = next(i for i in itertools.count() if i not in _models)
+        _models[self._model] = self
 
     def number(self, add: Add) -> int:
         """By which `call` finds it."""
-        _adds.append(add)
-        return len(_adds) - 1
+        self.adds.append(add)
+        return len(self.adds) - 1
 
-    @staticmethod
-    def call(y: Tensor, x: Tensor, number: int) -> None:
-        torch.ops.pte_vllm.add_lora_(y, x, number)
+    def call(self, y: Tensor, x: Tensor, number: int) -> None:
+        torch.ops.pte_vllm.add_lora_(y, x, self._model, number)

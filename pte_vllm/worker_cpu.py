@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from pte_vllm import huge_pages
 from pte_vllm.ops import native
 from pte_vllm.worker import PTEWorkerMixin
 
@@ -82,3 +83,8 @@ class PTECPUWorker(PTEWorkerMixin, CPUWorker):
             replaced = _replaced(cpu_worker, "CPUModelRunner", PTECPUModelRunner)
         with replaced:
             super().init_device()
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        huge_pages.collapse()  # weights and KV cache are there, adapters not yet
+        return times

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pte_vllm import huge_pages
 from pte_vllm.bench.parts import REST, Parts, time_engine
 from pte_vllm.preload import DEFAULT, preload
 
@@ -42,6 +43,8 @@ class ArmSpec:
     """Under torch.compile."""
     preload: tuple[str, ...] = DEFAULT
     """What the process loads first, as with `pte-vllm serve`; baselines too."""
+    huge_pages: bool = True
+    """Memory of arms with PTE, where the system can."""
     timed: bool = False
     """Also tell where the time of a step goes; for arms with PTE."""
 
@@ -70,6 +73,7 @@ class Arm:
         self.spec, self._log = spec, log
         env = dict(os.environ)
         preload(env, spec.preload)
+        env[huge_pages.DISABLE] = str(int(spec.huge_pages))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pte_vllm.bench.arm", json.dumps(asdict(spec))],
             stdin=subprocess.PIPE,

@@ -18,7 +18,7 @@ _ABOUT = {
     "fold": "what folding costs per token",
     "prefix": "a group that shares a question: how much of it is read once",
     "push": "tokens/s while new adapter versions arrive, against the steady state",
-    "preload": "PTE with tcmalloc, Intel's OpenMP, both and neither preloaded",
+    "preload": "PTE with tcmalloc, Intel's OpenMP, both and neither preloaded; without huge pages",
     "profile": "where the time of a step goes on a CPU",
     "gpu": "one GPU without a network: kernels, exactness, throughput at long rollouts, overhead",
     "soak": "a server under mixed traffic for long: errors, latencies, and what grows",

@@ -270,19 +270,19 @@ def _prefix(args: argparse.Namespace, turns: _Turns) -> None:
 
 
 def _preload(args: argparse.Namespace, turns: _Turns) -> None:
-    """The PTE arm with each library that this machine has, and with none."""
+    """The PTE arm with each library that this machine has, with none, and on small pages."""
     found = [name for name in LIBRARIES if find(name)]
+    common: dict[str, Any] = {
+        "window_tokens": args.window,
+        "adapter": turns.thoughts,
+        "max_num_seqs": args.seqs,
+    }
     specs = [
-        turns.spec(
-            " + ".join(names) or "nothing preloaded",
-            window_tokens=args.window,
-            adapter=turns.thoughts,
-            max_num_seqs=args.seqs,
-            preload=names,
-        )
+        turns.spec(" + ".join(names) or "nothing preloaded", **{**common, "preload": names})
         for size in range(len(found) + 1)
         for names in itertools.combinations(found, size)
     ]
+    specs.append(turns.spec("default, no huge pages", huge_pages=False, **common))
     workload = Workload(num_seqs=args.seqs, prompt_tokens=args.prompt, output_tokens=args.tokens)
     (results,) = turns.run(specs, [workload])
     rates = _rates(results)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pte_vllm.huge_pages import Arena
 from pte_vllm.lora import TokenSlots
 from pte_vllm.lora_cpu import CPULayerPunica, load_native
 from pte_vllm.ops import native, reference
@@ -38,6 +39,7 @@ class _Linear:
             self.tokens,
             lambda i: self.loads[i],
             native.load() if compiled else None,
+            arena=Arena(),
             operators=None,
         )
 
