@@ -86,7 +86,7 @@ def test_soak(
     shown, found = capfd.readouterr().out, json.loads((tmp_path / "soak.json").read_text())
     assert status == 0 and found["errors"] == [] and "0 errors" in shown, shown
     assert {"chat", "chat, first chunk", "push", "rollout", "score"} <= found["seconds"].keys()
-    assert found["tokens"] > 0 and 0 < max(found["drift"]) < 1e-3
+    assert found["tokens"] > 0 and max(found["drift"]) < 1e-3
     assert max(found["unfolded"]) > max(found["drift"])
     assert 0 < max(found["series"]["blocks"]) <= 40 and max(found["series"]["slots"]) > 0
     assert {"API server", "engine core", "worker"} == found["growth"].keys()
