@@ -31,9 +31,9 @@ _LEAST_RESIDENT = 0.8
 def collapse() -> int:
     """Move this process's large mappings to huge pages, once; returns the bytes that moved.
 
-    Takes about 2 s a GiB. Where the system cannot, nothing happens but a line in the log.
+    The log tells how long it took. Where the system cannot, nothing happens but a line in the log.
     """
-    if os.environ.get(DISABLE, "1") == "0":
+    if not _wanted():
         return 0
     began, moved = time.monotonic(), 0
     try:
@@ -51,6 +51,10 @@ def collapse() -> int:
     else:
         logger.info("No huge pages: they need Linux 6.1 or newer")
     return moved
+
+
+def _wanted() -> bool:
+    return os.environ.get(DISABLE, "1") != "0"
 
 
 def _resident_mappings() -> Iterator[tuple[int, int]]:
@@ -92,7 +96,7 @@ class Arena:
 
     @staticmethod
     def _new(size: int) -> Tensor:
-        if os.environ.get(DISABLE, "1") == "0" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        if not (_wanted() and hasattr(mmap, "MADV_HUGEPAGE")):
             return torch.empty(size, dtype=torch.uint8)
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         memory = mmap.mmap(-1, -(-size // _PAGE) * _PAGE, flags=private)

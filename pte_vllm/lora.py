@@ -30,8 +30,9 @@ from pte_vllm.adapter import AdapterError, ModelShape, layer_of, load_for_engine
 from pte_vllm.huge_pages import Arena
 from pte_vllm.lora_cpu import CPULayerPunica, load_native
 from pte_vllm.lora_cuda import CUDALayerPunica
+from pte_vllm.operators import LayerOperators
 from pte_vllm.ops.modulate import Segment
-from pte_vllm.punica import Operators, PunicaView
+from pte_vllm.punica import PunicaView
 from pte_vllm.state import LoadedEncoder, StatePool
 
 _VOCABULARY = ("embed_tokens", "lm_head")
@@ -73,30 +74,26 @@ class VocabularyPunica(PunicaView):
     """
 
     def __init__(
-        self, module: torch.nn.Module, manager: PTELoRAManager, operators: Operators | None
+        self, module: torch.nn.Module, manager: PTELoRAManager, operators: LayerOperators | None
     ) -> None:
         super().__init__(module.punica_wrapper)
         self._manager = manager
-        self._operators = operators
+        self._weights = module.lora_b_stacked
+        self._operators = operators  # which live as long as one of their layers
+        self._apply = self._add_embedding
         if operators is not None and isinstance(module, VocabParallelEmbeddingWithLoRA):
-            weights = module.lora_b_stacked
-            self._number = operators.number(lambda y, x: self._add_embedding(y, x, weights))
+            self._apply = operators.wrap(self._add_embedding)
 
     def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
         if "lm_head" in self._manager.targeted:
             self._wrapper.add_lora_logits(*args, **kwargs)
 
-    def add_lora_embedding(
-        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **kwargs: Any
-    ) -> None:
-        if self._operators is None:
-            self._add_embedding(y, x, lora_b_stacked, **kwargs)
-        else:
-            self._operators.call(y, x, self._number)
+    def add_lora_embedding(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._apply(y, x)
 
-    def _add_embedding(self, *args: Any, **kwargs: Any) -> None:
+    def _add_embedding(self, y: Tensor, x: Tensor) -> None:
         if "embed_tokens" in self._manager.targeted:
-            self._wrapper.add_lora_embedding(*args, **kwargs)
+            self._wrapper.add_lora_embedding(y, x, self._weights, add_input=True)
 
 
 def install_views(
@@ -115,7 +112,7 @@ def install_views(
     on_cpu = tokens.slots.device.type == "cpu"
     skips_unused = on_cpu or manager.lora_config.lora_dtype == torch.float32
     library = load_native(manager.lora_config.lora_dtype) if on_cpu else None
-    operators = Operators() if on_cpu and compiled else None
+    operators = LayerOperators() if on_cpu and compiled else None
     arena = Arena()
     for name, module in model.named_modules():
         if not isinstance(module, BaseLayerWithLoRA):

@@ -20,9 +20,10 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from pte_vllm.huge_pages import Arena
+from pte_vllm.operators import LayerOperators
 from pte_vllm.ops import native
 from pte_vllm.ops.modulate import modulate_segments, modulate_tokens
-from pte_vllm.punica import Operators, PunicaView
+from pte_vllm.punica import PunicaView
 
 if TYPE_CHECKING:
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -123,12 +124,12 @@ class CPULayerPunica(PunicaView):
         loaded: Callable[[int], object],
         library: ctypes.CDLL | None,
         arena: Arena,
-        operators: Operators | None,
+        operators: LayerOperators | None,
     ) -> None:
         super().__init__(module.punica_wrapper)
         self._a_stacked, self._b_stacked = module.lora_a_stacked, module.lora_b_stacked
-        self._operators = operators
-        self._number = -1 if operators is None else operators.number(self._add)
+        self._operators = operators  # which live as long as one of their layers
+        self._apply = self._add if operators is None else operators.wrap(self._add)
         self._states = states
         self._tokens = tokens
         self._loaded = loaded
@@ -153,10 +154,7 @@ class CPULayerPunica(PunicaView):
         `y: [T, D]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
         """
         assert scale == 1.0 and add_inputs, "vLLM merges the scale into B, and adds in place"
-        if self._operators is None:
-            self._add(y, x)
-        else:
-            self._operators.call(y, x, self._number)
+        self._apply(y, x)
 
     def _add(self, y: Tensor, x: Tensor) -> None:
         tokens = self._tokens

@@ -8,23 +8,18 @@ Letters in shapes: T tokens, n slices of a merged linear (such as gate and up), 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
-from vllm.utils.torch_utils import direct_register_custom_op
 
+from pte_vllm import operators
 from pte_vllm.folding import use_kernels
 from pte_vllm.ops.modulate import modulate_slices, modulate_tokens
 from pte_vllm.punica import PunicaView
 
 if TYPE_CHECKING:
     from pte_vllm.lora import TokenSlots
-
-_library = Library("pte_vllm", "FRAGMENT")  # operators live as long as it does
 
 
 def _modulate(a: torch.Tensor, states: torch.Tensor, token_slots: torch.Tensor) -> None:
@@ -33,23 +28,7 @@ def _modulate(a: torch.Tensor, states: torch.Tensor, token_slots: torch.Tensor) 
     modulate_slices_(a, states, token_slots)
 
 
-def _modulate_fake(a: torch.Tensor, states: torch.Tensor, token_slots: torch.Tensor) -> None:
-    """Shapes stay as they are."""
-
-
-@functools.cache
-def modulate_op() -> Callable[[Tensor, Tensor, Tensor], None]:
-    """`modulate_slices_` as an operator, which torch.compile does not look into."""
-    direct_register_custom_op(
-        op_name="modulate_",
-        op_func=_modulate,
-        mutates_args=["a"],
-        fake_impl=_modulate_fake,
-        target_lib=_library,
-        dispatch_key="CompositeExplicitAutograd",
-    )
-    operator: Callable[[Tensor, Tensor, Tensor], None] = torch.ops.pte_vllm.modulate_
-    return operator
+_modulate_ = operators.register("modulate_", _modulate, mutates=["a"])
 
 
 class CUDALayerPunica(PunicaView):
@@ -65,7 +44,7 @@ class CUDALayerPunica(PunicaView):
         super().__init__(wrapper)
         self._states = states
         self._tokens = tokens
-        self._modulate_ = modulate_op() if use_kernels(states.device) else modulate_slices
+        self._modulate_ = _modulate_ if use_kernels(states.device) else modulate_slices
 
     def add_lora_linear(
         self,

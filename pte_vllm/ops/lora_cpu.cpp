@@ -200,8 +200,8 @@ void add(Work<Number> work, int64_t tokens) {
                          int64_t num_slices,                                                       \
                          const float* states, const int64_t* slots, const Number* x,               \
                          int64_t x_stride, Number* y, int64_t y_stride, int64_t tokens) {          \
-        add<Number>({a, b, tiles, num_tiles, d_in, d_pad, rank, r_pad, num_slices, states, slots, x,      \
-                     x_stride, y, y_stride, nullptr, nullptr, nullptr},                            \
+        add<Number>({a, b, tiles, num_tiles, d_in, d_pad, rank, r_pad, num_slices, states, slots,  \
+                     x, x_stride, y, y_stride, nullptr, nullptr, nullptr},                         \
                     tokens);                                                                       \
     }
 
