@@ -44,7 +44,7 @@ class ArmSpec:
     preload: tuple[str, ...] = DEFAULT
     """What the process loads first, as with `pte-vllm serve`; baselines too."""
     huge_pages: bool = True
-    """Memory of arms with PTE, where the system can."""
+    """Memory of arms with PTE, where system and environment let it."""
     timed: bool = False
     """Also tell where the time of a step goes; for arms with PTE."""
 
@@ -73,7 +73,8 @@ class Arm:
         self.spec, self._log = spec, log
         env = dict(os.environ)
         preload(env, spec.preload)
-        env[huge_pages.DISABLE] = str(int(spec.huge_pages))
+        if not spec.huge_pages:
+            env[huge_pages.DISABLE] = "0"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pte_vllm.bench.arm", json.dumps(asdict(spec))],
             stdin=subprocess.PIPE,

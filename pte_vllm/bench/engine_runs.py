@@ -1,4 +1,7 @@
-"""Benchmarks of engines that take turns: `throughput`, `lora`, `latency`, `fold`, ..."""
+"""What `pte-vllm bench` measures with engines alone, a function for each command.
+
+`cli.py` reads the options, `turns.py` runs the engines, `report.py` prints and writes.
+"""
 
 from __future__ import annotations
 
@@ -7,108 +10,32 @@ import itertools
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
 from rich.table import Table
 
 from pte_vllm.bench import report
-from pte_vllm.bench.arm import Arm, ArmSpec, Workload
+from pte_vllm.bench.arm import ArmSpec, Workload
+from pte_vllm.bench.turns import BLOCK_TOKENS, Results, Turns, tokens_per_second
 from pte_vllm.config import EngineConfig
 from pte_vllm.preload import LIBRARIES, find
-
-BLOCK_TOKENS = 32
-Results = dict[str, list[dict[str, Any]]]
 
 
 def run(args: argparse.Namespace) -> None:
     report.announce(args)
     with tempfile.TemporaryDirectory() as scratch:
-        _RUNS[args.what](args, _Turns(args, Path(scratch)))
+        _RUNS[args.what](args, Turns(args, Path(scratch)))
 
 
-class _Turns:
-    """The adapters of a benchmark, and engines that run workloads in turn."""
-
-    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
-        self._args, self._scratch = args, scratch
-        self.thoughts, self.plain = make_adapters(args, scratch)
-
-    def spec(self, name: str, **options: Any) -> ArmSpec:
-        args = self._args
-        common = {
-            **{"model": args.model, "dtype": args.dtype, "rank": args.rank},
-            **{"compiled": not args.eager, "preload": args.preload},
-        }
-        return ArmSpec(name=name, block_size=BLOCK_TOKENS, **{**common, **options})
-
-    def run(self, specs: Sequence[ArmSpec], workloads: Sequence[Workload]) -> list[Results]:
-        """Every arm runs every workload `--repeats` times in turn, after one short unmeasured one.
-
-        Returns:
-            For each workload, by arm what its runs gave.
-        """
-        repeats = self._args.repeats
-        results: list[Results] = [{spec.name: [] for spec in specs} for _ in workloads]
-        arms: list[Arm] = []
-        total = len(specs) * (2 + repeats * len(workloads))
-        try:
-            with Progress(console=report.console, transient=True) as progress:
-                task = progress.add_task("starting engines", total=total)
-                for i, spec in enumerate(specs):
-                    log = self._scratch / f"arm{i}.log"
-                    arms.append(Arm(spec, log))
-                    arms[-1].wait_ready()  # one by one: loading uses the whole machine
-                    progress.advance(task)
-                for arm in arms:
-                    progress.update(task, description=f"warming up: {arm.spec.name}")
-                    first = workloads[0]
-                    arm.run(replace(first, output_tokens=min(16, first.output_tokens), seed=0))
-                    progress.advance(task)
-                for turn in range(1, repeats + 1):
-                    for workload, found in zip(workloads, results, strict=True):
-                        for arm in arms:
-                            progress.update(task, description=f"turn {turn}: {arm.spec.name}")
-                            found[arm.spec.name].append(arm.run(replace(workload, seed=turn)))
-                            progress.advance(task)
-        finally:
-            for arm in arms:
-                arm.close()
-        return results
+def _batch(args: argparse.Namespace, turns: Turns, specs: Sequence[ArmSpec]) -> Results:
+    """One batch of sequences of one length."""
+    workload = Workload(num_seqs=args.seqs, prompt_tokens=args.prompt, output_tokens=args.tokens)
+    (results,) = turns.run(specs, [workload])
+    return results
 
 
-def make_adapters(
-    args: argparse.Namespace, scratch: Path, *, seed: int = 0, b_scale: float = 1.0
-) -> tuple[str, str]:
-    """A PTE adapter with random B, and the same LoRA without its encoder.
-
-    Speed does not depend on what B holds; where answers matter a small `b_scale` keeps a real model
-    from being sure of nonsense.
-    """
-    from pte_vllm.adapter_make import make_adapter
-    from pte_vllm.config import PTEConfig
-
-    scratch.mkdir(parents=True, exist_ok=True)
-    thoughts, plain = scratch / "thoughts", scratch / "plain"
-    config = PTEConfig(init="random", rule=args.rule, rank=args.rank, global_tokens=args.rank)
-    adapter = make_adapter(args.model, thoughts, config, b="random", seed=seed)
-    if b_scale != 1.0:
-        lora_b = {module: b_scale * weight for module, weight in adapter.lora_b.items()}
-        adapter = replace(adapter, lora_b=lora_b)
-        adapter.save(thoughts)
-    replace(adapter, pte=None, encoders={}).save(plain)
-    return str(thoughts), str(plain)
-
-
-def _rates(results: Results) -> dict[str, list[float]]:
-    return {
-        name: [r["output_tokens"] / r["seconds"] for r in runs] for name, runs in results.items()
-    }
-
-
-def _throughput(args: argparse.Namespace, turns: _Turns) -> None:
+def _throughput(args: argparse.Namespace, turns: Turns) -> None:
     """Rollouts shaped like GRPO's in a pool that holds only a few of them whole."""
     length = args.prompt + args.tokens
     pool = args.pool * -(-length // BLOCK_TOKENS)
@@ -121,7 +48,7 @@ def _throughput(args: argparse.Namespace, turns: _Turns) -> None:
     specs = [
         turns.spec("vLLM, full cache", **common),
         turns.spec("window, base model", window_tokens=args.window, **common),
-        turns.spec("window, PTE", window_tokens=args.window, adapter=turns.thoughts, **common),
+        turns.pte(**common),
     ]
     if args.with_lora:  # window 0: full attention, with our LoRA
         lora = {"window_tokens": 0, "adapter": turns.plain, **common}
@@ -133,7 +60,7 @@ def _throughput(args: argparse.Namespace, turns: _Turns) -> None:
         output_tokens=args.tokens,
     )
     (results,) = turns.run(specs, [workload])
-    rates = _rates(results)
+    rates = tokens_per_second(results)
     report.console.print(report.rates(rates, "tok/s"))
     running = {name: runs[0]["mean_running"] for name, runs in results.items()}
     report.console.print(
@@ -145,7 +72,7 @@ def _throughput(args: argparse.Namespace, turns: _Turns) -> None:
     report.bars(stem, rates, f"tok/s, {args.seqs} rollouts of {args.tokens} tokens")
 
 
-def _lora(args: argparse.Namespace, turns: _Turns) -> None:
+def _lora(args: argparse.Namespace, turns: Turns) -> None:
     common: dict[str, Any] = {"max_num_seqs": args.seqs}
     window = {"window_tokens": args.window, **common}
     specs = [
@@ -154,11 +81,10 @@ def _lora(args: argparse.Namespace, turns: _Turns) -> None:
         turns.spec("vLLM, its LoRA", adapter=turns.plain, compiled=False, **common),
         turns.spec("window, base model", **window),
         turns.spec("window, plain LoRA", adapter=turns.plain, **window),
-        turns.spec("window, PTE", adapter=turns.thoughts, **window),
+        turns.pte(**common),
     ]
-    workload = Workload(num_seqs=args.seqs, prompt_tokens=args.prompt, output_tokens=args.tokens)
-    (results,) = turns.run(specs, [workload])
-    rates = _rates(results)
+    results = _batch(args, turns, specs)
+    rates = tokens_per_second(results)
     report.console.print(report.rates(rates, "tok/s"))
     steps = {
         name: [statistics.median(r["step_ms"]) for r in runs] for name, runs in results.items()
@@ -168,7 +94,7 @@ def _lora(args: argparse.Namespace, turns: _Turns) -> None:
     report.bars(stem, rates, f"tok/s, {args.seqs} sequences")
 
 
-def _latency(args: argparse.Namespace, turns: _Turns) -> None:
+def _latency(args: argparse.Namespace, turns: Turns) -> None:
     """One sequence; thoughts before the position are prefilled, the question is pinned."""
     positions = [int(part) for part in args.positions.split(",")]
     common: dict[str, Any] = {
@@ -177,7 +103,7 @@ def _latency(args: argparse.Namespace, turns: _Turns) -> None:
     }
     specs = [
         turns.spec("vLLM, full attention", **common),
-        turns.spec("window, PTE", window_tokens=args.window, adapter=turns.thoughts, **common),
+        turns.pte(**common),
     ]
     workloads = [
         Workload(num_seqs=1, prompt_tokens=p, output_tokens=args.tokens, pin_tokens=64)
@@ -204,15 +130,9 @@ def _latency(args: argparse.Namespace, turns: _Turns) -> None:
     report.lines(stem, series, "tokens before", "ms per token")
 
 
-def _fold(args: argparse.Namespace, turns: _Turns) -> None:
+def _fold(args: argparse.Namespace, turns: Turns) -> None:
     """All sequences have one length, so they fold in the same steps; those take longer."""
-    spec = turns.spec(
-        "window, PTE",
-        window_tokens=args.window,
-        adapter=turns.thoughts,
-        max_num_seqs=args.seqs,
-        max_model_len=args.tokens + 2 * BLOCK_TOKENS,
-    )
+    spec = turns.pte(max_num_seqs=args.seqs, max_model_len=args.tokens + 2 * BLOCK_TOKENS)
     prompt = BLOCK_TOKENS
     workload = Workload(num_seqs=args.seqs, prompt_tokens=prompt, output_tokens=args.tokens)
     (results,) = turns.run([spec], [workload])
@@ -238,15 +158,12 @@ def _fold(args: argparse.Namespace, turns: _Turns) -> None:
     report.bars(stem, {"without a fold": usual, "with folds": folding}, "ms per step")
 
 
-def _prefix(args: argparse.Namespace, turns: _Turns) -> None:
+def _prefix(args: argparse.Namespace, turns: Turns) -> None:
     common: dict[str, Any] = {"max_num_seqs": args.group, "prefix_caching": True}
-    window = {"window_tokens": args.window, "adapter": turns.thoughts}
     specs = [
         turns.spec("vLLM, prefix caching", **common),
-        turns.spec("window, PTE", **{**common, **window}),
-        turns.spec(
-            "window, PTE, no prefix caching", **{**common, **window, "prefix_caching": False}
-        ),
+        turns.pte(**common),
+        turns.pte("window, PTE, no prefix caching", **{**common, "prefix_caching": False}),
     ]
     workload = Workload(
         num_seqs=args.group,
@@ -269,23 +186,17 @@ def _prefix(args: argparse.Namespace, turns: _Turns) -> None:
     report.bars(stem, slowest, f"s until {args.group} rollouts have their first token")
 
 
-def _preload(args: argparse.Namespace, turns: _Turns) -> None:
+def _preload(args: argparse.Namespace, turns: Turns) -> None:
     """The PTE arm with each library that this machine has, with none, and on small pages."""
     found = [name for name in LIBRARIES if find(name)]
-    common: dict[str, Any] = {
-        "window_tokens": args.window,
-        "adapter": turns.thoughts,
-        "max_num_seqs": args.seqs,
-    }
     specs = [
-        turns.spec(" + ".join(names) or "nothing preloaded", **{**common, "preload": names})
+        turns.pte(" + ".join(names) or "nothing preloaded", max_num_seqs=args.seqs, preload=names)
         for size in range(len(found) + 1)
         for names in itertools.combinations(found, size)
     ]
-    specs.append(turns.spec("default, no huge pages", huge_pages=False, **common))
-    workload = Workload(num_seqs=args.seqs, prompt_tokens=args.prompt, output_tokens=args.tokens)
-    (results,) = turns.run(specs, [workload])
-    rates = _rates(results)
+    specs.append(turns.pte("default, no huge pages", max_num_seqs=args.seqs, huge_pages=False))
+    results = _batch(args, turns, specs)
+    rates = tokens_per_second(results)
     report.console.print(report.rates(rates, "tok/s"))
     missing = [f"{name} ({LIBRARIES[name].get})" for name in LIBRARIES if name not in found]
     if missing:
@@ -294,18 +205,10 @@ def _preload(args: argparse.Namespace, turns: _Turns) -> None:
     report.bars(stem, rates, f"tok/s, {args.seqs} sequences")
 
 
-def _profile(args: argparse.Namespace, turns: _Turns) -> None:
+def _profile(args: argparse.Namespace, turns: Turns) -> None:
     """The PTE arm, with clocks around its parts."""
-    spec = turns.spec(
-        "window, PTE",
-        window_tokens=args.window,
-        adapter=turns.thoughts,
-        max_num_seqs=args.seqs,
-        timed=True,
-    )
-    workload = Workload(num_seqs=args.seqs, prompt_tokens=args.prompt, output_tokens=args.tokens)
-    (results,) = turns.run([spec], [workload])
-    runs = [run["parts_ms"] for run in results[spec.name]]
+    spec = turns.pte(max_num_seqs=args.seqs, timed=True)
+    runs = [run["parts_ms"] for run in _batch(args, turns, [spec])[spec.name]]
     parts = {part: [run[part] for run in runs] for part in runs[0]}
     medians = {part: statistics.median(found) for part, found in parts.items()}
     step = sum(medians.values())

@@ -18,7 +18,7 @@ from typing import Any
 from rich.progress import Progress
 
 from pte_vllm.bench import report
-from pte_vllm.bench.engine_runs import BLOCK_TOKENS, make_adapters
+from pte_vllm.bench.turns import BLOCK_TOKENS, make_adapters
 from pte_vllm.launch import Server, http_get
 from pte_vllm.train.client import RolloutClient
 

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pte_vllm.bench import report
-from pte_vllm.bench.engine_runs import BLOCK_TOKENS, make_adapters
 from pte_vllm.bench.traffic import KEPT_VERSIONS, Tally, Traffic
+from pte_vllm.bench.turns import BLOCK_TOKENS, make_adapters
 from pte_vllm.bench.watch import Growth, Series, Watch, growth, held
 from pte_vllm.launch import Server
 

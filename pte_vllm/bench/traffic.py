@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from pte_vllm.bench.engine_runs import BLOCK_TOKENS
+from pte_vllm.bench.turns import BLOCK_TOKENS
 from pte_vllm.train.client import RolloutClient
 from pte_vllm.train.rollout import Rollout
 from pte_vllm.train.transport import ServerError
