@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,6 +103,26 @@ def test_against_definition(
     wanted = linear.defined(x, y, lengths, adapters)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     assert (found - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiled for a CPU without AVX-512 and products of bfloat16."""
+    if platform.machine() != "x86_64":
+        pytest.skip("flags of x86")
+    flags = tuple("-march=x86-64-v3" if f == "-march=native" else f for f in native._FLAGS)
+    assert flags != native._FLAGS
+    monkeypatch.setattr(native, "_FLAGS", flags)
+    native.load.cache_clear()
+    yield
+    native.load.cache_clear()
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_narrow_cpu(dtype: torch.dtype) -> None:
+    test_against_definition(dtype, True, [7, 1, 1, 4], [1, 0, -1, 1])
+    test_against_definition(dtype, True, [1] * 65, [0] * 65)
 
 
 def test_slices_without_weights_are_left_out() -> None:

@@ -21,11 +21,6 @@ LENGTH = WINDOW + 8 * BLOCK + 5
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Callable[[str], Path]) -> Path:
-    return tiny("llama")
-
-
-@pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[Engine]:
     engine = Engine(model, window_tokens=WINDOW, lora_rank=8, enforce_eager=False)
     yield engine
