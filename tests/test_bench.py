@@ -38,9 +38,10 @@ def test_fold_finds_the_steps_that_fold(bench: Callable) -> None:
     assert "of a step" in shown and "cores of" in found["machine"]
 
 
-def test_profile_adds_up(bench: Callable) -> None:
+def test_profile_of_parts_that_do_not_overlap(bench: Callable) -> None:
     shown, found = bench("profile --seqs 2 --prompt 20 --tokens 100 --eager")
     parts = found["parts_ms"]
+    # What is counted twice is missing in "all else", the rest of the step.
     for part in ("attention", "LoRA and states", "folds", "output layer", "all else"):
         assert parts[part][0] > 0 and part in shown
 
@@ -77,8 +78,13 @@ def test_lora_latency_and_push(bench: Callable) -> None:
 
 @pytest.mark.slow
 def test_soak(
-    tiny: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Tests of engines set it for the whole process; a server of users' has a worker of its own.
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     words = ["bench", "soak", "--model", str(tiny("llama")), "--dtype", "float32", "--rank", "8"]
     words += ["--window", "64", "--streams", "6", "--tokens", "120", "--pool", "40"]
     words += ["--minutes", "0.3", "--every", "2", "--out", str(tmp_path)]
@@ -87,7 +93,8 @@ def test_soak(
     assert status == 0 and found["errors"] == [] and "0 errors" in shown, shown
     assert {"chat", "chat, first chunk", "push", "rollout", "score"} <= found["seconds"].keys()
     assert found["tokens"] > 0 and max(found["drift"]) < 1e-3
-    assert max(found["unfolded"]) > max(found["drift"])
+    # Right scores may agree to the last bit; wrong ones may not.
+    assert max(found["surprise"]) > 1.0 and max(found["unfolded"]) > 1e-2
     assert 0 < max(found["series"]["blocks"]) <= 40 and max(found["series"]["slots"]) > 0
     assert {"API server", "engine core", "worker"} == found["growth"].keys()
     assert (tmp_path / "soak.png").stat().st_size > 1000
