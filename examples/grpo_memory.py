@@ -156,7 +156,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     made = commands.add_parser("prepare", help="base model, adapters, questions")
     made.add_argument("out", type=Path)
-    made.add_argument("--rule", default="ridge", choices=("paper", "sum", "ridge"))
+    made.add_argument("--rule", default="ridge", choices=("paper", "sum", "ridge", "delta"))
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--questions", type=int, default=20_000)
     shown = commands.add_parser("plot", help="reward curves side by side")

@@ -84,10 +84,10 @@ class PTEConfig:
 
 
 def check_rule_fits(rule: str, rank: int, global_tokens: int) -> None:
-    """`ridge` solves for a square map from keys to values, so A must have rank rows."""
-    if rule == "ridge" and rank != global_tokens:
+    """`ridge` and `delta` solve for a square map from keys to values: A must have rank rows."""
+    if rule in ("ridge", "delta") and rank != global_tokens:
         raise ValueError(
-            f"rule ridge needs global_tokens equal to rank, got {global_tokens} and {rank}"
+            f"rule {rule} needs global_tokens equal to rank, got {global_tokens} and {rank}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Rule = Literal["paper", "sum", "none", "ridge"]
+Rule = Literal["paper", "sum", "none", "ridge", "delta"]
 Read = Literal["key", "value"]
 Normalize = Literal["matrix", "row"]
 Keys = Literal["unrotated", "rotated"]

@@ -34,7 +34,7 @@ def model(tiny: Callable[[str], Path]) -> Path:
         ("pte_window", True, "must be an integer"),
         ("pte_pin_tokens", 41, "beyond the prompt"),
         ("pte_pin_tokens", -1, "must not be negative"),
-        ("pte_update", "median", "paper, sum, none, ridge"),
+        ("pte_update", "median", "paper, sum, none, ridge, delta"),
         ("pte_update", "sum", "needs a PTE adapter"),
         ("pte_windows", 64, "unknown option"),
     ],

@@ -17,7 +17,7 @@ from pte_vllm.bench.gpu_engine import Spec, build
 from pte_vllm.bench.gpu_setup import TINY, random_adapter, write_model
 from pte_vllm.plan import FoldPlan
 
-RULES = ("paper", "sum", "none", "ridge")
+RULES = ("paper", "sum", "none", "ridge", "delta")
 TOLERANCE = 2e-4
 
 

@@ -1,4 +1,4 @@
-"""Every equation of the method, once (arXiv 2602.16839, section 3; `ridge` is ours).
+"""Every equation of the method, once (arXiv 2602.16839, section 3; `ridge` and `delta` are ours).
 
 All functions broadcast over leading dimensions `*`, so that one call serves one layer of one
 sequence, a batch of sequences, or all layers at once (an encoder whose tensors are stacked).
@@ -202,11 +202,44 @@ class RidgeRule(Rule):
         return solution
 
 
+class DeltaRule(Rule):
+    """S ← argmin_X ‖K X − V‖² + μ ‖X − S‖²: what this fold's keys lead to is overwritten.
+
+    In closed form S ← (Σ kᵀk + μ I)⁻¹ (Σ kᵀv + μ S), zero before any fold, with μ = λ times the
+    mean |k|² of all tokens folded so far. For a single token it is the delta rule with the implicit
+    step size 1 / (μ + |k|²). Keys that a fold does not touch keep what they lead to.
+    """
+
+    reads_kk = True
+
+    def start(self, encoder: LayerEncoder, how: str) -> Sums:
+        rank = encoder.w_k.shape[-2]
+        zero = encoder.gain.new_zeros(encoder.gain.shape)
+        state = encoder.w_k.new_zeros(*encoder.w_k.shape[:-2], rank, rank)
+        return {"S": state, "kk": zero, "n": zero.clone()}
+
+    def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
+        assert evicted.kk is not None
+        norms = sums["kk"] + evicted.kk.diagonal(dim1=-2, dim2=-1).sum(-1)  # Σ |k|²
+        count = sums["n"] + evicted.num_tokens
+        damp = (encoder.log_ridge.exp() * norms / count + EPS)[..., None, None]
+        identity = torch.eye(evicted.kk.shape[-1], dtype=norms.dtype, device=norms.device)
+        # solve_ex: as in RidgeRule.
+        state: Tensor = torch.linalg.solve_ex(
+            evicted.kk + damp * identity, evicted.kv + damp * sums["S"]
+        )[0]
+        return {"S": state, "kk": norms, "n": count}
+
+    def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
+        return sums["S"]
+
+
 RULES: dict[str, Rule] = {
     "paper": PaperRule(),
     "sum": SumRule(),
     "none": NoneRule(),
     "ridge": RidgeRule(),
+    "delta": DeltaRule(),
 }
 """By name: what is kept between folds, and how S is read from it."""
 

@@ -43,6 +43,8 @@ def test_arms_are_trained_scored_and_kept(
     words += [
         "--eval-text",
         str(tmp_path / "text.txt"),
+        "--train-text",
+        str(tmp_path / "text.txt"),
         "--layers",
         "all",
         "--dtype",
@@ -52,17 +54,17 @@ def test_arms_are_trained_scored_and_kept(
         "--out",
         str(tmp_path),
     ]
-    assert main([*words, "--arms", "full,ridge,lora_c"]) == 0
+    assert main([*words, "--arms", "full,delta,lora_c"]) == 0
     table = capsys.readouterr().out
     assert all(
         title in table
-        for title in ("full cache", "rule ridge", "LoRA_c", "300 tokens", "perplexity")
+        for title in ("full cache", "rule delta", "LoRA_c", "300 tokens", "perplexity")
     )
     assert (tmp_path / "recall.png").stat().st_size > 0
-    records = {n: json.loads((tmp_path / f"{n}-0.json").read_text()) for n in ("full", "ridge")}
-    assert records["full"]["losses"] == [] and len(records["ridge"]["losses"]) == 2
+    records = {n: json.loads((tmp_path / f"{n}-0.json").read_text()) for n in ("full", "delta")}
+    assert records["full"]["losses"] == [] and len(records["delta"]["losses"]) == 2
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-0.json")}
-    assert main([*words, "--arms", "full,ridge,lora_c"]) == 0  # nothing is left to do
+    assert main([*words, "--arms", "full,delta,lora_c"]) == 0  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-0.json")} == times
     with pytest.raises(SystemExit):
         main([*words, "--arms", "rigde"])

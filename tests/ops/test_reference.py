@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,6 +154,45 @@ def test_ridge_rule_solves_for_the_map_from_keys_to_values(r: int) -> None:
         n += m
         damp = math.exp(float(encoder.log_ridge)) * np.diag(c / n).mean() * np.eye(r)
         _close(rule.read(sums, encoder, "matrix"), np.linalg.solve(c / n + damp, moment / n))
+
+
+@pytest.mark.parametrize("r", [1, 3, 5, 8])
+def test_delta_rule_moves_the_state_least_for_what_a_fold_holds(r: int) -> None:
+    """The minimum of ‖K X − V‖² + μ ‖X − S‖², written as one least squares problem."""
+    encoder, rule = _encoder(r, r), RULES["delta"]
+    sums = rule.start(encoder, "matrix")
+    state, norms, n = np.zeros((r, r)), 0.0, 0
+    assert torch.equal(rule.read(sums, encoder, "matrix"), torch.from_numpy(state))
+    for seed, m in ((3, 4), (4, 1), (5, 9)):
+        k_e, v_e = _evicted(m, seed=seed)
+        sums = rule.fold(sums, encoder, k_e, v_e, "matrix")
+        k, v = _project(encoder.w_k, encoder.b_k, k_e), _project(encoder.w_v, encoder.b_v, v_e)
+        norms, n = norms + (np.asarray(k) ** 2).sum(), n + m
+        root = math.sqrt(math.exp(float(encoder.log_ridge)) * norms / n)
+        rows, wanted = np.vstack([k, root * np.eye(r)]), np.vstack([v, root * state])
+        state = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+        _close(rule.read(sums, encoder, "matrix"), state)
+
+
+def test_delta_rule_overwrites_one_key_and_keeps_the_others() -> None:
+    """The last of several values under a key; what other keys lead to is untouched."""
+    r = 4
+    encoder = _encoder(r, r)
+    encoder = replace(
+        encoder,
+        w_k=torch.eye(r, encoder.w_k.shape[-1], dtype=torch.float64),
+        w_v=torch.eye(r, encoder.w_v.shape[-1], dtype=torch.float64),
+        b_k=torch.zeros_like(encoder.b_k),
+        b_v=torch.zeros_like(encoder.b_v),
+        log_ridge=torch.tensor(-30.0, dtype=torch.float64),
+    )
+    k_e, v_e = _evicted(3, seed=1)
+    k_e[:, :r] = torch.eye(r, dtype=torch.float64)[:3]
+    rule = RULES["delta"]
+    before = rule.fold(rule.start(encoder, "matrix"), encoder, k_e, v_e, "matrix")
+    after = rule.fold(before, encoder, k_e[:1], v_e[1:2], "matrix")
+    wanted = torch.cat((v_e[1:2, :r], v_e[1:3, :r], torch.zeros(1, r, dtype=torch.float64)))
+    _close(rule.read(after, encoder, "matrix"), wanted.numpy())
 
 
 @pytest.mark.parametrize("name", sorted(RULES))

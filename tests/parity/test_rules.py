@@ -16,7 +16,7 @@ from tests.support import random_tokens
 WINDOW = 4 * BLOCK
 LENGTH = WINDOW + 9 * BLOCK + 7  # first fold after the window, then one a block
 SMALL_WINDOW = 2 * BLOCK  # fewer tokens to eight folds, for the model that takes its time
-RULES = ("paper", "sum", "none", "ridge")
+RULES = ("paper", "sum", "none", "ridge", "delta")
 
 
 def _jobs(

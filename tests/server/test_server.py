@@ -161,7 +161,7 @@ class TestOpenAIClient:
         ({"pte_window": "wide"}, "pte_window must be an integer"),
         ({"pte_window": -32}, "must not be negative"),
         ({"pte_pin_tokens": 51}, "beyond the prompt"),
-        ({"pte_update": "median"}, "paper, sum, none, ridge"),
+        ({"pte_update": "median"}, "paper, sum, none, ridge, delta"),
         ({"pte_bogus": 1}, "unknown option"),
     ],
 )

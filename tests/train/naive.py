@@ -64,6 +64,14 @@ def state(encoder: LayerEncoder, pte: PTEConfig, rule: str, folds: list[Evicted]
         c = k.T @ k / len(k)
         damp = e.log_ridge.exp() * c.diagonal().mean() * torch.eye(pte.rank, dtype=torch.float64)
         return (torch.linalg.inv(c + damp) @ (k.T @ v / len(k))).float()
+    if rule == "delta":
+        s, keys = torch.zeros(pte.rank, pte.rank, dtype=torch.float64), []
+        for k, v in (project(*fold) for fold in folds):
+            keys += list(k)
+            mu = e.log_ridge.exp() * sum(k_j.dot(k_j) for k_j in keys) / len(keys)
+            gain = torch.linalg.inv(k @ k.T + mu * torch.eye(len(k), dtype=torch.float64))
+            s = s + k.T @ gain @ (v - k @ s)  # what S gets wrong on this fold's keys
+        return s.float()
     s = normalize(contribution(e.global_, e.global_))
     for k, v in folds if rule != "none" else []:
         s = s + contribution(k, v)

@@ -23,7 +23,7 @@ Adapters = Callable[..., Path]
 BLOCK = 16
 LENGTHS = (203, 187, 218, 209)  # from 6 folds on
 PINS = (41, 5, 60, 20)
-RULES = ("paper", "sum", "none", "ridge")
+RULES = ("paper", "sum", "none", "ridge", "delta")
 STEP, RELATIVE = 2e-4, 0.02
 """Of finite differences in fp32: curvature and rounding each stay below one percent."""
 

@@ -28,7 +28,7 @@ Adapters = Callable[..., Path]
 BLOCK = 16
 PROMPT = 41  # not a multiple of the block size
 LENGTH = 203  # folds at 112, 128, … 192 with the plan below, and a last segment of odd length
-RULES = ("paper", "sum", "none", "ridge")
+RULES = ("paper", "sum", "none", "ridge", "delta")
 
 
 def plan(pin_tokens: int = PROMPT, window_blocks: int = 4, evict_ratio: float = 0.25) -> FoldPlan:

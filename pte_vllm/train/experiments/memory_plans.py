@@ -15,6 +15,7 @@ def _method(rule: str, **options: Any) -> PTEConfig:
 
 
 _RIDGE = Arm(name="PTE ridge", method=_method("ridge"))
+_DELTA = Arm(name="PTE delta", method=_method("delta"))
 _SUM = Arm(name="PTE sum", method=_method("sum"))
 _PAPER = Arm(name="PTE paper", method=_method("paper"))
 
@@ -32,6 +33,7 @@ ARMS: tuple[Arm, ...] = (
     _PAPER,
     _SUM,
     _RIDGE,
+    _DELTA,
 )
 """At equal KV bytes, but for `full cache` and `window 24`, which spends what a state takes."""
 
@@ -60,6 +62,11 @@ ABLATIONS: tuple[Arm, ...] = (
     _ablate(_RIDGE, "window 24", window_tokens=24),
     _ablate(_RIDGE, "window 32", window_tokens=32),
     _ablate(_RIDGE, "backward full", backward="full"),
+    _DELTA,
+    _ablate(_DELTA, "init random", init="random", value_start=0.0),
+    _ablate(_DELTA, "r = G = 64", rank=64, global_tokens=64),
+    _ablate(_DELTA, "window 24", window_tokens=24),
+    _ablate(_DELTA, "window 32", window_tokens=32),
     _SUM,
     _ablate(_SUM, "normalize row", normalize="row"),
     _ablate(_SUM, "gain × 10", gain=10.0),

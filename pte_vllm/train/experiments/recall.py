@@ -25,11 +25,14 @@ from pte_vllm.plan import FoldPlan
 from pte_vllm.train.experiments.recall_arms import ABLATIONS, ARMS
 
 if TYPE_CHECKING:
+    from pte_vllm.train.distill_data import Example
     from pte_vllm.train.modeling import PTEModel
 
 BLOCK_TOKENS, EVICT_RATIO, PIN_TOKENS = 32, 0.5, 32
 TEXT_TOKENS, TEXT_SEQUENCES = 768, 16
 """Of the ordinary text on which perplexity is measured."""
+TRAIN_TEXT_TOKENS, TRAIN_TEXT_BATCH = 256, 4
+"""Of the ordinary text that is distilled in each step."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="ordinary text, a file or a directory, on which to measure perplexity as well",
     )
+    parser.add_argument(
+        "--train-text",
+        default="",
+        metavar="PATH",
+        help="ordinary text, a file or a directory: the adapter also learns to predict it as the "
+        "full cache does",
+    )
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--dtype", default="bfloat16", help="of the frozen model")
     parser.add_argument("--jobs", type=int, default=2, help="arms at once, one thread each")
@@ -68,8 +78,9 @@ def main(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     known = {**ARMS, **ABLATIONS}
     names = options.arms.split(",")
-    if options.eval_text and not Path(options.eval_text).exists():
-        parser.error(f"--eval-text: {options.eval_text} does not exist")
+    for flag in ("eval_text", "train_text"):
+        if (path := getattr(options, flag)) and not Path(path).exists():
+            parser.error(f"--{flag.replace('_', '-')}: {path} does not exist")
     if unknown := [name for name in names if name not in known]:
         parser.error(f"--arms: unknown {unknown[0]!r}; there are {', '.join(known)}")
     out = Path(options.out)
@@ -164,7 +175,12 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     losses: list[float] = []
     if arm.trained:
         schedule = Schedule(steps=settings["steps"], learning_rate=settings["learning_rate"])
-        losses = train_answers(model, next_batch, schedule, backward=arm.backward)
+        text = _training_text(tokenizer, plan, settings["train_text"])
+        losses = train_answers(
+            *(model, next_batch, schedule),
+            backward=arm.backward,
+            next_text=(lambda: rng.sample(text, TRAIN_TEXT_BATCH)) if text else None,
+        )
     seconds = time.monotonic() - began
 
     def score(num_tokens: int, num_facts: int) -> dict[str, float]:
@@ -197,6 +213,19 @@ def _plan(window_tokens: int) -> FoldPlan:
         evict_ratio=EVICT_RATIO,
         block_size=BLOCK_TOKENS,
     )
+
+
+def _training_text(tokenizer: Any, plan: FoldPlan, source: str) -> list[Example]:
+    """All of the text in short sequences; none without a source."""
+    from pte_vllm.train.distill_data import pack, read_texts
+
+    if not source:
+        return []
+    examples = pack(read_texts(source), tokenizer, plan, sequence_tokens=TRAIN_TEXT_TOKENS)
+    if len(examples) < TRAIN_TEXT_BATCH:
+        least = TRAIN_TEXT_TOKENS * TRAIN_TEXT_BATCH
+        raise ValueError(f"--train-text: {source} has fewer than {least} tokens")
+    return examples
 
 
 def _perplexity(model: PTEModel, tokenizer: Any, plan: FoldPlan, source: str) -> float | None:

@@ -46,6 +46,7 @@ ARMS: dict[str, RecallArm] = {
     "paper": RecallArm(title="PTE, rule paper", method=_pte("paper")),
     "sum": RecallArm(title="PTE, rule sum", method=_pte("sum")),
     "ridge": RecallArm(title="PTE, rule ridge", method=_pte("ridge")),
+    "delta": RecallArm(title="PTE, rule delta", method=_pte("delta")),
 }
 """What the experiment runs unless told otherwise; equal KV bytes but for `full`."""
 
@@ -69,6 +70,7 @@ ABLATIONS: dict[str, RecallArm] = {
     ),
     "ridge_all": replace(_RIDGE, title="ridge, all layers", layers="all"),
     "ridge_upper": replace(_RIDGE, title="ridge, layers 14-24", layers="14-24"),
+    "delta_r64": RecallArm(title="delta, rank 64", method=_pte("delta", rank=64, global_tokens=64)),
     "ridge_full": replace(_RIDGE, title="ridge, gradient through K and V", backward="full"),
 }
 

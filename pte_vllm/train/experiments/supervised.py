@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pte_vllm.train.batch import Batch
+from pte_vllm.train.distill_data import Example
+from pte_vllm.train.distill_step import accumulate_gradient
 from pte_vllm.train.modeling import PTEModel
 from pte_vllm.train.replay import Backward, Scores, replay
 
@@ -36,8 +38,14 @@ def train_answers(
     *,
     backward: Backward = "segments",
     progress: Callable[[int, float], None] | None = None,
+    next_text: Callable[[], Sequence[Example]] | None = None,
 ) -> list[float]:
-    """Cross-entropy on the wanted tokens, their mean over a batch; returns it by step."""
+    """Cross-entropy on the wanted tokens, their mean over a batch; returns it by step.
+
+    Args:
+        next_text: of ordinary text, on which the full cache's predictions are distilled as well:
+            the KL of `distill_step` is added to the loss, but not to what is returned.
+    """
     parameters = model.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
     losses = []
@@ -52,6 +60,9 @@ def train_answers(
 
         optimizer.zero_grad(set_to_none=True)
         losses.append(replay(model, batch, backward=backward, loss=loss).loss)
+        if next_text is not None:
+            text = next_text()
+            accumulate_gradient(model, text, micro_batch_sequences=len(text))
         nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
         optimizer.step()
         if progress is not None:
