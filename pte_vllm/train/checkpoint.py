@@ -60,9 +60,14 @@ class Checkpoints:
         return found[-1] if found else None
 
     def tidy(self) -> None:
-        """Remove what a process that was killed left behind."""
+        """Remove what is too old, and what a process that was killed left behind."""
         for left_over in self._root.glob(f"{_DRAFT}*"):
             shutil.rmtree(left_over)
+        by_step = {_order(path)[0]: path for path in self._all()}  # the last of each step
+        kept = list(by_step.values())[-self._keep :]
+        for path in self._all():
+            if path not in kept:
+                self._remove(path)
 
     def save(self, state: RunState, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Path:
         """Write a checkpoint, then remove those that are too old.
@@ -87,10 +92,7 @@ class Checkpoints:
         target = self._root / f"step-{state.step:06d}{edition}"
         draft.rename(target)
         _sync(self._root)
-        for path in same_step:
-            self._remove(path)
-        for path in self._all()[: -self._keep]:
-            self._remove(path)
+        self.tidy()
         return target
 
     def _remove(self, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Runs a function in a process that is killed, as by `kill -9`, at a chosen step of its file work.
 
 A step is any call of Python's that changes or syncs files below a directory, told by audit hooks;
-what libraries write without Python counts as part of the step before it.
+what libraries write without Python counts as part of the step before it. Reading is none.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def _child(
 
     def hook(event: str, values: tuple[Any, ...]) -> None:
         nonlocal taken
-        if event == EVENT or (event in _CHANGES and _below(directory, values)):
+        reads = event == "open" and values[1] in ("r", "rb")
+        if event == EVENT or (event in _CHANGES and not reads and _below(directory, values)):
             taken += 1
             if taken == step:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,19 @@ class LastingServer(FakeServer):
     def push(self, adapter: Adapter, name: str, version: int | None = None) -> int:
         sys.audit(EVENT)  # killed before the server has it
         number = super().push(adapter, name, version)
-        adapter.save(self._directory / str(number))
+        torn = self._directory / "incoming"
+        shutil.rmtree(torn, ignore_errors=True)  # of a push that was killed
+        adapter.save(torn)
+        torn.rename(self._directory / str(number))
         sys.audit(EVENT)  # killed before the trainer knows that it has
         return number
 
 
 def pushed(directory: Path) -> list[int]:
     """Versions that the server has."""
-    return sorted(int(path.name) for path in directory.iterdir()) if directory.exists() else []
+    if not directory.exists():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
 def train(base: Path, adapter: Path, out: Path, served: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,11 @@ def test_checkpoints_are_whole_or_absent(start: tuple[Path, Path], tmp_path: Pat
     (tmp_path / "checkpoints/.draft-1").mkdir()
     (tmp_path / "checkpoints/.draft-1/state.json").write_text("{")
     assert Checkpoints(tmp_path, keep=2).newest() == newest
+    for old in ("step-000002", "step-000004.1"):  # killed when a checkpoint was there, and not its
+        shutil.copytree(newest, tmp_path / "checkpoints" / old)  # predecessor gone
+    Checkpoints(tmp_path, keep=2).tidy()
+    left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-000003", "step-000004.1"]
     with pytest.raises(ValueError, match="--run.resume is false"):
         train(options(start, tmp_path, run={"resume": False}), FakeServer(start[0]))
 
