@@ -38,7 +38,16 @@ def test_arms_are_trained_scored_and_kept(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = ["--steps", "2", "--batch", "2", "--eval-samples", "2", "--train-tokens", "260"]
-    words = [str(tiny("llama")), *sizes, "--eval-tokens", "260,300", "--eval-facts", "1"]
+    words = [
+        str(tiny("llama")),
+        *sizes,
+        "--eval-tokens",
+        "260,300",
+        "--eval-facts",
+        "1",
+        "--train-facts",
+        "1,2",
+    ]
     (tmp_path / "text.txt").write_text("The boat drifted along the quiet river. " * 400)
     words += [
         "--eval-text",

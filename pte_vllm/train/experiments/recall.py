@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--train-tokens", default="160,224,288", help="lengths trained on")
     parser.add_argument("--eval-tokens", default="224,320,424,800", help="lengths scored")
-    parser.add_argument("--facts", type=int, default=3)
+    parser.add_argument("--facts", type=int, default=3, help="of a sequence that is scored")
+    parser.add_argument("--train-facts", default="", help="trained on, such as 3,6; or as --facts")
     parser.add_argument("--eval-facts", default="", help="also score these numbers of facts")
     parser.add_argument("--eval-samples", type=int, default=48)
     parser.add_argument(
@@ -166,7 +167,11 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     layers = parse_layers(arm.layers or settings["layers"])
     model = make_model(arm, settings["model"], settings["dtype"], layers, tokenizer, seed)
     rng = random.Random(f"train {seed}")
-    tasks = [task(length) for length in _ints(settings["train_tokens"])]
+    tasks = [
+        task(max(length, _least_tokens(facts)), facts)
+        for facts in _ints(settings["train_facts"]) or [settings["facts"]]
+        for length in _ints(settings["train_tokens"])
+    ]
 
     def next_batch() -> Batch:
         return batch_of(rng.choice(tasks).samples(settings["batch"], rng))
@@ -200,10 +205,15 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "by_length": {n: score(n, settings["facts"]) for n in lengths},
         "by_facts": {
-            n: score(max(lengths[0], 48 + 18 * n), n) for n in _ints(settings["eval_facts"])
+            n: score(max(lengths[0], _least_tokens(n)), n) for n in _ints(settings["eval_facts"])
         },
         "perplexity": _perplexity(model, tokenizer, plan, settings["eval_text"]),
     }
+
+
+def _least_tokens(num_facts: int) -> int:
+    """Room for so many facts, their questions and a little filler."""
+    return 48 + 18 * num_facts
 
 
 def _plan(window_tokens: int) -> FoldPlan:
