@@ -30,8 +30,9 @@ def _case(is_async: bool, rule: str, **how: object):
     scope="module",
     params=[
         _case(False, "paper"),
-        _case(True, "ridge"),
-        _case(False, "ridge", marks=pytest.mark.slow),
+        _case(True, "delta"),
+        _case(False, "delta", marks=pytest.mark.slow),
+        _case(True, "ridge", marks=pytest.mark.slow),
         _case(True, "paper", marks=pytest.mark.slow),
     ],
 )

@@ -82,7 +82,7 @@ def check_run(out: Path, start: Path, steps: int) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["paper", "ridge", "plain"])
+@pytest.mark.parametrize("rule", ["paper", "ridge", "delta", "plain"])
 def test_a_few_steps(rule: str, tiny: Tiny, adapters: Adapters, tmp_path: Path) -> None:
     path, out, steps = tiny("qwen3"), tmp_path / "run", 3
     start = (
