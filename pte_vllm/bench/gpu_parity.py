@@ -16,8 +16,8 @@ from pte_vllm.adapter import Adapter
 from pte_vllm.bench.gpu_engine import Spec, build
 from pte_vllm.bench.gpu_setup import TINY, random_adapter, write_model
 from pte_vllm.plan import FoldPlan
+from pte_vllm.types import RULES
 
-RULES = ("paper", "sum", "none", "ridge", "delta")
 TOLERANCE = 2e-4
 
 

@@ -82,6 +82,7 @@ def kv_layout() -> Iterator[Check]:
             try:
                 with _attention(dtype, block_size) as (layer, _):
                     _check_round_trip(layer, block_size)
+            # All three mean that vLLM's layer, or our reading of it, cannot do this size.
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 yield broken(
                     f"KV layout {dtype}",

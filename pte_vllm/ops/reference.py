@@ -172,6 +172,14 @@ class NoneRule(PaperRule):
         return sums
 
 
+def solve_damped(c: Tensor, damp: Tensor, right: Tensor) -> Tensor:
+    """(C + damp·I)⁻¹ · right for definite `c: [*, r, r]`, `damp: [*]` and `right: [*, r, r]`."""
+    identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
+    # solve_ex does not wait for the device to report singularity; C + damp is definite.
+    solution: Tensor = torch.linalg.solve_ex(c + damp[..., None, None] * identity, right)[0]
+    return solution
+
+
 class RidgeRule(Rule):
     """S = (C/n + λ·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv; zero before any fold."""
 
@@ -193,13 +201,10 @@ class RidgeRule(Rule):
     def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
         count = sums["n"][..., None, None]
         mean_c, mean_m = sums["C"] / count.clamp(min=1), sums["M"] / count.clamp(min=1)
-        identity = torch.eye(mean_c.shape[-1], dtype=mean_c.dtype, device=mean_c.device)
-        level = mean_c.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        level = mean_c.diagonal(dim1=-2, dim2=-1).mean(-1)
         # Before the first fold C is zero: damp by one, so that the solve is well posed and S zero.
-        damp = torch.where(count > 0, encoder.log_ridge.exp()[..., None, None] * level + EPS, 1.0)
-        # solve_ex does not wait for the device to report singularity; C + damp is definite.
-        solution: Tensor = torch.linalg.solve_ex(mean_c + damp * identity, mean_m)[0]
-        return solution
+        damp = torch.where(sums["n"] > 0, encoder.log_ridge.exp() * level + EPS, 1.0)
+        return solve_damped(mean_c, damp, mean_m)
 
 
 class DeltaRule(Rule):
@@ -222,13 +227,9 @@ class DeltaRule(Rule):
         assert evicted.kk is not None
         norms = sums["kk"] + evicted.kk.diagonal(dim1=-2, dim2=-1).sum(-1)  # Σ |k|²
         count = sums["n"] + evicted.num_tokens
-        damp = (encoder.log_ridge.exp() * norms / count + EPS)[..., None, None]
-        identity = torch.eye(evicted.kk.shape[-1], dtype=norms.dtype, device=norms.device)
-        # solve_ex: as in RidgeRule.
-        state: Tensor = torch.linalg.solve_ex(
-            evicted.kk + damp * identity, evicted.kv + damp * sums["S"]
-        )[0]
-        return {"S": state, "kk": norms, "n": count}
+        mu = encoder.log_ridge.exp() * norms / count + EPS
+        right = evicted.kv + mu[..., None, None] * sums["S"]
+        return {"S": solve_damped(evicted.kk, mu, right), "kk": norms, "n": count}
 
     def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
         return sums["S"]

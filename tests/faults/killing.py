@@ -1,7 +1,7 @@
 """Runs a function in a process that is killed, as by `kill -9`, at a chosen step of its file work.
 
 A step is any call of Python's that changes or syncs files below a directory, told by audit hooks;
-what libraries write without Python counts as part of the step before it. Reading is none.
+what libraries write without Python counts as part of the step before it. Reading does not count.
 """
 
 from __future__ import annotations

@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from pte_vllm.plan import FoldPlan
+from pte_vllm.train.distill_data import Example, align
+from pte_vllm.train.distill_step import evaluate
 from pte_vllm.train.experiments.recall import main
 from pte_vllm.train.experiments.recall_task import RecallTask
+from pte_vllm.train.experiments.supervised import Schedule, train_answers
+from pte_vllm.train.modeling import PTEModel
+from tests.support import random_tokens
 
 Tiny = Callable[[str], Path]
 
@@ -38,21 +44,10 @@ def test_arms_are_trained_scored_and_kept(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = ["--steps", "2", "--batch", "2", "--eval-samples", "2", "--train-tokens", "260"]
-    words = [
-        str(tiny("llama")),
-        *sizes,
-        "--eval-tokens",
-        "260,300",
-        "--eval-facts",
-        "1",
-        "--train-facts",
-        "1,2",
-    ]
+    words = [str(tiny("llama")), *sizes, "--eval-tokens", "260,300", "--eval-facts", "1"]
     (tmp_path / "text.txt").write_text("The boat drifted along the quiet river. " * 400)
     words += [
         "--eval-text",
-        str(tmp_path / "text.txt"),
-        "--train-text",
         str(tmp_path / "text.txt"),
         "--layers",
         "all",
@@ -77,3 +72,28 @@ def test_arms_are_trained_scored_and_kept(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-0.json")} == times
     with pytest.raises(SystemExit):
         main([*words, "--arms", "rigde"])
+    # Other sequences, so another loss from the first step on; a text too short is refused.
+    flags = ["--arms", "delta", "--out", str(tmp_path / "facts"), "--train-facts", "1"]
+    assert main([*words, *flags, "--train-text", str(tmp_path / "text.txt")]) == 0
+    other = json.loads((tmp_path / "facts/delta-0.json").read_text())
+    assert other["losses"][0] != records["delta"]["losses"][0]
+    (tmp_path / "short.txt").write_text("The boat drifted along the quiet river. " * 12)
+    with pytest.raises(ValueError, match="--train-text: .*short.txt has fewer than 1024 tokens"):
+        main([*words, *flags, "--train-text", str(tmp_path / "short.txt")])
+
+
+def test_text_beside_answers_is_learned_from(tiny: Tiny, adapters: Callable[..., Path]) -> None:
+    """With text the adapter comes nearer to the full cache on it than without."""
+    path = tiny("llama")
+    plan = FoldPlan(pin_tokens=16, window_tokens=32, evict_ratio=0.5, block_size=16)
+    text = [Example(tokens=tuple(random_tokens(160, 500, i)), plan=plan) for i in range(3)]
+    answer = Example(tokens=tuple(random_tokens(120, 500, 9)), plan=plan)
+
+    def kl(next_text: Callable[[], list[Example]] | None) -> float:
+        model = PTEModel.from_pretrained(path, adapters(path, rule="delta"))
+        schedule = Schedule(steps=60, learning_rate=1e-2)
+        losses = train_answers(model, lambda: align([answer]), schedule, next_text=next_text)
+        assert losses[-1] < losses[0]
+        return evaluate(model, text).kl_student
+
+    assert kl(lambda: text) < 0.5 * kl(None)

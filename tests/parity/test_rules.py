@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pte_vllm.types import RULES
 from tests.conftest import ARCHITECTURES
 from tests.engine import BLOCK, Engine, Job, lora
 from tests.parity.reference import assert_parity, difference
@@ -16,7 +17,6 @@ from tests.support import random_tokens
 WINDOW = 4 * BLOCK
 LENGTH = WINDOW + 9 * BLOCK + 7  # first fold after the window, then one a block
 SMALL_WINDOW = 2 * BLOCK  # fewer tokens to eight folds, for the model that takes its time
-RULES = ("paper", "sum", "none", "ridge", "delta")
 
 
 def _jobs(

@@ -15,6 +15,7 @@ from pte_vllm.train.batch import Batch
 from pte_vllm.train.modeling import PTEModel
 from pte_vllm.train.replay import Scores, replay
 from pte_vllm.train.window_cache import WindowCache
+from pte_vllm.types import RULES
 from tests.support import random_tokens
 
 Tiny = Callable[[str], Path]
@@ -23,7 +24,6 @@ Adapters = Callable[..., Path]
 BLOCK = 16
 LENGTHS = (203, 187, 218, 209)  # from 6 folds on
 PINS = (41, 5, 60, 20)
-RULES = ("paper", "sum", "none", "ridge", "delta")
 STEP, RELATIVE = 2e-4, 0.02
 """Of finite differences in fp32: curvature and rounding each stay below one percent."""
 

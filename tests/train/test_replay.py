@@ -19,6 +19,7 @@ from pte_vllm.adapter import Adapter
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.modeling import PTEModel
 from pte_vllm.train.replay import Fold, Scores, log_probs
+from pte_vllm.types import RULES
 from tests.support import random_tokens
 from tests.train import naive
 
@@ -28,7 +29,6 @@ Adapters = Callable[..., Path]
 BLOCK = 16
 PROMPT = 41  # not a multiple of the block size
 LENGTH = 203  # folds at 112, 128, … 192 with the plan below, and a last segment of odd length
-RULES = ("paper", "sum", "none", "ridge", "delta")
 
 
 def plan(pin_tokens: int = PROMPT, window_blocks: int = 4, evict_ratio: float = 0.25) -> FoldPlan:
