@@ -382,4 +382,4 @@ def _layer_encoder(
     zeros = {name: torch.zeros(shapes[name]) for name in _OPTIONAL}
     values = {**zeros, **tensors}
     values["global_"] = values.pop("global")
-    return LayerEncoder(**values)
+    return LayerEncoder(**values, features=pte.features)

@@ -21,6 +21,8 @@ from pte_vllm.calibration import LayerSample
 from pte_vllm.config import PTEConfig
 from pte_vllm.ops.reference import LayerEncoder
 
+_MIXED_DIRECTIONS = 16
+"""Leading ones of the head, which squared features are mixtures of."""
 _SPARE_STD = 0.1
 """Of rows beyond what the head has directions for, against a random start's."""
 
@@ -80,6 +82,7 @@ def _encoder(
         b_k=torch.zeros(r),
         b_v=torch.zeros(r),
         log_ridge=torch.zeros(()),
+        features=config.features,
     )
 
 
@@ -119,14 +122,15 @@ def _aligned(sample: LayerSample, config: PTEConfig, generator: torch.Generator)
     own = slice(kv * size, (kv + 1) * size)
     q = sample.q[:, head].flatten(0, 1).cpu()
     fit_k, fit_q = query_key_form(q, k_all[:, own], config.rank)
+    if config.features == "squared":
+        fit_k, fit_q = _mixtures(fit_k, fit_q, k_all[:, own], config.rank, generator)
     fit_v = torch.linalg.eigh(_covariance(v_all[:, own]))[1].flip(-1)[:, : config.rank].mT
 
     encoder = _encoder(sample, config, generator, identity=True)
-    n = fit_k.shape[0]
     w_k, w_v = (_SPARE_STD * w for w in (encoder.w_k, encoder.w_v))
     for w, fit in ((w_k, fit_k), (w_v, fit_v)):
-        w[:n] = 0.0
-        w[:n, own] = fit
+        w[: len(fit)] = 0.0
+        w[: len(fit), own] = fit
     k_mean, v_mean = k_all.mean(0), v_all.mean(0)
     encoder = replace(
         encoder,
@@ -169,6 +173,20 @@ def query_key_form(q: Tensor, k: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     strength, form = strength.flip(-1)[:rank], form.flip(-1)[:, :rank]
     scale = strength.clamp(min=1e-6 * float(level)).pow(0.25)[:, None]
     return (inverse @ form).mT * scale, (root @ form).mT / scale
+
+
+def _mixtures(
+    fit_k: Tensor, fit_q: Tensor, k: Tensor, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Both sides of the form for squared features, `[rank, D]`: random mixtures of its directions.
+
+    The same mixture w on both sides: Σ_w (w·q)² (w·k)² is a sketch of the form's square. Directions
+    are mixed at the spread that their keys `k: [.., D]` have, lest the first one be all there is.
+    """
+    top_k, top_q = fit_k[:_MIXED_DIRECTIONS], fit_q[:_MIXED_DIRECTIONS]
+    spread = ((k - k.mean(0)) @ top_k.mT).square().mean(0).sqrt().clamp(min=1e-6)[:, None]
+    mix = torch.randn(rank, len(top_k), generator=generator) / math.sqrt(len(top_k))
+    return mix @ (top_k / spread), mix @ (top_q / spread)
 
 
 def evicted_kv(sample: LayerSample, keys: str) -> tuple[Tensor, Tensor]:

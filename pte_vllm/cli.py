@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from pte_vllm import __version__
 from pte_vllm.config import PTEConfig
-from pte_vllm.types import INITS, KEYS, NORMALIZES, READS, RULES
+from pte_vllm.types import FEATURES, INITS, KEYS, NORMALIZES, READS, RULES
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 B_STARTS = ("zero", "random")
@@ -115,6 +115,12 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--normalize", choices=NORMALIZES, default=PTEConfig.normalize)
     parser.add_argument("--keys", choices=KEYS, default=PTEConfig.keys, help="RoPE undone or not")
     parser.add_argument(
+        "--features",
+        choices=FEATURES,
+        default=PTEConfig.features,
+        help="of keys, and of A x when it meets them",
+    )
+    parser.add_argument(
         "--alpha",
         type=float,
         help="the adapter is scaled by alpha / rank (default: the rank, a scale of 1)",
@@ -136,6 +142,7 @@ def _init(options: argparse.Namespace) -> int:
         read=options.read,
         normalize=options.normalize,
         keys=options.keys,
+        features=options.features,
         init=options.init,
     )
     _check_model(options.model)

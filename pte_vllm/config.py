@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pte_vllm.plan import FoldPlan
-from pte_vllm.types import INITS, KEYS, NORMALIZES, READS, RULES
+from pte_vllm.types import FEATURES, INITS, KEYS, NORMALIZES, READS, RULES
 
 FORMAT_VERSION = 1
 
@@ -48,6 +48,8 @@ class PTEConfig:
     """`matrix`: Frobenius norm √r. `row`: L2 norm 1 for each row."""
     keys: str = "unrotated"
     """Whether RoPE is undone before a key is encoded."""
+    features: str = "linear"
+    """φ of a key, and of A x when it meets keys: `linear`, or `squared`, number by number."""
     init: str = "aligned"
     """How the adapter was initialised; the engine treats this as a note only."""
 
@@ -64,6 +66,7 @@ class PTEConfig:
         _check_choice("read", self.read, READS)
         _check_choice("normalize", self.normalize, NORMALIZES)
         _check_choice("keys", self.keys, KEYS)
+        _check_choice("features", self.features, FEATURES)
         _check_choice("init", self.init, INITS)
         check_rule_fits(self.rule, self.rank, self.global_tokens)
         if self.read == "value" and self.rank != self.global_tokens:
@@ -71,6 +74,8 @@ class PTEConfig:
                 f"read value needs global_tokens equal to rank, got {self.global_tokens} "
                 f"and {self.rank}"
             )
+        if self.features == "squared" and self.read != "key":
+            raise ValueError("features squared need read key: with read value, A x meets no keys")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PTEConfig:

@@ -56,7 +56,7 @@ class EvictedBlocks:
     rope: RopeTable | None
     """The model's; None where it has no rotary embedding."""
     _tables: dict[tuple[tuple[int, ...], int], CacheTable | None] = field(default_factory=dict)
-    _warm: set[tuple[int, bool, bool]] = field(default_factory=set)
+    _warm: set[tuple[int, str, bool, bool]] = field(default_factory=set)
 
     @torch.inference_mode()
     def fold_into(
@@ -120,7 +120,7 @@ class EvictedBlocks:
     def warm_up(self, loaded: LoadedEncoder, rule: str) -> None:
         """Compile the kernel for an adapter before its first fold, which would wait seconds."""
         reads_kk, rope = RULES[rule].reads_kk, self._rope_for(loaded)
-        kind = loaded.config.rank, reads_kk, rope is None
+        kind = loaded.config.rank, loaded.config.features, reads_kk, rope is None
         if rule == "none" or kind in self._warm:
             return
         self._warm.add(kind)

@@ -1,4 +1,4 @@
-"""State-modulated LoRA: y = W x + (alpha/r) B (Sᵀ (A x)) inside vLLM's multi-LoRA.
+"""State-modulated LoRA: y = W x + (alpha/r) B (Sᵀ φ(A x)) inside vLLM's multi-LoRA.
 
 vLLM loads, packs, shards and swaps adapters as always; two things are ours. A manager that reads
 the encoder beside the LoRA, and a view of vLLM's punica wrapper per layer that multiplies by the
@@ -122,10 +122,12 @@ def install_views(
             # vLLM looks it up eight times a call, through a `__getattr__` in Python.
             module.__dict__["base_layer"] = module.base_layer
             module.punica_wrapper = CPULayerPunica(
-                module, pool.states[layer], tokens, manager.loaded_in, library, arena, operators
+                *(module, pool.states[layer], pool.squared, tokens),
+                *(manager.loaded_in, library, arena, operators),
             )
         elif layer is not None:
-            module.punica_wrapper = CUDALayerPunica(wrapper, pool.states[layer], tokens)
+            states = pool.states[layer]
+            module.punica_wrapper = CUDALayerPunica(wrapper, states, pool.squared, tokens)
         elif skips_unused and isinstance(
             module, LogitsProcessorWithLoRA | VocabParallelEmbeddingWithLoRA
         ):

@@ -83,17 +83,21 @@ class NativeLoRA:
             len(used),
         )
 
-    def add(self, y: Tensor, x: Tensor, states: Tensor | None, slots: Tensor) -> None:
-        """`y: [T, D]` += B Sᵀ (A x), in place.
+    def add(
+        self, y: Tensor, x: Tensor, states: Tensor | None, squared: Tensor, slots: Tensor
+    ) -> None:
+        """`y: [T, D]` += B Sᵀ φ(A x), in place.
 
         Args:
             x: `[T, d_in]`; rows of x and y may be apart, the numbers of a row may not.
             states: `[slots, R, R]`; None: all the identity.
+            squared: `[slots]` bool, whether φ squares.
             slots: `[T]` int64, the state of each token.
         """
         self._function(
             *self._packed,
             None if states is None else states.data_ptr(),
+            squared.data_ptr(),
             slots.data_ptr(),
             x.data_ptr(),
             x.stride(0),
@@ -109,6 +113,7 @@ class CPULayerPunica(PunicaView):
     Args:
         module: of the linear; its adapters' weights stay where they are.
         states: of the layer, `[slots, R, R]`, as they are multiplied from the right.
+        squared: `[slots]`, whether A x is squared before; see `ops.modulate`.
         tokens: of the step.
         loaded: what is in one of vLLM's adapter slots; changes whenever its weights do.
         library: the compiled code, if there is any.
@@ -120,6 +125,7 @@ class CPULayerPunica(PunicaView):
         self,
         module: BaseLinearLayerWithLoRA,
         states: Tensor,
+        squared: Tensor,
         tokens: TokenSlots,
         loaded: Callable[[int], object],
         library: ctypes.CDLL | None,
@@ -130,7 +136,7 @@ class CPULayerPunica(PunicaView):
         self._a_stacked, self._b_stacked = module.lora_a_stacked, module.lora_b_stacked
         self._operators = operators  # which live as long as one of their layers
         self._apply = self._add if operators is None else operators.wrap(self._add)
-        self._states = states
+        self._states, self._squared = states, squared
         self._tokens = tokens
         self._loaded = loaded
         self._library = library
@@ -149,7 +155,7 @@ class CPULayerPunica(PunicaView):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """y[:, slice] += B_slice (Sᵀ (A_slice x)); alpha/r is already merged into B.
+        """y[:, slice] += B_slice (Sᵀ φ(A_slice x)); alpha/r is already merged into B.
 
         `y: [T, D]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
         """
@@ -170,10 +176,10 @@ class CPULayerPunica(PunicaView):
             if packed.empty:
                 continue
             if rows is None:
-                packed.add(y, x, states, tokens.slots)
+                packed.add(y, x, states, self._squared, tokens.slots)
             else:
                 part = y[rows]
-                packed.add(part, x[rows], states, tokens.slots[rows])
+                packed.add(part, x[rows], states, self._squared, tokens.slots[rows])
                 y[rows] = part
 
     def _weights(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -208,9 +214,10 @@ class CPULayerPunica(PunicaView):
         tokens = self._tokens
         if not tokens.any:
             return a
+        about = self._states, self._squared
         if rows is not None:
-            return modulate_tokens(a, self._states, tokens.slots[rows])
-        return modulate_segments(a, self._states, tokens.slots[: len(a)], tokens.segments)
+            return modulate_tokens(a, *about, tokens.slots[rows])
+        return modulate_segments(a, *about, tokens.slots[: len(a)], tokens.segments)
 
 
 def load_native(dtype: torch.dtype) -> ctypes.CDLL | None:

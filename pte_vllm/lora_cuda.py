@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from pte_vllm.lora import TokenSlots
 
 
-def _modulate(a: torch.Tensor, states: torch.Tensor, token_slots: torch.Tensor) -> None:
+def _modulate(
+    a: torch.Tensor, states: torch.Tensor, squared: torch.Tensor, token_slots: torch.Tensor
+) -> None:
     from pte_vllm.ops.modulate_triton import modulate_slices_  # a CPU may have no Triton
 
-    modulate_slices_(a, states, token_slots)
+    modulate_slices_(a, states, squared, token_slots)
 
 
 _modulate_ = operators.register("modulate_", _modulate, mutates=["a"])
@@ -37,12 +39,13 @@ class CUDALayerPunica(PunicaView):
     Args:
         wrapper: vLLM's.
         states: of the layer, `[slots, R, R]`, as they are multiplied from the right.
+        squared: `[slots]`, whether A x is squared before; see `ops.modulate`.
         tokens: of the step.
     """
 
-    def __init__(self, wrapper: Any, states: Tensor, tokens: TokenSlots) -> None:
+    def __init__(self, wrapper: Any, states: Tensor, squared: Tensor, tokens: TokenSlots) -> None:
         super().__init__(wrapper)
-        self._states = states
+        self._states, self._squared = states, squared
         self._tokens = tokens
         self._modulate_ = _modulate_ if use_kernels(states.device) else modulate_slices
 
@@ -58,7 +61,7 @@ class CUDALayerPunica(PunicaView):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """y[:, slice] += B_slice (Sᵀ (A_slice x)); alpha/r is already merged into B.
+        """y[:, slice] += B_slice (Sᵀ φ(A_slice x)); alpha/r is already merged into B.
 
         `y: [T, d_out]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
         Without `add_inputs` y holds zeros.
@@ -72,7 +75,7 @@ class CUDALayerPunica(PunicaView):
             (len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device
         )
         self._wrapper.add_shrink(buffer, x, lora_a_stacked, scale)
-        self._modulate_(buffer, self._states, self._tokens.slots)
+        self._modulate_(buffer, self._states, self._squared, self._tokens.slots)
         self._wrapper.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs)
 
     def _add_in_fp32(
@@ -94,7 +97,8 @@ class CUDALayerPunica(PunicaView):
         for adapter in range(lora_a_stacked[0].size(0)):
             mine, offset = (indices == adapter)[:, None], 0
             for a, b in zip(lora_a_stacked, lora_b_stacked, strict=True):
-                shrunk = modulate_tokens(scale * (x @ a[adapter, 0].mT), self._states, slots)
+                shrunk = scale * (x @ a[adapter, 0].mT)
+                shrunk = modulate_tokens(shrunk, self._states, self._squared, slots)
                 out = y[:, offset : offset + b.size(2)]
                 out += torch.where(mine, shrunk @ b[adapter, 0].mT, 0.0)
                 offset += b.size(2)

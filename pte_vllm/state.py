@@ -17,7 +17,14 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from pte_vllm.config import PTEConfig, check_rule_fits
 from pte_vllm.counters import FoldCounters
-from pte_vllm.ops.reference import RULES, LayerEncoder, Moments, Sums, moments, relative_update
+from pte_vllm.ops.reference import (
+    RULES,
+    LayerEncoder,
+    Moments,
+    Sums,
+    moments,
+    relative_update,
+)
 from pte_vllm.plan import FoldPlan
 from pte_vllm.thoughts import Thoughts, ThoughtStore, find_id, to_host
 
@@ -91,7 +98,9 @@ class Snapshot:
 
 
 class StatePool:
-    """`states[layer]: [slots, R, R]`, what A x is multiplied by, and the sequences that own them.
+    """`states[layer]: [slots, R, R]`, what φ(A x) is multiplied by, and the sequences that own it.
+
+    `squared: [slots]` says whose φ squares.
 
     Args:
         num_layers: decoder layers of the model.
@@ -114,6 +123,7 @@ class StatePool:
     ) -> None:
         self.states = torch.zeros(num_layers, max_num_seqs + 1, max_rank, max_rank, device=device)
         self.states[:, IDENTITY_SLOT] = torch.eye(max_rank, device=device)
+        self.squared = torch.zeros(max_num_seqs + 1, dtype=torch.bool, device=device)
         self.free_slots = list(range(max_num_seqs, 0, -1))
         self.sequences: dict[str, Sequence] = {}
         self.kept = kept
@@ -140,6 +150,7 @@ class StatePool:
             check_rule_fits(sequence.rule, loaded.config.rank, loaded.config.global_tokens)
             sequence.slot = self.free_slots.pop()
             self.states[:, sequence.slot] = 0.0
+            self.squared[sequence.slot] = loaded.config.features == "squared"
             sequence.sums = RULES[sequence.rule].start(loaded.encoder, loaded.config.normalize)
             self._write_own(sequence)
         self.sequences[request_id] = sequence

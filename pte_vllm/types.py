@@ -9,12 +9,14 @@ Rule = Literal["paper", "sum", "none", "ridge", "delta"]
 Read = Literal["key", "value"]
 Normalize = Literal["matrix", "row"]
 Keys = Literal["unrotated", "rotated"]
+Features = Literal["linear", "squared"]
 Init = Literal["aligned", "aligned_mean", "aligned_key", "random"]
 
 RULES: tuple[str, ...] = get_args(Rule)
 READS: tuple[str, ...] = get_args(Read)
 NORMALIZES: tuple[str, ...] = get_args(Normalize)
 KEYS: tuple[str, ...] = get_args(Keys)
+FEATURES: tuple[str, ...] = get_args(Features)
 INITS: tuple[str, ...] = get_args(Init)
 
 

@@ -146,6 +146,7 @@ def make_random_adapter(
     read: str = "key",
     keys: str = "unrotated",
     normalize: str = "matrix",
+    features: str = "linear",
     layers: Sequence[int] | None = None,
     targets: Sequence[str] = TARGETS,
     seed: int = 0,
@@ -169,6 +170,7 @@ def make_random_adapter(
             b_k=0.3 * torch.randn(rank),
             b_v=0.3 * torch.randn(rank),
             log_ridge=0.5 * torch.randn(()),
+            features=features,
         )
         for layer in used
     }
@@ -179,6 +181,7 @@ def make_random_adapter(
         read=read,
         keys=keys,
         normalize=normalize,
+        features=features,
         init="random",
     )
     Adapter(

@@ -25,6 +25,8 @@ def test_adapter_options_survive_json() -> None:
         ({"rule": "mean"}, "rule must be one of paper, sum, none, ridge, delta, got 'mean'"),
         ({"read": "both"}, "read must be one of"),
         ({"normalize": "l2"}, "normalize must be one of"),
+        ({"features": "cubed"}, "features must be one of"),
+        ({"features": "squared", "read": "value"}, "features squared need read key"),
         ({"keys": "raw"}, "keys must be one of"),
         ({"init": "zeros"}, "init must be one of"),
         ({"rule": "ridge", "rank": 8, "global_tokens": 4}, "rule ridge needs global_tokens equal"),

@@ -99,20 +99,22 @@ def test_modulation_in_a_captured_graph_follows_states_and_slots() -> None:
     device, rank, slices, size = torch.device("cuda"), 24, 3, 8
     states = torch.randn(5, rank, rank, device=device)
     states[0] = torch.eye(rank)
+    squared = torch.arange(5, device=device) == 2
     tokens = TokenSlots.allocate(32, device)
     a, given = (torch.empty(slices, size, rank, device=device) for _ in range(2))
-    modulate_slices_(a, states, tokens.slots)  # compiles
+    modulate_slices_(a, states, squared, tokens.slots)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         a.copy_(given)
-        modulate_slices_(a, states, tokens.slots)
+        modulate_slices_(a, states, squared, tokens.slots)
     for slots in ([1, 2, 3, 4, 0], [4] * 8, []):
         states[1:].normal_()
         given.normal_()
         tokens.publish([(i, i + 1, slot) for i, slot in enumerate(slots)])
         graph.replay()
         for t, slot in enumerate([*slots, *[0] * (size - len(slots))]):
-            wanted = reference.modulate(given[:, t], states[slot], "key")
+            features = "squared" if slot == 2 else "linear"
+            wanted = reference.modulate(given[:, t], states[slot], "key", features)
             torch.testing.assert_close(a[:, t], wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -89,7 +89,9 @@ def _encoder(layers: int, d_kv: int, device: str) -> LayerEncoder:
     names = ("query", "global_", "w_q", "w_k", "w_v")
     matrices = {name: noise(_RANK, d_kv) for name in names}
     vectors = {name: noise(_RANK) for name in ("b_k", "b_v")}
-    return LayerEncoder(**matrices, **vectors, gain=noise(), log_ridge=noise())
+    vectors |= {name: noise() for name in ("gain", "log_ridge")}
+    tensors: dict[str, Any] = matrices | vectors
+    return LayerEncoder(**tensors)
 
 
 def _modulate(device: str, tokens: int, slices: int) -> dict[str, Any]:
@@ -97,19 +99,25 @@ def _modulate(device: str, tokens: int, slices: int) -> dict[str, Any]:
     slots = min(tokens, 1024)
     states = torch.randn(slots + 1, _RANK, _RANK, device=device) / math.sqrt(_RANK)  # keeps norms
     states[0] = torch.eye(_RANK, device=device)
+    squared = torch.arange(slots + 1, device=device) % 2 == 1
     token_slots = torch.arange(tokens, device=device) * slots // tokens  # long chunks if many
     a = torch.randn(slices, tokens, _RANK, device=device)
     found, wanted = a.clone(), a.clone()
-    modulate_slices_(found, states, token_slots)
+    modulate_slices_(found, states, squared, token_slots)
     for i in range(slices):
-        wanted[i] = reference.modulate(a[i][:, None], states[token_slots], "key")[:, 0]
-    scratch = a.clone() * 1e-3
+        a_i, of_tokens = a[i][:, None], states[token_slots]
+        linear, squares = (
+            reference.modulate(a_i, of_tokens, "key", features)[:, 0]
+            for features in ("linear", "squared")
+        )
+        wanted[i] = torch.where(squared[token_slots][:, None], squares, linear)
+    scratch, about = a.clone() * 1e-3, (states, squared, token_slots)
     return {
         "kernel": "modulate",
         "dtype": "float32",
         "size": f"{tokens} tokens x {slices} slices",
-        "ms": _time(lambda: modulate_slices_(scratch, states, token_slots), device),
-        "torch_ms": _time(lambda: modulate_slices(scratch, states, token_slots), device),
+        "ms": _time(lambda: modulate_slices_(scratch, *about), device),
+        "torch_ms": _time(lambda: modulate_slices(scratch, *about), device),
         "error": _error(found, wanted),
     }
 

@@ -28,6 +28,7 @@ struct Fold {
     const float* b_k;  // [L, R]
     const float* b_v;
     int64_t num_layers, num_sequences, num_blocks, block_size, heads, dim, half, rank;
+    bool squared;  // whether phi squares keys
     float* kv;  // [L, S, r, r]
     float* kk;  // the same; null: not wanted
 
@@ -124,6 +125,10 @@ void fold_one(const Fold<Number>& f, int64_t layer, int64_t sequence) {
         if (f.cos != nullptr) unrotate(f, f.first[sequence] + done, read);
         project_all<vectors>(read, f.block_size, f.width(), w_k, f.b_k + layer * padded,
                              k + done * padded);
+        if (f.squared)
+            for (float* number = k + done * padded; number < k + (done + f.block_size) * padded;
+                 ++number)
+                *number *= *number;
         gather(f, block, f.value_index, read);
         project_all<vectors>(read, f.block_size, f.width(), w_v, f.b_v + layer * padded,
                              v + done * padded);
@@ -161,10 +166,11 @@ void fold(const Fold<Number>& f, int64_t vectors) {
                          const float* sin, const float* w_k, const float* w_v, const float* b_k,   \
                          const float* b_v, int64_t num_layers, int64_t num_sequences,              \
                          int64_t num_blocks, int64_t block_size, int64_t heads, int64_t dim,       \
-                         int64_t half, int64_t rank, int64_t vectors, float* kv, float* kk) {      \
+                         int64_t half, int64_t rank, bool squared, int64_t vectors,                \
+                         float* kv, float* kk) {                                                   \
         fold(Fold<Number>{caches, block_stride, head_stride, key_index, value_index, block_ids,    \
                           first, cos, sin, w_k, w_v, b_k, b_v, num_layers, num_sequences,          \
-                          num_blocks, block_size, heads, dim, half, rank, kv, kk},                 \
+                          num_blocks, block_size, heads, dim, half, rank, squared, kv, kk},   \
              vectors);                                                                             \
     }
 

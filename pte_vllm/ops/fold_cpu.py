@@ -81,7 +81,8 @@ def moments_cpu(
         *((None, None) if rope is None else (rope.cos.data_ptr(), rope.sin.data_ptr())),
         *(t.data_ptr() for t in (w_k, w_v, b_k, b_v)),
         *(num_layers, num_sequences, num_blocks, block_size, heads, width // 2),
-        *(0 if rope is None else rope.cos.shape[1], rank, vectors),
+        *(0 if rope is None else rope.cos.shape[1], rank),
+        *(encoder.features == "squared", vectors),
         *(kv.data_ptr(), None if kk is None else kk.data_ptr()),
     )
     return Moments(kv=kv, kk=kk, num_tokens=num_blocks * block_size)

@@ -70,6 +70,7 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     stride_block,
     stride_head,
     stride_token,
+    SQUARED: tl.constexpr,  # whether φ squares keys
     DIM: tl.constexpr,
     HALF: tl.constexpr,  # half of the rotated numbers; 0 leaves keys as cached
     WITH_KK: tl.constexpr,
@@ -136,6 +137,8 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
             w_v += DIM
         # Tokens past the end would add their biases.
         k = tl.where(live[:, None], k + b_k[None, :], 0.0)
+        if SQUARED:
+            k = k * k
         v = tl.where(live[:, None], v + b_v[None, :], 0.0)
         kv = tl.dot(tl.trans(k), v, kv, input_precision="ieee")
         if WITH_KK:
@@ -265,6 +268,7 @@ def _launch(
         cache.stride(0),
         cache.stride(1),
         cache.stride(2),
+        SQUARED=encoder.features == "squared",
         DIM=dim,
         HALF=half,
         WITH_KK=with_kk,

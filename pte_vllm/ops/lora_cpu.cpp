@@ -1,4 +1,4 @@
-// State-modulated LoRA: y += B_slice (S^T (A_slice x)), all slices of one linear
+// State-modulated LoRA: y += B_slice (S^T phi(A_slice x)), all slices of one linear
 // and all three products in one call. pte_vllm/ops/native.py compiles it; lora_cpu.py packs for it.
 //
 // Letters in shapes: T tokens, n slices, R rank, D outputs.
@@ -25,6 +25,7 @@ struct Work {
     const int32_t* tiles;  // [tiles, 3]: slice, first output, outputs
     int64_t num_tiles, d_in, d_pad, rank, r_pad, num_slices;
     const float* states;   // [slots, R, R] multiplied from the right; null: the identity
+    const bool* squared;   // [slots], whether phi squares
     const int64_t* slots;  // [T]
     const Number* x;
     int64_t x_stride;
@@ -32,7 +33,7 @@ struct Work {
     int64_t y_stride;
     Number* padded;  // [T, d_pad], x where its rows are too short
     float* shrunk;   // [T, n, R], A x
-    Number* read;    // [T, n, r_pad], S^T A x
+    Number* read;    // [T, n, r_pad], S^T phi(A x)
 
     int64_t rows() const { return num_slices * rank; }
 
@@ -81,12 +82,14 @@ struct Work {
                 shrunk[(first + t) * rows() + row + i] = sum(sums[i][t]);
     }
 
-    // S^T A x of one token, all slices.
+    // S^T phi(A x) of one token, all slices.
     void modulate(int64_t t) const {
         for (int64_t slice = 0; slice < num_slices; ++slice) {
-            const float* in = shrunk + t * rows() + slice * rank;
+            float* in = shrunk + t * rows() + slice * rank;
             Number* out = read + (t * num_slices + slice) * r_pad;
             const float* state = states ? states + slots[t] * rank * rank : nullptr;
+            if (state && squared[slots[t]])
+                for (int64_t r = 0; r < rank; ++r) in[r] *= in[r];
             int64_t c = 0;
             for (; c + 2 * kLanes <= rank; c += 2 * kLanes) modulate_some<2>(in, state, c, out);
             for (; c + kLanes <= rank; c += kLanes) modulate_some<1>(in, state, c, out);
@@ -198,10 +201,11 @@ void add(Work<Number> work, int64_t tokens) {
     extern "C" void name(const Number* a, const Number* b, const int32_t* tiles, int64_t num_tiles, \
                          int64_t d_in, int64_t d_pad, int64_t rank, int64_t r_pad,                 \
                          int64_t num_slices,                                                       \
-                         const float* states, const int64_t* slots, const Number* x,               \
-                         int64_t x_stride, Number* y, int64_t y_stride, int64_t tokens) {          \
-        add<Number>({a, b, tiles, num_tiles, d_in, d_pad, rank, r_pad, num_slices, states, slots,  \
-                     x, x_stride, y, y_stride, nullptr, nullptr, nullptr},                         \
+                         const float* states, const bool* squared, const int64_t* slots,           \
+                         const Number* x, int64_t x_stride, Number* y, int64_t y_stride,           \
+                         int64_t tokens) {                                                         \
+        add<Number>({a, b, tiles, num_tiles, d_in, d_pad, rank, r_pad, num_slices, states,         \
+                     squared, slots, x, x_stride, y, y_stride, nullptr, nullptr, nullptr},    \
                     tokens);                                                                       \
     }
 

@@ -1,7 +1,8 @@
 """Modulation between LoRA's shrink and expand: every token by the state of its sequence.
 
 Definition: `ops.reference.modulate`. States are stored ready to be multiplied from the right
-(transposed for read `value`), so one product serves both.
+(transposed for read `value`), so one product serves both. `squared: [slots]` bool says whose A x is
+squared first (`ops.reference.feature_map`).
 """
 
 from __future__ import annotations
@@ -15,27 +16,39 @@ Segment = tuple[int, int, int]
 """Tokens `[start, end)` of the step and the slot of their sequence."""
 
 
-def modulate_tokens(a: Tensor, states: Tensor, token_slots: Tensor) -> Tensor:
+def map_features(a: Tensor, squared: Tensor, token_slots: Tensor) -> Tensor:
+    """`ops.reference.feature_map` by token: `a: [.., T, R]`, `token_slots: [T]` int64."""
+    return torch.where(squared.index_select(0, token_slots)[:, None], a.square(), a)
+
+
+def modulate_tokens(a: Tensor, states: Tensor, squared: Tensor, token_slots: Tensor) -> Tensor:
     """One state per token, no host synchronisation: for graphs and for decode.
 
     `a: [T, R]` fp32, `states: [slots, R, R]`, `token_slots: [T]` int64; returns `[T, R]`.
     """
-    return torch.bmm(a[:, None], states.index_select(0, token_slots))[:, 0]
+    return _by_token(map_features(a, squared, token_slots), states, token_slots)
 
 
-def modulate_slices(a: Tensor, states: Tensor, token_slots: Tensor) -> None:
+def modulate_slices(a: Tensor, states: Tensor, squared: Tensor, token_slots: Tensor) -> None:
     """`modulate_tokens` for all slices of a merged linear, in place.
 
     `a: [n, T, R]` fp32; of `token_slots` the first T count.
     """
-    chosen = states.index_select(0, token_slots[: a.shape[1]])
-    a.copy_(torch.bmm(a.transpose(0, 1), chosen).transpose(0, 1))
+    token_slots = token_slots[: a.shape[1]]
+    features = map_features(a, squared, token_slots)
+    chosen = states.index_select(0, token_slots)
+    a.copy_(torch.bmm(features.transpose(0, 1), chosen).transpose(0, 1))
 
 
 def modulate_segments(
-    a: Tensor, states: Tensor, token_slots: Tensor, segments: Sequence[Segment]
+    a: Tensor,
+    states: Tensor,
+    squared: Tensor,
+    token_slots: Tensor,
+    segments: Sequence[Segment],
 ) -> Tensor:
     """The same by sequence: a product for each longer chunk, one batched product for the rest."""
+    a = map_features(a, squared, token_slots)
     out = torch.empty_like(a)
     single = []
     for start, end, slot in segments:
@@ -44,8 +57,12 @@ def modulate_segments(
         else:
             torch.mm(a[start:end], states[slot], out=out[start:end])
     if len(single) == len(a):
-        return modulate_tokens(a, states, token_slots)
+        return _by_token(a, states, token_slots)
     if single:
         rows = torch.tensor(single, device=a.device)
-        out[rows] = modulate_tokens(a[rows], states, token_slots[rows])
+        out[rows] = _by_token(a[rows], states, token_slots[rows])
     return out
+
+
+def _by_token(features: Tensor, states: Tensor, token_slots: Tensor) -> Tensor:
+    return torch.bmm(features[:, None], states.index_select(0, token_slots))[:, 0]

@@ -37,7 +37,7 @@ _LORA_ARGUMENTS = [
     *(_POINTER, _POINTER, _POINTER),  # a, b, tiles
     *(_NUMBER, _NUMBER, _NUMBER),  # num_tiles, d_in, d_pad
     *(_NUMBER, _NUMBER, _NUMBER),  # rank, r_pad, num_slices
-    *(_POINTER, _POINTER),  # states, slots
+    *(_POINTER, _POINTER, _POINTER),  # states, squared, slots
     *(_POINTER, _NUMBER),  # x, its stride
     *(_POINTER, _NUMBER),  # y, its stride
     _NUMBER,  # tokens
@@ -49,7 +49,8 @@ _FOLD_ARGUMENTS = [
     *(_POINTER, _POINTER),  # cos, sin
     *(_POINTER, _POINTER, _POINTER, _POINTER),  # w_k, w_v, b_k, b_v
     *(_NUMBER, _NUMBER, _NUMBER, _NUMBER),  # num_layers, num_sequences, num_blocks, block_size
-    *(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _NUMBER),  # heads, dim, half, rank, vectors
+    *(_NUMBER, _NUMBER, _NUMBER, _NUMBER),  # heads, dim, half, rank
+    *(ctypes.c_bool, _NUMBER),  # squared, vectors
     *(_POINTER, _POINTER),  # kv, kk
 ]
 

@@ -1,4 +1,5 @@
-"""Every equation of the method, once (arXiv 2602.16839, section 3; `ridge` and `delta` are ours).
+"""Every equation of the method, once (arXiv 2602.16839, section 3; `ridge`, `delta` and `squared`
+features are ours).
 
 All functions broadcast over leading dimensions `*`, so that one call serves one layer of one
 sequence, a batch of sequences, or all layers at once (an encoder whose tensors are stacked).
@@ -37,22 +38,38 @@ class LayerEncoder:
     b_k: Tensor  # [*, r]
     b_v: Tensor  # [*, r]
     log_ridge: Tensor  # [*]            log λ
+    features: str = "linear"
+    """φ of `feature_map`: of keys, and of A x when it meets them."""
 
     @classmethod
     def stack(cls, encoders: Sequence[LayerEncoder]) -> LayerEncoder:
         """All layers as one encoder with a leading dimension of layers."""
-        return cls(
-            **{f.name: torch.stack([getattr(e, f.name) for e in encoders]) for f in fields(cls)}
-        )
+        stacked = {name: torch.stack([getattr(e, name) for e in encoders]) for name in TENSORS}
+        return cls(**stacked, features=encoders[0].features)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerEncoder:
         """Apply `function` to every tensor, such as a move to a device."""
-        return LayerEncoder(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
+        tensors = {name: function(getattr(self, name)) for name in TENSORS}
+        return LayerEncoder(**tensors, features=self.features)
+
+
+TENSORS = tuple(f.name for f in fields(LayerEncoder) if f.name != "features")
+"""Of a `LayerEncoder`, by name."""
+
+
+def feature_map(x: Tensor, features: str) -> Tensor:
+    """φ(x): x itself, or its numbers `squared`.
+
+    With linear features the state answers with a sum over all keys, each by its inner product with
+    A x. Squares of the numbers are a sketch of a kernel of degree two: what is most alike weighs
+    more against the rest, as under softmax, and a weight is never negative.
+    """
+    return x.square() if features == "squared" else x
 
 
 def project(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values as encoded: `K_e W_Kᵀ + b_K`, `V_e W_Vᵀ + b_V`, each `[*, m, r]`."""
-    k = k_e @ encoder.w_k.mT + encoder.b_k[..., None, :]
+    """Keys and values as encoded: `φ(K_e W_Kᵀ + b_K)`, `V_e W_Vᵀ + b_V`, each `[*, m, r]`."""
+    k = feature_map(k_e @ encoder.w_k.mT + encoder.b_k[..., None, :], encoder.features)
     v = v_e @ encoder.w_v.mT + encoder.b_v[..., None, :]
     return k, v
 
@@ -98,12 +115,12 @@ def initial_state(encoder: LayerEncoder, how: str) -> Tensor:
     return normalize(contribution(encoder, encoder.global_, encoder.global_), how)
 
 
-def modulate(a: Tensor, s: Tensor, read: str) -> Tensor:
-    """What stands between A and B: `Sᵀ(A x)` for read `key`, `S(A x)` for `value`.
+def modulate(a: Tensor, s: Tensor, read: str, features: str = "linear") -> Tensor:
+    """What stands between A and B: `Sᵀφ(A x)` for read `key`, `S(A x)` for `value`.
 
     `a: [*, T, G]`, `s: [*, G, r]`; returns `[*, T, r]` (for `value`, G must equal r).
     """
-    return a @ (s if read == "key" else s.mT)
+    return feature_map(a, features) @ (s if read == "key" else s.mT)
 
 
 def relative_update(s: Tensor, update: Tensor) -> Tensor:

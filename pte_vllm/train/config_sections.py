@@ -11,7 +11,7 @@ from pte_vllm.cli import TARGET_MODULES, parse_layers
 from pte_vllm.config import PTEConfig
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.config_io import Section
-from pte_vllm.types import Init, Keys, Normalize, Read, Rule
+from pte_vllm.types import Features, Init, Keys, Normalize, Read, Rule
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -60,6 +60,8 @@ class AdapterOptions(Section):
     """How the state is normalised."""
     keys: Keys = "unrotated"
     """Whether RoPE is undone before a key is encoded."""
+    features: Features = "linear"
+    """Of keys, and of A x when it meets them."""
     init: Init = "aligned"
     """Start of A and of the encoder's projections."""
     b: Literal["zero", "random"] = "zero"
@@ -95,6 +97,7 @@ class AdapterOptions(Section):
                 read=self.read,
                 normalize=self.normalize,
                 keys=self.keys,
+                features=self.features,
                 init=self.init,
             )
         except ValueError as error:

@@ -1,7 +1,7 @@
 """A frozen transformers model with a trainable adapter: a PEFT LoRA modulated by thought states.
 
 The LoRA is PEFT's own; a forward hook on each `lora_A` multiplies its output by the layer's state,
-so that a linear computes `W x + (alpha/r) B (Sᵀ (A x))`. States are set by the replay, segment by
+so that a linear computes `W x + (alpha/r) B (Sᵀ φ(A x))`. States are set by the replay, segment by
 segment; the encoder that writes them is held here as parameters, all layers stacked.
 
 Shapes: B sequences, n tokens of a segment, L layers with an encoder; G, r and d_kv as in
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -26,11 +25,10 @@ from transformers import AutoModelForCausalLM
 
 from pte_vllm.adapter import Adapter, ModelShape, layer_of
 from pte_vllm.ops import reference
-from pte_vllm.ops.reference import LayerEncoder
+from pte_vllm.ops.reference import TENSORS, LayerEncoder
 from pte_vllm.train.attention import resolve_attention
 
 _NAME = "default"
-_FIELDS = tuple(f.name for f in fields(LayerEncoder))
 
 
 class PTEModel(nn.Module):
@@ -126,7 +124,7 @@ class PTEModel(nn.Module):
                 linear.lora_A[_NAME].register_forward_hook(partial(self._modulate, index))
         if adapter.pte is not None:
             stacked = adapter.stacked_encoder()
-            for field in _FIELDS:
+            for field in TENSORS:
                 self._encoder[field] = self._parameter(getattr(stacked, field))
 
     def _parameter(self, value: Tensor) -> nn.Parameter:
@@ -136,7 +134,8 @@ class PTEModel(nn.Module):
     def _modulate(self, index: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """What stands between A and B; `output: [B, n, G]`."""
         assert self.states is not None and self.config is not None, "run the model by `replay`"
-        return reference.modulate(output, self.states[index], self.config.read)
+        config = self.config
+        return reference.modulate(output, self.states[index], config.read, config.features)
 
     def _checkpoint_layers(self) -> None:
         # transformers' own checkpointing drops the KV cache; ours may be written twice.
@@ -163,14 +162,16 @@ class PTEModel(nn.Module):
     @property
     def encoder(self) -> LayerEncoder:
         """The encoder of every layer, `[L, ...]`, gradients and all; only with a PTE adapter."""
-        return LayerEncoder(**{field: self._encoder[field] for field in _FIELDS})
+        assert self.config is not None
+        tensors = {name: self._encoder[name] for name in TENSORS}
+        return LayerEncoder(**tensors, features=self.config.features)
 
     def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that training may change: A and B by module, and the stacked encoder."""
         for name, linear in self._lora.items():
             yield f"{name}.lora_A", linear.lora_A[_NAME].weight
             yield f"{name}.lora_B", linear.lora_B[_NAME].weight
-        for field in _FIELDS if self.config is not None else ():
+        for field in TENSORS if self.config is not None else ():
             yield f"encoder.{field}", self._encoder[field]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -195,7 +196,7 @@ class PTEModel(nn.Module):
             lora_a={n: copy(m.lora_A[_NAME].weight) for n, m in self._lora.items()},
             lora_b={n: copy(m.lora_B[_NAME].weight) for n, m in self._lora.items()},
             encoders={
-                layer: LayerEncoder(**{f: copy(self._encoder[f][i]) for f in _FIELDS})
+                layer: self.encoder.map(lambda tensor, i=i: copy(tensor[i]))  # type: ignore[misc]
                 for i, layer in enumerate(self.layers)
             },
         )
@@ -214,7 +215,7 @@ class PTEModel(nn.Module):
             linear.lora_B[_NAME].weight.copy_(adapter.lora_b[name])
         if self.config is not None:
             stacked = adapter.stacked_encoder()
-            for field in _FIELDS:
+            for field in TENSORS:
                 self._encoder[field].copy_(getattr(stacked, field))
 
     def save_pretrained(self, path: str | Path) -> None:

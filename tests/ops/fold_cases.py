@@ -31,11 +31,22 @@ class Case:
     rotary: int | None = None
     """Numbers of a head that RoPE turns; None: all, 0: keys stay as cached."""
     with_kk: bool = True
+    features: str = "linear"
 
 
 SMALL = (
     Case(rank=8, dim=64, heads=2, blocks=1, block_size=16, seqs=2, layers=1),
-    Case(rank=24, dim=80, heads=1, blocks=3, block_size=16, seqs=1, layers=2, layout="HND"),
+    Case(
+        rank=24,
+        dim=80,
+        heads=1,
+        blocks=3,
+        block_size=16,
+        seqs=1,
+        layers=2,
+        layout="HND",
+        features="squared",
+    ),
     Case(rank=32, dim=128, heads=2, blocks=5, block_size=32, seqs=1, layers=1, layout="BLHNC"),
     Case(
         rank=64,
@@ -102,7 +113,9 @@ def make_caches(case: Case, num_blocks: int, device: str) -> list[Tensor]:
     ]
 
 
-def make_encoder(layers: int, rank: int, d_kv: int, device: str) -> LayerEncoder:
+def make_encoder(
+    layers: int, rank: int, d_kv: int, device: str, features: str = "linear"
+) -> LayerEncoder:
     def noise(*shape: int) -> Tensor:
         return torch.randn(layers, *shape, device=device)
 
@@ -116,6 +129,7 @@ def make_encoder(layers: int, rank: int, d_kv: int, device: str) -> LayerEncoder
         b_k=noise(rank),
         b_v=noise(rank),
         log_ridge=noise(),
+        features=features,
     )
 
 
@@ -147,7 +161,8 @@ def check(case: Case, device: str) -> float:
     block_ids = order.view(case.seqs, case.blocks).to(device)
     for cache in caches:  # what belongs to others, or to nobody
         cache[:2], cache[-2:] = float("nan"), float("nan")
-    encoder = make_encoder(case.layers, case.rank, case.heads * case.dim, device)
+    width = case.heads * case.dim
+    encoder = make_encoder(case.layers, case.rank, width, device, case.features)
     layout = plain_layout(case.block_size, case.dim, device)
     rotary = case.dim if case.rotary is None else case.rotary
     first = torch.randint(0, 1000, (case.seqs,)).to(device)

@@ -13,14 +13,15 @@ from pte_vllm.ops.reference import LayerEncoder, moments
 LAYERS, HEADS, BLOCKS = 3, 2, 9
 
 
-def _encoder(rank: int, d_kv: int) -> LayerEncoder:
+def _encoder(rank: int, d_kv: int, features: str) -> LayerEncoder:
     generator = torch.Generator().manual_seed(rank)
     shapes = {
         **{name: (rank, d_kv) for name in ("query", "global_", "w_q", "w_k", "w_v")},
         **{"gain": (), "log_ridge": (), "b_k": (rank,), "b_v": (rank,)},
     }
     return LayerEncoder(
-        **{n: torch.randn(LAYERS, *s, generator=generator) for n, s in shapes.items()}
+        **{n: torch.randn(LAYERS, *s, generator=generator) for n, s in shapes.items()},
+        features=features,
     )
 
 
@@ -52,7 +53,7 @@ def test_moments(
     first = torch.tensor([64, 0, 5])[:sequences]
     angle = torch.rand(300, max(rotary // 2, 1), generator=generator) * 6
     rope = RopeTable(cos=1.3 * angle.cos(), sin=1.3 * angle.sin()) if rotary else None
-    encoder = _encoder(rank, HEADS * dim)
+    encoder = _encoder(rank, HEADS * dim, "squared" if rank in (24, 64) else "linear")
 
     assert can_fold(caches, rank)
     k_e, v_e = read_evicted(caches, layout, block_ids, first, rope)

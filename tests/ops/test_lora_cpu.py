@@ -29,6 +29,8 @@ class _Linear:
         self.b = tuple(torch.randn(adapters, 1, d, RANK).to(dtype) for d in OUTPUTS)
         self.states = torch.randn(LAYERS, SLOTS, RANK, RANK)
         self.states[:, 0] = torch.eye(RANK)
+        # Every third slot has squared features, the identity none.
+        self.squared = torch.arange(SLOTS) % 3 == 1
         self.tokens = TokenSlots.allocate(256, torch.device("cpu"))
         self.loads = [0] * adapters
         self.wrapper = SimpleNamespace(token_lora_indices=None)
@@ -38,6 +40,7 @@ class _Linear:
         self.view = CPULayerPunica(
             module,
             self.states[LAYER],
+            self.squared,
             self.tokens,
             lambda i: self.loads[i],
             native.load() if compiled else None,
@@ -69,7 +72,10 @@ class _Linear:
                         continue
                     state = self.states[LAYER, i + 1].double()
                     read = reference.modulate(
-                        x[row : row + 1].double() @ a[adapter, 0].double().T, state, "key"
+                        x[row : row + 1].double() @ a[adapter, 0].double().T,
+                        state,
+                        "key",
+                        "squared" if self.squared[i + 1] else "linear",
                     )
                     first = sum(OUTPUTS[:part])
                     delta = read @ b[adapter, 0].double().T
@@ -154,6 +160,7 @@ def test_identity_where_no_token_has_a_state() -> None:
     linear = _Linear(1, torch.float32)
     x, y = torch.randn(3, D_IN), torch.randn(3, sum(OUTPUTS))
     linear.states[:, 1:] = torch.eye(RANK)
+    linear.squared[:] = False
     wanted = linear.defined(x, y, [1, 1, 1], [0, 0, 0])
     linear.tokens.publish([(i, i + 1, 0) for i in range(3)])
     linear.wrapper.token_lora_indices = torch.zeros(3, dtype=torch.int64)

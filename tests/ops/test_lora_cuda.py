@@ -28,9 +28,13 @@ class _Linear:
         self.b = tuple(torch.randn(ADAPTERS, 1, d, RANK).to(dtype) for d in OUTPUTS)
         self.states = torch.randn(SLOTS, RANK, RANK)
         self.states[0] = torch.eye(RANK)
+        self.squared = torch.arange(SLOTS) % 3 == 1
         self.tokens = TokenSlots.allocate(64, torch.device("cpu"))
         self.wrapper = PunicaWrapperCPU(64, 8, "cpu")
-        self.view = CUDALayerPunica(self.wrapper, self.states, self.tokens)
+        self.view = CUDALayerPunica(self.wrapper, self.states, self.squared, self.tokens)
+
+    def features(self, slot: int) -> str:
+        return "squared" if self.squared[slot] else "linear"
 
     def publish(self, adapters: list[int], slots: list[int]) -> None:
         ids = tuple(adapter + 1 for adapter in adapters)  # 0: none
@@ -49,7 +53,8 @@ class _Linear:
             offset = 0
             for a, b in zip(self.a, self.b, strict=True):
                 shrunk = x[row : row + 1].double() @ a[adapter, 0].double().T
-                read = reference.modulate(shrunk, self.states[slot].double(), "key")
+                state, features = self.states[slot].double(), self.features(slot)
+                read = reference.modulate(shrunk, state, "key", features)
                 if adapter >= 0:
                     delta = read @ b[adapter, 0].double().T
                     out[row, offset : offset + b.size(2)] += delta[0]
@@ -87,9 +92,8 @@ class Model(torch.nn.Module):
 
     def forward(self, x, buffer):  # what stands between vLLM's two operators
         buffer = buffer + x.sum()
-        self.punica_wrapper._modulate_(
-            buffer, self.punica_wrapper._states, self.punica_wrapper._tokens.slots
-        )
+        view = self.punica_wrapper
+        view._modulate_(buffer, view._states, view._squared, view._tokens.slots)
         return buffer
 
 model = torch.compile(Model(), fullgraph=True, dynamic=True, backend="aot_eager")
@@ -98,7 +102,8 @@ for slots in ([1, 2, 0, 4], [3, 3], [0, 1, 2]):  # one trace serves all batches
     buffer = torch.randn(len(OUTPUTS), len(slots), RANK)
     found = model(torch.zeros(1), buffer)
     for t, slot in enumerate(slots):
-        wanted = reference.modulate(buffer[:, t], linear.states[slot], "key")
+        features = linear.features(slot)
+        wanted = reference.modulate(buffer[:, t], linear.states[slot], "key", features)
         torch.testing.assert_close(found[:, t], wanted)
 print("ok")
 """

@@ -7,12 +7,20 @@ import torch
 
 from pte_vllm.lora import TokenSlots
 from pte_vllm.ops import reference
-from pte_vllm.ops.modulate import modulate_segments, modulate_tokens
+from pte_vllm.ops.modulate import modulate_segments, modulate_slices, modulate_tokens
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [5], [1, 7, 1, 3], [2, 1, 1, 13, 1]])
-@pytest.mark.parametrize("read", ["key", "value"])
-def test_against_reference(lengths: list[int], read: str) -> None:
+@pytest.mark.parametrize(
+    ("read", "kinds"),
+    [
+        ("key", ["linear"]),
+        ("value", ["linear"]),
+        ("key", ["squared"]),
+        ("key", ["squared", "linear"]),
+    ],
+)
+def test_against_reference(lengths: list[int], read: str, kinds: list[str]) -> None:
     rank, num_slots = 9, 6
     states = torch.randn(num_slots, rank, rank)
     stored = states if read == "key" else states.mT.contiguous()
@@ -22,12 +30,20 @@ def test_against_reference(lengths: list[int], read: str) -> None:
         segments.append((start, start + length, slot))
         start += length
     a = torch.randn(start, rank)
-    wanted = torch.cat([reference.modulate(a[s:e], states[slot], read) for s, e, slot in segments])
+    features = [kinds[slot % len(kinds)] for slot in range(num_slots)]
+    squared = torch.tensor([kind == "squared" for kind in features])
+    wanted = torch.cat(
+        [reference.modulate(a[s:e], states[slot], read, features[slot]) for s, e, slot in segments]
+    )
     tokens = TokenSlots.allocate(64, torch.device("cpu"))
     tokens.slots.fill_(5)  # left over from an earlier step
     tokens.publish(segments)
     per_token = tokens.slots[:start]
     assert tokens.any
     assert not tokens.slots[start:].any()
-    torch.testing.assert_close(modulate_tokens(a, stored, per_token), wanted)
-    torch.testing.assert_close(modulate_segments(a, stored, per_token, segments), wanted)
+    about = stored, squared, per_token
+    torch.testing.assert_close(modulate_tokens(a, *about), wanted)
+    torch.testing.assert_close(modulate_segments(a, *about, segments), wanted)
+    slices = torch.stack((a, a))
+    modulate_slices(slices, stored, squared, tokens.slots)
+    torch.testing.assert_close(slices, torch.stack((wanted, wanted)))

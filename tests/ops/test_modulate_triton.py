@@ -23,13 +23,15 @@ for rank, num_slices, lengths in (
 ):
     states = torch.randn(6, rank, rank, device=device)
     states[0] = torch.eye(rank)
+    squared = torch.arange(6, device=device) == 2
     per_token = [(2 * i) % 6 for i, n in enumerate(lengths) for _ in range(n)]
     slots = torch.tensor(per_token, dtype=torch.int64)
     a = torch.randn(num_slices, len(slots), rank, device=device)
     wanted = a.clone()
     for t, slot in enumerate(slots.tolist()):
-        wanted[:, t] = reference.modulate(a[:, t], states[slot], "key")
-    modulate_slices_(a, states, slots.to(device))
+        features = "squared" if slot == 2 else "linear"
+        wanted[:, t] = reference.modulate(a[:, t], states[slot], "key", features)
+    modulate_slices_(a, states, squared, slots.to(device))
     torch.testing.assert_close(a, wanted)
 print("ok")
 """

@@ -208,6 +208,36 @@ def test_layers_and_sequences_broadcast(name: str) -> None:
         _close(states[layer], rule.read(alone, encoder, "matrix").numpy(), 1e-10)
 
 
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_squared_features_are_keys_squared(name: str) -> None:
+    """The same as plain features of keys that were squared beforehand; reading squares likewise."""
+    r = 6
+    encoder = replace(_encoder(6, 6), global_=torch.zeros(2, D_KV, dtype=torch.float64))
+    k, v = _evicted(9)
+    keys = torch.tensor(_project(encoder.w_k, encoder.b_k, k))
+    keys **= 2
+    direct = replace(
+        encoder,
+        w_k=torch.eye(r, D_KV, dtype=torch.float64),
+        b_k=torch.zeros(r, dtype=torch.float64),
+    )
+    start = torch.tensor(_project(encoder.w_k, encoder.b_k, encoder.global_))
+    start **= 2
+    values = torch.tensor(_project(encoder.w_v, encoder.b_v, encoder.global_))
+    rule, squared = RULES[name], replace(encoder, features="squared")
+    found = rule.fold(rule.start(squared, "matrix"), squared, k, v, "matrix")
+    sums = rule.start(direct, "matrix")
+    if name in ("paper", "sum", "none"):
+        kv = reference.Moments(kv=start.mT @ values, kk=None, num_tokens=2)
+        sums = {"S": reference.normalize(reference.contribution_of(direct, kv), "matrix")}
+    padded = torch.cat((keys, torch.zeros(len(keys), D_KV - r, dtype=torch.float64)), 1)
+    wanted = rule.fold(sums, direct, padded, v, "matrix")
+    s = rule.read(found, squared, "matrix")
+    _close(s, rule.read(wanted, direct, "matrix").numpy(), 1e-9)
+    a = torch.randn(4, r, dtype=torch.float64)
+    _close(reference.modulate(a, s, "key", "squared"), (a**2 @ s).numpy())
+
+
 def test_modulate_reads_by_key_or_by_value() -> None:
     a, s = torch.randn(7, 4), torch.randn(4, 4)
     for t in range(7):
@@ -243,6 +273,8 @@ def test_unrotate_inverts_the_models_own_rotation(
 
 
 def test_map_reaches_every_tensor() -> None:
-    doubled = _encoder().map(lambda t: t * 2)
-    for name, tensor in vars(_encoder()).items():
-        assert torch.equal(getattr(doubled, name), tensor * 2)
+    encoder = replace(_encoder(), features="squared")
+    doubled = encoder.map(lambda t: t * 2)
+    assert doubled.features == "squared" and set(reference.TENSORS) < set(vars(encoder))
+    for name in reference.TENSORS:
+        assert torch.equal(getattr(doubled, name), getattr(encoder, name) * 2)

@@ -34,6 +34,7 @@ def test_mixed_batch(engine: Engine, model: Path, adapters: Callable[..., Path])
     found = [
         lora("ridge", adapters(model, rank=8, rule="ridge"), 1),
         lora("paper", adapters(model, rank=8, rule="paper"), 2),
+        lora("squared", adapters(model, rank=8, rule="ridge", features="squared"), 5),
         lora("plain", adapters(model, plain=True, rank=8), 3),
         None,
     ]

@@ -50,13 +50,16 @@ def test_tiny_models(
 
 
 def test_named_options(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> None:
-    """read, keys and normalize away from their defaults; fewer layers; G unlike r; an override."""
+    """Options away from their defaults; fewer layers; G unlike r; an override of the rule."""
     model = tiny("llama")
     variants = [
         {"read": "value", "rule": "paper"},
         {"keys": "rotated", "rule": "sum"},
         {"normalize": "row", "rule": "paper"},
         {"layers": [1], "rule": "ridge"},
+        {"features": "squared", "rule": "ridge"},
+        {"features": "squared", "rule": "delta", "keys": "rotated"},
+        {"features": "squared", "rule": "paper"},
         {"global_tokens": 12, "rule": "paper"},
         {"targets": ["q_proj", "v_proj", "down_proj"], "rule": "sum"},
     ]
@@ -66,7 +69,7 @@ def test_named_options(tiny: Callable[[str], Path], adapters: Callable[..., Path
     ]
     paper = adapters(model, rank=8, rule="paper")
     for i, rule in enumerate(RULES):
-        adapter = lora("override", paper, 9)
+        adapter = lora("override", paper, 90)
         jobs.append(Job(random_tokens(33, 500, 50 + i), LENGTH, adapter, {"pte_update": rule}))
     engine = Engine(model, window_tokens=WINDOW, lora_rank=16)
     try:

@@ -43,7 +43,8 @@ def state(encoder: LayerEncoder, pte: PTEConfig, rule: str, folds: list[Evicted]
     e = encoder.map(lambda t: t.double())
 
     def project(k: Tensor, v: Tensor) -> Evicted:
-        return k.double() @ e.w_k.T + e.b_k, v.double() @ e.w_v.T + e.b_v
+        k = k.double() @ e.w_k.T + e.b_k
+        return _features(k, pte), v.double() @ e.w_v.T + e.b_v
 
     def contribution(k: Tensor, v: Tensor) -> Tensor:
         total = torch.zeros(pte.global_tokens, pte.rank, dtype=torch.float64)
@@ -77,6 +78,10 @@ def state(encoder: LayerEncoder, pte: PTEConfig, rule: str, folds: list[Evicted]
         s = s + contribution(k, v)
         s = normalize(s) if rule == "paper" else s
     return normalize(s).float()
+
+
+def _features(x: Tensor, pte: PTEConfig) -> Tensor:
+    return x * x if pte.features == "squared" else x
 
 
 @torch.no_grad()
@@ -124,15 +129,17 @@ def _hooks(
     per_token: dict[int, Tensor],
     seen: dict[tuple[int, str], Tensor],
 ) -> list[Any]:
-    assert adapter.pte is not None
-    form = "tg,tgr->tr" if adapter.pte.read == "key" else "tr,tgr->tg"
+    pte = adapter.pte
+    assert pte is not None
+    form = "tg,tgr->tr" if pte.read == "key" else "tr,tgr->tg"
 
     def delta(name: str, layer: int) -> Any:
         a, b = adapter.lora_a[name], adapter.lora_b[name]
 
         def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
             x = inputs[0][0]
-            middle = torch.einsum(form, x @ a.T, per_token[layer][: len(x)])
+            asked = _features(x @ a.T, pte)
+            middle = torch.einsum(form, asked, per_token[layer][: len(x)])
             return output + adapter.scale * (middle @ b.T)
 
         return hook

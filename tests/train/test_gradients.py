@@ -67,13 +67,15 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
         assert error <= 1e-5, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "features"), [*((rule, "linear") for rule in RULES), ("ridge", "squared")]
+)
 def test_constant_memory_is_autograd_of_the_same_computation(
-    rule: str, tiny: Tiny, adapters: Adapters, monkeypatch: pytest.MonkeyPatch
+    rule: str, features: str, tiny: Tiny, adapters: Adapters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One graph over everything, keys and values detached between segments, says the same."""
     path = tiny("llama")
-    model, (batch, _) = load(path, adapters(path)), make_batch()
+    model, (batch, _) = load(path, adapters(path, features=features)), make_batch()
     result = replay(model, batch, rule=rule, backward="segments", loss=weighted_loss)
     assert min(len(folds) for folds in result.folds) >= 6
     found = gradients(model)
@@ -115,13 +117,15 @@ def test_gradient_checkpointing_changes_nothing(tiny: Tiny, adapters: Adapters) 
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "features"), [*((rule, "linear") for rule in RULES), ("delta", "squared")]
+)
 def test_full_mode_against_finite_differences(
-    rule: str, architecture: str, tiny: Tiny, adapters: Adapters
+    rule: str, features: str, architecture: str, tiny: Tiny, adapters: Adapters
 ) -> None:
     """Along a random direction in all of A, in all of B, and in the encoder."""
     path = tiny(architecture)
-    model = load(path, adapters(path))
+    model = load(path, adapters(path, features=features))
     batch, _ = make_batch()
     start = model.adapter()
 

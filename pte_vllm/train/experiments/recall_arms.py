@@ -68,9 +68,21 @@ ABLATIONS: dict[str, RecallArm] = {
     "ridge_r16": replace(
         _RIDGE, title="ridge, rank 16", method=_pte("ridge", rank=16, global_tokens=16)
     ),
+    "ridge_squared": replace(
+        _RIDGE, title="ridge, features squared", method=_pte("ridge", features="squared")
+    ),
+    "ridge_squared_r64": replace(
+        _RIDGE,
+        title="ridge, features squared, rank 64",
+        method=_pte("ridge", features="squared", rank=64, global_tokens=64),
+    ),
     "ridge_all": replace(_RIDGE, title="ridge, all layers", layers="all"),
     "ridge_upper": replace(_RIDGE, title="ridge, layers 14-24", layers="14-24"),
     "delta_r64": RecallArm(title="delta, rank 64", method=_pte("delta", rank=64, global_tokens=64)),
+    "delta_squared_r64": RecallArm(
+        title="delta, features squared, rank 64",
+        method=_pte("delta", features="squared", rank=64, global_tokens=64),
+    ),
     "ridge_full": replace(_RIDGE, title="ridge, gradient through K and V", backward="full"),
 }
 
