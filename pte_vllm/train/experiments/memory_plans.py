@@ -16,6 +16,8 @@ def _method(rule: str, **options: Any) -> PTEConfig:
 
 _RIDGE = Arm(name="PTE ridge", method=_method("ridge"))
 _DELTA = Arm(name="PTE delta", method=_method("delta"))
+_RIDGE_SQUARED = Arm(name="PTE ridge squared", method=_method("ridge", features="squared"))
+_DELTA_SQUARED = Arm(name="PTE delta squared", method=_method("delta", features="squared"))
 _SUM = Arm(name="PTE sum", method=_method("sum"))
 _PAPER = Arm(name="PTE paper", method=_method("paper"))
 
@@ -34,6 +36,8 @@ ARMS: tuple[Arm, ...] = (
     _SUM,
     _RIDGE,
     _DELTA,
+    _RIDGE_SQUARED,
+    _DELTA_SQUARED,
 )
 """At equal KV bytes, but for `full cache` and `window 24`, which spends what a state takes."""
 
@@ -57,8 +61,6 @@ ABLATIONS: tuple[Arm, ...] = (
     _ablate(_RIDGE, "keys rotated", keys="rotated"),
     _ablate(_RIDGE, "r = G = 16", rank=16, global_tokens=16),
     _ablate(_RIDGE, "r = G = 64", rank=64, global_tokens=64),
-    _ablate(_RIDGE, "features squared", features="squared"),
-    _ablate(_RIDGE, "features squared, r = G = 64", features="squared", rank=64, global_tokens=64),
     _ablate(_RIDGE, "attention linears only", target_modules=_ATTENTION),
     _ablate(_RIDGE, "v_proj only", target_modules=("v_proj",)),
     _ablate(_RIDGE, "window 24", window_tokens=24),
@@ -67,10 +69,17 @@ ABLATIONS: tuple[Arm, ...] = (
     _DELTA,
     _ablate(_DELTA, "init random", init="random", value_start=0.0),
     _ablate(_DELTA, "r = G = 64", rank=64, global_tokens=64),
-    _ablate(_DELTA, "features squared", features="squared"),
-    _ablate(_DELTA, "features squared, r = G = 64", features="squared", rank=64, global_tokens=64),
     _ablate(_DELTA, "window 24", window_tokens=24),
     _ablate(_DELTA, "window 32", window_tokens=32),
+    _RIDGE_SQUARED,
+    _ablate(_RIDGE_SQUARED, "init aligned_mean", init="aligned_mean"),
+    _ablate(_RIDGE_SQUARED, "init random", init="random", value_start=0.0),
+    _ablate(_RIDGE_SQUARED, "r = G = 64", rank=64, global_tokens=64),
+    _DELTA_SQUARED,
+    _ablate(_DELTA_SQUARED, "init random", init="random", value_start=0.0),
+    _ablate(_DELTA_SQUARED, "r = G = 64", rank=64, global_tokens=64),
+    _ablate(_DELTA_SQUARED, "window 32", window_tokens=32),
+    replace(_PAPER, name="PTE paper squared", method=_method("paper", features="squared")),
     _SUM,
     _ablate(_SUM, "normalize row", normalize="row"),
     _ablate(_SUM, "gain × 10", gain=10.0),
