@@ -6,7 +6,7 @@ TRL keeps its data loading, rewards, advantages, loss and logging. Three things 
     rollouts    by those of a `pte-vllm serve`, through TRL's rollout_func
     weight sync by pushing the adapter over HTTP as a new version; nothing is merged, and no NCCL
 
-    pte-vllm adapter init MODEL ADAPTER --rule ridge
+    pte-vllm adapter init MODEL ADAPTER
     pte-vllm serve MODEL --pte-window 1024 --enable-lora --max-lora-rank 32 --port 8000
     python examples/trl_grpo.py --model MODEL --adapter ADAPTER --server http://127.0.0.1:8000
 

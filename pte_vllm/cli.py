@@ -16,10 +16,14 @@ from collections.abc import Callable, Sequence
 
 from pte_vllm import __version__
 from pte_vllm.config import PTEConfig
-from pte_vllm.types import FEATURES, INITS, KEYS, NORMALIZES, READS, RULES
+from pte_vllm.types import FEATURES, INITS, KEYS, NORMALIZES, READS, RULES, Features, Rule
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 B_STARTS = ("zero", "random")
+NEW_RULE: Rule = "ridge"
+NEW_FEATURES: Features = "squared"
+"""Of adapters to be made: what learns to remember best (docs/benchmarks.md). Where a file does not
+name them, the paper's hold (`PTEConfig`)."""
 _OWN_PARSERS = {
     "serve": ("pte_vllm.cli_serve", "start the OpenAI-compatible server"),
     "train": ("pte_vllm.train.cli", "train adapters: grpo, distill, ..."),
@@ -108,7 +112,7 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="linears that get A and B",
     )
     parser.add_argument("--layers", default="all", help="such as 0-29, or 17,18,20-24, or all")
-    parser.add_argument("--rule", choices=RULES, default=PTEConfig.rule, help="how folds add up")
+    parser.add_argument("--rule", choices=RULES, default=NEW_RULE, help="how folds add up")
     parser.add_argument("--init", choices=INITS, default=PTEConfig.init, help="start of A and W")
     parser.add_argument("--b", choices=B_STARTS, default="zero", help="start of B")
     parser.add_argument("--read", choices=READS, default=PTEConfig.read, help="side of S A meets")
@@ -117,7 +121,7 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument(
         "--features",
         choices=FEATURES,
-        default=PTEConfig.features,
+        default=NEW_FEATURES,
         help="of keys, and of A x when it meets them",
     )
     parser.add_argument(

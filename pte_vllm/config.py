@@ -75,7 +75,10 @@ class PTEConfig:
                 f"and {self.rank}"
             )
         if self.features == "squared" and self.read != "key":
-            raise ValueError("features squared need read key: with read value, A x meets no keys")
+            raise ValueError(
+                "features squared need read key, as with read value A x meets no keys: "
+                "choose features linear"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PTEConfig:

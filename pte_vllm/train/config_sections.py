@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pte_vllm.cli import TARGET_MODULES, parse_layers
+from pte_vllm.cli import NEW_FEATURES, NEW_RULE, TARGET_MODULES, parse_layers
 from pte_vllm.config import PTEConfig
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.config_io import Section
@@ -52,7 +52,7 @@ class AdapterOptions(Section):
     """r: columns of B."""
     global_tokens: Count | None = None
     """G: rows of A and of the state; without it, the rank."""
-    rule: Rule = "paper"
+    rule: Rule = NEW_RULE
     """How folds add up."""
     read: Read = "key"
     """Side of the state that A x meets."""
@@ -60,7 +60,7 @@ class AdapterOptions(Section):
     """How the state is normalised."""
     keys: Keys = "unrotated"
     """Whether RoPE is undone before a key is encoded."""
-    features: Features = "linear"
+    features: Features = NEW_FEATURES
     """Of keys, and of A x when it meets them."""
     init: Init = "aligned"
     """Start of A and of the encoder's projections."""
@@ -101,7 +101,9 @@ class AdapterOptions(Section):
                 init=self.init,
             )
         except ValueError as error:
-            raise ValueError(f"--adapter.rule, --adapter.read: {error}") from error
+            raise ValueError(
+                f"--adapter.rule, --adapter.read, --adapter.features: {error}"
+            ) from error
 
 
 class PlanOptions(Section):
