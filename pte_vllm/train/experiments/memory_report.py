@@ -89,12 +89,17 @@ def _plot(
     import matplotlib
 
     matplotlib.use("Agg")
+    from cycler import cycler
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
         1, len(tasks), figsize=(4.2 * len(tasks), 3.8), sharey=True, squeeze=False
     )
     for task, axis in zip(tasks, axes[0], strict=True):
+        # Ten colours, then the same ones dashed: ablations have some thirty arms.
+        axis.set_prop_cycle(
+            cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=[f"C{i}" for i in range(10)])
+        )
         for arm, seeds in arms.items():
             means = [statistics.mean(scores[task, *cell] for scores in seeds) for cell in gaps]
             axis.plot([gap for gap, _ in gaps], means, marker="o", label=arm)
