@@ -1,6 +1,6 @@
 """The engine on its device against the replay in plain transformers, fp32: largest |Δ log p|.
 
-A tiny random model, every update rule, eight folds and more. On a GPU that is the whole path: the
+A tiny random model, every update rule and squared features, eight folds and more. On a GPU that is the whole path: the
 fold kernel, modulation, gaps cut for attention, and CUDA graphs.
 """
 
@@ -19,10 +19,12 @@ from pte_vllm.plan import FoldPlan
 from pte_vllm.types import RULES
 
 TOLERANCE = 2e-4
+_ARMS = {**{rule: (rule, "linear") for rule in RULES}, "ridge squared": ("ridge", "squared")}
+"""Rule and features of each adapter."""
 
 
 def parity(spec: Spec) -> dict[str, Any]:
-    """By rule the largest difference in log-prob of a sampled token."""
+    """By adapter the largest difference in log-prob of a sampled token."""
     from transformers import AutoModelForCausalLM
 
     from pte_vllm.train.modeling import PTEModel
@@ -31,8 +33,16 @@ def parity(spec: Spec) -> dict[str, Any]:
     root, size = Path(spec.scratch) / "parity", spec.block_size
     model = write_model(root / "model", TINY, weights=True)
     adapters = {
-        rule: random_adapter(model, root / rule, rank=8, rule=rule, dtype=torch.float32, seed=i)
-        for i, rule in enumerate(RULES)
+        name: random_adapter(
+            model,
+            root / name.replace(" ", "-"),
+            rank=8,
+            rule=rule,
+            features=features,
+            dtype=torch.float32,
+            seed=i,
+        )
+        for i, (name, (rule, features)) in enumerate(_ARMS.items())
     }
     window_blocks, num_folds = (2, 2) if spec.dry_run else (4, 9)
     window = window_blocks * size
@@ -40,22 +50,22 @@ def parity(spec: Spec) -> dict[str, Any]:
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     worst: dict[str, float] = {}
     folds: dict[str, int] = {}
-    for rule, (prompt, tokens, logprobs) in sampled.items():
+    for name, (prompt, tokens, logprobs) in sampled.items():
         plan = FoldPlan(pin_tokens=len(prompt), window_tokens=window, block_size=size)
-        attached = PTEModel(network, Adapter.load(adapters[rule]))
+        attached = PTEModel(network, Adapter.load(adapters[name]))
         with torch.no_grad():
             scores = log_probs(attached, prompt + tokens, plan).logprobs[0, len(prompt) :]
         attached.detach()
-        worst[rule] = (torch.tensor(logprobs) - scores.float()).abs().max().item()
+        worst[name] = (torch.tensor(logprobs) - scores.float()).abs().max().item()
         last = len(prompt) + len(tokens) - 1
-        folds[rule] = plan.folded_blocks(last) // plan.evict_blocks
+        folds[name] = plan.folded_blocks(last) // plan.evict_blocks
     return {"largest_difference": worst, "folds": folds, "tolerance": TOLERANCE}
 
 
 def _generate(
     spec: Spec, model: str, adapters: dict[str, str], window: int, num_tokens: int
 ) -> dict[str, tuple[list[int], list[int], list[float]]]:
-    """By rule the prompt, the tokens sampled in one mixed batch, and their log-probs."""
+    """By adapter the prompt, the tokens sampled in one mixed batch, and their log-probs."""
     from dataclasses import replace
 
     from vllm import SamplingParams
@@ -65,7 +75,7 @@ def _generate(
         replace(
             spec,
             model=model,
-            adapter=adapters[RULES[0]],
+            adapter=adapters["paper"],
             window_tokens=window,
             rollouts=[2048],
             dtype="float32",
@@ -74,15 +84,15 @@ def _generate(
             memory_utilization=min(spec.memory_utilization, 0.3),
         ),
         load_format="auto",
-        max_loras=len(RULES),
+        max_loras=len(adapters),
     )
     prompts = {}
-    for i, rule in enumerate(RULES):
+    for i, (name, path) in enumerate(adapters.items()):
         rng = random.Random(i)
-        prompts[rule] = [rng.randrange(2, TINY["vocab_size"]) for _ in range(19 + 23 * i)]
+        prompts[name] = [rng.randrange(2, TINY["vocab_size"]) for _ in range(19 + 23 * i)]
         engine.add_request(
-            rule,
-            {"prompt_token_ids": prompts[rule]},
+            name,
+            {"prompt_token_ids": prompts[name]},
             SamplingParams(
                 max_tokens=num_tokens,
                 temperature=1.0,
@@ -91,7 +101,7 @@ def _generate(
                 logprobs=0,
                 detokenize=False,
             ),
-            lora_request=LoRARequest(lora_name=rule, lora_int_id=i + 1, lora_path=adapters[rule]),
+            lora_request=LoRARequest(lora_name=name, lora_int_id=i + 1, lora_path=path),
         )
     found = {}
     while engine.has_unfinished_requests():

@@ -75,6 +75,7 @@ def random_adapter(
     *,
     rank: int,
     rule: str,
+    features: str = "linear",
     plain: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
@@ -86,6 +87,7 @@ def random_adapter(
         directory: where it goes.
         rank: r and G.
         rule: the update rule.
+        features: of keys.
         plain: without an encoder, a LoRA as any other.
         dtype: of A and B.
         seed: of the random numbers.
@@ -118,10 +120,11 @@ def random_adapter(
             b_k=noise(rank, scale=0.3),
             b_v=noise(rank, scale=0.3),
             log_ridge=torch.tensor(-1.0),
+            features=features,
         )
         for layer in range(0 if plain else shape.num_layers)
     }
-    pte = PTEConfig(rank=rank, global_tokens=rank, rule=rule, init="random")
+    pte = PTEConfig(rank=rank, global_tokens=rank, rule=rule, features=features, init="random")
     peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
