@@ -1,7 +1,7 @@
 """The engine on its device against the replay in plain transformers, fp32: largest |Δ log p|.
 
-A tiny random model, every update rule and squared features, eight folds and more. On a GPU that is the whole path: the
-fold kernel, modulation, gaps cut for attention, and CUDA graphs.
+A tiny random model, every update rule and squared features, eight folds and more. On a GPU that is
+the whole path: the fold kernel, modulation, gaps cut for attention, and CUDA graphs.
 """
 
 from __future__ import annotations
