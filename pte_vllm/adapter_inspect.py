@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pte_vllm.adapter import Adapter, ModelShape, file_hashes, layer_of
-from pte_vllm.ops.reference import RULES
+from pte_vllm.ops.reference import RULES, TENSORS
 
 
 def inspect(path: str | Path, *, model: str | None = None, as_json: bool = False) -> None:
@@ -58,7 +58,7 @@ def describe(path: str | Path, model: ModelShape | None = None) -> dict[str, Any
     }
     if adapter.pte is not None:
         summary |= adapter.pte.to_dict()
-        tensors = [t for encoder in adapter.encoders.values() for t in vars(encoder).values()]
+        tensors = [getattr(e, name) for e in adapter.encoders.values() for name in TENSORS]
         summary["encoder_parameters"] = sum(tensor.numel() for tensor in tensors)
         # What the rule keeps between folds, as the rule itself says.
         kept = RULES[adapter.pte.rule].start(adapter.stacked_encoder(), adapter.pte.normalize)
@@ -105,6 +105,7 @@ def _print_tables(summary: dict[str, Any]) -> None:
             "rule": summary["rule"],
             "read": summary["read"],
             "keys": summary["keys"],
+            "features": summary["features"],
             "normalize": summary["normalize"],
             "init": summary["init"],
             "state": f"{summary['state_bytes_per_sequence']:,} bytes per sequence",

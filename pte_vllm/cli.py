@@ -21,9 +21,8 @@ from pte_vllm.types import FEATURES, INITS, KEYS, NORMALIZES, READS, RULES, Feat
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 B_STARTS = ("zero", "random")
 NEW_RULE: Rule = "ridge"
-NEW_FEATURES: Features = "squared"
-"""Of adapters to be made: what learns to remember best (docs/benchmarks.md). Where a file does not
-name them, the paper's hold (`PTEConfig`)."""
+"""Of adapters to be made: what learns to remember best (docs/benchmarks.md). Where an adapter's
+file does not name a rule, it is the paper's (`PTEConfig`)."""
 _OWN_PARSERS = {
     "serve": ("pte_vllm.cli_serve", "start the OpenAI-compatible server"),
     "train": ("pte_vllm.train.cli", "train adapters: grpo, distill, ..."),
@@ -121,8 +120,9 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument(
         "--features",
         choices=FEATURES,
-        default=NEW_FEATURES,
-        help="of keys, and of A x when it meets them",
+        default=argparse.SUPPRESS,
+        help="of keys, and of A x when it meets them (default: squared with rules ridge and delta, "
+        "else linear)",
     )
     parser.add_argument(
         "--alpha",
@@ -146,7 +146,7 @@ def _init(options: argparse.Namespace) -> int:
         read=options.read,
         normalize=options.normalize,
         keys=options.keys,
-        features=options.features,
+        features=given.get("features") or new_features(options.rule, options.read),
         init=options.init,
     )
     _check_model(options.model)
@@ -174,6 +174,14 @@ def _names(text: str) -> tuple[str, ...]:
     if not names:
         raise argparse.ArgumentTypeError("needs at least one name")
     return names
+
+
+def new_features(rule: str, read: str) -> Features:
+    """The features that a new adapter has unless told: squared where they help.
+
+    `paper` learned nothing with them (docs/benchmarks.md); with read `value`, A x meets no keys.
+    """
+    return "squared" if rule in ("ridge", "delta") and read == "key" else "linear"
 
 
 def parse_layers(text: str) -> list[int] | None:

@@ -263,7 +263,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             if options.adapter:
                 raise LaunchError(f"--adapter {options.adapter}: there is no adapter_config.json")
             command = pte_command("adapter", "init", str(model), str(adapter))
-            command += ["--rule", "paper", "--features", "linear", "--b", "zero"]
+            command += ["--rule", "paper", "--b", "zero"]
             run_logged(command, out / "adapter.log", show)
 
     server = Server(

@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from pte_vllm.adapter import Adapter
 from pte_vllm.adapter_init import TARGET_RHO, init_adapter
+from pte_vllm.adapter_inspect import describe
 from pte_vllm.adapter_starts import LayerReport, _mixtures, query_key_form
+from pte_vllm.cli import main
 from pte_vllm.config import PTEConfig
 from pte_vllm.ops.reference import RULES, modulate
 from pte_vllm.plan import FoldPlan
+from pte_vllm.train.config_sections import AdapterOptions
 from pte_vllm.train.modeling import PTEModel
 from pte_vllm.train.replay import log_probs
 from pte_vllm.types import FEATURES, INITS
@@ -177,3 +180,28 @@ def test_layers_b_alpha_and_seed(tiny: Callable[[str], Path]) -> None:
         _init(path, alpha=0)
     with pytest.raises(ValueError, match="no linear 'c_proj'"):
         init_adapter(_load(path), _text(), PTEConfig(), target_modules=["q_proj", "c_proj"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule", "features"),
+    [
+        ([], "ridge", "squared"),
+        (["--rule", "delta"], "delta", "squared"),
+        (["--rule", "paper"], "paper", "linear"),
+        (["--read", "value"], "ridge", "linear"),
+        (["--rule", "paper", "--features", "squared"], "paper", "squared"),
+    ],
+)
+def test_what_the_command_makes_unless_told(
+    flags: list[str], rule: str, features: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The same from the command, from the trainer's options, and in what `inspect` says."""
+    out = tmp_path / "adapter"
+    args = ["adapter", "init", str(tiny("llama")), str(out), "--rank", "4", *flags]
+    assert main(args) == 0
+    about = describe(out)
+    assert (about["rule"], about["features"]) == (rule, features)
+    assert about["encoder_parameters"] == 3 * (5 * 4 * 64 + 2 * 4 + 2)
+    given = {flags[i].removeprefix("--"): flags[i + 1] for i in range(0, len(flags), 2)}
+    pte = AdapterOptions(rank=4, **given).pte()
+    assert (pte.rule, pte.features) == (rule, features)

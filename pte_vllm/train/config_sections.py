@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pte_vllm.cli import NEW_FEATURES, NEW_RULE, TARGET_MODULES, parse_layers
+from pte_vllm.cli import NEW_RULE, TARGET_MODULES, new_features, parse_layers
 from pte_vllm.config import PTEConfig
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.config_io import Section
@@ -60,8 +60,8 @@ class AdapterOptions(Section):
     """How the state is normalised."""
     keys: Keys = "unrotated"
     """Whether RoPE is undone before a key is encoded."""
-    features: Features = NEW_FEATURES
-    """Of keys, and of A x when it meets them."""
+    features: Features | None = None
+    """Of keys, and of A x; without it, squared with rules ridge and delta, else linear."""
     init: Init = "aligned"
     """Start of A and of the encoder's projections."""
     b: Literal["zero", "random"] = "zero"
@@ -97,7 +97,7 @@ class AdapterOptions(Section):
                 read=self.read,
                 normalize=self.normalize,
                 keys=self.keys,
-                features=self.features,
+                features=self.features or new_features(self.rule, self.read),
                 init=self.init,
             )
         except ValueError as error:
