@@ -86,7 +86,7 @@ def pretrain(seed: int, max_steps: int = 400) -> tuple[Any, float]:
     return model.eval().requires_grad_(False), right
 
 
-def prepare(out: Path, *, rule: str, seed: int, questions: int) -> None:
+def prepare(out: Path, *, rule: str, features: str, seed: int, questions: int) -> None:
     """Write OUT/base, OUT/pte-start, OUT/lora-start and OUT/questions.jsonl."""
     torch.manual_seed(seed)
     if not (out / "base" / "config.json").exists():
@@ -101,7 +101,7 @@ def prepare(out: Path, *, rule: str, seed: int, questions: int) -> None:
     adapter = init_adapter(
         base,
         ids,
-        PTEConfig(rank=RANK, global_tokens=RANK, rule=rule),
+        PTEConfig(rank=RANK, global_tokens=RANK, rule=rule, features=features),
         seed=seed,
         base_model="base",
         spans=Spans(pinned_tokens=PIN_TOKENS, recall_tokens=2 * FACTS, local_tokens=WINDOW_TOKENS),
@@ -157,6 +157,7 @@ def main() -> None:
     made = commands.add_parser("prepare", help="base model, adapters, questions")
     made.add_argument("out", type=Path)
     made.add_argument("--rule", default="ridge", choices=("paper", "sum", "ridge", "delta"))
+    made.add_argument("--features", default="squared", choices=("linear", "squared"))
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--questions", type=int, default=20_000)
     shown = commands.add_parser("plot", help="reward curves side by side")
@@ -165,7 +166,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "prepare":
         options.out.mkdir(parents=True, exist_ok=True)
-        prepare(options.out, rule=options.rule, seed=options.seed, questions=options.questions)
+        prepare(
+            options.out,
+            rule=options.rule,
+            features=options.features,
+            seed=options.seed,
+            questions=options.questions,
+        )
     else:
         plot(options.out, options.names)
 
