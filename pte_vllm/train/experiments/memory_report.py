@@ -89,20 +89,17 @@ def _plot(
     import matplotlib
 
     matplotlib.use("Agg")
-    from cycler import cycler
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
         1, len(tasks), figsize=(4.2 * len(tasks), 3.8), sharey=True, squeeze=False
     )
     for task, axis in zip(tasks, axes[0], strict=True):
-        # Ten colours, then the same ones dashed: ablations have some thirty arms.
-        axis.set_prop_cycle(
-            cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=[f"C{i}" for i in range(10)])
-        )
-        for arm, seeds in arms.items():
+        for i, (arm, seeds) in enumerate(arms.items()):
             means = [statistics.mean(scores[task, *cell] for scores in seeds) for cell in gaps]
-            axis.plot([gap for gap, _ in gaps], means, marker="o", label=arm)
+            # Ten colours, then the same ones dashed: ablations have some thirty arms.
+            look = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
+            axis.plot([gap for gap, _ in gaps], means, marker="o", label=arm, **look)
         axis.axvspan(*trained, alpha=0.08, color="black")
         axis.set_title(task)
         axis.set_xlabel("gap, tokens")
