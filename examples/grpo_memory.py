@@ -157,7 +157,7 @@ def main() -> None:
     made = commands.add_parser("prepare", help="base model, adapters, questions")
     made.add_argument("out", type=Path)
     made.add_argument("--rule", default="ridge", choices=("paper", "sum", "ridge", "delta"))
-    made.add_argument("--features", default="squared", choices=("linear", "squared"))
+    made.add_argument("--features", default="linear", choices=("linear", "squared"))
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--questions", type=int, default=20_000)
     shown = commands.add_parser("plot", help="reward curves side by side")
