@@ -9,7 +9,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from pte_vllm.cli import new_features
 from pte_vllm.preload import DEFAULT, LIBRARIES, parse_names
+from pte_vllm.types import FEATURES, RULES, Features
 
 _ABOUT = {
     "throughput": "tokens/s of many long rollouts in a small KV pool: full cache, window, PTE",
@@ -48,6 +50,7 @@ def main(argv: list[str]) -> int:
     ):
         if getattr(args, name, least) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    args.features = adapter_features(args)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "soak":
         from pte_vllm.bench.soak import run as soak
@@ -100,8 +103,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=".cache/models/smollm2", help="checkpoint directory")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     parser.add_argument("--window", type=int, default=256, help="tokens of the window")
-    parser.add_argument("--rule", default="ridge", help="update rule of the PTE arm")
-    parser.add_argument("--rank", type=int, default=32, help="of the adapters")
+    add_adapter_flags(parser)
     parser.add_argument(
         "--preload",
         type=parse_names,
@@ -114,6 +116,23 @@ def _common(parser: argparse.ArgumentParser) -> None:
         help="all engines without torch.compile, which takes a minute at their start",
     )
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="for JSON and plot")
+
+
+def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
+    """What the adapters of a benchmark are like."""
+    parser.add_argument("--rule", choices=RULES, default="ridge", help="update rule of the PTE arm")
+    parser.add_argument(
+        "--features",
+        choices=FEATURES,
+        default=argparse.SUPPRESS,
+        help="of its keys (default: as `pte-vllm adapter init` makes them for the rule)",
+    )
+    parser.add_argument("--rank", type=int, default=32, help="of the adapters")
+
+
+def adapter_features(args: argparse.Namespace) -> Features:
+    """As given by `--features`, or as a new adapter of the rule has them."""
+    return getattr(args, "features", None) or new_features(args.rule, "key")
 
 
 def _throughput(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pte_vllm.bench.cli import adapter_features, add_adapter_flags
 from pte_vllm.sizing import Model, hardware_of, parse_tokens, plan_rows
 
 PARTS = ("kernels", "parity", "throughput", "profile")
@@ -29,6 +30,7 @@ _START_S = 150
 def main(argv: list[str]) -> int:
     """Run what is missing, then write `gpu.json`, `gpu.md` and `gpu.png`; the exit status."""
     args = _parser().parse_args(argv)
+    args.features = adapter_features(args)
     parts = _choices("--parts", args.parts, PARTS)
     try:
         args.windows = [parse_tokens(part) for part in args.windows.split(",")]
@@ -68,8 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=9.0, help="no new engine beyond them")
     parser.add_argument("--model", help="directory with a config.json (default: Qwen2.5-7B's)")
     parser.add_argument("--dtype", default="bfloat16", help="of the model: bfloat16 or float16")
-    parser.add_argument("--rank", type=int, default=32, help="of the adapters")
-    parser.add_argument("--rule", default="ridge", help="update rule of the PTE arms")
+    add_adapter_flags(parser)
     parser.add_argument("--memory", type=float, default=0.9, help="share that engines may use")
     parser.add_argument("--attention-backend", help="of the baselines (default: vLLM's choice)")
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
@@ -152,7 +153,14 @@ def _jobs(
         return
     model = args.model or write_model(scratch / "model", TINY if args.dry_run else QWEN_7B)
     adapters = {
-        plain: random_adapter(model, scratch / name, rank=args.rank, rule=args.rule, plain=plain)
+        plain: random_adapter(
+            model,
+            scratch / name,
+            rank=args.rank,
+            rule=args.rule,
+            features=args.features,
+            plain=plain,
+        )
         for plain, name in ((False, "pte"), (True, "lora"))
     }
     common |= {

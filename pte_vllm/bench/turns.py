@@ -84,7 +84,13 @@ def make_adapters(
 
     scratch.mkdir(parents=True, exist_ok=True)
     thoughts, plain = scratch / "thoughts", scratch / "plain"
-    config = PTEConfig(init="random", rule=args.rule, rank=args.rank, global_tokens=args.rank)
+    config = PTEConfig(
+        init="random",
+        rule=args.rule,
+        features=args.features,
+        rank=args.rank,
+        global_tokens=args.rank,
+    )
     adapter = make_adapter(args.model, thoughts, config, b="random", seed=seed)
     if b_scale != 1.0:
         lora_b = {module: b_scale * weight for module, weight in adapter.lora_b.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -102,6 +103,16 @@ class Server(launch.Server):
             "vllm_xargs": {"pte_window": 2 * BLOCK},
         }
         httpx.post(f"{self.url}/v1/completions", json=body, timeout=300).raise_for_status()
+
+    def wait_running(self, count: int) -> None:
+        """Return when that many samples run: a thread told to ask may not have asked yet."""
+        for _ in range(1200):
+            metrics = httpx.get(f"{self.url}/metrics", timeout=60).raise_for_status().text
+            running = re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", metrics, re.MULTILINE)
+            if sum(map(float, running)) >= count:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{running} samples run, not {count}")
 
     def wait_idle(self) -> dict:
         """The pool once nothing runs; the worker hears of the last request one step later."""
