@@ -70,6 +70,7 @@ def main(args: Sequence[str]) -> int:
         "seconds": round(time.monotonic() - began, 1),
         "base": base_report,
         "budget": asdict(plan.budget),
+        "bytes": _bytes(plan),
         "runs": records,
     }
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -154,6 +155,20 @@ def run(plan: Plan, out: Path, *, jobs: int) -> tuple[dict[str, Any], list[dict[
                 )
                 progress.advance(bar)
     return report, [found[arm.name, seed] for arm, seed in order]
+
+
+def _bytes(plan: Plan) -> dict[str, dict[str, int]]:
+    """What a sequence of each arm holds at most, in fp32."""
+    from pte_vllm.train.experiments.memory_arms import longest_tokens
+
+    base, longest = plan.base, longest_tokens(plan.budget)
+    return {
+        arm.name: {
+            "kv": arm.kv_bytes(base.layers, base.kv_heads * base.head_dim, longest),
+            "state": arm.state_bytes(base.layers),
+        }
+        for arm in plan.arms
+    }
 
 
 def _seeds(plan: Plan, arm: Arm) -> tuple[int, ...]:

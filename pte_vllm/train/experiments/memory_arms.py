@@ -97,6 +97,19 @@ class Budget:
     """Sequences of each task at each gap."""
 
 
+def longest_tokens(budget: Budget) -> int:
+    """Of the sequences that are scored."""
+    first, *others = budget.eval_facts
+    cells = [(max(budget.eval_gaps), first), *((budget.eval_gaps[1], facts) for facts in others)]
+    return max(
+        len(sample.ids)
+        for gap, facts in cells
+        for sample in sample_batch(
+            random.Random(0), 16, gap_tokens=(gap, gap), tasks=budget.tasks, facts=facts
+        )
+    )
+
+
 def make_adapter(base: Any, arm: Arm, budget: Budget, seed: int) -> Adapter | None:
     """A fresh adapter; starts that need sample text get sequences of the tasks themselves."""
     if not arm.trained:

@@ -31,6 +31,7 @@ ARMS: tuple[Arm, ...] = (
     WINDOW,
     LORA,
     replace(LORA, name="LoRA_c, window 24", window_tokens=24),
+    replace(LORA, name="LoRA_c, window 40", window_tokens=40),
     GLOBAL,
     _PAPER,
     _SUM,
@@ -39,7 +40,9 @@ ARMS: tuple[Arm, ...] = (
     _RIDGE_SQUARED,
     _DELTA_SQUARED,
 )
-"""At equal KV bytes, but for `full cache` and `window 24`, which spends what a state takes."""
+"""At equal KV bytes, but for `full cache` and the wider windows of LoRA_c. They spend as many bytes
+more as a state takes: 24 that of `paper`, `sum` and `delta`, 40 that of `ridge`. Two layers see at
+most 39 and 71 tokens back then: 40 may relay what lies 40 tokens back."""
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -14,14 +14,14 @@ def write(result: dict[str, Any], out: Path, name: str) -> str:
     """Write `name`.md and `name`.png below `out`; returns the tables.
 
     Args:
-        result: what `memory.main` saves: `budget` and `runs`, and the seconds they took.
+        result: what `memory.main` saves: `budget`, `bytes` and `runs`, and the seconds they took.
     """
     arms = _by_arm(result["runs"])
     low, high = result["budget"]["gap_tokens"]
     facts = result["budget"]["eval_facts"]
     gaps = [(gap, facts[0]) for gap in result["budget"]["eval_gaps"]]
     text = f"Share of right answers; trained gaps {low} to {high} tokens, {facts[0]} facts.\n\n"
-    text += _summary(arms, result["budget"]["tasks"], gaps, (low, high)) + "\n"
+    text += _summary(arms, result["budget"]["tasks"], gaps, (low, high), result["bytes"]) + "\n"
     for task in result["budget"]["tasks"]:
         text += f"**{task}**\n\n" + _table(arms, task, gaps, lambda cell: f"gap {cell[0]}") + "\n"
         if len(facts) > 1:
@@ -47,12 +47,14 @@ def _summary(
     tasks: list[str],
     gaps: list[tuple[int, int]],
     trained: tuple[int, int],
+    held: dict[str, dict[str, int]],
 ) -> str:
-    """By task the mean over trained gaps, and the longest gap; means over seeds."""
+    """By task the mean over trained gaps, and the longest gap; means over seeds; bytes held."""
     inside = [cell for cell in gaps if trained[0] <= cell[0] <= trained[1]]
     lines = [
-        f"| arm | {' | '.join(f'{task}, trained gaps; gap {gaps[-1][0]}' for task in tasks)} |",
-        "|---" * (len(tasks) + 1) + "|",
+        f"| arm | {' | '.join(f'{task}, trained gaps; gap {gaps[-1][0]}' for task in tasks)} "
+        "| bytes of KV + state |",
+        "|---" * (len(tasks) + 2) + "|",
     ]
     for arm, seeds in arms.items():
         row = []
@@ -60,6 +62,7 @@ def _summary(
             near = statistics.mean(scores[task, *cell] for scores in seeds for cell in inside)
             far = statistics.mean(scores[task, *gaps[-1]] for scores in seeds)
             row.append(f"{near:.2f}; {far:.2f}")
+        row.append(f"{held[arm]['kv']:,} + {held[arm]['state']:,}")
         lines.append(f"| {arm} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
