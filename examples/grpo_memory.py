@@ -19,6 +19,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -147,8 +148,9 @@ def plot(out: Path, names: Sequence[str]) -> None:
     figure.savefig(out / "reward.png", dpi=120)
     (out / "reward.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
     for name, curve in curves.items():
-        ends = curve["reward"][:5], curve["reward"][-20:]
-        print(name, *(f"{sum(part) / len(part):.3f}" for part in ends if part))
+        first, last = curve["reward"][:10], curve["reward"][-10:]
+        if first:
+            print(f"{name}: first 10 steps {mean(first):.3f}, last 10 {mean(last):.3f}")
 
 
 def main() -> None:
