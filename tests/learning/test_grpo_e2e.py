@@ -82,13 +82,14 @@ def check_run(out: Path, start: Path, steps: int) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["paper", "ridge", "delta", "plain"])
+@pytest.mark.parametrize("rule", ["paper", "ridge", "delta", "ridge squared", "plain"])
 def test_a_few_steps(rule: str, tiny: Tiny, adapters: Adapters, tmp_path: Path) -> None:
     path, out, steps = tiny("qwen3"), tmp_path / "run", 3
+    name, _, features = rule.partition(" ")
     start = (
         adapters(path, plain=True, rank=8)
         if rule == "plain"
-        else adapters(path, rank=8, rule=rule, keys="unrotated")
+        else adapters(path, rank=8, rule=name, keys="unrotated", features=features or "linear")
     )
     with Server(path, {}, log=tmp_path / "server.log") as server:
         server.wait_ready()
