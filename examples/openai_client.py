@@ -1,6 +1,6 @@
 """The OpenAI SDK against `pte-vllm serve`: chat and streaming, with PTE's options and without.
 
-    pte-vllm serve MODEL --enable-lora --lora-modules thoughts=ADAPTER
+    pte-vllm serve MODEL --enable-lora --max-lora-rank 32 --lora-modules thoughts=ADAPTER
     python examples/openai_client.py --model thoughts
 
 Prints what each answer held in the KV cache beside what full attention would hold. Needs `openai`

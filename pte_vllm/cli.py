@@ -89,8 +89,8 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser(
         "init",
         help="make an untrained adapter for a model",
-        description="Make an untrained adapter, calibrated on sample text. With --b zero the model "
-        "answers exactly as before until the adapter is trained.",
+        description="Make an untrained adapter, calibrated on sample text. With --b zero it adds "
+        "nothing until it is trained: the model answers as the base model does under its window.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="name or directory of the base model")

@@ -16,7 +16,8 @@ Every other flag is handed to `vllm serve` as it stands. To see those:
     pte-vllm serve MODEL --help=all          all of vLLM's flags
     pte-vllm serve MODEL --help=lora         one group, or one flag such as --help=max-model-len
 example:
-    pte-vllm serve MODEL --pte-window 1024 --enable-lora --lora-modules math=ADAPTER_DIR
+    pte-vllm serve MODEL --pte-window 1024 --enable-lora --max-lora-rank 32 \\
+        --lora-modules math=ADAPTER_DIR
 """
 
 
