@@ -97,7 +97,7 @@ def contribution_of(encoder: LayerEncoder, evicted: Moments) -> Tensor:
 
 
 def contribution(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> Tensor:
-    """S' = (g/m) (q_g W_Qᵀ) (K_e W_Kᵀ)ᵀ (V_e W_Vᵀ) of `k_e, v_e: [*, m, d_kv]`, `[*, G, r]`."""
+    """S' = (g/m) (q_g W_Qᵀ) kᵀv of `k_e, v_e: [*, m, d_kv]`, encoded by `project`; `[*, G, r]`."""
     return contribution_of(encoder, moments(encoder, k_e, v_e, with_kk=False))
 
 
