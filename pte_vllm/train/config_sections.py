@@ -47,21 +47,24 @@ class AdapterOptions(Section):
     """How an adapter is made where `model.adapter` names none; see docs/method.md."""
 
     plain: bool = False
-    """A plain LoRA without thought state: under a window, the paper's baseline LoRA_c."""
+    """A plain LoRA without thought state: under a window, the paper's baseline LoRA_c; ignores
+    global_tokens, rule, read, normalize, keys, features and init."""
     rank: Count = PTEConfig.rank
     """r: columns of B."""
     global_tokens: Count | None = None
-    """G: rows of A and of the state; without it, the rank."""
+    """G: rows of A and of the state; without it, the rank, which rules ridge and delta and read
+    value need."""
     rule: Rule = NEW_RULE
     """How folds add up."""
     read: Read = "key"
     """Side of the state that A x meets."""
     normalize: Normalize = "matrix"
-    """How the state is normalised."""
+    """How the state is normalised; nothing with rules ridge and delta."""
     keys: Keys = "unrotated"
     """Whether RoPE is undone before a key is encoded."""
     features: Features | None = None
-    """Of keys, and of A x; without it, squared with rules ridge and delta, else linear."""
+    """Of keys, and of A x; without it, squared with rules ridge and delta and read key, else
+    linear."""
     init: Init = "aligned"
     """Start of A and of the encoder's projections."""
     b: Literal["zero", "random"] = "zero"
