@@ -45,7 +45,7 @@ class Spec:
 
     @property
     def block_size(self) -> int:
-        return 32 if self.dry_run else 16  # vLLM's defaults on a CPU and on CUDA
+        return 32 if self.dry_run else 16  # what a CPU's kernels want; vLLM's default on CUDA
 
 
 def build(spec: Spec, *, load_format: str = "dummy", **more: Any) -> tuple[Any, Any]:
