@@ -51,9 +51,10 @@ def make_adapter(
     chosen = choose_layers(layers, shape.num_layers)
     token_ids = sample_sequences(AutoTokenizer.from_pretrained(model), text, seed=seed)
     if config.init == "aligned" and config.rank > shape.head_dim:
+        which = "W_V" if config.features == "squared" else "W_K, W_V and A"
         console.print(
             f"rank {config.rank} exceeds the head size {shape.head_dim}: the "
-            f"{config.rank - shape.head_dim} rows beyond it start small and random"
+            f"{config.rank - shape.head_dim} rows of {which} beyond it start random"
         )
     console.print(f"loading {model}", soft_wrap=True)
     disable_progress_bar()  # one bar is enough
@@ -99,7 +100,7 @@ def _summary(
     if heads:
         console.print(f"layer.head asked: {', '.join(heads)}")
     console.print(
-        f"gain calibrated on {num_tokens} tokens: median rho {statistics.median(rho):.3f} "
-        f"({min(rho):.3f} to {max(rho):.3f})"
+        f"gain, which rules paper and sum use, calibrated on {num_tokens} tokens: "
+        f"median rho {statistics.median(rho):.3f} ({min(rho):.3f} to {max(rho):.3f})"
     )
     console.print(f"wrote {out}: {len(adapter.layers)} layers, {len(adapter.lora_a)} linears")

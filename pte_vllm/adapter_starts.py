@@ -24,7 +24,8 @@ from pte_vllm.ops.reference import LayerEncoder
 _MIXED_DIRECTIONS = 16
 """Leading ones of the head, which squared features are mixtures of."""
 _SPARE_STD = 0.1
-"""Of rows beyond what the head has directions for, against a random start's."""
+"""Of rows beyond what the head has directions for, against a random start's. Squared features have
+none in W_K and A, whose rows are all mixtures."""
 
 
 @dataclass(frozen=True, kw_only=True)
