@@ -10,7 +10,7 @@ from typing import Any
 
 from pte_vllm.train.config import DataOptions
 from pte_vllm.train.data import Problem, ask, is_count, reward_of
-from pte_vllm.train.rewards import gym_dataset
+from pte_vllm.train.gym_tasks import gym_dataset
 
 TAGGED = "{prompt}\n\nReason step by step, and put the final answer between <answer> and </answer>."
 

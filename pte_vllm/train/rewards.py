@@ -1,19 +1,20 @@
 """Rewards: how right an answer is, from 0 to 1.
 
-An answer that cannot be read earns 0; nothing a model writes raises, hangs or exhausts memory.
-Standard library only until a reward needs more.
+An answer that cannot be read earns 0. Nothing a model writes raises, hangs, exhausts memory or runs
+in the trainer: what needs more than comparing is decided by a `ScoringWorker`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 from pte_vllm.train.data import Problem
-from pte_vllm.train.math_check import MathChecker
+from pte_vllm.train.scorers import gym_scorer, math_scorer
+from pte_vllm.train.scoring_worker import ScoringWorker
 
 Reward = Callable[[Problem, str, Sequence[int]], float]
 """`(problem, text of the completion, its token ids) -> reward`."""
@@ -122,8 +123,15 @@ def final_answer(text: str) -> str | None:
 
 
 @lru_cache(maxsize=1)
-def _checker() -> MathChecker:
-    return MathChecker()
+def _math_worker() -> ScoringWorker:
+    if importlib.util.find_spec("math_verify") is None:
+        raise ModuleNotFoundError("No module named 'math_verify' (install pte-vllm[train])")
+    return ScoringWorker(math_scorer)
+
+
+@lru_cache(maxsize=1)
+def _gym_worker() -> ScoringWorker:
+    return ScoringWorker(gym_scorer)
 
 
 def math(problem: Problem, text: str, ids: Sequence[int]) -> float:
@@ -134,7 +142,7 @@ def math(problem: Problem, text: str, ids: Sequence[int]) -> float:
     right = str(problem.answer).strip()
     if answer == right:
         return 1.0
-    return float(_checker().equal(right, answer))
+    return _math_worker().score((), (right, answer))
 
 
 def exact(problem: Problem, text: str, ids: Sequence[int]) -> float:
@@ -156,52 +164,13 @@ def memory(problem: Problem, text: str, ids: Sequence[int]) -> float:
     return right / len(problem.answer)
 
 
-def gym_dataset(task: str, task_options: Mapping[str, Any], *, seed: int, size: int) -> Any:
-    """A `reasoning_gym` data set.
-
-    Raises:
-        ValueError: naming the flag, if there is no such task, or it does not take the options.
-    """
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    if task not in DATASETS:
-        raise ValueError(f"--data.task: reasoning-gym has no task {task!r}{_similar(task)}")
-    try:
-        return reasoning_gym.create_dataset(task, seed=seed, size=size, **task_options)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(
-            f"--data.task_options {dict(task_options)} do not suit {task}: {error}"
-        ) from error
-
-
-def _similar(task: str) -> str:
-    import difflib
-
-    from reasoning_gym.factory import DATASETS
-
-    close = difflib.get_close_matches(task, list(DATASETS), n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-@lru_cache(maxsize=16)
-def _gym_scorer(task: str, task_options: str) -> Callable[..., float]:
-    made = gym_dataset(task, json.loads(task_options), seed=0, size=1)
-    scorer: Callable[..., float] = made.score_answer
-    return scorer
-
-
 def reasoning_gym(problem: Problem, text: str, ids: Sequence[int]) -> float:
     """What the task's own scorer gives for the last `<answer>`; without one, 0."""
     answer = last_tagged(text)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return 0.0
-    scorer = _gym_scorer(problem.meta["task"], json.dumps(problem.meta["task_options"]))
-    try:
-        value = float(scorer(answer, problem.meta["entry"]))
-    except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError, SyntaxError):
-        return 0.0  # scorers parse what the model wrote, each in its own way
-    return min(max(value, 0.0), 1.0)
+    setup = problem.meta["task"], json.dumps(problem.meta["task_options"])
+    return _gym_worker().score(setup, (answer, problem.meta["entry"]))
 
 
 REWARDS: dict[str, Reward] = {

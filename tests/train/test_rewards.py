@@ -2,17 +2,30 @@ r"""Rewards, on answers as models write them, and on answers written to break th
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from pte_vllm.train.config import REWARD_NAMES
 from pte_vllm.train.data import Problem
-from pte_vllm.train.math_check import MathChecker
-from pte_vllm.train.rewards import REWARDS, final_answer, gym_dataset, last_boxed, score
+from pte_vllm.train.gym_tasks import FORMULA_TASKS, LITERAL_TASKS, gym_dataset, may_be_evaluated
+from pte_vllm.train.rewards import (
+    MAX_ANSWER_CHARS,
+    REWARDS,
+    _gym_worker,
+    _math_worker,
+    final_answer,
+    last_boxed,
+    score,
+)
+
+EVALUATED = sorted(LITERAL_TASKS | FORMULA_TASKS)
 
 
 def math(right: str, text: str) -> float:
@@ -123,50 +136,32 @@ def test_malformed_answers_are_wrong_and_quick(text: str) -> None:
     assert time.monotonic() - start < 15
 
 
-@pytest.fixture
-def checker() -> Iterator[MathChecker]:
-    checker = MathChecker(timeout_s=2.0)
-    yield checker
-    checker.close()
-
-
-def test_a_formula_without_end_is_given_up_and_the_next_one_read(checker: MathChecker) -> None:
-    checker.timeout_s = 60.0
-    assert checker.equal("1", "1.0")
-    checker.timeout_s = 2.0
-    worker = checker._worker
-    assert worker is not None
+def test_a_formula_without_end_is_given_up_and_the_next_one_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert math("1", r"\boxed{1.0}") == 1.0  # the worker is there
+    monkeypatch.setattr(_math_worker(), "timeout_s", 2.0)
     start = time.monotonic()
-    assert not checker.equal("4", "9^{9^{9^{9}}} + x")
-    assert not checker.equal("4", r"\sum_{k=1}^{10^{9}} \sin(k)^{k}")
+    assert math("4", r"\boxed{9^{9^{9^{9}}} + x}") == 0.0
+    assert math("4", r"\boxed{\sum_{k=1}^{10^{9}} \sin(k)^{k}}") == 0.0
     assert time.monotonic() - start < 60
-    checker.timeout_s = 60.0
-    assert checker.equal(r"\frac{1}{2}", "0.5")
+    monkeypatch.undo()
+    assert math(r"\frac{1}{2}", r"\boxed{0.5}") == 1.0
 
 
-def test_the_worker_is_started_again(checker: MathChecker) -> None:
-    checker.timeout_s = 60.0
-    assert checker.equal("3", "3.0")
-    assert checker._worker is not None
-    checker._worker.kill()
-    checker._worker.wait()
-    assert checker.equal("3", "6/2")
-
-
-def test_threads_share_the_checker(checker: MathChecker) -> None:
+def test_threads_share_the_worker() -> None:
     """math-verify's own timeouts work in the main thread only."""
-    checker.timeout_s = 60.0
-    results: dict[int, bool] = {}
+    results: dict[int, float] = {}
 
     def ask(number: int) -> None:
-        results[number] = checker.equal(str(number), f"{2 * number}/2")
+        results[number] = math(str(number), rf"\boxed{{{2 * number}/2}}")
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert results == dict.fromkeys(range(6), True)
+    assert results == dict.fromkeys(range(6), 1.0)
 
 
 def test_boxes_are_balanced() -> None:
@@ -189,8 +184,8 @@ def test_memory_counts_tokens_at_their_place() -> None:
         score(Problem(key="k", prompt="q", answer="text", reward="memory"), "", [1])
 
 
-def gym(task: str, **task_options: object) -> Problem:
-    entry = gym_dataset(task, task_options, seed=3, size=1)[0]
+def gym(task: str, *, seed: int = 3, **task_options: object) -> Problem:
+    entry = gym_dataset(task, task_options, seed=seed, size=1)[0]
     return Problem(
         key="k",
         prompt=entry["question"],
@@ -200,13 +195,17 @@ def gym(task: str, **task_options: object) -> Problem:
     )
 
 
+def tagged(answer: object) -> str:
+    return f"<answer>{answer}</answer>"
+
+
 def test_reasoning_gym_scores_what_is_tagged() -> None:
     problem = gym("chain_sum", min_terms=3, max_terms=3)
-    assert score(problem, f"Well. <answer>{problem.answer}</answer>", []) == 1.0
+    assert score(problem, f"Well. {tagged(problem.answer)}", []) == 1.0
     assert score(problem, f"<answer>0</answer> <answer> {problem.answer} </answer>", []) == 1.0
     assert score(problem, str(problem.answer), []) == 0.0
-    assert score(problem, "<answer>no idea</answer>", []) < 0.1
-    assert score(problem, "<answer>" + "1" * 10_000 + "</answer>", []) == 0.0
+    assert score(problem, tagged("no idea"), []) < 0.1
+    assert score(problem, tagged("1" * 10_000), []) == 0.0
 
 
 def test_reasoning_gym_scorers_survive_nonsense() -> None:
@@ -214,7 +213,105 @@ def test_reasoning_gym_scorers_survive_nonsense() -> None:
     for task in ("countdown", "puzzle24", "simple_equations", "mini_sudoku", "letter_jumble"):
         problem = gym(task)
         for answer in ("", "((", "1/0", "{", "\x00", "9**9**", "[[1,2],[3]]", "None"):
-            assert 0.0 <= score(problem, f"<answer>{answer}</answer>", []) < 1.0, (task, answer)
+            assert 0.0 <= score(problem, tagged(answer), []) < 1.0, (task, answer)
+
+
+@pytest.mark.parametrize("task", EVALUATED)
+def test_what_a_model_writes_does_not_run(task: str, tmp_path: Path) -> None:
+    problem, made = gym(task), tmp_path / "made"
+    for answer in (
+        f"__import__('os').system('touch {made}')",
+        f"open('{made}', 'w')",
+        f"(9).__class__.__base__.__subclasses__() + [open('{made}', 'w')]",
+        f'sin(\'open("{made}", "w")\')',
+        "__import__('socket').create_connection(('127.0.0.1', 9))",
+        "exit()",
+        "quit(1)",
+        "[0] * 10**10",
+        "'x' * 10**10",
+        "['" + "(" * 900,
+    ):
+        assert score(problem, tagged(answer), []) == 0.0, answer
+    assert list(tmp_path.iterdir()) == []
+    assert score(problem, tagged(problem.answer), []) == 1.0
+
+
+def test_an_answer_without_end_is_given_up_and_the_next_one_read() -> None:
+    problem = gym("countdown")
+    start = time.monotonic()
+    assert score(problem, tagged("9**9**9**9"), []) == 0.0
+    assert time.monotonic() - start < 30
+    assert score(problem, tagged(problem.answer), []) == 1.0
+
+
+def test_a_worker_killed_from_outside_is_started_again() -> None:
+    problem = gym("n_queens")
+    for _ in range(2):
+        assert score(problem, tagged(problem.answer), []) == 1.0
+        pid = _gym_worker().pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+    assert score(problem, tagged(problem.answer), []) == 1.0
+
+
+def test_threads_score_different_tasks() -> None:
+    problems = [gym(task) for task in ("chain_sum", "n_queens", "countdown", "time_intervals")]
+    results: list[tuple[float, float]] = []
+
+    def ask(problem: Problem) -> None:
+        for _ in range(10):
+            right, wrong = (tagged(a) for a in (problem.answer, "no idea"))
+            results.append((score(problem, right, []), score(problem, wrong, [])))
+
+    threads = [threading.Thread(target=ask, args=(problem,)) for problem in problems]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 40
+    assert all(right == 1.0 and wrong < 0.1 for right, wrong in results)
+
+
+def directly(problem: Problem, answer: str) -> float:
+    """The task's own scorer, in this process."""
+    scorer = gym_dataset(problem.meta["task"], {}, seed=0, size=1).score_answer
+    try:
+        return float(min(max(scorer(answer, deepcopy(problem.meta["entry"])), 0.0), 1.0))
+    except Exception:  # JSON of another kind than asked for
+        return 0.0
+
+
+def test_the_worker_gives_what_the_scorer_gives() -> None:
+    """For every task, for the right answer, and for less than that."""
+    from reasoning_gym.factory import DATASETS
+
+    for task in sorted(set(DATASETS) - {"composite"}):
+        problem = gym(task)
+        right = str(problem.answer).strip()
+        for answer in (right, right[: len(right) // 2], "0"):
+            if not answer or len(answer) > MAX_ANSWER_CHARS:
+                continue
+            expected, found = directly(problem, answer), score(problem, tagged(answer), [])
+            refused = not may_be_evaluated(task, answer) and expected < 0.1 and found == 0.0
+            assert found == expected or refused, (task, answer)
+
+
+@pytest.mark.parametrize("task", EVALUATED)
+def test_right_answers_are_still_right_where_the_scorer_evaluates(task: str) -> None:
+    made = gym_dataset(task, {}, seed=8, size=20)
+    for entry in (made[index] for index in range(20)):
+        meta = {"task": task, "task_options": {}, "entry": entry}
+        problem = Problem(
+            key="k", prompt="q", answer=entry["answer"], reward="reasoning-gym", meta=meta
+        )
+        assert score(problem, tagged(entry["answer"]), []) == 1.0
+
+
+@pytest.mark.parametrize("task", ["string_insertion", "spiral_matrix"])
+def test_a_list_where_text_was_asked_for_earns_a_part(task: str) -> None:
+    problem = gym(task)
+    answer = str(problem.answer)
+    assert score(problem, tagged(list(answer.split() if " " in answer else answer)), []) == 0.1
 
 
 def test_an_unknown_reward_is_refused() -> None:
