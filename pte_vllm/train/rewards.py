@@ -26,13 +26,14 @@ _ANSWER_LINE = re.compile(r"\banswer\b[* ]{0,4}(?:is\b[* ]{0,4})?:([^\n]+)", re.
 """Bounded repeats: two open-ended ones in a row would take n² on a run of spaces."""
 
 
-def score(problem: Problem, text: str, ids: Sequence[int]) -> float:
+def score(problem: Problem, text: str, ids: Sequence[int], *, stopped: bool = False) -> float:
     """Reward of one completion, by the problem's own function.
 
     Args:
         problem: the question.
         text: the completion, without special tokens.
         ids: its token ids.
+        stopped: the last id is the one that ended it, as vLLM keeps it among the ids.
 
     Raises:
         ValueError: if the problem names no reward there is.
@@ -41,7 +42,11 @@ def score(problem: Problem, text: str, ids: Sequence[int]) -> float:
         raise ValueError(
             f"--data.reward must be one of {', '.join(REWARDS)}, got {problem.reward!r}"
         )
-    return REWARDS[problem.reward](problem, text, ids)
+    reward = REWARDS[problem.reward]
+    earned = reward(problem, text, ids)
+    if stopped and reward is exact:  # the answer may name the end, and need not
+        return max(earned, exact(problem, text, ids[:-1]))
+    return earned
 
 
 # Reading answers

@@ -228,7 +228,8 @@ class Sampler:
         text = ""
         if self._tokenizer is not None:
             text = self._tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
-        reward = score(problem, text, rollout.completion_ids)
+        stopped = rollout.finish_reason == "stop"
+        reward = score(problem, text, rollout.completion_ids, stopped=stopped)
         options = self._run.grpo
         penalty = overlong_penalty(
             len(rollout.completion_ids),

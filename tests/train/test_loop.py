@@ -46,7 +46,7 @@ def stream() -> Stream:
 @pytest.fixture(autouse=True)
 def _reward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are random, so what earns is set here: the first token's lowest bits."""
-    monkeypatch.setattr(sampling, "score", lambda problem, text, ids: (ids[0] % 4) / 3)
+    monkeypatch.setattr(sampling, "score", lambda problem, text, ids, **_: (ids[0] % 4) / 3)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_dynamic_sampling_replaces_and_gives_up(
 ) -> None:
     lucky: list[str] = []
 
-    def reward(problem: Problem, text: str, ids: Any) -> float:
+    def reward(problem: Problem, text: str, ids: Any, **_: Any) -> float:
         if problem.key in lucky:
             return float(ids[0] % 2)
         return 1.0
@@ -161,6 +161,22 @@ def test_dynamic_sampling_replaces_and_gives_up(
     record = read_metrics(tmp_path / "b/metrics.jsonl")[-1]
     assert server.asked == [("1.1.0", "1.1.1"), ("1.2.0",)]
     assert record["dropped_groups"] == 1 and record["samples"] == 6 and "loss" in record
+
+
+def test_rewards_know_which_answers_stopped(
+    start: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[list[int], bool]] = []
+
+    def reward(problem: Problem, text: str, ids: Any, *, stopped: bool) -> float:
+        told.append((list(ids), stopped))
+        return 0.0
+
+    monkeypatch.setattr(sampling, "score", reward)
+    changes = {"optimizer": {"steps": 2, "warmup_steps": 0}, "sampling": {"max_tokens": 61}}
+    assert train(options(start, tmp_path, **changes), FakeServer(start[0]), stream=stream())
+    assert {stopped for _, stopped in told} == {True, False}
+    assert all(stopped == (len(ids) < 61) for ids, stopped in told)
 
 
 def test_plan_of_another_server_is_refused(start: tuple[Path, Path], tmp_path: Path) -> None:

@@ -176,6 +176,17 @@ def test_exact_compares_tokens_or_text() -> None:
     assert [score(text, given, [9]) for given in (" yes\n", "Yes", "")] == [1, 0, 0]
 
 
+def test_exact_lets_the_answer_leave_out_the_token_that_ends_it() -> None:
+    given = ([5, 6, 2], [5, 6], [5, 6, 2, 2], [2], [])
+    without, with_end = (
+        Problem(key="k", prompt=[1], answer=answer, reward="exact")
+        for answer in ([5, 6], [5, 6, 2])
+    )
+    assert [score(without, "", ids, stopped=True) for ids in given] == [1, 1, 0, 0, 0]
+    assert [score(with_end, "", ids, stopped=True) for ids in given] == [1, 0, 1, 0, 0]
+    assert [score(without, "", ids) for ids in given] == [0, 1, 0, 0, 0]
+
+
 def test_memory_counts_tokens_at_their_place() -> None:
     problem = Problem(key="k", prompt=[1], answer=[5, 6, 7, 8], reward="memory")
     given = ([5, 6, 7, 8], [5, 6, 7, 8, 9], [5, 0, 7], [6, 7, 8, 5], [])
