@@ -40,7 +40,8 @@ _LORA_KEY = re.compile(
 _ENCODER_KEY = re.compile(r"^layers\.(?P<layer>\d+)\.(?P<name>\w+)$")
 _REQUIRED = ("query", "global", "w_q", "w_k", "w_v", "gain")
 _OPTIONAL = ("b_k", "b_v", "log_ridge")
-_UNSUPPORTED_PEFT = ("use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_UNSUPPORTED_PEFT = ("use_dora", "bias", "modules_to_save", *_PATTERNS)
 
 
 class AdapterError(ValueError):
@@ -176,9 +177,10 @@ class Adapter:
         if self.pte is not None:
             # The scale, and the room vLLM gives the adapter, come from PEFT's r.
             _expect(path / CONFIG_FILE, "r", self.peft["r"], self.pte.rank)
-            for field in _UNSUPPORTED_PEFT:
-                if self.peft.get(field) not in (None, False, "none", {}, []):
-                    raise AdapterError(f"{path / CONFIG_FILE}: {field} is not supported with PTE")
+        # Of a plain LoRA, the others would show in the names of its tensors.
+        for field in _UNSUPPORTED_PEFT if self.pte is not None else _PATTERNS:
+            if self.peft.get(field) not in (None, False, "none", {}, []):
+                raise AdapterError(f"{path / CONFIG_FILE}: {field} is not supported with PTE")
         for module in self.lora_a:
             a, b = self.lora_a[module], self.lora_b[module]
             if self.pte is not None:

@@ -185,6 +185,19 @@ def test_cut_short(file: str, directory: Path) -> None:
         Adapter.load(directory)
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_plain_lora_with_a_scale_per_module_is_refused(
+    field: str, tiny: Callable[[str], Path], adapters: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = shutil.copytree(adapters(tiny("llama"), plain=True), tmp_path / "plain")
+    config = json.loads((path / CONFIG_FILE).read_text())
+    (path / CONFIG_FILE).write_text(json.dumps({**config, field: {}}))
+    assert Adapter.load(path).pte is None
+    (path / CONFIG_FILE).write_text(json.dumps({**config, field: {"q_proj": 4}}))
+    with pytest.raises(AdapterError, match=f"{field} is not supported"):
+        Adapter.load(path)
+
+
 def test_an_encoder_that_is_lost_is_no_plain_lora(directory: Path) -> None:
     (directory / ENCODER_FILE).unlink()
     with pytest.raises(AdapterError, match=f'"pte" in {CONFIG_FILE}, but no {ENCODER_FILE}'):
