@@ -42,6 +42,8 @@ class Resolved:
     """None: the base model."""
     pushed_name: str | None = None
     """Without the version; None: not a pushed adapter."""
+    rule: str | None = None
+    """Of a pushed adapter; None without a thought state."""
 
     @property
     def engine_name(self) -> str | None:
@@ -225,6 +227,7 @@ class AdapterRegistry:
                     version=version.number,
                     lora=self._names[version.engine_name],
                     pushed_name=version.name,
+                    rule=version.rule,
                 )
                 behind = self.versions(version.name)[-1].number - version.number
                 if max_staleness is not None and behind > max_staleness:

@@ -20,13 +20,13 @@ from vllm.outputs import RequestOutput
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.sampling_params import SamplingParams
 
+from pte_vllm.config import RequestOptions
 from pte_vllm.plan import FoldPlan
 from pte_vllm.server.adapters import Resolved
 from pte_vllm.server.spool import Version
 from pte_vllm.server.state import Service
-from pte_vllm.train.rollout import Rollout, WeightSpan, fold_events, with_rho
+from pte_vllm.train.rollout import InFlight, Rollout, WeightSpan, fold_events, with_rho
 
-InFlight = Literal["pin", "switch_rebuild"]
 _ABORT_AGAIN_S = 0.2
 
 
@@ -108,6 +108,7 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
         mask=(1,) * len(done.completion_ids),
         finish_reason=done.finish_reason,
         adapter=part.adapter.engine_name,
+        rule=RequestOptions.parse(job.params.extra_args).rule or part.adapter.rule,
         weight_versions=tuple(spans),
         plan=job.plan,
         fold_events=events,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pte_vllm.train.rollout import InFlight
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 GroupId = Annotated[str, Field(min_length=1, max_length=256)]
@@ -61,7 +63,7 @@ class RolloutRequest(_Request):
     samples: list[list[Annotated[int, Field(ge=0)]]] | None = None
     """Per prompt, which of its `n` samples are wanted; null: all."""
     sampling: Sampling = Sampling()
-    in_flight: Literal["pin", "switch_rebuild"] = "pin"
+    in_flight: InFlight = "pin"
     """What a sample does when its adapter gets a new version: see `in_flight`."""
     max_staleness: int | None = Field(None, ge=0)
     """A sample ends, its tokens kept, once more versions than this are newer than its own."""

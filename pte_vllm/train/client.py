@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from pte_vllm.plan import FoldPlan
-from pte_vllm.train.rollout import Rollout
+from pte_vllm.train.rollout import InFlight, Rollout
 from pte_vllm.train.transport import (
     CONFLICT,
     ServerError,
@@ -57,6 +57,7 @@ class _Request:
     body: Callable[[dict[str, _Group]], dict[str, Any]]
     window_tokens: int | None
     adapter: str | None
+    update: str | None
     lines: Iterator[str] | None = None
     """Of the answer that is being read."""
     stack: ExitStack = field(default_factory=ExitStack)
@@ -144,6 +145,8 @@ class RolloutClient:
         update: str | None = None,
         group_ids: Sequence[str] | None = None,
         min_weight_version: int | None = None,
+        in_flight: InFlight = "pin",
+        max_staleness: int | None = None,
     ) -> Iterator[Rollout]:
         """`n` samples of each prompt, each as it finishes, each once.
 
@@ -160,6 +163,9 @@ class RolloutClient:
             update: the rule; None: the adapter's.
             group_ids: one per prompt, different; default "0", "1", ...
             min_weight_version: refuse older weights.
+            in_flight: what a sample does when `name` gets a new version meanwhile: finish on its
+                own, or read its tokens again and go on with the new one, as its record tells.
+            max_staleness: a sample ends as it is (`abort`) once it is more versions behind.
 
         Raises:
             RolloutMismatch: if a record is malformed or not what was asked for.
@@ -189,6 +195,8 @@ class RolloutClient:
             "pin_tokens": pin_tokens,
             "update": update,
             "min_weight_version": min_weight_version,
+            "in_flight": in_flight,
+            "max_staleness": max_staleness,
         }
 
         def body(missing: dict[str, _Group]) -> dict[str, Any]:
@@ -206,6 +214,7 @@ class RolloutClient:
                 body=body,
                 window_tokens=window_tokens,
                 adapter=adapter,
+                update=update,
             )
         )
 
@@ -258,6 +267,7 @@ class RolloutClient:
             body=body,
             window_tokens=window_tokens,
             adapter=adapter,
+            update=update,
         )
         by_group = {record.group_id: record for record in self._records(request)}
         return [by_group[group_id] for group_id in groups]
@@ -366,6 +376,10 @@ class RolloutClient:
         if name != asked and not (name and asked and name.startswith(f"{asked}@")):
             raise RolloutMismatch(
                 f"{where}: adapter is {record.adapter}, asked for was {request.adapter}"
+            )
+        if request.update is not None and record.rule != request.update:
+            raise RolloutMismatch(
+                f"{where}: rule is {record.rule or 'not said'}, asked for was {request.update}"
             )
         group.missing.discard(record.index)
         return record

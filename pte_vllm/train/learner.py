@@ -98,6 +98,8 @@ class Learner:
         self._max_drift = max_drift
         self._max_grad_norm = max_grad_norm
         self._initial = initial
+        self.updating = False
+        """Whether a step has begun to change the adapter and has not returned."""
 
     def step(self, samples: Sequence[Sample], version: int) -> StepResult:
         """Learn from rollouts: `inner_steps` optimizer steps on all of them.
@@ -107,13 +109,15 @@ class Learner:
             version: of the adapter that the model now holds.
 
         Raises:
-            ValueError: if a rollout is staler than the bound, or there is none.
+            ValueError: if a rollout is staler than the bound or was sampled under another rule than
+                the adapter's, or there is none.
             DriftError: before anything is changed, if sampler and replay disagree.
             FloatingPointError: before the inner step's update, if its gradient is not finite.
         """
         if not samples:
             raise ValueError("a step needs at least one rollout")
         began, options = time.monotonic(), self.options
+        self._check_rules(samples)
         micros = split(samples, options, version=version, device=self.model.device)
         seen = _Seen()
         for micro in micros:
@@ -130,7 +134,7 @@ class Learner:
             loss, norm = self._update(active, stats)
             losses.append(loss)
         weights = torch.cat([self._importance(m)[m.weights > 0] for m in micros])
-        return StepResult(
+        result = StepResult(
             loss=losses[0],
             drift=seen.drift,
             drift_max=seen.drift_max,
@@ -150,6 +154,19 @@ class Learner:
             replayed_tokens=sum(len(s.rollout.token_ids) for s in samples),
             seconds=time.monotonic() - began,
         )
+        self.updating = False
+        return result
+
+    def _check_rules(self, samples: Sequence[Sample]) -> None:
+        """Refuse rollouts whose folds the replay would not repeat."""
+        own = self.model.config.rule if self.model.config is not None else None
+        for rollout in (sample.rollout for sample in samples):
+            if rollout.rule not in (None, own):
+                raise ValueError(
+                    f"a rollout of group {rollout.group_id} was sampled under the rule "
+                    f"{rollout.rule}, but the adapter that learns has "
+                    f"{own or 'no thought state'}: ask for rollouts without update"
+                )
 
     def _replay(self, micro: MicroBatch, look: _Seen | None = None) -> ReplayResult:
         return replay(self.model, micro.batch, temperature=self._temperature, loss=look)
@@ -186,6 +203,7 @@ class Learner:
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}; the adapter is unchanged")
         if micros:  # without a gradient, momentum alone would still move the adapter
+            self.updating = True
             self.optimizer.step()
         return total, norm
 

@@ -1,7 +1,7 @@
 """A rollout as it travels from the server to the trainer: one definition for both sides.
 
 The server builds its records from this class and the trainer reads them back into it, so what one
-side writes is what the other checks. Standard library and `FoldPlan` only.
+side writes is what the other checks. Standard library, `FoldPlan` and names of options only.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from pte_vllm.plan import FoldPlan
+from pte_vllm.types import RULES
 
 FINISH_REASONS = ("stop", "length", "abort", "scored")
 """`stop`: end of text or a stop token. `length`: no room left. `abort`: ended from outside, what
 was sampled is kept. `scored`: the tokens were given, not sampled."""
+
+InFlight = Literal["pin", "switch_rebuild"]
+"""What a sample does when its adapter gets a new version: finish on its own, or read its tokens
+again and go on with the new one."""
 
 _ROUNDING = 1e-4  # a log-softmax in fp32 may end this far above zero
 
@@ -84,6 +89,8 @@ class Rollout:
     finish_reason: str
     adapter: str | None
     """Name in the engine, `name@version` if pushed; None: the base model."""
+    rule: str | None = None
+    """By which folds added up; None: the adapter's own, whatever it is."""
     weight_versions: tuple[WeightSpan, ...]
     """Cover `[0, N)` in order, without holes."""
     plan: FoldPlan
@@ -114,6 +121,8 @@ class Rollout:
             )
         if self.adapter is not None and (not isinstance(self.adapter, str) or not self.adapter):
             raise ValueError(f"adapter must be a name or null, got {self.adapter!r}")
+        if self.rule is not None and self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)} or null, got {self.rule!r}")
         if not isinstance(self.group_id, str) or not self.group_id:
             raise ValueError(f"group_id must be a non-empty string, got {self.group_id!r}")
         _check_count("index", self.index)
@@ -193,6 +202,8 @@ class Rollout:
         """
         if isinstance(record, str | bytes):
             record = json.loads(record)  # JSONDecodeError is a ValueError
+        if isinstance(record, Mapping):
+            record = {"rule": None, **record}  # records of earlier versions have none
         values = _object("record", record, {field.name for field in fields(cls)})
         for name in ("prompt_ids", "completion_ids", "logprobs", "mask"):
             values[name] = tuple(_list(name, values[name]))

@@ -91,6 +91,7 @@ def test_rollouts_agree_with_the_replay(
         assert len(record.fold_events) >= 6
         assert record.finish_reason == "length" and len(record.completion_ids) == LENGTH
         assert record.num_preempted == 0
+        assert record.rule == {"paper@1": "paper", "ridge": "ridge"}.get(adapter or "")
         worst = _difference(server, versions, record, temperature=0.8)
         print(f"{record.adapter}: {len(record.fold_events)} folds, max |Δ log p| {worst:.1e}")
         assert worst <= TOLERANCE
@@ -117,6 +118,7 @@ def test_scores_agree_with_rollouts(server: Server, client: RolloutClient) -> No
         assert max(abs(a - b) for a, b in pairs) <= 2e-4
     # Another rule is another distribution, so the options do arrive.
     other = client.score([records[0].token_ids], [30], update="none", **options)[0]
+    assert (scored[0].rule, other.rule) == ("ridge", "none")
     assert max(abs(a - b) for a, b in zip(other.logprobs, scored[0].logprobs, strict=True)) > 0.01
 
 
@@ -133,6 +135,10 @@ def test_names_versions_and_seeds(
     assert seen["paper"].adapter == "paper@2"
     assert seen["paper"].completion_ids == seen["paper@2"].completion_ids
     assert seen["paper"].completion_ids != seen["paper@1"].completion_ids
+    (summed,) = client.rollouts([prompt], adapter="paper@1", update="sum", sampling=SAMPLING)
+    assert (summed.rule, seen["paper@1"].rule) == ("sum", "paper")
+    assert _difference(server, versions, summed, temperature=0.8, rule="sum") <= TOLERANCE
+    assert _difference(server, versions, summed, temperature=0.8) > TOLERANCE
     assert client.info()["adapters"] == {"paper": 2, "plain": 1, "ridge": 1}
     with pytest.raises(ServerError, match="min_weight_version is 3") as refusal:
         list(client.rollouts([prompt], adapter="paper", min_weight_version=3))

@@ -211,6 +211,27 @@ def test_mismatched_records_raise(
     assert len(script.bodies) == 1
 
 
+def test_the_rule_is_the_one_asked_for(script: Script, client: RolloutClient) -> None:
+    def line(rule: str | None) -> bytes:
+        return json.dumps({**record(PROMPTS[0], "0", 0), "rule": rule}).encode() + b"\n"
+
+    script.steps = [answer(0, then=line(rule)) for rule in ("sum", "ridge", "ridge", None)]
+    for update, rule in (("sum", "sum"), (None, "ridge")):  # None: whatever the adapter has
+        (found,) = client.rollouts([PROMPTS[0]], update=update)
+        assert (script.bodies[-1]["update"], found.rule) == (update, rule)
+    for said in ("ridge", "not said"):
+        with pytest.raises(RolloutMismatch, match=f"rule is {said}, asked for was sum"):
+            list(client.rollouts([PROMPTS[0]], update="sum"))
+
+
+def test_what_a_new_version_does_is_passed_on(script: Script, client: RolloutClient) -> None:
+    script.steps = [answer(), answer()]
+    list(client.rollouts([PROMPTS[0]]))
+    list(client.rollouts([PROMPTS[0]], in_flight="switch_rebuild", max_staleness=2))
+    sent = [(body["in_flight"], body["max_staleness"]) for body in script.bodies]
+    assert sent == [("pin", None), ("switch_rebuild", 2)]
+
+
 def test_a_sample_that_comes_twice(script: Script, client: RolloutClient) -> None:
     line = json.dumps(record(PROMPTS[0], "0", 0)).encode() + b"\n"
     script.steps = [answer(1, then=line)]

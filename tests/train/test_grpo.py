@@ -313,6 +313,18 @@ def test_stale_rollouts_are_refused(model: PTEModel) -> None:
         learner(model, max_staleness=3).step(samples, 4)
 
 
+def test_rollouts_of_another_rule_are_refused(model: PTEModel) -> None:
+    samples = a_step(model)
+
+    def under(rule: str | None) -> list[Sample]:
+        return [samples[0], replace(samples[1], rollout=replace(samples[1].rollout, rule=rule))]
+
+    for rule in (None, "paper"):
+        learner(model).step(under(rule), 1)
+    with pytest.raises(ValueError, match="under the rule sum, but the adapter .* has paper"):
+        learner(model).step(under("sum"), 1)
+
+
 def test_groups_without_variance_move_nothing(model: PTEModel) -> None:
     samples = with_advantages([replace(s, shaped_reward=1.0) for s in a_step(model)], "group")
     assert all(s.advantage == 0 for s in samples)

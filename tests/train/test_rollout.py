@@ -22,6 +22,7 @@ def _rollout(num_completion: int = 40, **changes: Any) -> Rollout:
         "mask": (1,) * num_completion,
         "finish_reason": "length",
         "adapter": "policy@3",
+        "rule": "ridge",
         "weight_versions": (WeightSpan(version=3, start=0, end=num_completion),),
         "plan": PLAN,
         "fold_events": fold_events(PLAN, 5 + num_completion),
@@ -88,6 +89,12 @@ def test_malformed_rho_is_refused(rho: object, message: str) -> None:
         Rollout.from_json(record)
 
 
+def test_records_of_earlier_versions_have_no_rule() -> None:
+    old = _rollout().to_json()
+    assert old.pop("rule") == "ridge"
+    assert Rollout.from_json(old) == Rollout.from_json(json.dumps(old)) == _rollout(rule=None)
+
+
 def test_versions_may_change_midway() -> None:
     spans = (WeightSpan(version=1, start=0, end=7), WeightSpan(version=2, start=7, end=40))
     assert Rollout.from_json(_rollout(weight_versions=spans).to_json()).weight_versions == spans
@@ -111,6 +118,7 @@ def test_versions_may_change_midway() -> None:
         ("finish_reason", "error", "finish_reason must be one of"),
         ("adapter", "", "adapter must be"),
         ("adapter", 3, "adapter must be"),
+        ("rule", "paperback", "rule must be one of paper, sum"),
         ("weight_versions", [], "cover 0 of 40"),
         ("weight_versions", [{"version": 1, "start": 0, "end": 39}], "cover 39 of 40"),
         ("weight_versions", [{"version": 1, "start": 1, "end": 40}], "does not continue"),
@@ -135,7 +143,7 @@ def test_malformed_records_are_refused(field: str, value: object, message: str) 
 
 
 def test_missing_and_broken_json() -> None:
-    for field in _rollout().to_json():
+    for field in _rollout().to_json().keys() - {"rule"}:
         record = _rollout().to_json()
         del record[field]
         with pytest.raises(ValueError, match=f"lacks {field}"):
