@@ -24,14 +24,14 @@ from rich.console import Console
 
 from pte_vllm.adapter import Adapter
 from pte_vllm.train.checkpoint import RunState
-from pte_vllm.train.client import RolloutClient, RolloutMismatch, ServerError
+from pte_vllm.train.client import RolloutClient, ServerError
 from pte_vllm.train.config import GrpoRun, ServerOptions
 from pte_vllm.train.data import Problem, Stream, prompt_ids
 from pte_vllm.train.data_sources import open_stream
 from pte_vllm.train.grpo import DriftError
 from pte_vllm.train.learner import Learner, StepResult
 from pte_vllm.train.metrics import PLOT_FILE, MetricsLog, ProgressBar, plot_run
-from pte_vllm.train.sampling import Batch, Publisher, RolloutSource, Sampler
+from pte_vllm.train.sampling import Batch, Publisher, RolloutSource, Sampler, check_plan
 from pte_vllm.train.signals import Interrupted, Signals
 from pte_vllm.train.start import ADAPTER, Start, learning_rate, load_tokenizer, start_run
 
@@ -86,6 +86,8 @@ def train(run: GrpoRun, source: RolloutSource, *, stream: Stream | None = None) 
         OSError: if a file cannot be read or written.
         ServerError: if the server refuses, or stays away.
         DriftError: if server and replay do not compute the same policy.
+
+    Before an error leaves here, the steps that were done are saved.
     """
     console = Console(stderr=True, highlight=False)
     directory, tokenizer = run.run.directory, load_tokenizer(run.model.base)
@@ -164,18 +166,20 @@ class _Trainer:
                     position = self._stream.state()
                     values = self._step(step + 1, sampler, publisher, signals)
                     step, position = step + 1, self._stream.state()
-                    values |= self._push(publisher)
-                    if step % run.run.log_every_steps == 0 or step == last:
-                        self._metrics.add(step, values)
+                    try:
+                        values |= self._push(publisher)
+                    finally:  # where the push fails, the step is done all the same
+                        if step % run.run.log_every_steps == 0 or step == last:
+                            self._metrics.add(step, values)
                     bar.update(step, values)
                     if step == last or step % run.run.save_every_steps == 0:
                         self._save(step, publisher.version, position)
             except Interrupted:
                 pass
-            except (ServerError, RolloutMismatch, DriftError) as error:
+            except Exception as error:
                 if isinstance(error, DriftError):
                     self._metrics.add(step + 1, {"drift": error.drift})
-                self._save(step, publisher.version, position)
+                bar.note(self._rescue(step, publisher.version, position))
                 raise
             if step < last:
                 self._save(step, publisher.version, position)
@@ -208,6 +212,16 @@ class _Trainer:
         version = publisher.publish(self._model.adapter())
         return {"version": version, "push_s": time.monotonic() - began}
 
+    def _rescue(self, step: int, version: int, position: Any) -> str:
+        """After an error, save what was done by `step`, if it is whole; returns what to tell."""
+        if self._learner.updating:
+            return f"failed within the update of step {step + 1}, so the last checkpoint stays"
+        try:
+            self._save(step, version, position)
+        except Exception as error:  # must not hide the one that ended the run
+            return f"failed after step {step}, which could not be saved: {error}"
+        return f"failed after step {step}: saved; the same command goes on"
+
     def _save(self, step: int, version: int, position: Any) -> None:
         state = RunState(step=step, version=version, stream=dict(position))
         self._checkpoints.save(state, self._model.adapter(), self._optimizer)
@@ -233,15 +247,3 @@ def step_values(batch: Batch, result: StepResult | None) -> dict[str, float]:
         del found["seconds"]
         values |= {**found, "clipped": result.clipped_low + result.clipped_high}
     return values
-
-
-def check_plan(run: GrpoRun, info: dict[str, Any]) -> None:
-    """Refuse a server that evicts otherwise than the run says.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    for name in ("block_size", "evict_ratio"):
-        served, wanted = info["plan"][name], getattr(run.plan, name)
-        if served != wanted:
-            raise ValueError(f"--plan.{name} is {wanted}, but the server's is {served}")

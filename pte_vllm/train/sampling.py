@@ -1,14 +1,14 @@
 """Where the loop's rollouts come from: questions asked of a server, answers scored, by group.
 
 The server may restart in between: it then gets the current version of the adapter again, and what
-had not arrived is asked for again.
+had not arrived is asked for again, provided that it still evicts as the run says.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -68,6 +68,7 @@ class Publisher:
         self.name, self.version = name, version
         self._source = source
         self._adapter: Adapter | None = None
+        self._same: set[int] = set()
 
     @property
     def engine_name(self) -> str:
@@ -77,6 +78,7 @@ class Publisher:
         """Push a new version: above ours, and above what the server has meanwhile; returns it."""
         self._adapter = adapter
         self.version = self._source.push(adapter, self.name, self._above(self.version))
+        self._same = {self.version}
         return self.version
 
     def restore(self) -> None:
@@ -90,6 +92,17 @@ class Publisher:
             return
         target = self.version if self.version > max(versions, default=0) else max(versions) + 1
         self.version = self._source.push(self._adapter, self.name, target)
+        self._same.add(self.version)
+
+    def as_current(self, rollout: Rollout) -> Rollout:
+        """The rollout with the current version in place of earlier ones of the same weights."""
+        spans = tuple(
+            replace(span, version=self.version) if span.version in self._same else span
+            for span in rollout.weight_versions
+        )
+        if spans == rollout.weight_versions:
+            return rollout
+        return replace(rollout, weight_versions=spans)
 
     def _known(self) -> list[int]:
         known = self._source.adapters().get(self.name)
@@ -143,6 +156,7 @@ class Sampler:
         Raises:
             ServerError: if the server refuses, or stays away.
             RolloutMismatch: if an answer is not what was asked for.
+            ValueError: if the server came back with another plan.
         """
         options, wanted = self._run.grpo, self._run.sampling.groups_per_step
         kept: list[Sample] = []
@@ -150,7 +164,7 @@ class Sampler:
         found, dropped, stale, rounds = 0, 0, 0, 0
         while found < wanted:
             rounds += 1
-            answers = self._ask(stream.take(wanted - found), f"{step}.{rounds}")
+            answers = self._current(self._ask(stream.take(wanted - found), f"{step}.{rounds}"))
             seen += answers
             fresh = [
                 sample
@@ -167,12 +181,16 @@ class Sampler:
             if not options.dynamic_sampling or rounds == options.dynamic_sampling_max_tries:
                 break
         return Batch(
-            samples=with_advantages(kept, options.scale_rewards),
-            seen=seen,
+            samples=with_advantages(self._current(kept), options.scale_rewards),
+            seen=self._current(seen),
             dropped_groups=dropped,
             stale_samples=stale,
             rounds=rounds,
         )
+
+    def _current(self, samples: Sequence[Sample]) -> list[Sample]:
+        """As `Publisher.as_current`: a later answer may have met a server that lost the version."""
+        return [replace(s, rollout=self._publisher.as_current(s.rollout)) for s in samples]
 
     def _ask(self, problems: Sequence[Problem], label: str) -> list[Sample]:
         """All samples of some questions, group by group."""
@@ -189,7 +207,7 @@ class Sampler:
                 if error.status not in _UNKNOWN or attempt == _MAX_RECOVERIES:
                     raise
                 self._note(f"the server lacks {self._publisher.engine_name}: pushing it again")
-                self._source.wait_ready(self._run.server.retry_s)
+                check_plan(self._run, self._source.wait_ready(self._run.server.retry_s))
                 self._publisher.restore()
         return [sample for group_id in order for sample in done.get(group_id, ())]
 
@@ -238,6 +256,18 @@ class Sampler:
             options.overlong_penalty,
         )
         return Sample(rollout=rollout, reward=reward, shaped_reward=reward + penalty)
+
+
+def check_plan(run: GrpoRun, info: dict[str, Any]) -> None:
+    """Refuse a server that evicts otherwise than the run says.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name in ("block_size", "evict_ratio"):
+        served, wanted = info["plan"][name], getattr(run.plan, name)
+        if served != wanted:
+            raise ValueError(f"--plan.{name} is {wanted}, but the server's is {served}")
 
 
 def step_seed(seed: int, label: str) -> int:

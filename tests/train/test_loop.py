@@ -24,6 +24,7 @@ from pte_vllm.train.grpo import DriftError
 from pte_vllm.train.loop import train
 from pte_vllm.train.metrics import MetricsLog, read_metrics
 from pte_vllm.train.start import learning_rate
+from pte_vllm.train.transport import ServerError
 from tests.support import random_tokens
 from tests.train.fake_server import FakeServer
 
@@ -88,14 +89,17 @@ def test_resume_gives_the_same_curve(start: tuple[Path, Path], tmp_path: Path) -
     cut = tmp_path / "cut"
     run = options(start, cut)
 
-    class Killed(FakeServer):
+    class Killed(BaseException):
+        """Nothing is saved: what the run holds is lost."""
+
+    class Deadly(FakeServer):
         def push(self, adapter: Adapter, name: str, version: int | None = None) -> int:
             if len(self.pushed) == 4:  # step 3 is done but not saved
-                raise MemoryError
+                raise Killed
             return super().push(adapter, name, version)
 
-    server = Killed(start[0])
-    with pytest.raises(MemoryError):
+    server = Deadly(start[0])
+    with pytest.raises(Killed):
         train(run, server, stream=stream())
     assert read_state(Checkpoints(cut, keep=2).newest()).step == 2
     again = FakeServer(start[0])
@@ -121,6 +125,114 @@ def test_server_that_forgot_gets_the_version_again(
     assert train(options(start, tmp_path / "b"), forgetful, stream=stream())
     assert forgetful.pushed == [1, 2, 3, 3, 4, 5]
     assert torch.equal(weights(tmp_path / "a/adapter"), weights(tmp_path / "b/adapter"))
+
+
+def test_server_that_returns_with_another_plan_is_refused(
+    start: tuple[Path, Path], tmp_path: Path
+) -> None:
+    class Changed(FakeServer):
+        def wait_ready(self, timeout_s: float = 0.0) -> dict[str, Any]:
+            info = super().wait_ready(timeout_s)
+            return {"plan": info["plan"] | ({} if not self.pushed else {"evict_ratio": 0.5})}
+
+    server = Changed(start[0], forget_after=3)
+    with pytest.raises(ValueError, match=r"--plan.evict_ratio is 0.25, but the server's is 0.5"):
+        train(options(start, tmp_path), server, stream=stream())
+    assert server.pushed == [1, 2, 3]
+    assert read_state(Checkpoints(tmp_path, keep=2).newest()).step == 2
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_weights_under_a_new_number_are_not_stale(
+    staleness: int, start: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """In the midst of a batch the server loses the version, and has later ones of its own."""
+
+    class Restarted(FakeServer):
+        def rollouts(self, *args: Any, **kwargs: Any) -> Any:
+            for count, rollout in enumerate(super().rollouts(*args, **kwargs)):
+                if count == 3 and self.pushed == [1, 2]:
+                    self.versions["policy"] = {7: self.versions["policy"][1]}
+                    raise ServerError("there is no adapter policy@2", 404)
+                yield rollout
+
+    steady, server = FakeServer(start[0]), Restarted(start[0])
+    changes = {"grpo": {"max_staleness": staleness}}
+    assert train(options(start, tmp_path / "a", **changes), steady, stream=stream())
+    assert train(options(start, tmp_path / "b", **changes), server, stream=stream())
+    assert server.pushed == [1, 2, 8, 9, 10, 11]
+    assert server.asked[1:3] == [("2.1.0", "2.1.1"), ("2.1.1",)]
+    for record in read_metrics(tmp_path / "b/metrics.jsonl"):
+        assert record["stale_samples"] == 0 and record["samples"] == 6
+    # All tokens count as the learner's own, those from before the restart too.
+    curves = [read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab"]
+    assert [r["drift_tokens"] for r in curves[0]] == [r["drift_tokens"] for r in curves[1]]
+    assert torch.equal(weights(tmp_path / "a/adapter"), weights(tmp_path / "b/adapter"))
+
+
+def test_a_step_whose_push_fails_is_logged_once(start: tuple[Path, Path], tmp_path: Path) -> None:
+    class Full(FakeServer):
+        def push(self, adapter: Adapter, name: str, version: int | None = None) -> int:
+            if self.pushed == [1, 2]:
+                raise ServerError("the disk is full", 500)
+            return super().push(adapter, name, version)
+
+    out = tmp_path / "run"
+    with pytest.raises(ServerError, match="the disk is full"):
+        train(options(start, out), Full(start[0]), stream=stream())
+    assert read_state(Checkpoints(out, keep=2).newest()).step == 2
+    assert [r["step"] for r in read_metrics(out / "metrics.jsonl")] == [1, 2]
+    assert train(options(start, out), FakeServer(start[0]), stream=stream())
+    records = read_metrics(out / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert all("loss" in r for r in records)
+
+
+def test_any_error_saves_the_steps_before_it(
+    start: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def broken(problem: Problem, text: str, ids: Any) -> float:
+        asked.append(ids)
+        if len(asked) == 9:  # in the midst of the second step
+            raise OSError("the answers' file is gone")
+        return float(ids[0] % 4) / 3
+
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert train(options(start, whole), FakeServer(start[0]), stream=stream())
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "score", broken)
+        with pytest.raises(OSError, match="file is gone"):
+            train(options(start, out), FakeServer(start[0]), stream=stream())
+    state = read_state(Checkpoints(out, keep=2).newest())
+    assert (state.step, state.stream["drawn"]) == (1, 2)
+    assert train(options(start, out), FakeServer(start[0]), stream=stream())
+    torch.testing.assert_close(
+        weights(whole / "adapter"), weights(out / "adapter"), atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize(("update", "saved"), [(3, 1), (4, None)])
+def test_half_an_update_is_not_saved(
+    update: int,
+    saved: int | None,
+    start: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step has two updates: an error in its first leaves the adapter as the step before did."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def norm(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        return torch.tensor(float("nan")) if len(calls) == update else clip(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
+    with pytest.raises(FloatingPointError):
+        train(options(start, tmp_path), FakeServer(start[0]), stream=stream())
+    newest = Checkpoints(tmp_path, keep=2).newest()
+    assert (read_state(newest).step if newest else None) == saved
 
 
 def test_drift_stops_the_run_and_is_logged(start: tuple[Path, Path], tmp_path: Path) -> None:
