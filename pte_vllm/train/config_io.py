@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -77,7 +77,7 @@ class RunOptions(Section):
             overrides = _typed_tables(cls, source(parsed_args=options)())
         except SettingsError as error:
             raise ValueError(_one_line(str(error))) from error
-        values = _read_toml(file) if file is not None else {}
+        values = read_toml(file) if file is not None else {}
         return cls._validate(_merge(values, overrides), file)
 
     @classmethod
@@ -88,16 +88,39 @@ class RunOptions(Section):
             ValueError: in one line, if an option is unknown or wrong.
             OSError: if the file cannot be read.
         """
-        return cls._validate(_read_toml(path), path)
+        return cls._validate(read_toml(path), path)
 
-    def save(self, path: str | Path) -> None:
-        """Write every option, defaults included; replaces the file at once or not at all."""
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], file: str | Path | None = None) -> Self:
+        """Of options by dotted name, such as `given` returns; `file` is named in errors.
+
+        Raises:
+            ValueError: in one line, if an option is wrong.
+        """
+        tables: dict[str, Any] = {}
+        for name, value in options.items():
+            section, _, option = name.partition(".")
+            tables.setdefault(section, {})[option] = value
+        return cls._validate(tables, file)
+
+    def given(self) -> dict[str, Any]:
+        """By dotted name, what was given rather than left at its default; unset is None."""
+        return options_of(type(self), self.model_dump(mode="json", exclude_unset=True))
+
+    def save(self, path: str | Path, *, without: Collection[str] = ()) -> None:
+        """Write every option, defaults included; replaces the file at once or not at all.
+
+        Args:
+            path: of the file.
+            without: sections that are left out.
+        """
         import tomli_w
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(tomli_w.dumps(self.to_dict()), encoding="utf-8")
+        tables = {name: table for name, table in self.to_dict().items() if name not in without}
+        draft.write_text(tomli_w.dumps(tables), encoding="utf-8")
         draft.replace(path)
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +165,24 @@ class _HelpFormatter(argparse.HelpFormatter):
         return text
 
 
-def _read_toml(path: str | Path) -> dict[str, Any]:
+def options_of(cls: type[BaseModel], tables: Mapping[str, Any]) -> dict[str, Any]:
+    """By dotted name, the options that `tables` hold; what is unknown is left out."""
+    found = {}
+    for name in _option_names(cls):
+        section, _, option = name.partition(".")
+        table = tables.get(section)
+        if isinstance(table, Mapping) and option in table:
+            found[name] = table[option]
+    return found
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Tables of a file.
+
+    Raises:
+        ValueError: if it is no TOML.
+        OSError: if it cannot be read.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file of options")
     try:

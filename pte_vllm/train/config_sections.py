@@ -90,6 +90,15 @@ class AdapterOptions(Section):
             self.pte()
         return self
 
+    def resolve(self) -> Self:
+        """The same options, those filled in that follow from others."""
+        if self.plain:
+            return self
+        made = self.pte()
+        return self.model_copy(
+            update={"global_tokens": made.global_tokens, "features": made.features}
+        )
+
     def pte(self) -> PTEConfig:
         """The method's options as an adapter stores them."""
         try:

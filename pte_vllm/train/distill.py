@@ -1,6 +1,6 @@
 """`pte-vllm train distill`: a warm start for an adapter, without rewards (see `distill_step`).
 
-    OUT/run.toml        every option, defaults included
+    OUT/run.toml        every option, as resolved
     OUT/samples.jsonl   answers of the base model, with distill.data samples
     OUT/checkpoints/    see `checkpoint`
     OUT/metrics.jsonl   numbers by step, measurements on held-out sequences among them
@@ -30,6 +30,7 @@ from pte_vllm.train.distill_data import Example, batches, pack, read_rollouts, r
 from pte_vllm.train.distill_samples import sample_answers
 from pte_vllm.train.distill_step import Evaluation, evaluate, take_step
 from pte_vllm.train.metrics import MetricsLog, ProgressBar, series
+from pte_vllm.train.resume import resumed
 from pte_vllm.train.start import ADAPTER, Start, learning_rate, load_tokenizer, start_run
 
 SAMPLES_FILE, PLOT_FILE = "samples.jsonl", "distill.png"
@@ -115,6 +116,7 @@ def train(run: DistillRun) -> list[dict[str, float]]:
         ServerError: if answers are to be sampled, and the server refuses or stays away.
         FloatingPointError: if a gradient is not finite.
     """
+    run = resumed(run)
     console = Console(stderr=True, highlight=False)
     directory, tokenizer = run.run.directory, load_tokenizer(run.model.base)
     examples, held_out = hold_out(

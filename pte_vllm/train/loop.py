@@ -1,6 +1,6 @@
 """`pte-vllm train grpo`: sample, score, learn, push, and so on, until the last step.
 
-    OUT/run.toml        every option, defaults included
+    OUT/run.toml        every option, as resolved
     OUT/initial/        the adapter that the run started from
     OUT/checkpoints/    see `checkpoint`
     OUT/metrics.jsonl   numbers by step; OUT/tensorboard/ the same
@@ -31,6 +31,7 @@ from pte_vllm.train.data_sources import open_stream
 from pte_vllm.train.grpo import DriftError
 from pte_vllm.train.learner import Learner, StepResult
 from pte_vllm.train.metrics import PLOT_FILE, MetricsLog, ProgressBar, plot_run
+from pte_vllm.train.resume import resumed
 from pte_vllm.train.sampling import Batch, Publisher, RolloutSource, Sampler, check_plan
 from pte_vllm.train.signals import Interrupted, Signals
 from pte_vllm.train.start import ADAPTER, Start, learning_rate, load_tokenizer, start_run
@@ -40,7 +41,7 @@ INITIAL = "initial"
 
 def main(arguments: Sequence[str]) -> int:
     """Run `pte-vllm train grpo [RUN.toml] [--section.option VALUE ...]`."""
-    run = GrpoRun.parse(arguments, prog="pte-vllm train grpo")
+    run = resumed(GrpoRun.parse(arguments, prog="pte-vllm train grpo"))
     try:
         with connect(run.server) as client:
             return 0 if train(run, client) else 130
@@ -89,6 +90,7 @@ def train(run: GrpoRun, source: RolloutSource, *, stream: Stream | None = None) 
 
     Before an error leaves here, the steps that were done are saved.
     """
+    run = resumed(run)
     console = Console(stderr=True, highlight=False)
     directory, tokenizer = run.run.directory, load_tokenizer(run.model.base)
     if stream is None:

@@ -1,6 +1,6 @@
 """What every run starts with: its newest checkpoint, its model, its optimizer.
 
-OUT/run.toml        every option, defaults included
+OUT/run.toml        every option, as resolved
 OUT/checkpoints/    see `checkpoint`
 OUT/adapter/        after the last step
 """
@@ -26,8 +26,9 @@ from pte_vllm.train.checkpoint import (
 from pte_vllm.train.config import DistillRun, GrpoRun
 from pte_vllm.train.config_sections import OptimizerOptions
 from pte_vllm.train.modeling import PTEModel
+from pte_vllm.train.resume import save_options
 
-ADAPTER, OPTIONS_FILE = "adapter", "run.toml"
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class Start:
 
 def start_run(run: GrpoRun | DistillRun) -> Start:
     """Begin a run, or go on after its newest checkpoint; writes OUT/run.toml.
+
+    Args:
+        run: options, as `resume.resumed` returns them.
 
     Raises:
         ValueError: naming the option, if one does not fit.
@@ -68,9 +72,11 @@ def start_run(run: GrpoRun | DistillRun) -> Start:
         betas=run.optimizer.betas,
         weight_decay=run.optimizer.weight_decay,
     )
-    run.save(directory / OPTIONS_FILE)
+    save_options(run)
     if newest is not None:
         restore(newest, optimizer)
+        for group in optimizer.param_groups:  # whose options came from the checkpoint, too
+            group |= {"betas": run.optimizer.betas, "weight_decay": run.optimizer.weight_decay}
     return Start(
         checkpoints=checkpoints,
         state=read_state(newest) if newest else RunState(step=0, version=0, stream={}),
