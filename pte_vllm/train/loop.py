@@ -160,7 +160,7 @@ class _Trainer:
             ProgressBar(console, title="grpo", done=state.step, total=last) as bar,
         ):
             sampler = Sampler(run, self._source, publisher, self._tokenizer, note=bar.note)
-            if state.step < last:
+            if state.step < last or not self._has_pushed_last():
                 publisher.publish(self._model.adapter())
             step, position = state.step, self._stream.state()
             try:
@@ -208,6 +208,11 @@ class _Trainer:
             "learning_s": learned - sampled,
             "tokens_per_s": sum(len(s.rollout.token_ids) for s in batch.seen) / (learned - began),
         }
+
+    def _has_pushed_last(self) -> bool:
+        """False where the push after the newest step that was logged is what ended the run."""
+        records = self._metrics.records
+        return not records or "version" in records[-1]
 
     def _push(self, publisher: Publisher) -> dict[str, float]:
         began = time.monotonic()

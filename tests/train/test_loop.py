@@ -72,7 +72,10 @@ def options(start: tuple[Path, Path], out: Path, **changes: Any) -> GrpoRun:
 
 
 def weights(path: Path) -> torch.Tensor:
-    adapter = Adapter.load(path)
+    return weights_of(Adapter.load(path))
+
+
+def weights_of(adapter: Adapter) -> torch.Tensor:
     return torch.cat([b.flatten() for b in adapter.lora_b.values()])
 
 
@@ -170,19 +173,25 @@ def test_weights_under_a_new_number_are_not_stale(
     assert torch.equal(weights(tmp_path / "a/adapter"), weights(tmp_path / "b/adapter"))
 
 
-def test_a_step_whose_push_fails_is_logged_once(start: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_step_whose_push_fails_is_logged_once(
+    step: int, start: tuple[Path, Path], tmp_path: Path
+) -> None:
     class Full(FakeServer):
         def push(self, adapter: Adapter, name: str, version: int | None = None) -> int:
-            if self.pushed == [1, 2]:
+            if len(self.pushed) == step:
                 raise ServerError("the disk is full", 500)
             return super().push(adapter, name, version)
 
     out = tmp_path / "run"
     with pytest.raises(ServerError, match="the disk is full"):
         train(options(start, out), Full(start[0]), stream=stream())
-    assert read_state(Checkpoints(out, keep=2).newest()).step == 2
-    assert [r["step"] for r in read_metrics(out / "metrics.jsonl")] == [1, 2]
-    assert train(options(start, out), FakeServer(start[0]), stream=stream())
+    assert read_state(Checkpoints(out, keep=2).newest()).step == step
+    assert [r["step"] for r in read_metrics(out / "metrics.jsonl")] == [1, 2, 3, 4][:step]
+    server = FakeServer(start[0])
+    assert train(options(start, out), server, stream=stream())
+    assert server.pushed == list(range(step + 1, 6))  # the last step's, too
+    assert torch.equal(weights(out / "adapter"), weights_of(server.versions["policy"][5]))
     records = read_metrics(out / "metrics.jsonl")
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert all("loss" in r for r in records)
