@@ -202,7 +202,7 @@ def test_any_error_saves_the_steps_before_it(
 ) -> None:
     asked = []
 
-    def broken(problem: Problem, text: str, ids: Any) -> float:
+    def broken(problem: Problem, text: str, ids: Any, *, stopped: bool) -> float:
         asked.append(ids)
         if len(asked) == 9:  # in the midst of the second step
             raise OSError("the answers' file is gone")
