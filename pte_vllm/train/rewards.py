@@ -6,11 +6,9 @@ in the trainer: what needs more than comparing is decided by a `ScoringWorker`.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 from pte_vllm.train.data import Problem
 from pte_vllm.train.scorers import gym_scorer, math_scorer
@@ -127,16 +125,8 @@ def final_answer(text: str) -> str | None:
 # The rewards
 
 
-@lru_cache(maxsize=1)
-def _math_worker() -> ScoringWorker:
-    if importlib.util.find_spec("math_verify") is None:
-        raise ModuleNotFoundError("No module named 'math_verify' (install pte-vllm[train])")
-    return ScoringWorker(math_scorer)
-
-
-@lru_cache(maxsize=1)
-def _gym_worker() -> ScoringWorker:
-    return ScoringWorker(gym_scorer)
+_MATH_WORKER = ScoringWorker(math_scorer)  # no processes until they are asked
+_GYM_WORKER = ScoringWorker(gym_scorer)
 
 
 def math(problem: Problem, text: str, ids: Sequence[int]) -> float:
@@ -147,7 +137,7 @@ def math(problem: Problem, text: str, ids: Sequence[int]) -> float:
     right = str(problem.answer).strip()
     if answer == right:
         return 1.0
-    return _math_worker().score((), (right, answer))
+    return _MATH_WORKER.score((), (right, answer))
 
 
 def exact(problem: Problem, text: str, ids: Sequence[int]) -> float:
@@ -175,7 +165,7 @@ def reasoning_gym(problem: Problem, text: str, ids: Sequence[int]) -> float:
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return 0.0
     setup = problem.meta["task"], json.dumps(problem.meta["task_options"])
-    return _gym_worker().score(setup, (answer, problem.meta["entry"]))
+    return _GYM_WORKER.score(setup, (answer, problem.meta["entry"]))
 
 
 REWARDS: dict[str, Reward] = {

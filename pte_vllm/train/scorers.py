@@ -13,8 +13,14 @@ def math_scorer() -> Callable[[str, str], bool]:
     """Whether an answer equals the right one as mathematics, by `math-verify`.
 
     Both are LaTeX or plain, without dollars or box.
+
+    Raises:
+        ModuleNotFoundError: if math-verify is not installed.
     """
-    from math_verify import parse, verify
+    try:
+        from math_verify import parse, verify
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error} (install pte-vllm[train])") from error
 
     def equal(right: str, answer: str) -> bool:
         # The trainer keeps the time, hence no timeouts here. Both return a value on any error.

@@ -45,7 +45,6 @@ class ScoringWorker:
         self._work = f"{work.__module__}:{work.__qualname__}"
         self._lock = threading.Lock()
         self._running: _Running | None = None
-        atexit.register(self.close)
 
     @property
     def pid(self) -> int | None:
@@ -79,6 +78,7 @@ class ScoringWorker:
             if self._running is None or self._running.process.poll() is not None:
                 self._stop()
                 self._running = _Running.start(self._work)
+                atexit.register(self.close)
             reply = self._running.send(request)
             if reply == READY:
                 return self._running
@@ -90,6 +90,7 @@ class ScoringWorker:
     def _stop(self) -> None:
         running, self._running = self._running, None
         if running is not None:
+            atexit.unregister(self.close)
             running.end()
 
 

@@ -16,10 +16,10 @@ from pte_vllm.train.config import REWARD_NAMES
 from pte_vllm.train.data import Problem
 from pte_vllm.train.gym_tasks import FORMULA_TASKS, LITERAL_TASKS, gym_dataset, may_be_evaluated
 from pte_vllm.train.rewards import (
+    _GYM_WORKER,
+    _MATH_WORKER,
     MAX_ANSWER_CHARS,
     REWARDS,
-    _gym_worker,
-    _math_worker,
     final_answer,
     last_boxed,
     score,
@@ -140,7 +140,7 @@ def test_a_formula_without_end_is_given_up_and_the_next_one_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert math("1", r"\boxed{1.0}") == 1.0  # the worker is there
-    monkeypatch.setattr(_math_worker(), "timeout_s", 2.0)
+    monkeypatch.setattr(_MATH_WORKER, "timeout_s", 2.0)
     start = time.monotonic()
     assert math("4", r"\boxed{9^{9^{9^{9}}} + x}") == 0.0
     assert math("4", r"\boxed{\sum_{k=1}^{10^{9}} \sin(k)^{k}}") == 0.0
@@ -259,7 +259,7 @@ def test_a_worker_killed_from_outside_is_started_again() -> None:
     problem = gym("n_queens")
     for _ in range(2):
         assert score(problem, tagged(problem.answer), []) == 1.0
-        pid = _gym_worker().pid
+        pid = _GYM_WORKER.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
     assert score(problem, tagged(problem.answer), []) == 1.0

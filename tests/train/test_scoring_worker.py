@@ -211,7 +211,20 @@ def test_closing_ends_the_worker_and_removes_its_directory() -> None:
     assert gone(pid, within_s=0.5) and not home.exists()
 
 
-def test_a_busy_worker_ends_when_its_trainer_is_gone() -> None:
+def test_the_worker_ends_with_its_trainer() -> None:
+    code = """
+from pte_vllm.train.scoring_worker import ScoringWorker
+from tests.train.evaluator import sleeper
+worker = ScoringWorker(sleeper)
+worker.score((), (0.0,))
+print(worker.pid, worker._running.home.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    pid, home = done.stdout.decode().split()
+    assert gone(int(pid), within_s=0.5) and not Path(home).exists()
+
+
+def test_a_busy_worker_ends_when_its_trainer_is_gone(tmp_path: Path) -> None:
     code = """
 import threading
 from pte_vllm.train.scoring_worker import ScoringWorker
@@ -222,7 +235,10 @@ threading.Timer(0.2, lambda: print(worker.pid, flush=True)).start()
 worker.timeout_s = 3.0
 worker.score((), (100.0,))
 """
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    env = os.environ | {"TMPDIR": str(tmp_path)}  # a killed trainer leaves the worker's directory
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env
+    )
     assert trainer.stdout is not None
     pid = int(trainer.stdout.readline())
     trainer.kill()
