@@ -5,9 +5,10 @@ the adapter and the window. The loss of a step is forward KL, for the tokens bey
 
     loss = mean over tokens of KL( softmax(z_teacher / T) ‖ softmax(z_student / T) )
 
-without a factor T², so that it reads in nats at any temperature. Gradients come from the replay in
-constant memory: the student's part does not grow with the length of a sequence; the teacher's KV
-cache does, and one hidden state is kept of each token (`teacher.py`).
+without a factor T², so that it reads in nats at any temperature. Gradients come from the replay
+segment by segment: activations do not grow with the length of a sequence. The teacher's KV cache
+does, the student's evicted keys and values do (`replay.py`), and one hidden state is kept of each
+token (`teacher.py`).
 """
 
 from __future__ import annotations

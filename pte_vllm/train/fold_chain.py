@@ -1,16 +1,23 @@
 """The thought states of a batch while it is replayed: the chain of folds.
 
-Shapes: L layers with an encoder, B sequences; G, r, m and d_kv as in `ops.reference`.
+Shapes: L layers with an encoder, B sequences, H KV heads, D head size; G, r, m and d_kv as in
+`ops.reference`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pte_vllm.config import PTEConfig, check_rule_fits
 from pte_vllm.ops import reference
 from pte_vllm.ops.reference import RULES, LayerEncoder, Sums
+
+Encoded = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Cached keys and values `[L, B, m, H, D]` → `K_e, V_e: [L, B, m, d_kv]`, fp32."""
 
 
 class Memory:
@@ -40,20 +47,37 @@ class Memory:
         self.states: Tensor = start.expand(-1, batch_size, -1, -1)
         """`[L, B, G, r]`"""
 
-    def fold(self, k_e: Tensor, v_e: Tensor) -> Tensor:
-        """Fold `K_e, V_e: [L, B, m, d_kv]`; how far each state moved, ‖ΔS‖ / ‖S‖, `[L, B]`."""
+    def fold(self, k: Tensor, v: Tensor, encoded: Encoded) -> Tensor:
+        """Fold what left the cache; how far each state moved, ‖ΔS‖ / ‖S‖, `[L, B]`.
+
+        Until the backward pass k and v stay as they are, in the cache's dtype: `encoded` is called
+        a second time then, and must say the same.
+        """
         before = self.states.detach()
-        self._sums = self._rule.fold(self._sums, self._encoder, k_e, v_e, self._how)
-        states = self._rule.read(self._sums, self._encoder, self._how)
+        self._sums, states = checkpoint(
+            self._folded,
+            self._sums,
+            k,
+            v,
+            encoded,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         self.states = states.expand_as(before)  # the rule `none` knows no sequences
         return reference.relative_update(before, self.states.detach() - before)
+
+    def _folded(self, sums: Sums, k: Tensor, v: Tensor, encoded: Encoded) -> tuple[Sums, Tensor]:
+        """The sums after a fold, and the states as read from them."""
+        sums = self._rule.fold(sums, self._encoder, *encoded(k, v), self._how)
+        return sums, self._rule.read(sums, self._encoder, self._how)
 
 
 class FoldChain:
     """Gradients that segments sent to the states they used, to be sent on through the folds.
 
     A segment runs on a copy of the state cut from its history, so that its activations can go as
-    soon as it has back-propagated; the folds' own graph, which is small, stays until `backward`.
+    soon as it has back-propagated. Of the folds' own graph stays until `backward` what a fold needs
+    to run again: evicted keys and values in the cache's dtype, and `[r, r]` sums.
     """
 
     def __init__(self) -> None:

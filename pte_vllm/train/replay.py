@@ -6,9 +6,10 @@ and dropped from the KV cache.
 
 Two ways to back-propagate a loss that adds up over tokens:
 
-    segments  memory does not grow with the length: each segment back-propagates on its own, keys
-              and values of earlier segments count as constants, and what reaches a state is
-              collected and sent once through the chain of folds
+    segments  each segment back-propagates on its own, keys and values of earlier segments count as
+              constants, and what reaches a state is collected and sent once through the chain of
+              folds. Activations are held of one segment; what grows with the length are evicted
+              keys and values, 2 d_kv numbers of the cache's dtype a token and layer with an encoder
     full      through everything, keys and values included; memory grows with the length
 
 Shapes: B sequences in T columns (`batch.Batch`), n columns of a segment, N tokens that are scored
@@ -262,10 +263,13 @@ def _fold(run: _Run, folded: int, due: int) -> Tensor:
     evicted = run.cache.evict(plan.pin_tokens, m, run.model.layers)
     if evicted is None or run.memory is None:
         return torch.zeros(0, len(batch.ids))
-    k, v = evicted  # [L, B, m, H, D]
     first = plan.pin_tokens + folded * plan.block_size
-    positions = torch.arange(first, first + m, device=k.device)[None] - batch.left[:, None]
-    return run.memory.fold(_as_encoded(run.model, k, positions), v.float().flatten(-2))
+
+    def encoded(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(first, first + m, device=k.device)[None] - batch.left[:, None]
+        return _as_encoded(run.model, k, positions), v.float().flatten(-2)
+
+    return run.memory.fold(*evicted, encoded)  # [L, B, m, H, D] each
 
 
 def _as_encoded(model: PTEModel, k: Tensor, positions: Tensor) -> Tensor:
