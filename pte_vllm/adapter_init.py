@@ -20,6 +20,7 @@ from pte_vllm.calibration import TEXT_SPANS, LayerSample, Spans, decoder_layers,
 from pte_vllm.cli import B_STARTS, TARGET_MODULES
 from pte_vllm.config import PTEConfig
 from pte_vllm.ops.reference import LayerEncoder, contribution, initial_state, relative_update
+from pte_vllm.rope_check import check_unrotation
 
 TARGET_RHO = 0.2
 """What one fold weighs against the state, ‖S'‖ / ‖S‖, on sample text."""
@@ -61,7 +62,8 @@ def init_adapter(
         The adapter, on the CPU in fp32.
 
     Raises:
-        ValueError: naming the option, if one does not fit the model.
+        ValueError: naming the option, if one does not fit the model; if RoPE of its keys is to be
+            undone and cannot be.
     """
     if b not in B_STARTS:
         raise ValueError(f"b must be one of {', '.join(B_STARTS)}, got {b!r}")
@@ -73,6 +75,8 @@ def init_adapter(
         )
     chosen = choose_layers(layers, len(decoder_layers(model)))
     linears = _target_linears(model, chosen, target_modules)
+    if config.keys == "unrotated":
+        check_unrotation(model, chosen)
     encoders: dict[int, LayerEncoder] = {}
     lora_a: dict[str, Tensor] = {}
     lora_b: dict[str, Tensor] = {}

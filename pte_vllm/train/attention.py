@@ -42,17 +42,22 @@ def _xformers_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`query: [B, heads, n, D]`, `key, value: [B, KV heads, t, D]`, mask `[B, 1, n, t]`, added."""
+    """`query: [B, heads, n, D]`, `key, value: [B, KV heads, t, D]`, mask `[B, 1, n, t]`, added.
+
+    Without a mask every query sees every key.
+    """
     from xformers.ops import memory_efficient_attention
 
     group = query.shape[1] // key.shape[1]
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     if group > 1:
         k, v = (t.repeat_interleave(group, 2) for t in (k, v))
+    if attention_mask is None:
+        return memory_efficient_attention(q, k, v, scale=scaling), None
     num_keys = k.shape[1]
     # xformers wants a bias whose rows start at multiples of 8 elements.
     room = -(-num_keys // 8) * 8

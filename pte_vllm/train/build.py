@@ -57,8 +57,9 @@ def new_adapter(base: Any, tokenizer: Any, options: AdapterOptions, *, seed: int
     """
     file = options.text
     text = SAMPLE_TEXT if file is None else Path(file).read_text(encoding="utf-8")
-    # A plain LoRA is what is left of the random start without its encoder.
-    config = PTEConfig(rank=options.rank, global_tokens=options.rank, init="random")
+    # A plain LoRA is what is left of the random start without its encoder; no key is encoded, so
+    # that it does not matter whether RoPE can be undone.
+    config = PTEConfig(rank=options.rank, global_tokens=options.rank, init="random", keys="rotated")
     adapter = init_adapter(
         base,
         sample_sequences(tokenizer, text, seed=seed),

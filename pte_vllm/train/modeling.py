@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from pte_vllm.adapter import Adapter, ModelShape, layer_of
 from pte_vllm.ops import reference
 from pte_vllm.ops.reference import TENSORS, LayerEncoder
+from pte_vllm.rope_check import check_unrotation
 from pte_vllm.train.attention import resolve_attention
 
 _NAME = "default"
@@ -41,7 +42,8 @@ class PTEModel(nn.Module):
             replay's constant-memory mode only.
 
     Raises:
-        ValueError: if the model cannot be replayed, or lacks a module of the adapter.
+        ValueError: if the model cannot be replayed, lacks a module of the adapter, or has keys
+            whose RoPE the adapter wants undone and that cannot be.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class PTEModel(nn.Module):
         ]
         for name in used:  # all are looked for before the first is changed
             _submodule(self.base, name)
+        if adapter.pte is not None and adapter.pte.keys == "unrotated":
+            check_unrotation(self.base, self.layers)
         config = LoraConfig(
             r=adapter.peft["r"],
             lora_alpha=adapter.peft["lora_alpha"],
@@ -251,7 +255,13 @@ def check_model(model: Any) -> None:
     Raises:
         ValueError: naming the reason.
     """
-    rope_type = model.model.rotary_emb.rope_type
+    rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
+    if rotary is None:
+        raise ValueError(
+            f"{type(model).__name__} has no model.rotary_emb; replay supports models built like "
+            "Llama and Qwen"
+        )
+    rope_type = rotary.rope_type
     if not isinstance(rope_type, str) or "dynamic" in rope_type or rope_type == "longrope":
         raise ValueError(f"rope type {rope_type!r}: frequencies that vary cannot be undone")
     layer_types = getattr(model.config, "layer_types", None)

@@ -25,8 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pte_vllm.ops import reference
 from pte_vllm.plan import FoldPlan
+from pte_vllm.rope_check import undo_rope
 from pte_vllm.train.attention import attention_mask
 from pte_vllm.train.batch import Batch
 from pte_vllm.train.fold_chain import FoldChain, Memory
@@ -277,10 +277,7 @@ def _as_encoded(model: PTEModel, k: Tensor, positions: Tensor) -> Tensor:
     assert model.config is not None
     if model.config.keys == "rotated":
         return k.float().flatten(-2)
-    cos, sin = model.base.model.rotary_emb(k, positions)  # rounded to k's dtype, as applied
-    half = cos.shape[-1] // 2  # transformers repeats the frequencies
-    plain = reference.unrotate(k.float(), cos[..., :half].float(), sin[..., :half].float())
-    return plain.flatten(-2)
+    return undo_rope(model.base, k, positions).flatten(-2)
 
 
 def _record(batch: Batch, b: int, start: int, folded: int, due: int, rho: Tensor) -> Fold:
