@@ -112,6 +112,13 @@ class Adapter:
         return float(self.peft["lora_alpha"]) / (rank**0.5 if self.peft.get("use_rslora") else rank)
 
     @property
+    def form(self) -> dict[str, Any]:
+        """All that says how the weights are to be read; not how they began."""
+        method = {} if self.pte is None else self.pte.to_dict()
+        method.pop("init", None)
+        return method | {"r": self.peft["r"], "LoRA scale": self.scale}
+
+    @property
     def layers(self) -> list[int]:
         """Layers that have a state, ascending."""
         return sorted(self.encoders)

@@ -59,6 +59,7 @@ class PTEModel(nn.Module):
         """`[L, B, G, r]` of the segment that runs; the replay sets it."""
         self.gradient_checkpointing = gradient_checkpointing
         self._peft = adapter.peft if adapter is not None else {}
+        self._form = adapter.form if adapter is not None else {}
         self._lora: dict[str, Any] = {}  # of LoraLayer, by module
         self._tuner: LoraModel | None = None
         self._encoder = nn.ParameterDict()
@@ -210,10 +211,9 @@ class PTEModel(nn.Module):
         """Take over the weights of an adapter of the same form.
 
         Raises:
-            ValueError: if its modules or layers differ.
+            ValueError: if its modules, layers, method or scale differ; nothing is changed then.
         """
-        if set(self._lora) - set(adapter.lora_a) or self.layers != adapter.layers:
-            raise ValueError("the adapter has other modules or layers than the model's")
+        self._check_form(adapter)
         for name, linear in self._lora.items():
             linear.lora_A[_NAME].weight.copy_(adapter.lora_a[name])
             linear.lora_B[_NAME].weight.copy_(adapter.lora_b[name])
@@ -221,6 +221,25 @@ class PTEModel(nn.Module):
             stacked = adapter.stacked_encoder()
             for field in TENSORS:
                 self._encoder[field].copy_(getattr(stacked, field))
+
+    def _check_form(self, adapter: Adapter) -> None:
+        """Refuse weights that mean something else in this model.
+
+        Raises:
+            ValueError: naming what differs, and how.
+        """
+        if not self._lora:
+            raise ValueError("the model has no adapter")
+        if set(self._lora) - set(adapter.lora_a) or self.layers != adapter.layers:
+            raise ValueError("the adapter has other modules or layers than the model's")
+        own, other = self._form, adapter.form
+        differ = [
+            f"{name} is {other.get(name)}, the model's is {own.get(name)}"
+            for name in sorted(own.keys() | other.keys())
+            if own.get(name) != other.get(name)
+        ]
+        if differ:
+            raise ValueError(f"the adapter has another form than the model's: {'; '.join(differ)}")
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the adapter (`pte_vllm.adapter`), as a server loads it."""

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +316,45 @@ def test_arguments_that_are_refused(tiny: Tiny, adapters: Adapters) -> None:
     with pytest.raises(ValueError, match=r"layers\.2\."):
         Replay(model, wide)
     assert not any("lora" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "ridge", "features": "squared"}, "features is squared, the model's is linear; "),
+        ({"rule": "ridge"}, "rule is ridge, the model's is paper$"),
+        ({"keys": "rotated"}, "keys is rotated, the model's is unrotated$"),
+        ({"rank": 4, "global_tokens": 4}, "r is 4, the model's is 8; rank is 4"),
+        ({"layers": [0, 1]}, "other modules or layers"),
+        ({"plain": True}, "other modules or layers"),
+    ],
+    ids=str,
+)
+def test_weights_of_another_form_are_refused(
+    options: dict[str, Any], message: str, tiny: Tiny, adapters: Adapters
+) -> None:
+    path = tiny("llama")
+    own = adapters(path)
+    model = PTEModel(load(path), Adapter.load(own))
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter_weights(Adapter.load(adapters(path, **options)))
+    for name, b in Adapter.load(own).lora_b.items():
+        assert torch.equal(model.adapter().lora_b[name], b)
+
+
+def test_weights_of_the_same_form_are_taken(tiny: Tiny, adapters: Adapters) -> None:
+    path = tiny("llama")
+    own, other = Adapter.load(adapters(path)), Adapter.load(adapters(path, seed=1))
+    assert own.pte is not None
+    other = replace(other, pte=replace(own.pte, init="aligned"))
+    model = PTEModel(load(path), own)
+    model.load_adapter_weights(other)
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(model.adapter().lora_a[name], other.lora_a[name])
+    with pytest.raises(ValueError, match=r"LoRA scale is 0\.5, the model's is 2\.0"):
+        model.load_adapter_weights(replace(other, peft=other.peft | {"lora_alpha": 4}))
+    with pytest.raises(ValueError, match="the model has no adapter"):
+        PTEModel(load(path)).load_adapter_weights(own)
 
 
 def test_import_leaves_vllm_alone() -> None:
