@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from pte_vllm.train.batch import Batch
 from pte_vllm.train.modeling import PTEModel
@@ -62,8 +63,7 @@ class Teacher:
         else:
             assert self.hidden is not None
             with torch.no_grad():
-                output_layer = self.model.base.get_output_embeddings()
-                logits = output_layer(self.hidden[rows]).float() / self.temperature
+                logits = _output_layer(self.model)(self.hidden[rows]).float() / self.temperature
                 log_p = logits.log_softmax(-1)
             log_q = scores.logits.log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -131,6 +131,12 @@ def ask_teacher(
         top_logprobs=torch.cat([log_p for log_p, _ in top]) if top else None,
         top_ids=torch.cat([ids for _, ids in top]) if top else None,
     )
+
+
+def _output_layer(model: PTEModel) -> nn.Module:
+    """The base model's, also where a LoRA lies on it: the teacher has none."""
+    layer: nn.Module = model.base.get_output_embeddings()
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def merged_log_softmax(logits: Tensor, ids: Tensor) -> Tensor:

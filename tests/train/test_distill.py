@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pte_vllm.adapter import Adapter
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.batch import Batch
 from pte_vllm.train.distill_data import Example, align, batches, pack
@@ -101,6 +102,39 @@ def test_kl_of_the_teacher_to_itself_is_zero(tiny: Tiny, adapters: Adapters) -> 
         replay(model, batch, temperature=TEMPERATURE, loss=keep)
         assert torch.cat(found).mean() > 0.05  # the window and the adapter do differ
         assert torch.cat(found).min() > -1e-5
+
+
+@pytest.mark.parametrize("top_k", [0, VOCAB - 1])
+def test_the_teacher_has_no_lora_on_the_output_layer(
+    top_k: int, tiny: Tiny, adapters: Adapters
+) -> None:
+    path, example = tiny("llama"), examples()[0]
+    plain = Adapter.load(adapters(path, plain=True))
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(8, 96, generator=generator), torch.randn(VOCAB, 8, generator=generator)
+    on_output = Adapter(
+        peft=plain.peft | {"target_modules": ["lm_head"]},
+        pte=None,
+        lora_a={"lm_head": 0.1 * a},
+        lora_b={"lm_head": 0.1 * b},
+        encoders={},
+    )
+    model = PTEModel.from_pretrained(path, on_output)
+    unbounded = FoldPlan(pin_tokens=0, window_tokens=0, block_size=BLOCK)
+    batch = Batch.align([example.tokens], [unbounded])
+    teacher = ask_teacher(model, batch, temperature=TEMPERATURE, top_k=top_k)
+    log_p = (full_logits(path, example.tokens) / TEMPERATURE).log_softmax(-1)[:-1]  # [T - 1, V]
+
+    def kl(scores: Scores) -> Tensor:
+        log_q = scores.logits.log_softmax(-1)
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1)[scores.tokens - 1]
+        found = teacher.kl(scores)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+        assert found.mean() > 0.05
+        return found.sum()
+
+    replay(model, batch, temperature=TEMPERATURE, backward="segments", loss=kl)
+    assert gradients(model)["lm_head.lora_B"].norm() > 0
 
 
 @pytest.mark.parametrize("top_k", [0, 6])
