@@ -29,6 +29,9 @@ from pte_vllm.train.replay import Scores
 from pte_vllm.train.rollout import Rollout
 
 _TINY = 1e-6
+_MAX_LOG_RATIO = 20.0
+"""exp(89) overflows in fp32, and what is made of it becomes NaN. A ratio of exp(20) is far beyond
+any clip or cap, so that nothing is lost."""
 
 
 class DriftError(RuntimeError):
@@ -130,6 +133,11 @@ def token_weights(counts: Sequence[int], level: str) -> list[float]:
     return [1.0 / (answers * count) if count else 0.0 for count in counts]
 
 
+def log_ratio(logprobs: Tensor, others: Tensor) -> Tensor:
+    """`logprobs - others`, within ± `_MAX_LOG_RATIO`; beyond, its gradient is zero."""
+    return (logprobs - others).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+
+
 def importance_weights(old: Tensor, sampler: Tensor, mode: str, cap: float) -> Tensor:
     """w of each token: how much more likely the learner's policy makes it than the sampler's.
 
@@ -137,13 +145,15 @@ def importance_weights(old: Tensor, sampler: Tensor, mode: str, cap: float) -> T
     """
     if mode == "none":
         return torch.ones_like(old)
-    ratio = (old - sampler).exp()
-    return ratio.clamp(max=cap) if mode == "token_truncate" else ratio * (ratio <= cap)
+    ratio = log_ratio(old, sampler).exp()
+    if mode == "token_truncate":
+        return ratio.clamp(max=cap)
+    return torch.where(ratio <= cap, ratio, 0.0)
 
 
 def kl_k3(reference: Tensor, logprobs: Tensor) -> Tensor:
     """Schulman's estimator of KL(π ‖ π_ref) from tokens of π: unbiased and never negative."""
-    difference = reference - logprobs
+    difference = log_ratio(reference, logprobs)
     return difference.exp() - difference - 1.0
 
 
@@ -178,7 +188,7 @@ class PolicyLoss:
     def __call__(self, scores: Scores) -> Tensor:
         options, at = self.options, (scores.rows, scores.tokens)
         advantages, weights = self.advantages[scores.rows], self.weights[at]
-        ratio = (scores.logprobs - self.old[at]).exp()
+        ratio = log_ratio(scores.logprobs, self.old[at]).exp()
         clipped = ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
         gain = torch.minimum(ratio * advantages, clipped * advantages)
         loss = -self.importance[at] * gain
@@ -204,19 +214,20 @@ class PolicyLoss:
         stats.clipped_high += int(high.sum())
 
 
-def check_drift(drift: float, max_drift: float, version: int) -> None:
+def check_drift(drift: float, max_drift: float, version: int, *, tokens: int) -> None:
     """Refuse a sampler that does not compute the learner's policy.
 
     Args:
-        drift: mean |Δ log p| over tokens sampled by `version`, the learner's own; NaN without any.
+        drift: mean |Δ log p| over tokens sampled by `version`, the learner's own.
+        tokens: how many those are; without any there is nothing to compare.
 
     Raises:
-        DriftError: if it exceeds `max_drift`.
+        DriftError: if it exceeds `max_drift`, or is not a number.
     """
-    if drift > max_drift:
+    if tokens and not drift <= max_drift:  # NaN too
         raise DriftError(
             f"server and replay disagree about version {version}: mean |Δ log p| is {drift:.2e}, "
-            f"more than --grpo.max_logprob_drift {max_drift:.2e}. Check that the server runs the "
+            f"and --grpo.max_logprob_drift allows {max_drift:.2e}. Check that the server runs the "
             "same base model, dtype, rule and temperature, and reports processed log-probs",
             drift,
         )

@@ -122,7 +122,7 @@ class Learner:
         seen = _Seen()
         for micro in micros:
             seen.add(micro, self._replay(micro, seen))
-        check_drift(seen.drift, self._max_drift, version)
+        check_drift(seen.drift, self._max_drift, version, tokens=seen.drift_tokens)
         with_kl = options.kl_coef > 0
         active = [micro for micro in micros if with_kl or not micro.idle]
         if with_kl:
@@ -130,8 +130,8 @@ class Learner:
                 for micro in active:
                     micro.reference = self._replay(micro).logprobs
         stats, losses, norm = LossStats(), [], 0.0
-        for _ in range(options.inner_steps):
-            loss, norm = self._update(active, stats)
+        for done in range(options.inner_steps):
+            loss, norm = self._update(active, stats, done)
             losses.append(loss)
         weights = torch.cat([self._importance(m)[m.weights > 0] for m in micros])
         result = StepResult(
@@ -176,8 +176,10 @@ class Learner:
         options = self.options
         return importance_weights(micro.old, micro.sampler, options.is_mode, options.is_cap)
 
-    def _update(self, micros: Sequence[MicroBatch], stats: LossStats) -> tuple[float, float]:
-        """One optimizer step; loss and norm of the gradient."""
+    def _update(
+        self, micros: Sequence[MicroBatch], stats: LossStats, done: int
+    ) -> tuple[float, float]:
+        """One optimizer step, after `done` others on these rollouts; loss and gradient norm."""
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for micro in micros:
@@ -201,7 +203,8 @@ class Learner:
         parameters = self.model.trainable_parameters()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm}; the adapter is unchanged")
+            left = f"as inner step {done} left it" if done else "unchanged"
+            raise FloatingPointError(f"the gradient's norm is {norm}; the adapter is {left}")
         if micros:  # without a gradient, momentum alone would still move the adapter
             self.updating = True
             self.optimizer.step()

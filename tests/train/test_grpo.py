@@ -17,7 +17,9 @@ from pte_vllm.train.batch import Batch
 from pte_vllm.train.config import GrpoOptions
 from pte_vllm.train.grpo import (
     DriftError,
+    PolicyLoss,
     Sample,
+    check_drift,
     group_advantages,
     importance_weights,
     kl_k3,
@@ -276,6 +278,16 @@ def test_old_policy_is_the_learner_not_the_sampler(model: PTEModel) -> None:
     assert result.importance_max > 1.5
 
 
+def test_a_gradient_that_is_not_finite_says_what_was_updated(model: PTEModel) -> None:
+    """The update before it stays, so the message must not call the adapter unchanged."""
+    samples = a_step(model)
+    broken = [replace(samples[0], advantage=math.nan), *samples[1:]]
+    with pytest.raises(FloatingPointError, match="norm is nan; the adapter is unchanged"):
+        learner(model).step(broken, 1)
+    with pytest.raises(FloatingPointError, match="norm is nan; the adapter is as inner step 1"):
+        learner(model, lr=math.inf, inner_steps=2).step(samples, 1)
+
+
 def test_drift_is_refused_before_anything_changes(model: PTEModel) -> None:
     samples = a_step(model)
     samples[0] = replace(samples[0], rollout=shifted(samples[0].rollout, 1.0))
@@ -391,6 +403,44 @@ def test_k3_estimates_kl() -> None:
     estimate = kl_k3(q[tokens], p[tokens])
     assert estimate.min() >= 0
     assert float(estimate.mean()) == pytest.approx(float(exact), rel=0.02)
+
+
+@pytest.mark.parametrize("off", [99.0, -99.0, math.inf])
+def test_policies_far_apart_leave_numbers_finite(off: float) -> None:
+    """Log-probs that differ so much that exponentials overflow, on both sides of the clip."""
+    near, far = torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0 - off])
+    for mode in ("token_truncate", "token_mask"):
+        for pair in ((near, far), (far, near)):
+            weights = importance_weights(*pair, mode, 3.0)
+            assert weights[0] == 1 and 0 <= weights[1] <= 3
+    at = torch.arange(2)
+    for advantage in (1.0, -1.0):
+        for now, then in ((near, far), (far, near)):
+            logprobs = now.clone().requires_grad_()
+            loss = PolicyLoss(
+                options=GrpoOptions(kl_coef=0.5),
+                advantages=torch.tensor([advantage]),
+                weights=torch.ones(1, 2),
+                old=then[None],
+                importance=torch.ones(1, 2),
+                reference=then[None],
+            )
+            zeros = torch.zeros_like(at)
+            scores = Scores(logits=logprobs[:, None], logprobs=logprobs, rows=zeros, tokens=at)
+            total = loss(scores)
+            total.backward()
+            assert logprobs.grad is not None
+            assert total.isfinite() and logprobs.grad.isfinite().all()
+            assert logprobs.grad[0] == pytest.approx(-advantage)
+            assert math.isfinite(loss.stats.ratio_sum + loss.stats.ratio_off + loss.stats.kl_sum)
+
+
+def test_drift_that_is_not_a_number_is_refused() -> None:
+    check_drift(math.nan, 1e-4, 1, tokens=0)
+    check_drift(1e-4, 1e-4, 1, tokens=7)
+    for drift in (2e-4, math.nan, math.inf):
+        with pytest.raises(DriftError, match="version 1"):
+            check_drift(drift, 1e-4, 1, tokens=7)
 
 
 def test_teaches(model: PTEModel) -> None:
