@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pte_vllm.adapter import Adapter, ModelShape, file_hashes, layer_of
+from pte_vllm.adapter import Adapter, ModelShape
+from pte_vllm.adapter_files import layer_of
+from pte_vllm.adapter_hash import file_hashes
 from pte_vllm.ops.reference import RULES, TENSORS
 
 

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from pte_vllm.adapter import CONFIG_FILE, Adapter, ModelShape
+from pte_vllm.adapter import Adapter, ModelShape
+from pte_vllm.adapter_hash import CONFIG_FILE
 from pte_vllm.adapter_init import choose_layers, init_adapter
 from pte_vllm.adapter_starts import LayerReport
 from pte_vllm.calibration import sample_sequences

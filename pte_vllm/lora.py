@@ -26,7 +26,8 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from pte_vllm.adapter import AdapterError, ModelShape, layer_of, load_for_engine
+from pte_vllm.adapter import ModelShape, load_for_engine
+from pte_vllm.adapter_files import AdapterError, layer_of
 from pte_vllm.huge_pages import Arena
 from pte_vllm.lora_cpu import CPULayerPunica, load_native
 from pte_vllm.lora_cuda import CUDALayerPunica

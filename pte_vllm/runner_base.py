@@ -22,7 +22,7 @@ from vllm.config.compilation import CompilationMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker import lora_model_runner_mixin
 
-from pte_vllm.adapter import layer_of
+from pte_vllm.adapter_files import layer_of
 from pte_vllm.attention import Gaps, set_gaps
 from pte_vllm.config import EngineConfig, RequestOptions
 from pte_vllm.folding import EvictedBlocks

@@ -19,7 +19,9 @@ from fastapi import HTTPException, Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from pte_vllm.adapter import CONFIG_FILE, FILES, LORA_FILE, Adapter, AdapterError, ModelShape
+from pte_vllm.adapter import Adapter, ModelShape
+from pte_vllm.adapter_files import AdapterError
+from pte_vllm.adapter_hash import CONFIG_FILE, FILES, LORA_FILE
 
 MAX_ADAPTER_BYTES = 1 << 30
 """Largest body of a push."""

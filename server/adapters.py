@@ -15,7 +15,8 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from pte_vllm.adapter import ModelShape, content_hash
+from pte_vllm.adapter import ModelShape
+from pte_vllm.adapter_hash import content_hash
 from pte_vllm.server.adapter_upload import MAX_ADAPTER_BYTES, servable_rule
 from pte_vllm.server.adapter_use import AdapterUse
 from pte_vllm.server.metrics import timed_load

@@ -18,7 +18,8 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.lora.utils import get_adapter_absolute_path
 
 from pte_vllm import __version__
-from pte_vllm.adapter import AdapterError, ModelShape, load_for_engine
+from pte_vllm.adapter import ModelShape, load_for_engine
+from pte_vllm.adapter_files import AdapterError
 from pte_vllm.config import REQUEST_OPTIONS, EngineConfig, ServiceConfig
 from pte_vllm.server import adapter_routes, control, page, rollouts, thoughts, trainer_routes
 from pte_vllm.server.auth import Keys, admit_admin, may_change, may_use

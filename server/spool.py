@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from pte_vllm.adapter import FILES
+from pte_vllm.adapter_hash import FILES
 
 RECORD_FILE = "record.json"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -43,7 +43,7 @@ class Version:
     name: str
     number: int
     sha256: str
-    """`pte_vllm.adapter.content_hash` of its files."""
+    """`pte_vllm.adapter_hash.content_hash` of its files."""
     num_bytes: int
     created_s: float
     """Unix time."""

@@ -18,7 +18,7 @@ from vllm.entrypoints.rl.online import api_router as rl
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from pte_vllm.adapter import CONFIG_FILE, LORA_FILE
+from pte_vllm.adapter_hash import CONFIG_FILE, LORA_FILE
 from pte_vllm.server.adapter_upload import not_stored
 from pte_vllm.server.auth import may_change
 from pte_vllm.server.spool import SpoolError

@@ -14,18 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from pte_vllm.adapter import (
-    CONFIG_FILE,
-    ENCODER_FILE,
-    LORA_FILE,
-    Adapter,
-    AdapterError,
-    ModelShape,
-    content_hash,
-    file_hashes,
-    is_pte_adapter,
-    load_for_engine,
-)
+from pte_vllm.adapter import Adapter, ModelShape, load_for_engine
+from pte_vllm.adapter_files import AdapterError, is_pte_adapter
+from pte_vllm.adapter_hash import CONFIG_FILE, ENCODER_FILE, LORA_FILE, content_hash, file_hashes
 from pte_vllm.ops.reference import TENSORS
 
 LORA = "base_model.model.model.layers.0.self_attn.q_proj"

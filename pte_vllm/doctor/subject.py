@@ -80,7 +80,8 @@ class Subject:
 
     def adapter(self) -> Iterator[Check]:
         """What `pte-vllm adapter inspect` checks, and the flags that the adapter needs."""
-        from pte_vllm.adapter import AdapterError, ModelShape
+        from pte_vllm.adapter import ModelShape
+        from pte_vllm.adapter_files import AdapterError
         from pte_vllm.adapter_inspect import describe
 
         config = self._config

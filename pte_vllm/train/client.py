@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from pte_vllm.adapter_hash import content_hash, file_hashes
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.rollout import InFlight, Rollout
 from pte_vllm.train.transport import (
@@ -309,8 +310,6 @@ class RolloutClient:
                     raise
 
     def _push_directory(self, path: Path, name: str, version: int) -> int:
-        from pte_vllm.adapter import content_hash, file_hashes
-
         hashes = file_hashes(path)
         if not hashes:
             raise FileNotFoundError(f"{path} holds no adapter")

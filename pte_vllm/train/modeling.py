@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from pte_vllm.adapter import Adapter, ModelShape, layer_of
+from pte_vllm.adapter import Adapter, ModelShape
+from pte_vllm.adapter_files import layer_of
 from pte_vllm.ops import reference
 from pte_vllm.ops.reference import TENSORS, LayerEncoder
 from pte_vllm.rope_check import check_unrotation

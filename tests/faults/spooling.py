@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from pte_vllm.adapter import CONFIG_FILE, LORA_FILE, content_hash
+from pte_vllm.adapter_hash import CONFIG_FILE, LORA_FILE, content_hash
 from pte_vllm.server.spool import Spool, Version
 
 KEPT = 1

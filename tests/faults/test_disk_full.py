@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from pte_vllm.adapter import LORA_FILE
+from pte_vllm.adapter_hash import LORA_FILE
 from pte_vllm.server.spool import Spool, SpoolError
 from pte_vllm.train.client import RolloutClient, ServerError
 from tests.faults.conftest import small_disk

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from pte_vllm.adapter import CONFIG_FILE, LORA_FILE, content_hash, file_hashes
+from pte_vllm.adapter_hash import CONFIG_FILE, LORA_FILE, content_hash, file_hashes
 from pte_vllm.orphans import GRACE_S, POLL_S
 from pte_vllm.server.spool import Spool
 from pte_vllm.train.client import RolloutClient, ServerError

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pte_vllm.adapter import content_hash, file_hashes
+from pte_vllm.adapter_hash import content_hash, file_hashes
 from pte_vllm.server import spool as spool_module
 from pte_vllm.server.spool import Spool
 from pte_vllm.train.client import RolloutClient, ServerError

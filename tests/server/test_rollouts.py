@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pte_vllm.adapter import CONFIG_FILE, ENCODER_FILE, LORA_FILE, content_hash, file_hashes
+from pte_vllm.adapter_hash import CONFIG_FILE, ENCODER_FILE, LORA_FILE, content_hash, file_hashes
 from pte_vllm.train.client import RolloutClient, ServerError
 from pte_vllm.train.rollout import Rollout
 from tests.engine import BLOCK

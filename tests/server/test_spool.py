@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pte_vllm.adapter import content_hash, file_hashes
+from pte_vllm.adapter_hash import content_hash, file_hashes
 from pte_vllm.server.spool import Spool, Version, check_name
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import pytest
 from fastapi import HTTPException, Request
 
-from pte_vllm.adapter import CONFIG_FILE, LORA_FILE
+from pte_vllm.adapter_hash import CONFIG_FILE, LORA_FILE
 from pte_vllm.server import adapter_upload
 from pte_vllm.server.adapter_upload import Upload, read_upload
 

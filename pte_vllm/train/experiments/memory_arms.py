@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from pte_vllm.adapter import Adapter, layer_of
+from pte_vllm.adapter import Adapter
+from pte_vllm.adapter_files import layer_of
 from pte_vllm.adapter_init import init_adapter
 from pte_vllm.calibration import Spans
 from pte_vllm.cli import TARGET_MODULES

@@ -1,0 +1,28 @@
+"""The files of an adapter by name, and their hashes; standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+CONFIG_FILE = "adapter_config.json"
+LORA_FILE = "adapter_model.safetensors"
+ENCODER_FILE = "pte_encoder.safetensors"
+FILES = (CONFIG_FILE, LORA_FILE, ENCODER_FILE)
+
+
+def file_hashes(path: str | Path) -> dict[str, str]:
+    """SHA-256 of each file of the adapter, by name."""
+    files = [Path(path) / name for name in FILES]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()}
+
+
+def content_hash(hashes: Mapping[str, str]) -> str:
+    """One SHA-256 for an adapter: of the lines `name:sha256` of its files, sorted, LF after each.
+
+    Args:
+        hashes: what `file_hashes` returns.
+    """
+    lines = "".join(f"{name}:{hashes[name]}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
