@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pte_vllm.adapter import Adapter
+from pte_vllm.adapter_defaults import B_STARTS, TARGET_MODULES
 from pte_vllm.adapter_files import layer_of
 from pte_vllm.adapter_starts import STARTS, LayerReport, evicted_kv, lora_a_rows
 from pte_vllm.calibration import TEXT_SPANS, LayerSample, Spans, decoder_layers, visit_layers
-from pte_vllm.cli import B_STARTS, TARGET_MODULES
 from pte_vllm.config import PTEConfig
 from pte_vllm.ops.reference import LayerEncoder, contribution, initial_state, relative_update
 from pte_vllm.rope_check import check_unrotation

@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from pte_vllm.adapter import Adapter, ModelShape
+from pte_vllm.adapter_defaults import TARGET_MODULES
 from pte_vllm.adapter_hash import CONFIG_FILE
 from pte_vllm.adapter_init import choose_layers, init_adapter
 from pte_vllm.adapter_starts import LayerReport
 from pte_vllm.calibration import sample_sequences
-from pte_vllm.cli import TARGET_MODULES
 from pte_vllm.config import PTEConfig
 from pte_vllm.sample_text import SAMPLE_TEXT
 

@@ -15,14 +15,16 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from pte_vllm import __version__
+from pte_vllm.adapter_defaults import (
+    B_STARTS,
+    NEW_RULE,
+    TARGET_MODULES,
+    new_config,
+    parse_layers,
+)
 from pte_vllm.config import PTEConfig
-from pte_vllm.types import FEATURES, INITS, KEYS, NORMALIZES, READS, RULES, Features, Rule
+from pte_vllm.types import FEATURES, INITS, KEYS, NORMALIZES, READS, RULES
 
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-B_STARTS = ("zero", "random")
-NEW_RULE: Rule = "ridge"
-"""Of adapters to be made: what learns to remember best (docs/benchmarks.md). Where an adapter's
-file does not name a rule, it is the paper's (`PTEConfig`)."""
 _OWN_PARSERS = {
     "serve": ("pte_vllm.cli_serve", "start the OpenAI-compatible server"),
     "train": ("pte_vllm.train.cli", "train adapters: grpo, distill, ..."),
@@ -121,8 +123,8 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--features",
         choices=FEATURES,
         default=argparse.SUPPRESS,
-        help="of keys, and of A x when it meets them (default: squared with rules ridge and delta, "
-        "else linear)",
+        help="of keys, and of A x when it meets them (default: squared with rules ridge and delta "
+        "from the starts aligned and aligned_mean, else linear)",
     )
     parser.add_argument(
         "--alpha",
@@ -139,14 +141,14 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _init(options: argparse.Namespace) -> int:
     given = vars(options)
-    config = PTEConfig(
+    config = new_config(
         rank=options.rank,
-        global_tokens=given.get("global_tokens", options.rank),
+        global_tokens=given.get("global_tokens"),
         rule=options.rule,
         read=options.read,
         normalize=options.normalize,
         keys=options.keys,
-        features=given.get("features") or new_features(options.rule, options.read),
+        features=given.get("features"),
         init=options.init,
     )
     _check_model(options.model)
@@ -174,34 +176,6 @@ def _names(text: str) -> tuple[str, ...]:
     if not names:
         raise argparse.ArgumentTypeError("needs at least one name")
     return names
-
-
-def new_features(rule: str, read: str) -> Features:
-    """The features that a new adapter has unless told: squared where they help.
-
-    `paper` learned nothing with them (docs/benchmarks.md); with read `value`, A x meets no keys.
-    """
-    return "squared" if rule in ("ridge", "delta") and read == "key" else "linear"
-
-
-def parse_layers(text: str) -> list[int] | None:
-    """`0-3,7` → `[0, 1, 2, 3, 7]`; `all` → None.
-
-    Raises:
-        ValueError: naming `--layers`, if the text is neither.
-    """
-    if text == "all":
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"--layers must look like 0-29, 17,18 or all, got {text!r}")
-        end = int(last) if dash else int(first)
-        if end < int(first):
-            raise ValueError(f"--layers: {part.strip()} runs backwards")
-        layers.update(range(int(first), end + 1))
-    return sorted(layers)
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

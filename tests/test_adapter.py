@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,14 @@ def test_half_written_does_not_load(directory: Path, monkeypatch: pytest.MonkeyP
             Adapter.load(directory)
     adapter.save(directory)
     Adapter.load(directory)
+
+
+def test_what_needs_no_torch_imports_none() -> None:
+    """A trainer of another stack pushes adapters, and the command's help is quick."""
+    modules = "pte_vllm.adapter_defaults, pte_vllm.adapter_hash, pte_vllm.train.client"
+    code = f"import sys, {modules}\nassert not {{'torch', 'numpy'}} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def _change_config(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -189,6 +189,9 @@ def test_layers_b_alpha_and_seed(tiny: Callable[[str], Path]) -> None:
         (["--rule", "delta"], "delta", "squared"),
         (["--rule", "paper"], "paper", "linear"),
         (["--read", "value"], "ridge", "linear"),
+        (["--init", "random"], "ridge", "linear"),
+        (["--init", "aligned_key", "--features", "squared"], "ridge", "squared"),
+        (["--init", "aligned_mean"], "ridge", "squared"),
         (["--rule", "paper", "--features", "squared"], "paper", "squared"),
     ],
 )

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from pte_vllm.cli import new_features
+from pte_vllm.adapter_defaults import NEW_RULE, new_features
 from pte_vllm.preload import DEFAULT, LIBRARIES, parse_names
 from pte_vllm.types import FEATURES, RULES, Features
 
@@ -120,7 +120,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     """What the adapters of a benchmark are like."""
-    parser.add_argument("--rule", choices=RULES, default="ridge", help="update rule of the PTE arm")
+    parser.add_argument(
+        "--rule", choices=RULES, default=NEW_RULE, help="update rule of the PTE arm"
+    )
     parser.add_argument(
         "--features",
         choices=FEATURES,
@@ -131,8 +133,8 @@ def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def adapter_features(args: argparse.Namespace) -> Features:
-    """As given by `--features`, or as a new adapter of the rule has them."""
-    return getattr(args, "features", None) or new_features(args.rule, "key")
+    """As given by `--features`, or as a new adapter of the rule has them, its start aligned."""
+    return getattr(args, "features", None) or new_features(args.rule)
 
 
 def _throughput(parser: argparse.ArgumentParser) -> None:

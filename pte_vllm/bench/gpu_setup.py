@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig
 
 from pte_vllm.adapter import Adapter, ModelShape
-from pte_vllm.cli import TARGET_MODULES
+from pte_vllm.adapter_defaults import TARGET_MODULES
 from pte_vllm.config import PTEConfig
 from pte_vllm.ops.reference import LayerEncoder
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from pte_vllm.adapter_defaults import new_config
 from pte_vllm.bench import report
 from pte_vllm.bench.arm import Arm, ArmSpec, Workload
 
@@ -80,17 +81,10 @@ def make_adapters(
     from being sure of nonsense.
     """
     from pte_vllm.adapter_make import make_adapter
-    from pte_vllm.config import PTEConfig
 
     scratch.mkdir(parents=True, exist_ok=True)
     thoughts, plain = scratch / "thoughts", scratch / "plain"
-    config = PTEConfig(
-        init="random",
-        rule=args.rule,
-        features=args.features,
-        rank=args.rank,
-        global_tokens=args.rank,
-    )
+    config = new_config(rank=args.rank, rule=args.rule, features=args.features, init="random")
     adapter = make_adapter(args.model, thoughts, config, b="random", seed=seed)
     if b_scale != 1.0:
         lora_b = {module: b_scale * weight for module, weight in adapter.lora_b.items()}

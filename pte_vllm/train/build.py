@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from pte_vllm.adapter import Adapter, ModelShape
+from pte_vllm.adapter_defaults import parse_layers
 from pte_vllm.adapter_init import init_adapter
 from pte_vllm.calibration import sample_sequences
-from pte_vllm.cli import parse_layers
 from pte_vllm.config import PTEConfig
 from pte_vllm.sample_text import SAMPLE_TEXT
 from pte_vllm.train.config_sections import AdapterOptions, ModelOptions

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pte_vllm.cli import NEW_RULE, TARGET_MODULES, new_features, parse_layers
+from pte_vllm.adapter_defaults import NEW_RULE, TARGET_MODULES, new_config, parse_layers
 from pte_vllm.config import PTEConfig
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.config_io import Section
@@ -63,8 +63,8 @@ class AdapterOptions(Section):
     keys: Keys = "unrotated"
     """Whether RoPE is undone before a key is encoded."""
     features: Features | None = None
-    """Of keys, and of A x; without it, squared with rules ridge and delta and read key, else
-    linear."""
+    """Of keys, and of A x; without it, squared with rules ridge and delta, read key and an aligned
+    or aligned_mean start, else linear."""
     init: Init = "aligned"
     """Start of A and of the encoder's projections."""
     b: Literal["zero", "random"] = "zero"
@@ -102,14 +102,14 @@ class AdapterOptions(Section):
     def pte(self) -> PTEConfig:
         """The method's options as an adapter stores them."""
         try:
-            return PTEConfig(
+            return new_config(
                 rank=self.rank,
-                global_tokens=self.rank if self.global_tokens is None else self.global_tokens,
+                global_tokens=self.global_tokens,
                 rule=self.rule,
                 read=self.read,
                 normalize=self.normalize,
                 keys=self.keys,
-                features=self.features or new_features(self.rule, self.read),
+                features=self.features,
                 init=self.init,
             )
         except ValueError as error:

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 
 from pte_vllm.adapter import Adapter
+from pte_vllm.adapter_defaults import TARGET_MODULES
 from pte_vllm.adapter_files import layer_of
 from pte_vllm.adapter_init import init_adapter
 from pte_vllm.calibration import Spans
-from pte_vllm.cli import TARGET_MODULES
 from pte_vllm.config import PTEConfig
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.batch import Batch

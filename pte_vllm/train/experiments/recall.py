@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pte_vllm.cli import parse_layers
+from pte_vllm.adapter_defaults import parse_layers
 from pte_vllm.plan import FoldPlan
 from pte_vllm.train.experiments.recall_arms import ABLATIONS, ARMS
 
