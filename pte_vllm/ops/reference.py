@@ -19,7 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pte_vllm.types import FEATURES
+
 EPS = 1e-6
+_TINY = 1e-30
+"""Of keys that are all zero: below what others give, and not too small to divide by in fp32."""
 
 Sums = dict[str, Tensor]
 """What a sequence keeps between folds."""
@@ -43,7 +47,14 @@ class LayerEncoder:
 
     @classmethod
     def stack(cls, encoders: Sequence[LayerEncoder]) -> LayerEncoder:
-        """All layers as one encoder with a leading dimension of layers."""
+        """All layers as one encoder with a leading dimension of layers.
+
+        Raises:
+            ValueError: if their features differ.
+        """
+        kinds = {encoder.features for encoder in encoders}
+        if len(kinds) > 1:
+            raise ValueError(f"layers disagree on features: {', '.join(sorted(kinds))}")
         stacked = {name: torch.stack([getattr(e, name) for e in encoders]) for name in TENSORS}
         return cls(**stacked, features=encoders[0].features)
 
@@ -63,7 +74,12 @@ def feature_map(x: Tensor, features: str) -> Tensor:
     With linear features the state answers with a sum over all keys, each by its inner product with
     A x. Squares of the numbers are a sketch of a kernel of degree two: what is most alike weighs
     more against the rest, as under softmax, and a weight is never negative.
+
+    Raises:
+        ValueError: on a name that it does not know.
     """
+    if features not in FEATURES:
+        raise ValueError(f"features must be one of {', '.join(FEATURES)}, got {features!r}")
     return x.square() if features == "squared" else x
 
 
@@ -189,6 +205,15 @@ class NoneRule(PaperRule):
         return sums
 
 
+def damping(encoder: LayerEncoder, level: Tensor) -> Tensor:
+    """(λ + ε) · level, `[*]`, for a solve by Σ kᵀk, whose numbers are of the size `level: [*]`.
+
+    ε keeps the solve well posed where λ vanishes. It scales with the level, which with squared
+    features is quartic in the keys: a fixed floor would damp away all that small keys say.
+    """
+    return (encoder.log_ridge.exp() + EPS) * level + _TINY
+
+
 def solve_damped(c: Tensor, damp: Tensor, right: Tensor) -> Tensor:
     """(C + damp·I)⁻¹ · right for definite `c: [*, r, r]`, `damp: [*]` and `right: [*, r, r]`."""
     identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
@@ -198,7 +223,7 @@ def solve_damped(c: Tensor, damp: Tensor, right: Tensor) -> Tensor:
 
 
 class RidgeRule(Rule):
-    """S = (C/n + λ·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv; zero before any fold."""
+    """S = (C/n + (λ + ε)·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv; zero at first."""
 
     reads_kk = True
 
@@ -220,16 +245,16 @@ class RidgeRule(Rule):
         mean_c, mean_m = sums["C"] / count.clamp(min=1), sums["M"] / count.clamp(min=1)
         level = mean_c.diagonal(dim1=-2, dim2=-1).mean(-1)
         # Before the first fold C is zero: damp by one, so that the solve is well posed and S zero.
-        damp = torch.where(sums["n"] > 0, encoder.log_ridge.exp() * level + EPS, 1.0)
+        damp = torch.where(sums["n"] > 0, damping(encoder, level), 1.0)
         return solve_damped(mean_c, damp, mean_m)
 
 
 class DeltaRule(Rule):
     """S ← argmin_X ‖K X − V‖² + μ ‖X − S‖²: what this fold's keys lead to is overwritten.
 
-    In closed form S ← (Σ kᵀk + μ I)⁻¹ (Σ kᵀv + μ S), zero before any fold, with μ = λ times the
-    mean |k|² of all tokens folded so far. For a single token it is the delta rule with the implicit
-    step size 1 / (μ + |k|²). Keys that a fold does not touch keep what they lead to.
+    In closed form S ← (Σ kᵀk + μ I)⁻¹ (Σ kᵀv + μ S), zero before any fold, with μ = λ + ε times
+    the mean |k|² of all tokens folded so far. For a single token it is the delta rule with the
+    implicit step size 1 / (μ + |k|²). Keys that a fold does not touch keep what they lead to.
     """
 
     reads_kk = True
@@ -244,7 +269,7 @@ class DeltaRule(Rule):
         assert evicted.kk is not None
         norms = sums["kk"] + evicted.kk.diagonal(dim1=-2, dim2=-1).sum(-1)  # Σ |k|²
         count = sums["n"] + evicted.num_tokens
-        mu = encoder.log_ridge.exp() * norms / count + EPS
+        mu = damping(encoder, norms / count)
         right = evicted.kv + mu[..., None, None] * sums["S"]
         return {"S": solve_damped(evicted.kk, mu, right), "kk": norms, "n": count}
 

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pte_vllm.ops import reference
 from pte_vllm.ops.reference import RULES, LayerEncoder
+from pte_vllm.types import FEATURES
 
 D_KV = 7
 
@@ -193,6 +194,56 @@ def test_delta_rule_overwrites_one_key_and_keeps_the_others() -> None:
     after = rule.fold(before, encoder, k_e[:1], v_e[1:2], "matrix")
     wanted = torch.cat((v_e[1:2, :r], v_e[1:3, :r], torch.zeros(1, r, dtype=torch.float64)))
     _close(rule.read(after, encoder, "matrix"), wanted.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("name", ["ridge", "delta"])
+def test_what_is_read_does_not_depend_on_the_unit_of_keys(
+    name: str, features: str, factor: float, dtype: torch.dtype
+) -> None:
+    """W_K, b_K and A times c: the state is smaller by φ(c), and what A x reads the same."""
+    r, rule = 5, RULES[name]
+    encoder = replace(_encoder(r, r), features=features).map(lambda t: t.to(dtype))
+    scaled = replace(encoder, w_k=factor * encoder.w_k, b_k=factor * encoder.b_k)
+    a = torch.randn(7, r, generator=torch.Generator().manual_seed(6)).to(dtype)
+    reads = []
+    for each, asked in ((encoder, a), (scaled, factor * a)):
+        sums = rule.start(each, "matrix")
+        for seed, m in ((3, 4), (4, 1), (5, 9)):
+            k, v = (side.to(dtype) for side in _evicted(m, seed=seed))
+            sums = rule.fold(sums, each, k, v, "matrix")
+        reads.append(reference.modulate(asked, rule.read(sums, each, "matrix"), "key", features))
+    assert reads[0].abs().max() > 0.1
+    _close(reads[1], reads[0].numpy(), 1e-9 if dtype == torch.float64 else 1e-3)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("name", ["ridge", "delta"])
+def test_keys_of_zero_say_nothing_and_break_nothing(name: str, features: str) -> None:
+    zero = _encoder()
+    zero = replace(zero, w_k=0 * zero.w_k, b_k=0 * zero.b_k, features=features)
+    encoder = zero.map(lambda t: t.float().requires_grad_())
+    k, v = (side.float() for side in _evicted(4))
+    rule = RULES[name]
+    state = rule.read(
+        rule.fold(rule.start(encoder, "matrix"), encoder, k, v, "matrix"), encoder, "matrix"
+    )
+    assert not state.any()
+    state.sum().backward()
+    assert all(
+        t.grad is None or t.grad.isfinite().all()
+        for t in (getattr(encoder, name) for name in reference.TENSORS)
+    )
+
+
+def test_layers_that_disagree_on_features_and_unknown_ones_are_refused() -> None:
+    encoders = [_encoder(), replace(_encoder(), features="squared")]
+    with pytest.raises(ValueError, match="layers disagree on features: linear, squared"):
+        LayerEncoder.stack(encoders)
+    with pytest.raises(ValueError, match="features must be one of linear, squared, got 'cubed'"):
+        reference.feature_map(torch.ones(2), "cubed")
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
