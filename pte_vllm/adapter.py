@@ -96,6 +96,15 @@ class Adapter:
     encoders: dict[int, LayerEncoder]
     """By layer."""
 
+    def __post_init__(self) -> None:
+        wanted = self.pte.features if self.pte is not None else None
+        for layer, encoder in self.encoders.items():
+            if encoder.features != wanted:
+                raise AdapterError(
+                    f"the encoder of layer {layer} has features {encoder.features}, "
+                    f"the adapter {wanted}"
+                )
+
     @property
     def scale(self) -> float:
         """alpha / r, or alpha / √r with rsLoRA."""

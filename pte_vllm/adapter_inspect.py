@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def describe(path: str | Path, model: ModelShape | None = None) -> dict[str, Any
         "checked_against_model": model is not None,
     }
     if adapter.pte is not None:
-        summary |= adapter.pte.to_dict()
+        summary |= asdict(adapter.pte)
         tensors = [getattr(e, name) for e in adapter.encoders.values() for name in TENSORS]
         summary["encoder_parameters"] = sum(tensor.numel() for tensor in tensors)
         # What the rule keeps between folds, as the rule itself says.

@@ -88,7 +88,11 @@ class PTEConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As stored: without `features` if linear, as servers from before them refuse the name."""
+        values = asdict(self)
+        if self.features == PTEConfig.features:
+            del values["features"]
+        return values
 
 
 def check_rule_fits(rule: str, rank: int, global_tokens: int) -> None:

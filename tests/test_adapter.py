@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,35 @@ def test_what_is_written_comes_back(
 
 
 def test_an_adapter_from_before_an_option_has_its_default(directory: Path) -> None:
-    def forget(config: dict[str, Any]) -> None:
-        del config["pte"]["features"], config["pte"]["keys"]
-
-    _change_config(directory, forget)
+    _change_config(directory, lambda config: config["pte"].pop("keys"))
     adapter = Adapter.load(directory)
     assert adapter.pte is not None
     assert (adapter.pte.features, adapter.pte.keys) == ("linear", "unrotated")
+
+
+def test_a_server_from_before_features_reads_linear_adapters(
+    directory: Path, tiny: Callable[[str], Path], adapters: Callable[..., Path]
+) -> None:
+    """It refuses names that it does not know; a file that says `linear` is read all the same."""
+
+    def stored(path: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text())["pte"]
+        return found
+
+    squared = adapters(tiny("llama"), rule="ridge", features="squared")
+    assert "features" not in stored(directory)
+    assert stored(squared)["features"] == "squared" and "keys" in stored(directory)
+    _change_config(directory, lambda config: config["pte"].update(features="linear"))
+    assert Adapter.load(directory).encoders[0].features == "linear"
+
+
+def test_encoders_have_the_features_of_the_adapter(directory: Path) -> None:
+    adapter = Adapter.load(directory)
+    assert adapter.pte is not None
+    for pte in (replace(adapter.pte, features="squared"), None):
+        with pytest.raises(AdapterError, match="layer 0 has features linear, the adapter"):
+            replace(adapter, pte=pte)
+    assert replace(adapter, pte=None, encoders={}).pte is None
 
 
 def test_optional_tensors_are_zero_where_missing(directory: Path) -> None:
