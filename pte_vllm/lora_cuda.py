@@ -66,8 +66,9 @@ class CUDALayerPunica(PunicaView):
         `y: [T, d_out]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
         Without `add_inputs` y holds zeros.
         """
+        assert scale == 1.0, "vLLM merges the scale into B; here it would come before φ"
         if x.dtype == torch.float32:
-            self._add_in_fp32(y, x, lora_a_stacked, lora_b_stacked, scale)
+            self._add_in_fp32(y, x, lora_a_stacked, lora_b_stacked)
             return
         rank = lora_b_stacked[0].size(-1)
         # The shrink kernel zeroes the buffer itself.
@@ -84,7 +85,6 @@ class CUDALayerPunica(PunicaView):
         x: Tensor,
         lora_a_stacked: tuple[Tensor, ...],
         lora_b_stacked: tuple[Tensor, ...],
-        scale: float,
     ) -> None:
         """vLLM's kernels take 16-bit numbers only; checks of exactness need more.
 
@@ -97,7 +97,7 @@ class CUDALayerPunica(PunicaView):
         for adapter in range(lora_a_stacked[0].size(0)):
             mine, offset = (indices == adapter)[:, None], 0
             for a, b in zip(lora_a_stacked, lora_b_stacked, strict=True):
-                shrunk = scale * (x @ a[adapter, 0].mT)
+                shrunk = x @ a[adapter, 0].mT
                 shrunk = modulate_tokens(shrunk, self._states, self._squared, slots)
                 out = y[:, offset : offset + b.size(2)]
                 out += torch.where(mine, shrunk @ b[adapter, 0].mT, 0.0)
