@@ -66,6 +66,7 @@ class Sequence:
 
     def thoughts(self, request_id: str, *, with_rho: bool = True) -> Thoughts:
         """What the API shows of it now."""
+        config = self.loaded.config if self.loaded is not None else None
         return Thoughts(
             request_id=request_id,
             finished=False,
@@ -77,6 +78,8 @@ class Sequence:
             held_blocks=self.held_blocks,
             peak_blocks=self.peak_blocks,
             layers=tuple(self.loaded.layers) if self.loaded is not None else (),
+            features=config.features if config is not None else None,
+            read=config.read if config is not None else None,
             state=self.state,
             rho=self._rho() if with_rho else None,
         )

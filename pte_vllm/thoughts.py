@@ -76,6 +76,9 @@ class Thoughts:
     peak_blocks: int
     layers: tuple[int, ...] = ()
     """Indices of the decoder layers that have a state."""
+    features: str | None = None
+    read: str | None = None
+    """With `features` the adapter's, None without a state: how A x meets `state`."""
     state: Tensor | None = None
     rho: Tensor | None = None  # [folds] mean over layers of ‖ΔS‖ / ‖S‖
 
@@ -135,13 +138,15 @@ class Thoughts:
         }
 
     def safetensors(self) -> bytes | None:
-        """`state` as a file, its layers in the metadata; None without a state."""
+        """`state` as a file, in its metadata what it takes to read it; None without a state."""
         if self.state is None:
             return None
         metadata = {
             "layers": json.dumps(self.layers),
             "adapter": self.adapter or "",
             "rule": self.rule or "",
+            "features": self.features or "",
+            "read": self.read or "",
             "num_tokens": str(self.num_tokens),
             "folds": str(self.folds),
         }

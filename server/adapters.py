@@ -16,6 +16,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pte_vllm.adapter import ModelShape
+from pte_vllm.adapter_files import read_pte_config
 from pte_vllm.adapter_hash import content_hash
 from pte_vllm.server.adapter_upload import MAX_ADAPTER_BYTES, servable_rule
 from pte_vllm.server.adapter_use import AdapterUse
@@ -89,6 +90,8 @@ class AdapterRegistry:
         lora = engine.vllm_config.lora_config
         self._max_rank = lora.max_lora_rank if lora is not None else 0
         self._versions: dict[str, dict[int, Version]] = {}
+        self._features: dict[str, str | None] = {}
+        """By engine name; None: a plain LoRA."""
         self._lock = asyncio.Lock()
 
     async def restore(self) -> None:
@@ -256,6 +259,7 @@ class AdapterRegistry:
                     "bytes": v.num_bytes,
                     "created_s": v.created_s,
                     "rule": v.rule,
+                    "features": self._features[v.engine_name],
                     "rollouts": self.use.rollouts(v.engine_name),
                 }
                 for v in versions
@@ -296,6 +300,7 @@ class AdapterRegistry:
 
     async def _serve(self, version: Version) -> None:
         """Register with vLLM, which also loads it; ValueError if it does not load."""
+        pte = await asyncio.to_thread(read_pte_config, version.path)
         result = await timed_load(
             self._models,
             LoadLoRAAdapterRequest(lora_name=version.engine_name, lora_path=version.path),
@@ -306,12 +311,13 @@ class AdapterRegistry:
             raise ValueError(result.error.message.replace(f"{version.path}/", ""))
         versions = self._versions.setdefault(version.name, {})
         versions[version.number] = version
+        self._features[version.engine_name] = pte.features if pte is not None else None
         self._names.newest[version.name] = versions[max(versions)].engine_name
 
     async def _retire(self, version: Version) -> None:
         """No new request finds it; a restart does not bring it back."""
         versions = self._versions[version.name]
-        del versions[version.number]
+        del versions[version.number], self._features[version.engine_name]
         if versions:
             self._names.newest[version.name] = versions[max(versions)].engine_name
         else:

@@ -28,7 +28,7 @@ from pte_vllm.server.limits import BodyLimit
 from pte_vllm.server.metrics import COLLECTOR, RefreshOnScrape, timed_load
 from pte_vllm.server.state import make_service, service
 from pte_vllm.server.tokens import serving_tokens
-from pte_vllm.types import RULES
+from pte_vllm.types import FEATURES, RULES
 
 router = APIRouter()
 
@@ -55,6 +55,7 @@ async def info(request: Request) -> dict[str, Any]:
         "keep_thoughts_mib": engine.keep_thoughts_mib,
         "request_options": list(REQUEST_OPTIONS),
         "rules": list(RULES),
+        "features": list(FEATURES),
         "logprobs_mode": config.model_config.logprobs_mode,
         "adapters": {
             name: state.registry.summary(name)["newest"] for name in state.registry.names()

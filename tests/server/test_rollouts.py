@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ def versions(model: Path, adapters: Callable[..., Path]) -> dict[str, Path]:
     return {
         "paper@1": adapters(model, rank=8, rule="paper", seed=1),
         "paper@2": adapters(model, rank=8, rule="paper", seed=2),
-        "ridge@1": adapters(model, rank=8, rule="ridge", seed=3),
+        "ridge@1": adapters(model, rank=8, rule="ridge", features="squared", seed=3),
         "plain@1": adapters(model, plain=True, rank=8, seed=4),
     }
 
@@ -145,6 +146,17 @@ def test_names_versions_and_seeds(
     assert refusal.value.status == 409
 
 
+def test_versions_say_rule_and_features(client: RolloutClient) -> None:
+    newest = {name: entry["versions"][-1] for name, entry in client.adapters().items()}
+    found = {n: (newest[n]["rule"], newest[n]["features"]) for n in ("paper", "ridge", "plain")}
+    assert found == {
+        "paper": ("paper", "linear"),
+        "ridge": ("ridge", "squared"),
+        "plain": (None,) * 2,
+    }
+    assert client.info()["features"] == ["linear", "squared"]
+
+
 def test_openai_routes_know_pushed_names(server: Server, versions: dict[str, Path]) -> None:
     """`name` is the newest version; both are listed, and may be unloaded by vLLM's route."""
     listed = [m["id"] for m in server.get("/v1/models")["data"]]
@@ -235,6 +247,16 @@ def test_broken_pushes_change_nothing(
     assert answer.status_code == 400 and "safetensors" in answer.text
     (fresh() / CONFIG_FILE).unlink()
     assert f"{CONFIG_FILE} is missing" in _put(server, work).text
+    for change, message in (
+        ({"features": "cubed"}, "features must be one of linear, squared"),
+        ({"features": "squared", "read": "value"}, "features squared need read key"),
+    ):
+        file = fresh() / CONFIG_FILE
+        config = json.loads(file.read_text())
+        config["pte"] |= change
+        file.write_text(json.dumps(config))
+        answer = _put(server, work)
+        assert answer.status_code == 400 and message in answer.text
     fresh()
     for name in ("a b", "x" * 65, "base"):
         assert _put(server, work, name).status_code == 400, name

@@ -32,7 +32,9 @@ def server(
     served = {
         "paper": adapters(model, rank=8, rule="paper"),
         "ridge": adapters(model, rank=8, rule="ridge"),
-        "few": adapters(model, rank=4, global_tokens=6, rule="sum", layers=[0, 2]),
+        "few": adapters(
+            model, rank=4, global_tokens=6, rule="sum", features="squared", layers=[0, 2]
+        ),
     }
     return serve(model, served, flags=["--pte-keep-thoughts", str(KEPT)])
 
@@ -80,13 +82,14 @@ def test_thoughts_are_those_of_the_replay(server: Server, model: str, options: d
     print(f"{model} {options}: {len(rho)} folds, rho {rho[0]:.3f} .. {rho[-1]:.3f}")
 
 
-def test_safetensors_name_their_layers(server: Server, tmp_path: Path) -> None:
+def test_safetensors_say_what_it_takes_to_read_them(server: Server, tmp_path: Path) -> None:
     response = complete(server, "few", 10)
     file = tmp_path / "state.safetensors"
     file.write_bytes(_get(server, f"{response.id}?format=safetensors").content)
     with safe_open(file, "pt") as opened:
         assert json.loads(opened.metadata()["layers"]) == [0, 2]
-        assert opened.metadata()["rule"] == "sum"
+        found = {name: opened.metadata()[name] for name in ("rule", "features", "read")}
+        assert found == {"rule": "sum", "features": "squared", "read": "key"}
 
 
 def test_rollouts_report_rho(server: Server) -> None:
