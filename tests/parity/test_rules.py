@@ -78,6 +78,37 @@ def test_named_options(tiny: Callable[[str], Path], adapters: Callable[..., Path
         engine.close()
 
 
+def test_slots_that_squared_and_other_adapters_reuse(
+    tiny: Callable[[str], Path], adapters: Callable[..., Path]
+) -> None:
+    """More jobs than the two slots, both squared first; every rule on an adapter that squares."""
+    model, length = tiny("llama"), SMALL_WINDOW + 5 * BLOCK + 3
+    made = {
+        "squared": adapters(model, rank=8, rule="ridge", features="squared"),
+        "linear": adapters(model, rank=8, rule="ridge"),
+        "rows": adapters(model, rank=8, rule="paper", features="squared", global_tokens=12),
+        "plain": adapters(model, plain=True),
+    }
+    loras = {name: lora(name, path, i + 1) for i, (name, path) in enumerate(made.items())}
+    order = ("squared", "rows", "linear", "linear", "squared", "plain", "linear")
+    jobs = [Job(random_tokens(40, 500, 1), length, loras[name]) for name in order]
+    jobs.append(Job(random_tokens(40, 500, 1), length))
+    for rule in RULES:
+        prompt = random_tokens(33, 500, 9)
+        jobs.append(Job(prompt, length, loras["squared"], {"pte_update": rule}))
+    engine = Engine(model, window_tokens=SMALL_WINDOW, lora_rank=16, max_num_seqs=2)
+
+    def preempt(step: int, request_ids: list[str]) -> None:
+        if step in (60, 150, 300):
+            engine.preempt()
+
+    try:
+        assert_parity(model, engine.run(jobs, preempt), SMALL_WINDOW, min_folds=5)
+        engine.check_idle()
+    finally:
+        engine.close()
+
+
 def test_smollm2(smollm2: Path, adapters: Callable[..., Path]) -> None:
     length = SMALL_WINDOW + 8 * BLOCK + 7
     engine = Engine(smollm2, window_tokens=SMALL_WINDOW, lora_rank=32)

@@ -23,6 +23,7 @@ def server(
 ) -> Server:
     model = tiny("qwen3")
     served = {rule: adapters(model, rank=8, rule=rule) for rule in ("paper", "ridge")}
+    served["delta"] = adapters(model, rank=8, rule="delta", features="squared")
     return serve(model, served, flags=["--enable-prompt-tokens-details"])
 
 
@@ -36,7 +37,11 @@ def _continue(
 
 @pytest.mark.parametrize(
     ("model", "options"),
-    [("paper", {"pte_window": 2 * BLOCK}), ("ridge", {"pte_pin_tokens": 20, "pte_update": "sum"})],
+    [
+        ("paper", {"pte_window": 2 * BLOCK}),
+        ("ridge", {"pte_pin_tokens": 20, "pte_update": "sum"}),
+        ("delta", {}),
+    ],
 )
 def test_continue_by_id(server: Server, model: str, options: dict) -> None:
     """The client needs no plan; what stands is not read again, and the tokens are the replay's."""

@@ -24,7 +24,7 @@ Adapters = Callable[..., Path]
 BLOCK = 16
 LENGTHS = (203, 187, 218, 209)  # from 6 folds on
 PINS = (41, 5, 60, 20)
-STEPS, RELATIVE = {"linear": 2e-4, "squared": 5e-4}, 0.02
+STEPS, RELATIVE = {"linear": 2e-4, "squared": 7e-4}, 0.02
 """Of finite differences in fp32: curvature and rounding each stay below one percent."""
 
 
@@ -118,7 +118,8 @@ def test_gradient_checkpointing_changes_nothing(tiny: Tiny, adapters: Adapters) 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @pytest.mark.parametrize(
-    ("rule", "features"), [*((rule, "linear") for rule in RULES), ("delta", "squared")]
+    ("rule", "features"),
+    [*((rule, "linear") for rule in RULES), ("ridge", "squared"), ("delta", "squared")],
 )
 def test_full_mode_against_finite_differences(
     rule: str, features: str, architecture: str, tiny: Tiny, adapters: Adapters

@@ -1,0 +1,39 @@
+"""Thought states' slots: who owns them, and what they leave to the next."""
+
+from __future__ import annotations
+
+import torch
+
+from pte_vllm.config import PTEConfig
+from pte_vllm.plan import FoldPlan
+from pte_vllm.state import IDENTITY_SLOT, LoadedEncoder, StatePool
+from pte_vllm.thoughts import ThoughtStore
+from tests.ops.fold_cases import make_encoder
+
+PLAN = FoldPlan(pin_tokens=16, window_tokens=64, block_size=16)
+
+
+def _loaded(features: str, rank: int) -> LoadedEncoder:
+    config = PTEConfig(rank=rank, global_tokens=rank, features=features, init="random")
+    encoder = make_encoder(2, rank, 24, "cpu", features)
+    return LoadedEncoder(config=config, layers=[0, 2], encoder=encoder)
+
+
+def test_a_slot_forgets_the_features_and_the_state_of_its_last_owner() -> None:
+    pool = StatePool(
+        num_layers=3,
+        max_num_seqs=1,
+        max_rank=8,
+        device=torch.device("cpu"),
+        kept=ThoughtStore(max_count=4, max_bytes=2**20),
+    )
+    for name, features, rank in (("a", "squared", 8), ("b", "linear", 4), ("c", "squared", 4)):
+        sequence = pool.start(name, PLAN, loaded=_loaded(features, rank))
+        assert pool.squared.tolist() == [False, features == "squared"]
+        assert not pool.states[1, sequence.slot].any()  # a layer without a state
+        assert not pool.states[:, sequence.slot, rank:].any()
+        assert pool.states[0, sequence.slot, :rank, :rank].any()
+        pool.check_integrity()
+        pool.finish(name)
+    assert pool.start("d", PLAN).slot == IDENTITY_SLOT  # without an adapter none is taken
+    assert pool.free_slots == [1] and not pool.squared[IDENTITY_SLOT]
