@@ -30,7 +30,10 @@ from pte_vllm.train.config_sections import (
 DATA_SOURCES = Literal["dapo-math-17k", "math", "gsm8k", "jsonl", "reasoning-gym", "memory"]
 REWARD_NAMES = Literal["auto", "math", "reasoning-gym", "exact", "memory"]
 
-DRIFT_LIMITS: dict[str, float] = {"float32": 1e-4, "bfloat16": 1e-2}
+# In half precision engine and replay round at different places: in bfloat16, log-probs of SmolLM2
+# differ by 2e-2 to 7.3e-2 in the mean, most with squared features under rules paper and sum
+# (tests/parity/test_rules.py). A wrong policy is off by far more.
+DRIFT_LIMITS: dict[str, float] = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1.5e-1}
 """`grpo.max_logprob_drift = "auto"`, by dtype of the base model."""
 
 
@@ -101,7 +104,7 @@ class GrpoOptions(Section):
     """Most adapter versions that a token may be behind; older rollouts are dropped."""
     max_logprob_drift: Literal["auto"] | Positive = "auto"
     """Most mean |Δ log p| between server and replay before the run stops; auto: 1e-4 in float32,
-    1e-2 in bfloat16."""
+    0.15 in bfloat16."""
     micro_batch_sequences: Count = 4
     """Sequences replayed at once; bounds memory, not the result."""
 

@@ -222,7 +222,8 @@ def test_auto_follows_the_device(file: str) -> None:
 
 def test_the_drift_limit_follows_the_dtype(file: str) -> None:
     grpo = GrpoRun.load(file).grpo
-    assert (grpo.drift_limit("float32"), grpo.drift_limit("bfloat16")) == (1e-4, 1e-2)
+    found = [grpo.drift_limit(dtype) for dtype in ("float32", "float16", "bfloat16")]
+    assert found == [1e-4, 3e-2, 0.15]
     run = GrpoRun.parse([file, "--grpo.max_logprob_drift", "0.5"], prog=PROG)
     assert run.grpo.drift_limit("float32") == 0.5
 
