@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pte_vllm.adapter import read_pte_config
+from pte_vllm.adapter_files import read_pte_config
 from pte_vllm.train.checkpoint import Checkpoints, adapter_directory
 from pte_vllm.train.config import DistillRun, GrpoRun
 from pte_vllm.train.config_io import options_of, read_toml
