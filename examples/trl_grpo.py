@@ -2,7 +2,7 @@
 
 TRL keeps its data loading, rewards, advantages, loss and logging. Three things are replaced:
 
-    log-probs   by a replay under the window, differentiable in constant memory
+    log-probs   by a replay under the window, differentiable with the activations of one segment
     rollouts    by those of a `pte-vllm serve`, through TRL's rollout_func
     weight sync by pushing the adapter over HTTP as a new version; nothing is merged, and no NCCL
 

@@ -13,7 +13,7 @@ encoder tensors has no state and no adapter. Everything is validated before anyt
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ class Adapter:
     @property
     def form(self) -> dict[str, Any]:
         """All that says how the weights are to be read; not how they began."""
-        method = {} if self.pte is None else self.pte.to_dict()
+        method = {} if self.pte is None else asdict(self.pte)
         method.pop("init", None)
         return method | {"r": self.peft["r"], "LoRA scale": self.scale}
 

@@ -123,8 +123,8 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--features",
         choices=FEATURES,
         default=argparse.SUPPRESS,
-        help="of keys, and of A x when it meets them (default: squared with rules ridge and delta "
-        "from the starts aligned and aligned_mean, else linear)",
+        help="of keys, and of A x when it meets them (default: squared with rules ridge and delta, "
+        "read key and start aligned or aligned_mean, else linear)",
     )
     parser.add_argument(
         "--alpha",
