@@ -7,6 +7,7 @@ answer reaches them only if all that it says is numbers, names, operators and kn
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,10 @@ FORMULA_TASKS = frozenset(
     }
 )
 """Tasks whose scorer calls sympy's `parse_expr(answer)`, which calls `eval`."""
+
+_NAN_TASKS = frozenset({"complex_arithmetic", "number_sorting"})
+_INTEGRATION_TASKS = frozenset({"intermediate_integration", "simple_integration"})
+_NAN = re.compile(r"\bnan\b", re.IGNORECASE)
 
 _LITERAL_NODES = (ast.Expression, ast.List, ast.Tuple, ast.Constant, ast.Name, ast.Load)
 _FORMULA_NODES = (ast.Expression, ast.BinOp, ast.Call, ast.Constant, ast.Name, ast.Load)
@@ -56,6 +61,17 @@ def may_be_evaluated(task: str, answer: str) -> bool:
     except (ValueError, MemoryError, RecursionError):  # a null byte; too deep
         return False
     return all(map(_is_literal if task in LITERAL_TASKS else _is_formula, ast.walk(tree)))
+
+
+def dodges(task: str, answer: str, right: str) -> bool:
+    """Whether an answer would earn a reward without being one, by a gap in the task's scorer.
+
+    NaN passes the comparisons of some, which refuse what differs by too much; an integral of what
+    was asked has the right derivative. Seen in reasoning-gym 0.1.25.
+    """
+    if task in _NAN_TASKS:
+        return _NAN.search(answer) is not None
+    return task in _INTEGRATION_TASKS and "Integral" in answer and "Integral" not in right
 
 
 def _is_literal(node: ast.AST) -> bool:

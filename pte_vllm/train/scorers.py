@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pte_vllm.train.gym_tasks import gym_dataset, may_be_evaluated
+from pte_vllm.train.gym_tasks import dodges, gym_dataset, may_be_evaluated
 
 
 def math_scorer() -> Callable[[str, str], bool]:
@@ -42,7 +42,7 @@ def gym_scorer(task: str, task_options: str) -> Callable[[str, Mapping[str, Any]
     made = gym_dataset(task, json.loads(task_options), seed=0, size=1)
 
     def scored(answer: str, entry: Mapping[str, Any]) -> float:
-        if not may_be_evaluated(task, answer):
+        if not may_be_evaluated(task, answer) or dodges(task, answer, str(entry["answer"])):
             return 0.0
         return float(made.score_answer(answer, entry))
 

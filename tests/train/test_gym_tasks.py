@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pte_vllm.train.gym_tasks import FORMULA_TASKS, LITERAL_TASKS, gym_dataset, may_be_evaluated
+from pte_vllm.train.scorers import gym_scorer
 
 EVALUATED = sorted(LITERAL_TASKS | FORMULA_TASKS)
 _OF_THE_QUESTION = {"bitwise_arithmetic", "number_sorting"}
@@ -154,3 +155,30 @@ def test_the_answers_of_the_data_sets_are_kept(task: str) -> None:
     made: Any = gym_dataset(task, {}, seed=11, size=60)
     refused = [a for a in (made[i]["answer"] for i in range(60)) if not may_be_evaluated(task, a)]
     assert refused == []
+
+
+@pytest.mark.parametrize(
+    ("task", "dodge"),
+    [
+        ("complex_arithmetic", lambda right, question: "nan"),
+        (
+            "number_sorting",
+            lambda right, question: "[" + right.count(",") * "NaN, " + "NaN]",
+        ),
+        ("simple_integration", lambda right, question: f"Integral({question}, x)"),
+    ],
+)
+def test_what_only_passes_a_comparison_earns_nothing(
+    task: str, dodge: Callable[[str, str], str]
+) -> None:
+    """Fails as well if a new reasoning-gym closes the gap: the guard can go then."""
+    made: Any = gym_dataset(task, {}, seed=3, size=8)
+    scored = gym_scorer(task, "{}")
+    passed = 0
+    for i in range(8):
+        entry = made[i]
+        answer = dodge(entry["answer"], str(entry["metadata"].get("integrand", "")))
+        passed += made.score_answer(answer, entry) == 1.0
+        assert scored(answer, entry) == 0.0
+        assert scored(entry["answer"], entry) == 1.0
+    assert passed, "the scorer itself refuses it"
