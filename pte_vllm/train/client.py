@@ -6,7 +6,6 @@ training loop sees records only, or one error that says what is wrong. Never imp
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from pte_vllm.adapter_hash import content_hash, file_hashes
-from pte_vllm.plan import FoldPlan
+from pte_vllm.train.expected import ErrorLine, Expected, Group, RolloutMismatch
 from pte_vllm.train.rollout import InFlight, Rollout
 from pte_vllm.train.transport import (
     CONFLICT,
@@ -33,38 +32,16 @@ if TYPE_CHECKING:
 __all__ = ["RolloutClient", "RolloutMismatch", "ServerError"]
 
 
-class RolloutMismatch(ValueError):
-    """A record is malformed or not what was asked for; never train on it."""
-
-
-@dataclass(kw_only=True)
-class _Group:
-    """Samples of one question that are still to come."""
-
-    prompt: list[int] | str
-    missing: set[int]
-    pin_tokens: int | None = None
-    """None: the prompt."""
-    answer: list[int] | None = None
-    """The given completion, where it is scored."""
-
-
 @dataclass(kw_only=True)
 class _Request:
     """A request that may take several attempts; `body` makes one of what is missing."""
 
     path: str
-    groups: dict[str, _Group]
-    body: Callable[[dict[str, _Group]], dict[str, Any]]
-    window_tokens: int | None
-    adapter: str | None
-    update: str | None
+    expected: Expected
+    body: Callable[[dict[str, Group]], dict[str, Any]]
     lines: Iterator[str] | None = None
     """Of the answer that is being read."""
     stack: ExitStack = field(default_factory=ExitStack)
-
-    def missing(self) -> dict[str, _Group]:
-        return {group_id: group for group_id, group in self.groups.items() if group.missing}
 
     def close(self) -> None:
         self.stack.close()
@@ -178,7 +155,7 @@ class RolloutClient:
         if n < 1:
             raise ValueError(f"n must be positive, got {n}")
         groups = {
-            name: _Group(
+            name: Group(
                 prompt=prompt if isinstance(prompt, str) else list(cast(Sequence[int], prompt)),
                 missing=set(range(n)),
                 pin_tokens=pin_tokens,
@@ -200,7 +177,7 @@ class RolloutClient:
             "max_staleness": max_staleness,
         }
 
-        def body(missing: dict[str, _Group]) -> dict[str, Any]:
+        def body(missing: dict[str, Group]) -> dict[str, Any]:
             return {
                 **options,
                 "prompts" if texts == {True} else "token_ids": [g.prompt for g in missing.values()],
@@ -211,11 +188,10 @@ class RolloutClient:
         return self._records(
             _Request(
                 path="/pte/v1/rollouts",
-                groups=groups,
+                expected=Expected(
+                    groups=groups, window_tokens=window_tokens, adapter=adapter, update=update
+                ),
                 body=body,
-                window_tokens=window_tokens,
-                adapter=adapter,
-                update=update,
             )
         )
 
@@ -235,12 +211,12 @@ class RolloutClient:
         Through the same evictions and folds as a rollout's. Records come in the order of
         `token_ids`; options and errors are those of `rollouts`.
         """
-        groups: dict[str, _Group] = {}
+        groups: dict[str, Group] = {}
         for i, (tokens, num_prompt) in enumerate(zip(token_ids, prompt_tokens, strict=True)):
             if not 0 < num_prompt < len(tokens):
                 raise ValueError(f"prompt_tokens {num_prompt}: sequence {i} has {len(tokens)}")
             ids = list(tokens)
-            groups[str(i)] = _Group(
+            groups[str(i)] = Group(
                 prompt=ids[:num_prompt],
                 answer=ids[num_prompt:],
                 missing={0},
@@ -254,7 +230,7 @@ class RolloutClient:
             "min_weight_version": min_weight_version,
         }
 
-        def body(missing: dict[str, _Group]) -> dict[str, Any]:
+        def body(missing: dict[str, Group]) -> dict[str, Any]:
             return {
                 **options,
                 "token_ids": [[*g.prompt, *(g.answer or ())] for g in missing.values()],
@@ -264,11 +240,10 @@ class RolloutClient:
 
         request = _Request(
             path="/pte/v1/score",
-            groups=groups,
+            expected=Expected(
+                groups=groups, window_tokens=window_tokens, adapter=adapter, update=update
+            ),
             body=body,
-            window_tokens=window_tokens,
-            adapter=adapter,
-            update=update,
         )
         by_group = {record.group_id: record for record in self._records(request)}
         return [by_group[group_id] for group_id in groups]
@@ -325,10 +300,10 @@ class RolloutClient:
     # -- requests and retries ---------------------------------------------------------------------
 
     def _records(self, request: _Request) -> Iterator[Rollout]:
-        if request.missing() and self._info is None:
+        if request.expected.missing() and self._info is None:
             self.info()
         try:
-            while request.missing():
+            while request.expected.missing():
                 # The clock of the retries starts anew with every record: only silence ends them.
                 yield self._http.retrying(lambda: self._next(request))
         finally:
@@ -339,57 +314,16 @@ class RolloutClient:
         try:
             if request.lines is None:
                 request.lines = self._http.lines(
-                    request.path, request.body(request.missing()), request.stack
+                    request.path, request.body(request.expected.missing()), request.stack
                 )
             line = next(request.lines, None)
             if line is None:
                 raise Unavailable(f"POST {request.path} ended before all samples had come")
-            return self._accept(request, line)
+            assert self._info is not None
+            return request.expected.accept(line, self._info["plan"])
+        except ErrorLine as error:
+            request.close()
+            raise error_of(f"POST {request.path}", error.details) from None
         except ServerError:
             request.close()  # the next attempt asks for what is missing then
             raise
-
-    def _accept(self, request: _Request, line: str) -> Rollout:
-        """Check a line against what was asked for, and cross its sample off."""
-        try:
-            values = json.loads(line)
-            if isinstance(values, dict) and "error" in values:
-                raise error_of(f"POST {request.path}", values["error"])
-            record = Rollout.from_json(values)
-        except ValueError as error:
-            raise RolloutMismatch(f"malformed record: {error}") from error
-        where = f"sample {record.index} of group {record.group_id!r}"
-        group = request.groups.get(record.group_id)
-        if group is None or record.index not in group.missing:
-            raise RolloutMismatch(f"{where} was not asked for, or came twice")
-        if not isinstance(group.prompt, str) and list(record.prompt_ids) != group.prompt:
-            raise RolloutMismatch(f"{where}: prompt_ids are not the tokens that were sent")
-        if group.answer is not None and list(record.completion_ids) != group.answer:
-            raise RolloutMismatch(f"{where}: completion_ids are not the tokens that were sent")
-        if (group.answer is not None) != (record.finish_reason == "scored"):
-            raise RolloutMismatch(f"{where}: finish_reason is {record.finish_reason}")
-        expected = self._plan(request, group, len(record.prompt_ids))
-        if record.plan != expected:
-            raise RolloutMismatch(f"{where}: plan is {record.plan}, asked for was {expected}")
-        name, asked = record.adapter, request.adapter
-        if name != asked and not (name and asked and name.startswith(f"{asked}@")):
-            raise RolloutMismatch(
-                f"{where}: adapter is {record.adapter}, asked for was {request.adapter}"
-            )
-        if request.update is not None and record.rule != request.update:
-            raise RolloutMismatch(
-                f"{where}: rule is {record.rule or 'not said'}, asked for was {request.update}"
-            )
-        group.missing.discard(record.index)
-        return record
-
-    def _plan(self, request: _Request, group: _Group, num_prompt: int) -> FoldPlan:
-        """The plan that follows from the request and the server's defaults."""
-        assert self._info is not None
-        default, asked = self._info["plan"], request.window_tokens
-        return FoldPlan(
-            pin_tokens=num_prompt if group.pin_tokens is None else group.pin_tokens,
-            window_tokens=default["window_tokens"] if asked is None else asked,
-            evict_ratio=default["evict_ratio"],
-            block_size=default["block_size"],
-        )
