@@ -7,22 +7,25 @@ import sys
 from collections.abc import Callable, Sequence
 
 _COMMANDS = {
-    ("grpo",): ("pte_vllm.train.loop", "reinforcement learning against a running server"),
-    ("distill",): ("pte_vllm.train.distill", "warm start without rewards, from the base model"),
+    ("grpo",): ("pte_vllm.train.commands:grpo", "reinforcement learning against a running server"),
+    ("distill",): (
+        "pte_vllm.train.commands:distill",
+        "warm start without rewards, from the base model",
+    ),
     ("experiment", "memory"): (
-        "pte_vllm.train.experiments.memory",
+        "pte_vllm.train.experiments.memory:main",
         "the paper's ordering on generated memory tasks",
     ),
     ("experiment", "recall"): (
-        "pte_vllm.train.experiments.recall",
+        "pte_vllm.train.experiments.recall:main",
         "facts in plain text, on a real model",
     ),
     ("memory-curve",): (
-        "pte_vllm.train.memory_curve",
+        "pte_vllm.train.memory_curve:main",
         "peak training memory against the length of an answer",
     ),
 }
-"""Words of a command → module with `main(arguments) -> exit status`, and what it is for."""
+"""Words of a command → its `function(arguments) -> exit status`, and what it is for."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,9 +35,10 @@ def main(arguments: Sequence[str]) -> int:
         ValueError: if there is no such command.
     """
     words = tuple(arguments)
-    for command, (module, _) in _COMMANDS.items():
+    for command, (function, _) in _COMMANDS.items():
         if words[: len(command)] == command:
-            run: Callable[[list[str]], int] = importlib.import_module(module).main
+            module, _, name = function.partition(":")
+            run: Callable[[list[str]], int] = getattr(importlib.import_module(module), name)
             return run(list(words[len(command) :]))
     if words and words[-1] in ("-h", "--help"):
         print(usage())

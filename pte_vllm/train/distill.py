@@ -36,9 +36,8 @@ from pte_vllm.train.start import ADAPTER, Start, learning_rate, load_tokenizer, 
 SAMPLES_FILE, PLOT_FILE = "samples.jsonl", "distill.png"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run `pte-vllm train distill [RUN.toml] [--section.option VALUE ...]`."""
-    run = DistillRun.parse(arguments, prog="pte-vllm train distill")
+def main(run: DistillRun) -> int:
+    """Train or go on; what stops it is said in a line. Returns the exit status."""
     try:
         train(run)
     except (ServerError, FloatingPointError) as error:

@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -39,9 +39,9 @@ from pte_vllm.train.start import ADAPTER, Start, learning_rate, load_tokenizer, 
 INITIAL = "initial"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run `pte-vllm train grpo [RUN.toml] [--section.option VALUE ...]`."""
-    run = resumed(GrpoRun.parse(arguments, prog="pte-vllm train grpo"))
+def main(options: GrpoRun) -> int:
+    """Train or go on; what stops it is said in a line. Returns the exit status."""
+    run = resumed(options)
     try:
         with connect(run.server) as client:
             return 0 if train(run, client) else 130

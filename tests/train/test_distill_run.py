@@ -13,8 +13,9 @@ import torch
 
 from pte_vllm.adapter import Adapter
 from pte_vllm.plan import FoldPlan
+from pte_vllm.train.commands import distill
 from pte_vllm.train.config import DistillRun
-from pte_vllm.train.distill import hold_out, main, train
+from pte_vllm.train.distill import hold_out, train
 from pte_vllm.train.distill_data import Example, read_rollouts, read_texts
 from pte_vllm.train.distill_step import evaluate
 from pte_vllm.train.metrics import read_metrics
@@ -199,7 +200,7 @@ def test_command_line(
     arguments += ["--plan.window_tokens", "64", "--adapter.rank", "4", "--optimizer.steps", "1"]
     arguments += ["--distill.sequence_tokens", "150", "--distill.batch_sequences", "2"]
     arguments += ["--distill.teacher_top_k", "5", "--run.out", str(tmp_path / "out")]
-    assert main(arguments) == 0
+    assert distill(arguments) == 0
     assert "perplexity beyond the first fold" in capsys.readouterr().err
     assert Adapter.load(tmp_path / "out" / "adapter").pte is not None
 

@@ -1,0 +1,53 @@
+"""Every command answers a call for help, or a mistake, before it imports anything heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = (
+    *("", "serve", "demo", "doctor", "plan", "model fetch", "adapter init", "adapter inspect"),
+    *("bench", "bench throughput", "bench soak", "bench gpu", "bench train"),
+    *("train", "train grpo", "train distill", "train memory-curve"),
+    *("train experiment memory", "train experiment recall"),
+)
+_CODE = """
+import sys
+from pte_vllm.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as end:
+    status = end.code
+heavy = {"torch", "transformers", "vllm", "datasets", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(status)
+"""
+
+
+def _run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", _CODE, *words], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str) -> None:
+    done = _run(*command.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train nothing", "there is no such command"),
+        ("train grpo --optimizer.lrr 3", "did you mean --optimizer.lr?"),
+        ("train distill --distill.texts a", "did you mean --distill.text?"),
+        ("train experiment memory --steps none", "--steps"),
+        ("adapter init MODEL OUT --rule ridges", "--rule"),
+        ("bench lora --model nowhere", "--model nowhere does not exist"),
+    ],
+)
+def test_mistakes(command: str, message: str) -> None:
+    done = _run(*command.split())
+    assert done.returncode == 2 and message in done.stderr, done.stderr
