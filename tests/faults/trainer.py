@@ -66,7 +66,7 @@ def pushed(directory: Path) -> list[int]:
 def train(base: Path, adapter: Path, out: Path, served: Path) -> None:
     """Three steps of GRPO, a checkpoint after each, the newest kept."""
     # Answers are random, so what earns is set here: the first token's lowest bits.
-    sampling.score = lambda problem, text, ids: (ids[0] % 4) / 3
+    sampling.score = lambda problem, text, ids, stopped: (ids[0] % 4) / 3
     tables: dict[str, dict[str, Any]] = {
         "model": {"base": str(base), "adapter": str(adapter), "device": "cpu"},
         "plan": {"window_tokens": 32, "block_size": 16},
