@@ -176,7 +176,18 @@ def _table(rows: list[dict[str, Any]], lengths: list[int]) -> str:
         if all("error" not in row for row in found):
             ratio = f"{found[-1]['peak_bytes'] / found[0]['peak_bytes']:.2f}"
         lines.append(f"| {arm} | " + " | ".join(cells) + f" | {ratio} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _cost(by_key, lengths)
+
+
+def _cost(by_key: dict[tuple[str, int], dict[str, Any]], lengths: list[int]) -> str:
+    """What PTE costs per token against windowed LoRA, where both were measured."""
+    pairs = [(by_key["window, PTE", n], by_key["window, LoRA", n]) for n in lengths]
+    ratios = [
+        f"{pte['ms_per_token'] / lora['ms_per_token']:.2f}"
+        for pte, lora in pairs
+        if "error" not in pte and "error" not in lora
+    ]
+    return f"\nTime per token, PTE / windowed LoRA: {', '.join(ratios)}\n" if ratios else ""
 
 
 def _plot(rows: list[dict[str, Any]], lengths: list[int], path: Path) -> None:
