@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,7 +67,8 @@ def _as_made(stored: Mapping[str, Any], adapter: Path) -> dict[str, Any]:
     pte = read_pte_config(adapter)
     made: dict[str, Any] = {"plain": pte is None}
     if pte is not None:
-        made |= {name: value for name, value in pte.to_dict().items() if name != "format_version"}
+        made |= asdict(pte)  # not as in its file, which does not name linear features
+        del made["format_version"]
     return {**stored, **{f"adapter.{name}": value for name, value in made.items()}}
 
 

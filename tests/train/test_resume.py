@@ -87,6 +87,15 @@ def test_a_default_that_changed_is_no_conflict(values: dict[str, Any]) -> None:
     assert saved is not None and (saved.rule, saved.features) == ("paper", "linear")
 
 
+@pytest.mark.parametrize("record", ["", 'features = "squared"\n'])
+def test_linear_features_stay(record: str, values: dict[str, Any]) -> None:
+    """Files of adapters do not name them; a run's file may lack them, or have a later default."""
+    train(run_of(values, adapter={"features": "linear"}))
+    edit(values, 'features = "linear"\n', record)
+    train(run_of(values, optimizer={"steps": 2}))
+    assert written(values)["adapter"]["features"] == "linear"
+
+
 def test_the_adapter_knows_better_than_a_false_record(values: dict[str, Any]) -> None:
     """Earlier versions wrote what the options of the last start would have made."""
     train(run_of(values, adapter={"rule": "paper"}))
