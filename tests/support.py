@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -35,27 +36,31 @@ _CLASSES = {
 }
 
 
-def make_tiny_model(architecture: str, directory: Path, *, seed: int = 0, layers: int = 3) -> None:
-    """Write a random checkpoint with grouped-query attention and a byte tokenizer.
+TINY: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+"""Of a transformers config. Weights are large enough that attention and next-token distributions
+are far from uniform."""
 
-    Weights are large enough that attention and next-token distributions are far from uniform.
-    """
+
+def make_tiny_model(architecture: str, directory: Path, *, seed: int = 0, layers: int = 3) -> None:
+    """Write a random checkpoint with grouped-query attention and a byte tokenizer."""
     config_class, model_class = _CLASSES[architecture]
     torch.manual_seed(seed)
     config = config_class(
-        vocab_size=VOCAB,
+        **TINY,
         hidden_size=128 if architecture == "qwen2" else 96,  # Qwen2 derives its head size
-        intermediate_size=160,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
         max_position_embeddings=32_768,
-        initializer_range=0.2,
         tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
         **({"sliding_window": None} if architecture == "mistral" else {}),
     )
     model = model_class(config).float()

@@ -14,7 +14,7 @@ from pte_vllm.adapter_init import init_adapter
 from pte_vllm.config import PTEConfig
 from pte_vllm.rope_check import check_unrotation
 from pte_vllm.train.modeling import PTEModel
-from tests.support import VOCAB, make_random_adapter, random_tokens
+from tests.support import TINY, VOCAB, make_random_adapter, random_tokens
 
 LAYERS = 4  # SmolLM3's fourth has no RoPE
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,18 +24,7 @@ def make(architecture: str, **options: Any) -> Any:
     """A random model of four layers, heads of 32 dimensions."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{architecture}Config")(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=160,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        **options,
+        **TINY, hidden_size=128, num_hidden_layers=LAYERS, **options
     )
     return getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
 
