@@ -32,8 +32,7 @@ REWARD_NAMES = Literal["auto", "math", "reasoning-gym", "exact", "memory"]
 
 # In half precision engine and replay round at different places: in bfloat16, log-probs of SmolLM2
 # differ by 2e-2 to 7.3e-2 in the mean, most with squared features under rules paper and sum
-# (tests/parity/test_rules.py). No window, or a temperature of 0.9 for 1, is off by 0.17 and more;
-# what is off by less, such as another rule or a weak adapter left out, shows in float32 only.
+# (tests/parity/test_rules.py). An error that moves them by less shows in float32 only.
 DRIFT_LIMITS: dict[str, float] = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1.5e-1}
 """`grpo.max_logprob_drift = "auto"`, by dtype of the base model."""
 
