@@ -14,8 +14,8 @@ from pte_vllm.train.data import Problem
 from pte_vllm.train.scorers import gym_scorer, math_scorer
 from pte_vllm.train.scoring_worker import ScoringWorker
 
-Reward = Callable[[Problem, str, Sequence[int]], float]
-"""`(problem, text of the completion, its token ids) -> reward`."""
+Reward = Callable[[Problem, str, Sequence[int], bool], float]
+"""Takes what `score` takes."""
 
 MAX_ANSWER_CHARS = 1000
 """Longer final answers are wrong: no answer is that long, and parsing would take for ever."""
@@ -40,11 +40,7 @@ def score(problem: Problem, text: str, ids: Sequence[int], *, stopped: bool = Fa
         raise ValueError(
             f"--data.reward must be one of {', '.join(REWARDS)}, got {problem.reward!r}"
         )
-    reward = REWARDS[problem.reward]
-    earned = reward(problem, text, ids)
-    if stopped and reward is exact:  # the answer may name the end, and need not
-        return max(earned, exact(problem, text, ids[:-1]))
-    return earned
+    return REWARDS[problem.reward](problem, text, ids, stopped)
 
 
 # Reading answers
@@ -129,7 +125,7 @@ _MATH_WORKER = ScoringWorker(math_scorer)  # no processes until they are asked
 _GYM_WORKER = ScoringWorker(gym_scorer)
 
 
-def math(problem: Problem, text: str, ids: Sequence[int]) -> float:
+def math(problem: Problem, text: str, ids: Sequence[int], stopped: bool) -> float:
     """1 if the final answer equals the right one as mathematics, by `math-verify`; else 0."""
     answer = final_answer(text)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
@@ -140,14 +136,18 @@ def math(problem: Problem, text: str, ids: Sequence[int]) -> float:
     return _MATH_WORKER.score((), (right, answer))
 
 
-def exact(problem: Problem, text: str, ids: Sequence[int]) -> float:
-    """1 if the whole completion is the answer: token by token, or as text without outer space."""
+def exact(problem: Problem, text: str, ids: Sequence[int], stopped: bool) -> float:
+    """1 if the whole completion is the answer: token by token, or as text without outer space.
+
+    An answer in tokens may name the one that ends it, and need not.
+    """
     if isinstance(problem.answer, list):
-        return float(list(ids) == problem.answer)
+        whole = list(ids)
+        return float(problem.answer == whole or (stopped and problem.answer == whole[:-1]))
     return float(text.strip() == problem.answer.strip())
 
 
-def memory(problem: Problem, text: str, ids: Sequence[int]) -> float:
+def memory(problem: Problem, text: str, ids: Sequence[int], stopped: bool) -> float:
     """Part of the answer's tokens that stand at their place; what follows them does not count.
 
     Raises:
@@ -159,7 +159,7 @@ def memory(problem: Problem, text: str, ids: Sequence[int]) -> float:
     return right / len(problem.answer)
 
 
-def reasoning_gym(problem: Problem, text: str, ids: Sequence[int]) -> float:
+def reasoning_gym(problem: Problem, text: str, ids: Sequence[int], stopped: bool) -> float:
     """What the task's own scorer gives for the last `<answer>`; without one, 0."""
     answer = last_tagged(text)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
