@@ -4,8 +4,8 @@
     pte-vllm serve MODEL --pte-window 1024 --enable-lora --max-lora-rank 32 --port 8000
     python examples/external_trainer.py --adapter ADAPTER --server http://127.0.0.1:8000
 
-The update is a random step: put yours in its place. `pte_vllm.train.functional` has log-probs that
-it can differentiate; examples/trl_grpo.py shows them at work.
+The update is a random step: put yours in its place. `pte_vllm.train.replay.functional` has
+log-probs that it can differentiate; examples/trl_grpo.py shows them at work.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from statistics import fmean
 
 import torch
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.train.client import RolloutClient
-from pte_vllm.train.rollout import Rollout
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.wire.client import RolloutClient
+from pte_vllm.wire.rollout import Rollout
 
 
 def update(adapter: Adapter, rollouts: list[Rollout], size: float) -> Adapter:

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pte_vllm.adapter_init import init_adapter
-from pte_vllm.calibration import Spans
-from pte_vllm.config import PTEConfig
+from pte_vllm.adapter.calibration import Spans
+from pte_vllm.adapter.init import init_adapter
+from pte_vllm.method.options import PTEConfig
+from pte_vllm.train.data.memory_tasks import NODES, fact_token, node_token
 from pte_vllm.train.experiments.memory_base import BaseConfig, build
-from pte_vllm.train.metrics import METRICS_FILE, read_metrics, series, smooth
-from pte_vllm.train.tasks import NODES, fact_token, node_token
+from pte_vllm.train.run.log import METRICS_FILE, read_metrics, series, smooth
 
 VALUES = 16
 """Answers are nodes [0, 16), keys the others: a blind guess is right once in 16 times."""

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.batch import Batch
-from pte_vllm.train.client import RolloutClient
-from pte_vllm.train.functional import differentiable_log_probs
-from pte_vllm.train.modeling import PTEModel
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.functional import differentiable_log_probs
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.wire.client import RolloutClient
 
 
 class PTEGRPOTrainer(GRPOTrainer):

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from pte_vllm.upstream import source_sha256
+from pte_vllm.compat.upstream import source_sha256
 
 MARK = "__pte_patched__"
 
@@ -30,7 +30,7 @@ class Patch:
     why: str
     remove_when: str
     sha256: str
-    """Of the upstream function's source, comments and docstrings aside (`pte_vllm/upstream.py`)."""
+    """Of the upstream function's source, without comments (`pte_vllm/compat/upstream.py`)."""
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def _owner(self) -> tuple[Any, str]:

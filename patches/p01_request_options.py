@@ -14,9 +14,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.v1.engine import EngineCoreRequest
 
-from pte_vllm.adapter_files import read_pte_config
-from pte_vllm.config import REQUEST_OPTIONS, EngineConfig, RequestOptions, check_rule_fits
-from pte_vllm.earlier import EARLIER, EarlierRequest
+from pte_vllm.adapter.files import read_pte_config
+from pte_vllm.engine.earlier import EARLIER, EarlierRequest
+from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, RequestOptions, check_rule_fits
 from pte_vllm.patches.base import Patch
 
 

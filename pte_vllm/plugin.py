@@ -18,7 +18,7 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from pte_vllm.cache import register_spec
+    from pte_vllm.engine.cache import register_spec
     from pte_vllm.patches import all_patches
     from pte_vllm.patches.base import apply_all
 
@@ -30,7 +30,11 @@ def register() -> None:
     register_spec()
     if current_platform.is_cpu():
         # The CPU platform takes CPU_ATTN's path whatever backend is selected.
-        register_backend(AttentionBackendEnum.CPU_ATTN, "pte_vllm.attention.PTECPUAttentionBackend")
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN, "pte_vllm.engine.attention.PTECPUAttentionBackend"
+        )
     else:
-        register_backend(AttentionBackendEnum.CUSTOM, "pte_vllm.attention.PTECUDAAttentionBackend")
+        register_backend(
+            AttentionBackendEnum.CUSTOM, "pte_vllm.engine.attention.PTECUDAAttentionBackend"
+        )
     apply_all(all_patches())

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pte_vllm.config import EngineConfig, ServiceConfig
+from pte_vllm.method.options import EngineConfig, ServiceConfig
 from pte_vllm.preload import DEFAULT, preload
 
-SCHEDULER_CLS = "pte_vllm.scheduler.make_scheduler"
+SCHEDULER_CLS = "pte_vllm.engine.scheduler.make_scheduler"
 
 
 def engine_args(engine: EngineConfig) -> dict[str, Any]:
@@ -34,12 +34,12 @@ def engine_args(engine: EngineConfig) -> dict[str, Any]:
         "additional_config": {EngineConfig.KEY: engine.to_dict()},
     }
     if current_platform.is_cpu():
-        args["worker_cls"] = "pte_vllm.worker_cpu.PTECPUWorker"
+        args["worker_cls"] = "pte_vllm.engine.worker_cpu.PTECPUWorker"
         # vLLM 0.32 cannot load what this saves on a CPU, and would compile at every start; what
         # torch.compile itself keeps is found again.
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     else:
-        args["worker_cls"] = "pte_vllm.worker.PTEGPUWorker"
+        args["worker_cls"] = "pte_vllm.engine.worker_gpu.PTEGPUWorker"
         args["attention_backend"] = "CUSTOM"
     return args
 
@@ -73,7 +73,7 @@ def serve(
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from pte_vllm.support import check_serve_args
+    from pte_vllm.engine.refusals import check_serve_args
 
     cli_env_setup()
     parser = FlexibleArgumentParser(prog="pte-vllm")

@@ -1,7 +1,8 @@
 """What `/metrics` says of PTE, in vLLM's own registry.
 
-Requests and adapters are counted here, in the API server. Folds are counted in the worker, as
-`pte_vllm/counters.py` says; a scrape asks for its totals first, so nothing runs while nobody looks.
+Requests and adapters are counted here, in the API server. Folds are counted in the worker
+(`pte_vllm/engine/counters.py`); a scrape asks for its totals first, so nothing runs while nobody
+looks.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.logger import init_logger
 
-from pte_vllm.counters import RHO_EDGES
-from pte_vllm.types import RULES
+from pte_vllm.engine.counters import RHO_EDGES
+from pte_vllm.method.names import RULES
 
 if TYPE_CHECKING:
-    from pte_vllm.server.state import Service
+    from pte_vllm.server.service import Service
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 

@@ -22,7 +22,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, converted once and kept in `.cache`."""
-    from pte_vllm.model_fetch import fetch
+    from pte_vllm.models.fetch import fetch
 
     directory = CACHE / "models" / "smollm2"
     fetch("smollm2", directory)

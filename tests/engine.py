@@ -18,8 +18,8 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 from vllm.v1.executor import Executor  # noqa: E402
 
-from pte_vllm.config import EngineConfig  # noqa: E402
-from pte_vllm.plan import FoldPlan  # noqa: E402
+from pte_vllm.method.options import EngineConfig  # noqa: E402
+from pte_vllm.method.plan import FoldPlan  # noqa: E402
 from pte_vllm.serve import engine_args  # noqa: E402
 
 BLOCK = 32

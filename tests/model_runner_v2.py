@@ -13,8 +13,8 @@ import torch
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 
-from pte_vllm.attention import GapCuttingBuilder
-from pte_vllm.runner_v2 import PTECPUModelRunnerV2
+from pte_vllm.engine.attention import GapCuttingBuilder
+from pte_vllm.engine.runner_v2 import PTECPUModelRunnerV2
 from tests.engine import BLOCK, Engine, Job, lora
 from tests.parity.reference import assert_parity
 from tests.support import random_tokens

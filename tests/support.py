@@ -22,9 +22,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pte_vllm.adapter import Adapter, ModelShape
-from pte_vllm.config import PTEConfig
-from pte_vllm.ops.reference import LayerEncoder
+from pte_vllm.adapter.format import Adapter, ModelShape
+from pte_vllm.method.options import PTEConfig
+from pte_vllm.method.reference import LayerEncoder
 
 VOCAB = 512
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from pte_vllm.adapter import Adapter, ModelShape, load_for_engine
-from pte_vllm.adapter_files import AdapterError, is_pte_adapter
-from pte_vllm.adapter_hash import CONFIG_FILE, ENCODER_FILE, LORA_FILE, content_hash, file_hashes
-from pte_vllm.ops.reference import TENSORS
+from pte_vllm.adapter.files import AdapterError, is_pte_adapter
+from pte_vllm.adapter.format import Adapter, ModelShape, load_for_engine
+from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE, content_hash, file_hashes
+from pte_vllm.method.reference import TENSORS
 
 LORA = "base_model.model.model.layers.0.self_attn.q_proj"
 Tensors = dict[str, Tensor]
@@ -254,7 +254,7 @@ def test_half_written_does_not_load(directory: Path, monkeypatch: pytest.MonkeyP
             save_file(*args, **kw)
 
         with monkeypatch.context() as patch:
-            patch.setattr("pte_vllm.adapter.save_file", fail)
+            patch.setattr("pte_vllm.adapter.format.save_file", fail)
             with pytest.raises(OSError, match="no space"):
                 adapter.save(directory)
         with pytest.raises(AdapterError, match=f"{CONFIG_FILE} is missing"):
@@ -265,7 +265,7 @@ def test_half_written_does_not_load(directory: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_needs_no_torch_imports_none() -> None:
     """A trainer of another stack pushes adapters, and the command's help is quick."""
-    modules = "pte_vllm.adapter_defaults, pte_vllm.adapter_hash, pte_vllm.train.client"
+    modules = "pte_vllm.adapter.defaults, pte_vllm.adapter.hashes, pte_vllm.wire.client"
     code = f"import sys, {modules}\nassert not {{'torch', 'numpy'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

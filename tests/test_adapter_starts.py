@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.adapter_init import TARGET_RHO, init_adapter
-from pte_vllm.adapter_inspect import describe
-from pte_vllm.adapter_starts import LayerReport, _mixtures, query_key_form
-from pte_vllm.cli import main
-from pte_vllm.config import PTEConfig
-from pte_vllm.ops.reference import RULES, modulate
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.config_sections import AdapterOptions
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import log_probs
-from pte_vllm.types import FEATURES, INITS
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.adapter.init import TARGET_RHO, init_adapter
+from pte_vllm.adapter.inspect import describe
+from pte_vllm.adapter.starts import LayerReport, _mixtures, query_key_form
+from pte_vllm.cli.main import main
+from pte_vllm.method.names import FEATURES, INITS
+from pte_vllm.method.options import PTEConfig
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.reference import RULES, modulate
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import log_probs
+from pte_vllm.train.run.config_sections import AdapterOptions
 from tests.support import random_tokens
 
 PLAN = FoldPlan(pin_tokens=16, window_tokens=64, evict_ratio=0.5, block_size=16)

@@ -6,8 +6,8 @@ import torch
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from pte_vllm import attention
-from pte_vllm.attention import Gaps, cut_gaps
+from pte_vllm.engine import attention
+from pte_vllm.engine.attention import Gaps, cut_gaps
 
 BLOCK, WIDTH, MAX_REQS = 16, 12, 5
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pte_vllm.bench.watch import growth
-from pte_vllm.cli import main
+from pte_vllm.cli.main import main
 
 
 @pytest.fixture

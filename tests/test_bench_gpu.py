@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_vllm.cli import main
+from pte_vllm.cli.main import main
 
 
 def test_kernels_and_their_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

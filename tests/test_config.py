@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pte_vllm.config import EngineConfig, PTEConfig, RequestOptions
+from pte_vllm.method.options import EngineConfig, PTEConfig, RequestOptions
 
 
 def test_adapter_options_survive_json() -> None:

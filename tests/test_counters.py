@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pte_vllm.counters import RHO_EDGES, FoldCounters
+from pte_vllm.engine.counters import RHO_EDGES, FoldCounters
 
 
 def test_folds_are_counted_by_rule() -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pte_vllm import demo, demo_view
-from pte_vllm.demo_view import Sample, Stream
+from pte_vllm.demo import run as demo
+from pte_vllm.demo import view as demo_view
+from pte_vllm.demo.view import Sample, Stream
 from pte_vllm.launch import LaunchError, ProcessGroup, Server, log_tail
-from pte_vllm.plan import FoldPlan
+from pte_vllm.method.plan import FoldPlan
 
 
 def record(request_id: str, **changes: object) -> dict:

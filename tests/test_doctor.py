@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pte_vllm import hooks
-from pte_vllm.config import EngineConfig
+from pte_vllm.compat import hooks
 from pte_vllm.doctor import layout, machine, software
 from pte_vllm.doctor.report import Check
 from pte_vllm.doctor.subject import Subject
-from pte_vllm.ops import native
+from pte_vllm.kernels import native
+from pte_vllm.method.options import EngineConfig
 
 KEY = "sk-doctor-0123456789"
 
@@ -36,7 +36,9 @@ def test_packages_of_the_lock_fit() -> None:
 def test_plugins_are_found_and_register() -> None:
     checks = [*software.entry_points(), *software.registration(), *software.drift_of_patches()]
     assert {check.status for check in checks} == {"ok"}, checks
-    assert _find(checks, "vllm.endpoint_plugins").value.startswith("pte = pte_vllm.server.plugin:")
+    assert _find(checks, "vllm.endpoint_plugins").value.startswith(
+        "pte = pte_vllm.server.endpoint_plugin:"
+    )
 
 
 def test_attention_is_ours_and_blocks_read_back() -> None:
@@ -94,7 +96,7 @@ def test_a_spool_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_spool_in_use_is_told(tmp_path: Path) -> None:
-    from pte_vllm.server.spool import Spool
+    from pte_vllm.server.adapters.spool import Spool
 
     spool = Spool(tmp_path)
     spool.open()
@@ -148,7 +150,7 @@ def test_drift_of_the_installed_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "load_hooks", lambda: (old,))
     checks = list(software.drift_of_hooks())
     assert [check.status for check in checks] == ["broken", "broken"]
-    assert hook.symbol in checks[1].value and "pte_vllm.scheduler" in checks[1].value
+    assert hook.symbol in checks[1].value and "pte_vllm.engine.scheduler" in checks[1].value
 
 
 # -- model and adapter ----------------------------------------------------------------------------

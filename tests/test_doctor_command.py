@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pte_vllm.cli import main
+from pte_vllm.cli.main import main
+from pte_vllm.compat.upstream import SourceTree
 from pte_vllm.doctor.report import Check
-from pte_vllm.upstream import SourceTree
 
 KEY = "sk-doctor-0123456789"
 
@@ -41,7 +41,7 @@ def test_check_of_another_source(
 ) -> None:
     assert main(["doctor", "--vllm-source", str(other_vllm), "--diff"]) == 1
     out = capsys.readouterr().out
-    assert "vllm.v1.request.Request.num_preemptions has changed; pte_vllm.scheduler" in out
+    assert "vllm.v1.request.Request.num_preemptions has changed; pte_vllm.engine.scheduler" in out
     assert "+self.num_preemptions = int()" in out.splitlines()
     assert main(["doctor", "--vllm-source", str(SourceTree.installed().root), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "ok"
@@ -73,7 +73,7 @@ def test_mistakes_of_usage(args: list[str], capsys: pytest.CaptureFixture[str]) 
 def test_imports_neither_torch_nor_vllm(args: str) -> None:
     code = f"""
 import sys
-from pte_vllm.cli import main
+from pte_vllm.cli.main import main
 try:
     status = main(["doctor", {args}])
 except SystemExit as stopped:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pte_vllm.config import RequestOptions
-from pte_vllm.earlier import MAX_EARLIER, EarlierRequest, EarlierRequests
+from pte_vllm.engine.earlier import MAX_EARLIER, EarlierRequest, EarlierRequests
+from pte_vllm.method.options import RequestOptions
 
 
 def _request(pin_tokens: int, choices: int = 1) -> EarlierRequest:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.exceptions import VLLMValidationError
 
-from pte_vllm.config import EngineConfig
-from pte_vllm.support import UnsupportedError, check_serve_args
+from pte_vllm.engine.refusals import UnsupportedError, check_serve_args
+from pte_vllm.method.options import EngineConfig
 from tests.engine import BLOCK, Engine, Job, lora
 from tests.support import random_tokens
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.plan import FoldPlan
-from pte_vllm.thoughts import Thoughts, ThoughtStore
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import log_probs
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.engine.thoughts import Thoughts, ThoughtStore
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import log_probs
 from tests.engine import BLOCK, Engine, Job, lora
 from tests.parity.reference import load_model
 from tests.support import random_tokens

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_vllm.config import PTEConfig
-from pte_vllm.folding import EvictedBlocks
-from pte_vllm.plan import FoldPlan
-from pte_vllm.state import LoadedEncoder, StatePool
-from pte_vllm.thoughts import ThoughtStore
+from pte_vllm.engine.folding import EvictedBlocks
+from pte_vllm.engine.state import LoadedEncoder, StatePool
+from pte_vllm.engine.thoughts import ThoughtStore
+from pte_vllm.method.options import PTEConfig
+from pte_vllm.method.plan import FoldPlan
 from tests.ops.fold_cases import SMALL, make_caches, make_encoder, plain_layout, rope_table
 
 pytestmark = [
@@ -92,9 +92,9 @@ def _reference(
 
 
 def test_modulation_in_a_captured_graph_follows_states_and_slots() -> None:
-    from pte_vllm.lora import TokenSlots
-    from pte_vllm.ops import reference
-    from pte_vllm.ops.modulate_triton import modulate_slices_
+    from pte_vllm.engine.lora.manager import TokenSlots
+    from pte_vllm.kernels.modulate_triton import modulate_slices_
+    from pte_vllm.method import reference
 
     device, rank, slices, size = torch.device("cuda"), 24, 3, 8
     states = torch.randn(5, rank, rank, device=device)
@@ -121,7 +121,7 @@ def test_modulation_in_a_captured_graph_follows_states_and_slots() -> None:
 def test_engine_with_cuda_graphs_against_the_replay(tmp_path: Path) -> None:
     """Every rule in one batch, in a process of its own as engines are."""
     spec = json.dumps({"part": "parity", "scratch": str(tmp_path)})
-    command = [sys.executable, "-m", "pte_vllm.bench.gpu_engine", spec]
+    command = [sys.executable, "-m", "pte_vllm.bench.gpu.engine", spec]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])["result"]

@@ -15,7 +15,7 @@ COMMANDS = (
 )
 _CODE = """
 import sys
-from pte_vllm.cli import main
+from pte_vllm.cli.main import main
 try:
     status = main(sys.argv[1:])
 except SystemExit as end:

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 import pte_vllm
-from pte_vllm import attention, hooks
-from pte_vllm.hooks import Drift, check_hooks, load_hooks
+from pte_vllm.compat import hooks
+from pte_vllm.compat.hooks import Drift, check_hooks, load_hooks
+from pte_vllm.compat.upstream import SourceTree, source_sha256
+from pte_vllm.engine import attention
+from pte_vllm.engine.lora.view import PunicaView
 from pte_vllm.patches import all_patches
-from pte_vllm.punica import PunicaView
-from pte_vllm.upstream import SourceTree, source_sha256
 
 TREE = SourceTree.installed()
 LEDGER = {hook.symbol: hook for hook in load_hooks()}
@@ -86,7 +87,7 @@ def _modules() -> tuple[object, ...]:
     ]
     for package in ("server", "patches"):  # folders of their own in a checkout
         path = importlib.import_module(f"pte_vllm.{package}").__path__
-        names += [found.name for found in pkgutil.iter_modules(path, f"pte_vllm.{package}.")]
+        names += [found.name for found in pkgutil.walk_packages(path, f"pte_vllm.{package}.")]
     return tuple(importlib.import_module(name) for name in sorted(set(names)))
 
 
@@ -163,7 +164,7 @@ def test_what_a_class_takes_from_vllm_is_in_the_ledger(cls: type) -> None:
         symbol.startswith(f"{direct.__module__}.{direct.__qualname__}") for symbol in LEDGER
     ):
         missing.add(f"{direct.__module__}.{direct.__qualname__} (base of {cls.__qualname__})")
-    assert not missing, f"add to pte_vllm/hooks.toml: {', '.join(sorted(missing))}"
+    assert not missing, f"add to pte_vllm/compat/hooks.toml: {', '.join(sorted(missing))}"
 
 
 def test_classes_are_found() -> None:
@@ -196,7 +197,7 @@ def test_every_name_that_we_import_is_in_the_ledger() -> None:
             for alias in node.names:
                 if not _is_covered(node.module, alias.name):
                     missing.add(f"{node.module}.{alias.name} ({module.__name__})")
-    assert not missing, f"add to pte_vllm/hooks.toml: {', '.join(sorted(missing))}"
+    assert not missing, f"add to pte_vllm/compat/hooks.toml: {', '.join(sorted(missing))}"
 
 
 def _is_covered(module: str, name: str) -> bool:
@@ -261,7 +262,7 @@ def test_a_change_names_the_symbol_and_who_relies_on_it(changed: Path) -> None:
         "vllm.v1.request.Request.num_preemptions": False,
     }
     gone = next(str(d) for d in drifts if d.missing)
-    assert SYMBOL in gone and "pte_vllm.scheduler relies on it" in gone
+    assert SYMBOL in gone and "pte_vllm.engine.scheduler relies on it" in gone
 
 
 def test_comments_and_docstrings_are_no_change(changed: Path) -> None:
@@ -300,4 +301,4 @@ def test_diff_shows_what_changed(changed: Path) -> None:
 
 def test_drift_reads_well() -> None:
     text = str(Drift(hook=LEDGER[SYMBOL]))
-    assert text == f"{SYMBOL} has changed; pte_vllm.scheduler relies on it: extended"
+    assert text == f"{SYMBOL} has changed; pte_vllm.engine.scheduler relies on it: extended"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_vllm import huge_pages
-from pte_vllm.huge_pages import Arena, collapse
+from pte_vllm.engine import huge_pages
+from pte_vllm.engine.huge_pages import Arena, collapse
 
 MIB = 2**20
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_vllm.config import EngineConfig
+from pte_vllm.method.options import EngineConfig
 from pte_vllm.serve import engine_args
 
 ROOT = Path(__file__).parent.parent
@@ -73,11 +73,12 @@ def of_torch():
             torch.accelerator.synchronize, *(getattr(torch.cuda, name) for name in names)]
 
 before = of_torch()
-import pte_vllm.attention, pte_vllm.lora, pte_vllm.plugin, pte_vllm.runner, pte_vllm.runner_v2
-import pte_vllm.scheduler, pte_vllm.worker
+import pte_vllm.engine.attention, pte_vllm.engine.lora.manager, pte_vllm.plugin
+import pte_vllm.engine.runner_v1, pte_vllm.engine.runner_v2
+import pte_vllm.engine.scheduler, pte_vllm.engine.worker_gpu
 pte_vllm.plugin.register()
 assert of_torch() == before
-import pte_vllm.worker_cpu
+import pte_vllm.engine.worker_cpu
 assert of_torch() != before  # else the first assertion shows nothing
 print("ok")
 """

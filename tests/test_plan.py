@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pte_vllm.plan import FoldPlan
+from pte_vllm.method.plan import FoldPlan
 
 
 @st.composite

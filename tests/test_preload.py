@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pte_vllm import preload
-from pte_vllm.cli import main
+from pte_vllm.cli.main import main
 
 
 @pytest.fixture

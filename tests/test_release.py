@@ -102,8 +102,8 @@ def test_wheel_installs_one_package_and_its_data(dist: Path) -> None:
         sources |= {f"pte_vllm/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     assert sources <= set(names), sorted(sources - set(names))
     assert {
-        "pte_vllm/hooks.toml",
-        "pte_vllm/ops/lora_cpu.cpp",
+        "pte_vllm/compat/hooks.toml",
+        "pte_vllm/kernels/lora_cpu.cpp",
         "pte_vllm/server/page.html",
         f"pte_vllm-{__version__}.dist-info/licenses/LICENSE",
     } <= set(names)
@@ -139,7 +139,7 @@ def test_installed_archive_works(
     assert all(size > 1000 for size in found["data"].values()), found["data"]
     assert found["plugins"] == {
         "vllm.general_plugins": ["pte_vllm.plugin"],
-        "vllm.endpoint_plugins": ["pte_vllm.server.plugin"],
+        "vllm.endpoint_plugins": ["pte_vllm.server.endpoint_plugin"],
     }
 
     command = installed / "pte-vllm"

@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.adapter_init import init_adapter
-from pte_vllm.config import PTEConfig
-from pte_vllm.rope_check import check_unrotation
-from pte_vllm.train.modeling import PTEModel
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.adapter.init import init_adapter
+from pte_vllm.method.options import PTEConfig
+from pte_vllm.models.rope_check import check_unrotation
+from pte_vllm.train.replay.modeling import PTEModel
 from tests.support import TINY, VOCAB, make_random_adapter, random_tokens
 
 LAYERS = 4  # SmolLM3's fourth has no RoPE

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from pte_vllm import sizing
-from pte_vllm.cli import main
+from pte_vllm.bench import roofline as sizing
+from pte_vllm.cli.main import main
 
 QWEN_7B = {
     "num_attention_heads": 28,

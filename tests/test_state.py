@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from pte_vllm.config import PTEConfig
-from pte_vllm.plan import FoldPlan
-from pte_vllm.state import IDENTITY_SLOT, LoadedEncoder, StatePool
-from pte_vllm.thoughts import ThoughtStore
+from pte_vllm.engine.state import IDENTITY_SLOT, LoadedEncoder, StatePool
+from pte_vllm.engine.thoughts import ThoughtStore
+from pte_vllm.method.options import PTEConfig
+from pte_vllm.method.plan import FoldPlan
 from tests.ops.fold_cases import make_encoder
 
 PLAN = FoldPlan(pin_tokens=16, window_tokens=64, block_size=16)

@@ -1,8 +1,8 @@
-"""Which of the engine's requests a client means: `pte_vllm.thoughts.find_id`."""
+"""Which of the engine's requests a client means: `pte_vllm.engine.thoughts.find_id`."""
 
 from __future__ import annotations
 
-from pte_vllm.thoughts import find_id
+from pte_vllm.engine.thoughts import find_id
 
 
 def test_names_of_requests() -> None:

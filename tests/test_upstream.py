@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pte_vllm.upstream import SourceTree, normalise, source_sha256
+from pte_vllm.compat.upstream import SourceTree, normalise, source_sha256
 
 SOURCE = '''
 from .other import thing as renamed

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pte_vllm import huge_pages
 from pte_vllm.bench.parts import REST, Parts, time_engine
+from pte_vllm.engine import huge_pages
 from pte_vllm.preload import DEFAULT, preload
 
 READY_TIMEOUT_S = 600
@@ -129,7 +129,7 @@ def _build(spec: ArmSpec) -> tuple[Any, Any]:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from pte_vllm.config import EngineConfig
+    from pte_vllm.method.options import EngineConfig
     from pte_vllm.serve import engine_args
 
     args: dict[str, Any] = {

@@ -18,7 +18,7 @@ from rich.table import Table
 from pte_vllm.bench import report
 from pte_vllm.bench.arm import ArmSpec, Workload
 from pte_vllm.bench.turns import BLOCK_TOKENS, Results, Turns, tokens_per_second
-from pte_vllm.config import EngineConfig
+from pte_vllm.method.options import EngineConfig
 from pte_vllm.preload import LIBRARIES, find
 
 

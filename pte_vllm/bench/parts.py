@@ -44,8 +44,8 @@ def time_engine() -> Parts:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.sample.sampler import Sampler
 
-    from pte_vllm.lora_cpu import CPULayerPunica
-    from pte_vllm.runner import PTECPUModelRunner
+    from pte_vllm.engine.lora.cpu import CPULayerPunica
+    from pte_vllm.engine.runner_v1 import PTECPUModelRunner
 
     parts = Parts()
     for owner, method, part in (

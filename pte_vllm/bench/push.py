@@ -20,7 +20,7 @@ from rich.progress import Progress
 from pte_vllm.bench import report
 from pte_vllm.bench.turns import BLOCK_TOKENS, make_adapters
 from pte_vllm.launch import Server, http_get
-from pte_vllm.train.client import RolloutClient
+from pte_vllm.wire.client import RolloutClient
 
 NAME = "bench"
 PROMPT_TOKENS = 64

@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 
 from pte_vllm.bench.turns import BLOCK_TOKENS
-from pte_vllm.train.client import RolloutClient
-from pte_vllm.train.rollout import Rollout
-from pte_vllm.train.transport import ServerError
-from pte_vllm.types import RULES
+from pte_vllm.method.names import RULES
+from pte_vllm.wire.client import RolloutClient
+from pte_vllm.wire.rollout import Rollout
+from pte_vllm.wire.transport import ServerError
 
 NAME = "soak"
 KEPT_VERSIONS = 8

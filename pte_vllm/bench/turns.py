@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from pte_vllm.adapter_defaults import new_config
+from pte_vllm.adapter.defaults import new_config
 from pte_vllm.bench import report
 from pte_vllm.bench.arm import Arm, ArmSpec, Workload
 
@@ -80,7 +80,7 @@ def make_adapters(
     Speed does not depend on what B holds; where answers matter a small `b_scale` keeps a real model
     from being sure of nonsense.
     """
-    from pte_vllm.adapter_make import make_adapter
+    from pte_vllm.adapter.make import make_adapter
 
     scratch.mkdir(parents=True, exist_ok=True)
     thoughts, plain = scratch / "thoughts", scratch / "plain"

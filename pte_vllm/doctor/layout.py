@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.config import EngineConfig
 from pte_vllm.doctor.report import Check, broken, ok
+from pte_vllm.method.options import EngineConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 BLOCK_SIZES = (32, 64, 128)
@@ -38,7 +38,7 @@ def platform_and_backend() -> Iterator[Check]:
     """What vLLM takes this machine for, and which attention it would use with our options."""
     from vllm.platforms import current_platform
 
-    from pte_vllm.cache import PTESpec
+    from pte_vllm.engine.cache import PTESpec
 
     yield ok("platform", f"{current_platform.device_name} ({type(current_platform).__name__})")
     with _attention("float32", BLOCK_SIZES[0]) as (layer, spec):
@@ -60,7 +60,7 @@ def platform_and_backend() -> Iterator[Check]:
 def _manager(spec: Any) -> Check:
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from pte_vllm.cache import PTEManager
+    from pte_vllm.engine.cache import PTEManager
 
     manager = KVCacheSpecRegistry.get_manager_class(spec)
     if manager is PTEManager:
@@ -99,7 +99,7 @@ def _check_round_trip(layer: Any, block_size: int) -> None:
     """Raise RuntimeError unless keys and values come back as they were written."""
     import torch
 
-    from pte_vllm.ops.fold import BlockLayout
+    from pte_vllm.kernels.cache_layout import BlockLayout
 
     cache = layer.kv_cache
     layout = BlockLayout.probe(layer)

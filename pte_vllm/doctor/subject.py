@@ -6,9 +6,14 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pte_vllm.config import EngineConfig
 from pte_vllm.doctor.report import Check, Checks, broken, ok, warning
-from pte_vllm.support import UnsupportedError, check_serve_args, check_vllm_config, refused_flags
+from pte_vllm.engine.refusals import (
+    UnsupportedError,
+    check_serve_args,
+    check_vllm_config,
+    refused_flags,
+)
+from pte_vllm.method.options import EngineConfig
 
 _V2 = "VLLM_USE_V2_MODEL_RUNNER"
 
@@ -80,9 +85,9 @@ class Subject:
 
     def adapter(self) -> Iterator[Check]:
         """What `pte-vllm adapter inspect` checks, and the flags that the adapter needs."""
-        from pte_vllm.adapter import ModelShape
-        from pte_vllm.adapter_files import AdapterError
-        from pte_vllm.adapter_inspect import describe
+        from pte_vllm.adapter.files import AdapterError
+        from pte_vllm.adapter.format import ModelShape
+        from pte_vllm.adapter.inspect import describe
 
         config = self._config
         shape = None

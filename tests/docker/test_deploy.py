@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pte_vllm.cli_serve import _parser
+from pte_vllm.cli.serve import _parser
 from pte_vllm.launch import log_tail
 from tests.docker.files import ROOT, TOOLS, compose, environment, instructions, seconds
 

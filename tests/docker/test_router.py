@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from pte_vllm.launch import ProcessGroup, free_port
-from pte_vllm.train.client import RolloutClient, ServerError
+from pte_vllm.wire.client import RolloutClient, ServerError
 from tests.docker.files import ROOT
 from tests.server.serving import WINDOW, Server
 from tests.support import random_tokens

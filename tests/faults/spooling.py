@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from pte_vllm.adapter_hash import CONFIG_FILE, LORA_FILE, content_hash
-from pte_vllm.server.spool import Spool, Version
+from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE, content_hash
+from pte_vllm.server.adapters.spool import Spool, Version
 
 KEPT = 1
 

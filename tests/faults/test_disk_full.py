@@ -11,9 +11,9 @@ import psutil
 import pytest
 import torch
 
-from pte_vllm.adapter_hash import LORA_FILE
-from pte_vllm.server.spool import Spool, SpoolError
-from pte_vllm.train.client import RolloutClient, ServerError
+from pte_vllm.adapter.hashes import LORA_FILE
+from pte_vllm.server.adapters.spool import Spool, SpoolError
+from pte_vllm.wire.client import RolloutClient, ServerError
 from tests.faults.conftest import small_disk
 from tests.faults.spooling import content, push
 from tests.parity.reference import TOLERANCE, replayed

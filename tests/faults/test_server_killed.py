@@ -18,10 +18,10 @@ import psutil
 import pytest
 import torch
 
-from pte_vllm.adapter_hash import CONFIG_FILE, LORA_FILE, content_hash, file_hashes
-from pte_vllm.orphans import GRACE_S, POLL_S
-from pte_vllm.server.spool import Spool
-from pte_vllm.train.client import RolloutClient, ServerError
+from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE, content_hash, file_hashes
+from pte_vllm.engine.orphans import GRACE_S, POLL_S
+from pte_vllm.server.adapters.spool import Spool
+from pte_vllm.wire.client import RolloutClient, ServerError
 from tests.faults.killing import run_killed
 from tests.faults.spooling import KEPT, content, push_versions
 from tests.parity.reference import TOLERANCE, replayed

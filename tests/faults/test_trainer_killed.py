@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.train.checkpoint import Checkpoints, RunState, adapter_directory, read_state
-from pte_vllm.train.metrics import read_metrics
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.train.run.checkpoint import Checkpoints, RunState, adapter_directory, read_state
+from pte_vllm.train.run.log import read_metrics
 from tests.faults.killing import run_killed
 from tests.faults.trainer import pushed, save_again, train
 

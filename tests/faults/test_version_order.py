@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pte_vllm.adapter_hash import content_hash, file_hashes
-from pte_vllm.server import spool as spool_module
-from pte_vllm.server.spool import Spool
-from pte_vllm.train.client import RolloutClient, ServerError
+from pte_vllm.adapter.hashes import content_hash, file_hashes
+from pte_vllm.server.adapters import spool as spool_module
+from pte_vllm.server.adapters.spool import Spool
+from pte_vllm.wire.client import RolloutClient, ServerError
 from tests.faults.conftest import Held
 from tests.faults.spooling import push
 from tests.server.serving import Server

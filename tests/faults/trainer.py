@@ -13,11 +13,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
 
-from pte_vllm.adapter import Adapter  # noqa: E402
+from pte_vllm.adapter.format import Adapter  # noqa: E402
 from pte_vllm.train import learner, loop, sampling  # noqa: E402, F401 (all that a run imports)
-from pte_vllm.train.checkpoint import Checkpoints, RunState, read_state  # noqa: E402
-from pte_vllm.train.config import GrpoRun  # noqa: E402
-from pte_vllm.train.data import Problem, Stream  # noqa: E402
+from pte_vllm.train.data.questions import Problem, Stream  # noqa: E402
+from pte_vllm.train.run.checkpoint import Checkpoints, RunState, read_state  # noqa: E402
+from pte_vllm.train.run.config import GrpoRun  # noqa: E402
 from tests.faults.killing import EVENT  # noqa: E402
 from tests.support import random_tokens  # noqa: E402
 from tests.train.fake_server import FakeServer  # noqa: E402

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pte_vllm.train.config import DistillRun
-from pte_vllm.train.distill import train
-from pte_vllm.train.rollout import Rollout
+from pte_vllm.train.distill.loop import train
+from pte_vllm.train.run.config import DistillRun
+from pte_vllm.wire.rollout import Rollout
 from tests.server.serving import Server
 
 Tiny = Callable[[str], Path]

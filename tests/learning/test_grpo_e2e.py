@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_vllm.adapter import Adapter
+from pte_vllm.adapter.format import Adapter
 from pte_vllm.launch import ProcessGroup, pte_command
-from pte_vllm.train.metrics import read_metrics
+from pte_vllm.train.run.log import read_metrics
 from tests.engine import BLOCK
 from tests.server.serving import WINDOW, Server
 from tests.support import random_tokens

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.distill_data import Example, align
-from pte_vllm.train.distill_step import evaluate
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.distill.examples import Example, align
+from pte_vllm.train.distill.step import evaluate
 from pte_vllm.train.experiments.recall import main
 from pte_vllm.train.experiments.recall_task import RecallTask
 from pte_vllm.train.experiments.supervised import Schedule, train_answers
-from pte_vllm.train.modeling import PTEModel
+from pte_vllm.train.replay.modeling import PTEModel
 from tests.support import random_tokens
 
 Tiny = Callable[[str], Path]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.plan import FoldPlan
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.method.plan import FoldPlan
 from tests.server.serving import WINDOW, Server
 from tests.support import random_tokens
 
@@ -79,8 +79,8 @@ def _train(example: Any, server: Server, path: Path, start: Path, out: Path) -> 
 @pytest.mark.slow
 def test_log_probs_by_position(example: Any, tiny: Tiny, adapters: Adapters) -> None:
     """TRL's padding, left of prompts and right of answers, against one sequence at a time."""
-    from pte_vllm.train.modeling import PTEModel
-    from pte_vllm.train.replay import log_probs
+    from pte_vllm.train.replay.modeling import PTEModel
+    from pte_vllm.train.replay.replay import log_probs
 
     path = tiny("qwen3")
     trainer = example.PTEGRPOTrainer.__new__(example.PTEGRPOTrainer)

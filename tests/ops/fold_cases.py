@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pte_vllm.ops import reference
-from pte_vllm.ops.fold import BlockLayout, RopeTable, read_evicted
-from pte_vllm.ops.reference import LayerEncoder
+from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable, read_evicted
+from pte_vllm.method import reference
+from pte_vllm.method.reference import LayerEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ def rope_table(numbers: int, positions: int, device: str) -> RopeTable | None:
 
 def check(case: Case, device: str) -> float:
     """Relative error of the kernel against the definition; asserts that it is small."""
-    from pte_vllm.ops.fold_triton import CacheTable, evicted_moments, unusable
+    from pte_vllm.kernels.fold_triton import CacheTable, evicted_moments, unusable
 
     torch.manual_seed(0)
     pool = case.seqs * case.blocks

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pte_vllm.ops import native
-from pte_vllm.ops.fold import BlockLayout, RopeTable, read_evicted
-from pte_vllm.ops.fold_cpu import MAX_RANK, can_fold, moments_cpu
-from pte_vllm.ops.reference import LayerEncoder, moments
+from pte_vllm.kernels import native
+from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable, read_evicted
+from pte_vllm.kernels.fold_cpu import MAX_RANK, can_fold, moments_cpu
+from pte_vllm.method.reference import LayerEncoder, moments
 
 LAYERS, HEADS, BLOCKS = 3, 2, 9
 

@@ -26,7 +26,7 @@ def test_against_reference() -> None:
 
 
 def test_what_the_kernel_cannot_read_is_told() -> None:
-    from pte_vllm.ops.fold_triton import unusable
+    from pte_vllm.kernels.fold_triton import unusable
 
     case = SMALL[0]
     caches, layout = make_caches(case, 3, "cpu"), plain_layout(16, 64, "cpu")
@@ -47,7 +47,7 @@ def test_compiles_for_gpus(capability: int, rank: int, dim: int, kind: str) -> N
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from pte_vllm.ops.fold_triton import _TILE, _TOKENS, _moments_kernel, launch_options
+    from pte_vllm.kernels.fold_triton import _TILE, _TOKENS, _moments_kernel, launch_options
 
     options = launch_options(dim, rank)
     fixed = {

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pte_vllm.huge_pages import Arena
-from pte_vllm.lora import TokenSlots
-from pte_vllm.lora_cpu import CPULayerPunica, load_native
-from pte_vllm.ops import native, reference
+from pte_vllm.engine.huge_pages import Arena
+from pte_vllm.engine.lora.cpu import CPULayerPunica, load_native
+from pte_vllm.engine.lora.manager import TokenSlots
+from pte_vllm.kernels import native
+from pte_vllm.method import reference
 
 RANK, D_IN, OUTPUTS = 12, 52, (72, 64, 20)  # odd sizes: rows and tiles are padded
 LAYERS, LAYER, SLOTS = 2, 1, 66

@@ -12,9 +12,9 @@ from torch import Tensor
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from pte_vllm.lora import TokenSlots
-from pte_vllm.lora_cuda import CUDALayerPunica
-from pte_vllm.ops import reference
+from pte_vllm.engine.lora.cuda import CUDALayerPunica
+from pte_vllm.engine.lora.manager import TokenSlots
+from pte_vllm.method import reference
 
 RANK, D_IN, OUTPUTS, ADAPTERS, SLOTS = 12, 20, (24, 8, 16), 2, 5
 
@@ -77,8 +77,8 @@ def test_against_definition(dtype: torch.dtype) -> None:
 
 _COMPILED = """
 import torch
-from pte_vllm import lora_cuda
-from pte_vllm.ops import reference
+from pte_vllm.engine.lora import cuda as lora_cuda
+from pte_vllm.method import reference
 from tests.ops.test_lora_cuda import OUTPUTS, RANK, _Linear
 
 lora_cuda.use_kernels = lambda device: True  # the operator, whose kernel the interpreter runs

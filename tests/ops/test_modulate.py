@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pte_vllm.lora import TokenSlots
-from pte_vllm.ops import reference
-from pte_vllm.ops.modulate import modulate_segments, modulate_slices, modulate_tokens
+from pte_vllm.engine.lora.manager import TokenSlots
+from pte_vllm.kernels.modulate import modulate_segments, modulate_slices, modulate_tokens
+from pte_vllm.method import reference
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [5], [1, 7, 1, 3], [2, 1, 1, 13, 1]])

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 
 _CODE = """
 import torch
-from pte_vllm.ops import reference
-from pte_vllm.ops.modulate_triton import modulate_slices_
+from pte_vllm.method import reference
+from pte_vllm.kernels.modulate_triton import modulate_slices_
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)

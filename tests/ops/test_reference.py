@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from pte_vllm.ops import reference
-from pte_vllm.ops.reference import RULES, LayerEncoder
-from pte_vllm.types import FEATURES
+from pte_vllm.method import reference
+from pte_vllm.method.names import FEATURES
+from pte_vllm.method.reference import RULES, LayerEncoder
 
 D_KV = 7
 

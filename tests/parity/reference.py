@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import log_probs
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import log_probs
 from tests.engine import Job
 
 TOLERANCE = 2e-4

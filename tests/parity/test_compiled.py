@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from vllm.config import CompilationMode
 
-from pte_vllm.ops import native
+from pte_vllm.kernels import native
 from tests.engine import BLOCK, Engine, Job, lora
 from tests.parity.reference import TOLERANCE, assert_parity
 from tests.support import random_tokens

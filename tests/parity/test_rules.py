@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_vllm.train.config import DRIFT_LIMITS
-from pte_vllm.types import RULES
+from pte_vllm.method.names import RULES
+from pte_vllm.train.run.config import DRIFT_LIMITS
 from tests.conftest import ARCHITECTURES
 from tests.engine import BLOCK, Engine, Job, lora
 from tests.parity.reference import assert_parity, difference

@@ -11,9 +11,9 @@ import httpx
 import pytest
 from fastapi import Request
 
-from pte_vllm.cli import main
-from pte_vllm.config import ServiceConfig
-from pte_vllm.server.auth import ADMIN_KEY, Keys, admit_admin
+from pte_vllm.cli.main import main
+from pte_vllm.method.options import ServiceConfig
+from pte_vllm.server.access.auth import ADMIN_KEY, Keys, admit_admin
 from tests.server.serving import Server
 
 API, ADMIN = "key-of-users-5cd1", "key-of-admins-8e07"

@@ -10,7 +10,7 @@ import openai
 import pytest
 import torch
 
-from pte_vllm.plan import FoldPlan
+from pte_vllm.method.plan import FoldPlan
 from tests.engine import BLOCK
 from tests.parity.reference import TOLERANCE
 from tests.server.serving import IGNORE_EOS, WINDOW, Server

@@ -13,8 +13,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from pte_vllm.server.auth import ADMIN_KEY
-from pte_vllm.train.client import RolloutClient
+from pte_vllm.server.access.auth import ADMIN_KEY
+from pte_vllm.wire.client import RolloutClient
 from tests.engine import BLOCK
 from tests.parity.reference import TOLERANCE
 from tests.server.serving import WINDOW, Server

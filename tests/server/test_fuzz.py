@@ -13,7 +13,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
-from pte_vllm.train.client import RolloutClient
+from pte_vllm.wire.client import RolloutClient
 from tests.server.serving import Server
 from tests.support import random_tokens
 

@@ -16,8 +16,8 @@ import httpx
 import pytest
 import torch
 
-from pte_vllm.train.client import RolloutClient, ServerError
-from pte_vllm.train.rollout import Rollout
+from pte_vllm.wire.client import RolloutClient, ServerError
+from pte_vllm.wire.rollout import Rollout
 from tests.engine import BLOCK
 from tests.parity.reference import TOLERANCE, replayed
 from tests.server.serving import NO_KERNEL_CACHE, NUM_BLOCKS, Server

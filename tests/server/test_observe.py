@@ -19,7 +19,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pte_vllm.adapter_hash import content_hash
+from pte_vllm.adapter.hashes import content_hash
 from tests.engine import BLOCK
 from tests.server.serving import Server
 from tests.support import random_tokens

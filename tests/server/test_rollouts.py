@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pte_vllm.adapter_hash import CONFIG_FILE, ENCODER_FILE, LORA_FILE, content_hash, file_hashes
-from pte_vllm.train.client import RolloutClient, ServerError
-from pte_vllm.train.rollout import Rollout
+from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE, content_hash, file_hashes
+from pte_vllm.wire.client import RolloutClient, ServerError
+from pte_vllm.wire.rollout import Rollout
 from tests.engine import BLOCK
 from tests.parity.reference import TOLERANCE, replayed
 from tests.server.serving import NUM_BLOCKS, WINDOW, Server

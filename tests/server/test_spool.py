@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pte_vllm.adapter_hash import content_hash, file_hashes
-from pte_vllm.server.spool import Spool, Version, check_name
+from pte_vllm.adapter.hashes import content_hash, file_hashes
+from pte_vllm.server.adapters.spool import Spool, Version, check_name
 
 
 def _add(spool: Spool, name: str, number: int, content: bytes) -> Version:

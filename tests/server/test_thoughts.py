@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load
 
-from pte_vllm.plan import FoldPlan
-from pte_vllm.server.thoughts import MAX_LISTENERS
-from pte_vllm.train.client import RolloutClient
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.server.thought_routes import MAX_LISTENERS
+from pte_vllm.wire.client import RolloutClient
 from tests.engine import BLOCK
 from tests.server.serving import IGNORE_EOS, WINDOW, Server
 from tests.server.thinking import LENGTH, PROMPT, complete, finished, replay

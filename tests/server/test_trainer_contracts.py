@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pte_vllm.server.adapter_upload import MAX_ADAPTER_BYTES
+from pte_vllm.server.adapters.upload import MAX_ADAPTER_BYTES
 from tests.engine import BLOCK
 from tests.server.serving import WINDOW, Server
 from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import pytest
 from fastapi import HTTPException, Request
 
-from pte_vllm.adapter_hash import CONFIG_FILE, LORA_FILE
-from pte_vllm.server import adapter_upload
-from pte_vllm.server.adapter_upload import Upload, read_upload
+from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE
+from pte_vllm.server.adapters import upload as adapter_upload
+from pte_vllm.server.adapters.upload import Upload, read_upload
 
 GOOD = {CONFIG_FILE: b"{}", LORA_FILE: b"tensors"}
 

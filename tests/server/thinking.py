@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import ReplayResult, log_probs
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import ReplayResult, log_probs
 from tests.engine import BLOCK
 from tests.parity.reference import load_model
 from tests.server.serving import WINDOW, Server

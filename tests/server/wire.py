@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import torch
 
-from pte_vllm.plan import FoldPlan
+from pte_vllm.method.plan import FoldPlan
 from tests.engine import BLOCK
 from tests.parity.reference import TOLERANCE, replayed
 from tests.server.serving import WINDOW, Server

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.batch import Batch
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import replay
-from pte_vllm.train.rollout import Rollout, WeightSpan, fold_events
-from pte_vllm.train.transport import ServerError
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import replay
+from pte_vllm.wire.rollout import Rollout, WeightSpan, fold_events
+from pte_vllm.wire.transport import ServerError
 
 BLOCK = 16
 

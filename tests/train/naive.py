@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.config import PTEConfig
-from pte_vllm.ops.reference import LayerEncoder
-from pte_vllm.plan import FoldPlan
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.method.options import PTEConfig
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.reference import LayerEncoder
 
 Evicted = tuple[Tensor, Tensor]
 """Keys and values of one fold, each [m, d_kv]."""

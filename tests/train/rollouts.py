@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.batch import Batch
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import replay
-from pte_vllm.train.rollout import Rollout, WeightSpan, fold_events
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import replay
+from pte_vllm.wire.rollout import Rollout, WeightSpan, fold_events
 from tests.support import random_tokens
 
 BLOCK = 16

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.train.batch import Batch
-from pte_vllm.train.config import GrpoOptions
-from pte_vllm.train.grpo import Sample, with_advantages
-from pte_vllm.train.learner import Learner
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import replay
-from pte_vllm.train.rollout import Rollout
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.train.grpo.learner import Learner
+from pte_vllm.train.grpo.loss import Sample, with_advantages
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import replay
+from pte_vllm.train.run.config import GrpoOptions
+from pte_vllm.wire.rollout import Rollout
 from tests.train.rollouts import make_rollout
 
 TEMPERATURE = 0.9

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.client import RolloutClient, RolloutMismatch, ServerError
-from pte_vllm.train.rollout import Rollout, WeightSpan
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.wire.client import RolloutClient, RolloutMismatch, ServerError
+from pte_vllm.wire.rollout import Rollout, WeightSpan
 
 INFO = {
     "plan": {
@@ -133,7 +133,7 @@ PROMPTS = [[5, 6, 7], [8, 9]]
 
 
 def test_imports_neither_vllm_nor_torch() -> None:
-    code = "import sys, pte_vllm.train.client; print(*{'vllm', 'torch'} & sys.modules.keys())"
+    code = "import sys, pte_vllm.wire.client; print(*{'vllm', 'torch'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from pte_vllm.train.config import DataOptions
-from pte_vllm.train.data import Problem, Stream, at_most, prompt_ids
-from pte_vllm.train.data_sources import open_source, open_stream
-from pte_vllm.train.rewards import score
+from pte_vllm.train.data.questions import Problem, Stream, at_most, prompt_ids
+from pte_vllm.train.data.sources import open_source, open_stream
+from pte_vllm.train.rewards.functions import score
+from pte_vllm.train.run.config import DataOptions
 
 GSM8K = [
     {"question": "6 times 7?", "answer": "6*7 = <<6*7=42>>42\n#### 42"},
@@ -234,7 +234,7 @@ def test_wrong_tasks_of_reasoning_gym(given: dict[str, Any], message: str) -> No
 
 
 def test_memory_tasks_are_token_ids() -> None:
-    pytest.importorskip("pte_vllm.train.tasks")
+    pytest.importorskip("pte_vllm.train.data.memory_tasks")
     given = options("memory", task="recall", task_options={"gap_tokens": [10, 20], "facts": 3})
     source = open_source(given)
     problems = [source.problem(i) for i in range(8)]
@@ -347,7 +347,7 @@ def test_prompts_as_tokens(tiny: Callable[[str], Path], jsonl: Callable[..., str
 def test_questions_need_neither_vllm_nor_torch_until_they_are_loaded() -> None:
     code = """
 import sys
-import pte_vllm.train.data_sources, pte_vllm.train.rewards
+import pte_vllm.train.data.sources, pte_vllm.train.rewards.functions
 heavy = {"torch", "transformers", "vllm", "datasets", "sympy", "reasoning_gym"} & set(sys.modules)
 assert not heavy, heavy
 """

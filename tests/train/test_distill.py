@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.batch import Batch
-from pte_vllm.train.distill_data import Example, align, batches, pack
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import Scores, replay
-from pte_vllm.train.teacher import ask_teacher
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.distill.examples import Example, align, batches, pack
+from pte_vllm.train.distill.teacher import ask_teacher
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import Scores, replay
 from tests.support import VOCAB, random_tokens
 
 Tiny = Callable[[str], Path]

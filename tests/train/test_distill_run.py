@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.commands import distill
-from pte_vllm.train.config import DistillRun
-from pte_vllm.train.distill import hold_out, train
-from pte_vllm.train.distill_data import Example, read_rollouts, read_texts
-from pte_vllm.train.distill_step import evaluate
-from pte_vllm.train.metrics import read_metrics
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.rollout import Rollout, WeightSpan, fold_events
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.distill.examples import Example, read_rollouts, read_texts
+from pte_vllm.train.distill.loop import hold_out, train
+from pte_vllm.train.distill.step import evaluate
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.run.commands import distill
+from pte_vllm.train.run.config import DistillRun
+from pte_vllm.train.run.log import read_metrics
+from pte_vllm.wire.rollout import Rollout, WeightSpan, fold_events
 from tests.support import random_tokens
 from tests.train.test_distill import full_logits, plan
 
@@ -114,7 +114,7 @@ class stop_before:  # noqa: N801
         self._left = step
 
     def __enter__(self) -> None:
-        import pte_vllm.train.distill as module
+        import pte_vllm.train.distill.loop as module
 
         self._module, self._rate = module, module.learning_rate
 

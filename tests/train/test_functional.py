@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.batch import Batch
-from pte_vllm.train.functional import TokenScores, differentiable_log_probs
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import Scores, replay
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.functional import TokenScores, differentiable_log_probs
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import Scores, replay
 from tests.support import random_tokens
 
 Tiny = Callable[[str], Path]

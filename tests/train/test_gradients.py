@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.batch import Batch
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import Scores, replay
-from pte_vllm.train.window_cache import WindowCache
-from pte_vllm.types import RULES
+from pte_vllm.method.names import RULES
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import Scores, replay
+from pte_vllm.train.replay.window_cache import WindowCache
 from tests.support import random_tokens
 
 Tiny = Callable[[str], Path]

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_vllm.train.config import GrpoOptions
-from pte_vllm.train.grpo import (
+from pte_vllm.train.grpo.loss import (
     DriftError,
     PolicyLoss,
     check_drift,
@@ -22,7 +21,8 @@ from pte_vllm.train.grpo import (
     teaches,
     token_weights,
 )
-from pte_vllm.train.replay import Scores
+from pte_vllm.train.replay.replay import Scores
+from pte_vllm.train.run.config import GrpoOptions
 from tests.train.steps import a_step, policy
 
 

@@ -13,8 +13,13 @@ from typing import Any
 
 import pytest
 
-from pte_vllm.train.gym_tasks import FORMULA_TASKS, LITERAL_TASKS, gym_dataset, may_be_evaluated
-from pte_vllm.train.scorers import gym_scorer
+from pte_vllm.train.data.gym_tasks import (
+    FORMULA_TASKS,
+    LITERAL_TASKS,
+    gym_dataset,
+    may_be_evaluated,
+)
+from pte_vllm.train.rewards.scorers import gym_scorer
 
 EVALUATED = sorted(LITERAL_TASKS | FORMULA_TASKS)
 _OF_THE_QUESTION = {"bitwise_arithmetic", "number_sorting"}

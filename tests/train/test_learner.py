@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.train.batch import Batch
-from pte_vllm.train.config import GrpoOptions
-from pte_vllm.train.grpo import Sample
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import Scores, replay
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.train.grpo.loss import Sample
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import Scores, replay
+from pte_vllm.train.run.config import GrpoOptions
 from tests.train.naive import walk
 from tests.train.steps import (
     TEMPERATURE,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_vllm.train.config import GrpoOptions
-from pte_vllm.train.grpo import DriftError, Sample, staleness, with_advantages
-from pte_vllm.train.learner import Learner
-from pte_vllm.train.modeling import PTEModel
+from pte_vllm.train.grpo.learner import Learner
+from pte_vllm.train.grpo.loss import DriftError, Sample, staleness, with_advantages
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.run.config import GrpoOptions
 from tests.train.steps import TEMPERATURE, a_step, learner, policy, shifted
 
 Tiny = Callable[[str], Path]

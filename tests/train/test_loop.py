@@ -12,16 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.train import sampling
-from pte_vllm.train.checkpoint import Checkpoints, read_state
-from pte_vllm.train.config import GrpoRun
-from pte_vllm.train.data import Problem, Stream
-from pte_vllm.train.grpo import DriftError
-from pte_vllm.train.loop import train
-from pte_vllm.train.metrics import MetricsLog, read_metrics
-from pte_vllm.train.start import learning_rate
-from pte_vllm.train.transport import ServerError
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.train.data.questions import Problem, Stream
+from pte_vllm.train.grpo.loop import train
+from pte_vllm.train.grpo.loss import DriftError, sampling
+from pte_vllm.train.run.checkpoint import Checkpoints, read_state
+from pte_vllm.train.run.config import GrpoRun
+from pte_vllm.train.run.log import MetricsLog, read_metrics
+from pte_vllm.train.run.start import learning_rate
+from pte_vllm.wire.transport import ServerError
 from tests.support import random_tokens
 from tests.train.fake_server import FakeServer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pte_vllm.train.memory_curve import ARMS, main
+from pte_vllm.train.experiments.memory_curve import ARMS, main
 
 Tiny = Callable[[str], Path]
 

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from pte_vllm.train.data.memory_tasks import sample_batch
 from pte_vllm.train.experiments.memory_arms import longest_tokens, plan_of
 from pte_vllm.train.experiments.memory_base import BaseConfig
 from pte_vllm.train.experiments.memory_plans import ARMS, FULL_PLAN, LORA
-from pte_vllm.train.tasks import sample_batch
 
 
 def reach(window_tokens: int, position: int, layers: int) -> int:

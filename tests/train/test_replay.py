@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import Fold, Scores, log_probs
-from pte_vllm.types import RULES
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.method.names import RULES
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import Fold, Scores, log_probs
 from tests.support import random_tokens
 from tests.train import naive
 
@@ -358,5 +358,5 @@ def test_weights_of_the_same_form_are_taken(tiny: Tiny, adapters: Adapters) -> N
 
 
 def test_import_leaves_vllm_alone() -> None:
-    code = "import sys, pte_vllm.train.replay; sys.exit('vllm' in sys.modules)"
+    code = "import sys, pte_vllm.train.replay.replay; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

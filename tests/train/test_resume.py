@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.train.checkpoint import Checkpoints
-from pte_vllm.train.config import DistillRun, GrpoRun
-from pte_vllm.train.distill import train
-from pte_vllm.train.resume import resumed
-from pte_vllm.train.start import start_run
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.train.distill.loop import train
+from pte_vllm.train.run.checkpoint import Checkpoints
+from pte_vllm.train.run.config import DistillRun, GrpoRun
+from pte_vllm.train.run.resume import resumed
+from pte_vllm.train.run.start import start_run
 
 Tiny = Callable[[str], Path]
 Adapters = Callable[..., Path]

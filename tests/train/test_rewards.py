@@ -12,10 +12,14 @@ from typing import get_args
 
 import pytest
 
-from pte_vllm.train.config import REWARD_NAMES
-from pte_vllm.train.data import Problem
-from pte_vllm.train.gym_tasks import FORMULA_TASKS, LITERAL_TASKS, gym_dataset, may_be_evaluated
-from pte_vllm.train.rewards import (
+from pte_vllm.train.data.gym_tasks import (
+    FORMULA_TASKS,
+    LITERAL_TASKS,
+    gym_dataset,
+    may_be_evaluated,
+)
+from pte_vllm.train.data.questions import Problem
+from pte_vllm.train.rewards.functions import (
     _GYM_WORKER,
     _MATH_WORKER,
     MAX_ANSWER_CHARS,
@@ -24,6 +28,7 @@ from pte_vllm.train.rewards import (
     last_boxed,
     score,
 )
+from pte_vllm.train.run.config import REWARD_NAMES
 
 EVALUATED = sorted(LITERAL_TASKS | FORMULA_TASKS)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.rollout import FoldEvent, Rollout, WeightSpan, fold_events, with_rho
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.wire.rollout import FoldEvent, Rollout, WeightSpan, fold_events, with_rho
 
 PLAN = FoldPlan(pin_tokens=5, window_tokens=16, evict_ratio=0.25, block_size=4)
 

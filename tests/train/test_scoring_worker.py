@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pte_vllm.train.scoring_worker import ScoringWorker
+from pte_vllm.train.rewards.scoring_worker import ScoringWorker
 from tests.train.evaluator import evaluator, sleeper
 
 
@@ -213,7 +213,7 @@ def test_closing_ends_the_worker_and_removes_its_directory() -> None:
 
 def test_the_worker_ends_with_its_trainer() -> None:
     code = """
-from pte_vllm.train.scoring_worker import ScoringWorker
+from pte_vllm.train.rewards.scoring_worker import ScoringWorker
 from tests.train.evaluator import sleeper
 worker = ScoringWorker(sleeper)
 worker.score((), (0.0,))
@@ -227,7 +227,7 @@ print(worker.pid, worker._running.home.name)
 def test_a_busy_worker_ends_when_its_trainer_is_gone(tmp_path: Path) -> None:
     code = """
 import threading
-from pte_vllm.train.scoring_worker import ScoringWorker
+from pte_vllm.train.rewards.scoring_worker import ScoringWorker
 from tests.train.evaluator import sleeper
 worker = ScoringWorker(sleeper, timeout_s=1.0)
 worker.score((), (0.0,))

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pte_vllm.train.tasks import (
+from pte_vllm.train.data.memory_tasks import (
     MAX_FACTS,
     NODES,
     TASKS,

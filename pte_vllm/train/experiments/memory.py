@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pte_vllm.train.tasks import TASKS
+from pte_vllm.train.data.memory_tasks import TASKS
 
 if TYPE_CHECKING:
     from pte_vllm.train.experiments.memory_arms import Arm, Budget

@@ -10,18 +10,18 @@ from typing import Any, Literal
 
 import torch
 
-from pte_vllm.adapter import Adapter
-from pte_vllm.adapter_defaults import TARGET_MODULES
-from pte_vllm.adapter_files import layer_of
-from pte_vllm.adapter_init import init_adapter
-from pte_vllm.calibration import Spans
-from pte_vllm.config import PTEConfig
-from pte_vllm.plan import FoldPlan
-from pte_vllm.train.batch import Batch
+from pte_vllm.adapter.calibration import Spans
+from pte_vllm.adapter.defaults import TARGET_MODULES
+from pte_vllm.adapter.files import layer_of
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.adapter.init import init_adapter
+from pte_vllm.method.options import PTEConfig
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.data.memory_tasks import PIN_TOKENS, TASKS, Sample, sample_batch
 from pte_vllm.train.experiments.supervised import Schedule, score_answers, train_answers
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import Backward
-from pte_vllm.train.tasks import PIN_TOKENS, TASKS, Sample, sample_batch
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import Backward
 
 BLOCK_TOKENS = 8
 WINDOW_TOKENS = 16

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pte_vllm.train.tasks import (
+from pte_vllm.train.data.memory_tasks import (
     NODES,
     TASKS,
     VOCABULARY,

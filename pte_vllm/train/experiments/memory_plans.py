@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pte_vllm.config import PTEConfig
+from pte_vllm.method.options import PTEConfig
 from pte_vllm.train.experiments.memory_arms import Arm, Budget
 from pte_vllm.train.experiments.memory_base import BaseConfig
 

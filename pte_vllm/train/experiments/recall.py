@@ -20,13 +20,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pte_vllm.adapter_defaults import parse_layers
-from pte_vllm.plan import FoldPlan
+from pte_vllm.adapter.defaults import parse_layers
+from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.experiments.recall_arms import ABLATIONS, ARMS
 
 if TYPE_CHECKING:
-    from pte_vllm.train.distill_data import Example
-    from pte_vllm.train.modeling import PTEModel
+    from pte_vllm.train.distill.examples import Example
+    from pte_vllm.train.replay.modeling import PTEModel
 
 BLOCK_TOKENS, EVICT_RATIO, PIN_TOKENS = 32, 0.5, 32
 TEXT_TOKENS, TEXT_SEQUENCES = 768, 16
@@ -138,10 +138,10 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from pte_vllm.train.batch import Batch
     from pte_vllm.train.experiments.recall_arms import make_model
     from pte_vllm.train.experiments.recall_task import RecallTask, Sample
     from pte_vllm.train.experiments.supervised import Schedule, score_answers, train_answers
+    from pte_vllm.train.replay.batch import Batch
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -227,7 +227,7 @@ def _plan(window_tokens: int) -> FoldPlan:
 
 def _training_text(tokenizer: Any, plan: FoldPlan, source: str) -> list[Example]:
     """All of the text in short sequences; none without a source."""
-    from pte_vllm.train.distill_data import pack, read_texts
+    from pte_vllm.train.distill.examples import pack, read_texts
 
     if not source:
         return []
@@ -242,10 +242,10 @@ def _perplexity(model: PTEModel, tokenizer: Any, plan: FoldPlan, source: str) ->
     """On ordinary text, of the tokens beyond the first fold: the same ones for every arm."""
     if not source:
         return None
-    from pte_vllm.train.batch import Batch
-    from pte_vllm.train.distill_data import pack, read_texts
+    from pte_vllm.train.distill.examples import pack, read_texts
     from pte_vllm.train.experiments.recall_arms import WINDOW_TOKENS
     from pte_vllm.train.experiments.supervised import score_answers
+    from pte_vllm.train.replay.batch import Batch
 
     examples = pack(
         read_texts(source),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pte_vllm.config import PTEConfig
+from pte_vllm.method.options import PTEConfig
 
 if TYPE_CHECKING:
-    from pte_vllm.train.modeling import PTEModel
-    from pte_vllm.train.replay import Backward
+    from pte_vllm.train.replay.modeling import PTEModel
+    from pte_vllm.train.replay.replay import Backward
 
 WINDOW_TOKENS = 64
 
@@ -91,10 +91,10 @@ def make_model(
     arm: RecallArm, base: str, dtype: str, layers: list[int] | None, tokenizer: Any, seed: int
 ) -> PTEModel:
     """The frozen model with the arm's untrained adapter, calibrated on ordinary text."""
-    from pte_vllm.adapter_init import init_adapter
-    from pte_vllm.calibration import sample_sequences
-    from pte_vllm.sample_text import SAMPLE_TEXT
-    from pte_vllm.train.modeling import PTEModel
+    from pte_vllm.adapter.calibration import sample_sequences
+    from pte_vllm.adapter.init import init_adapter
+    from pte_vllm.adapter.sample_text import SAMPLE_TEXT
+    from pte_vllm.train.replay.modeling import PTEModel
 
     bare = PTEModel.from_pretrained(base, dtype=dtype)
     if not arm.trained:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pte_vllm.train.batch import Batch
-from pte_vllm.train.distill_data import Example
-from pte_vllm.train.distill_step import accumulate_gradient
-from pte_vllm.train.modeling import PTEModel
-from pte_vllm.train.replay import Backward, Scores, replay
+from pte_vllm.train.distill.examples import Example
+from pte_vllm.train.distill.step import accumulate_gradient
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import Backward, Scores, replay
 
 
 @dataclass(frozen=True, kw_only=True)

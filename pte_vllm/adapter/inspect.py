@@ -1,0 +1,134 @@
+"""`pte-vllm adapter inspect`: validate an adapter and show what it holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pte_vllm.adapter.files import layer_of
+from pte_vllm.adapter.format import Adapter, ModelShape
+from pte_vllm.adapter.hashes import file_hashes
+from pte_vllm.method.reference import RULES, TENSORS
+
+
+def inspect(path: str | Path, *, model: str | None = None, as_json: bool = False) -> None:
+    """Print what the adapter in `path` holds, as tables or as JSON.
+
+    Args:
+        model: name or directory of the base model that it must fit; None skips those checks.
+
+    Raises:
+        AdapterError: if the adapter is broken or does not fit.
+        OSError: if the model's configuration cannot be read.
+    """
+    shape = None
+    if model is not None:
+        from transformers import AutoConfig
+
+        shape = ModelShape.from_hf(AutoConfig.from_pretrained(model))
+    summary = describe(path, shape)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        _print_tables(summary)
+
+
+def describe(path: str | Path, model: ModelShape | None = None) -> dict[str, Any]:
+    """Everything `inspect` shows, as JSON values.
+
+    Raises:
+        AdapterError: if the adapter is broken or does not fit.
+    """
+    adapter = Adapter.load(path, model)
+    lora = [*adapter.lora_a.values(), *adapter.lora_b.values()]
+    rank = next(iter(adapter.lora_b.values())).shape[1]
+    summary: dict[str, Any] = {
+        "path": str(path),
+        "kind": "plain LoRA" if adapter.pte is None else "progressive thought encoding",
+        "base_model": adapter.peft.get("base_model_name_or_path"),
+        "rank": rank,
+        "scale": adapter.scale,
+        "targets": sorted({module.rsplit(".", 1)[-1] for module in adapter.lora_a}),
+        "lora_parameters": sum(tensor.numel() for tensor in lora),
+        "encoder_parameters": 0,
+        "state_bytes_per_sequence": 0,
+        "checked_against_model": model is not None,
+    }
+    if adapter.pte is not None:
+        summary |= asdict(adapter.pte)
+        tensors = [getattr(e, name) for e in adapter.encoders.values() for name in TENSORS]
+        summary["encoder_parameters"] = sum(tensor.numel() for tensor in tensors)
+        # What the rule keeps between folds, as the rule itself says.
+        kept = RULES[adapter.pte.rule].start(adapter.stacked_encoder(), adapter.pte.normalize)
+        summary["state_bytes_per_sequence"] = sum(t.numel() * 4 for t in kept.values())
+    summary["layers"] = _layers(adapter)
+    summary["sha256"] = file_hashes(path)
+    return summary
+
+
+def _layers(adapter: Adapter) -> list[dict[str, Any]]:
+    """Per layer: the linears and the Frobenius norms of all their A, and of all their B."""
+    modules: dict[int | None, list[str]] = {layer: [] for layer in adapter.layers}
+    for module in adapter.lora_a:
+        modules.setdefault(layer_of(module), []).append(module)
+    rows = []
+    for layer in sorted(modules, key=lambda index: -1 if index is None else index):
+        encoder = adapter.encoders.get(layer) if layer is not None else None
+        norms = {
+            name: sum(float(side[m].float().square().sum()) for m in modules[layer]) ** 0.5
+            for name, side in (("norm_a", adapter.lora_a), ("norm_b", adapter.lora_b))
+        }
+        gain = None if encoder is None else float(encoder.gain)
+        rows.append({"layer": layer, "linears": len(modules[layer]), "gain": gain, **norms})
+    return rows
+
+
+def _print_tables(summary: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    head = Table(title=Path(summary["path"]).name, show_header=False, title_justify="left")
+    head.add_column(style="bold")
+    head.add_column(overflow="fold")
+    rows = {
+        "kind": summary["kind"],
+        "base model": summary["base_model"] or "not recorded",
+        "rank r": summary["rank"],
+        "scale alpha / r": f"{summary['scale']:g}",
+        "targets": ", ".join(summary["targets"]),
+        "parameters": f"{summary['lora_parameters']:,} in A and B, "
+        f"{summary['encoder_parameters']:,} in the encoder",
+    }
+    if "rule" in summary:
+        rows |= {
+            "global tokens G": summary["global_tokens"],
+            "rule": summary["rule"],
+            "read": summary["read"],
+            "keys": summary["keys"],
+            "features": summary["features"],
+            "normalize": summary["normalize"],
+            "init": summary["init"],
+            "state": f"{summary['state_bytes_per_sequence']:,} bytes per sequence",
+        }
+    with_state = sum(row["gain"] is not None for row in summary["layers"])
+    rows["layers with state"] = with_state
+    for name, value in rows.items():
+        head.add_row(name, str(value))
+    console.print(head)
+    layers = Table("layer", "linears", "gain", "‖A‖", "‖B‖")
+    for column in layers.columns:
+        column.justify = "right"
+    for row in summary["layers"]:
+        gain = "" if row["gain"] is None else f"{row['gain']:.4g}"
+        name = "" if row["layer"] is None else str(row["layer"])
+        layers.add_row(
+            name, str(row["linears"]), gain, f"{row['norm_a']:.4g}", f"{row['norm_b']:.4g}"
+        )
+    console.print(layers)
+    for name, digest in summary["sha256"].items():
+        console.print(f"{digest}  {name}", soft_wrap=True)
+    if summary["checked_against_model"]:
+        console.print("fits the model given")

@@ -1,0 +1,191 @@
+"""`pte-vllm bench WHAT`: speed and memory, every baseline in the same run, the arms taking turns.
+
+Imports the standard library only, so that help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from pte_vllm.adapter.defaults import NEW_RULE, new_features
+from pte_vllm.method.names import FEATURES, RULES, Features
+from pte_vllm.preload import DEFAULT, LIBRARIES, parse_names
+
+_ABOUT = {
+    "throughput": "tokens/s of many long rollouts in a small KV pool: full cache, window, PTE",
+    "lora": "tokens/s of a batch: base model, vLLM's LoRA, ours, PTE",
+    "latency": "time per token by position, and time to the first token",
+    "fold": "what folding costs per token",
+    "prefix": "a group that shares a question: how much of it is read once",
+    "push": "tokens/s while new adapter versions arrive, against the steady state",
+    "preload": "PTE with tcmalloc, Intel's OpenMP, both and neither preloaded; without huge pages",
+    "profile": "where the time of a step goes on a CPU",
+    "gpu": "one GPU without a network: kernels, exactness, throughput at long rollouts, overhead",
+    "soak": "a server under mixed traffic for long: errors, latencies, and what grows",
+    "train": "memory and time of a training step by answer length (pte-vllm train memory-curve)",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one benchmark; returns the exit status."""
+    if argv[:1] == ["train"]:  # has options of its own
+        from pte_vllm.train.experiments.memory_curve import main as memory_curve
+
+        return memory_curve(argv[1:])
+    if argv[:1] == ["gpu"]:  # so does this
+        from pte_vllm.bench.gpu.run import main as gpu
+
+        return gpu(argv[1:])
+    args = _parser().parse_args(argv)
+    if not Path(args.model).exists():
+        raise ValueError(
+            f"--model {args.model} does not exist; make it with "
+            f"`pte-vllm model fetch smollm2 {args.model}`"
+        )
+    for name, least in (
+        *(("repeats", 1), ("window", 0), ("tokens", 2), ("seqs", 1)),
+        *(("streams", 1), ("minutes", 0), ("every", 0), ("pool", 1)),
+    ):
+        if getattr(args, name, least) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    args.features = adapter_features(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.what == "soak":
+        from pte_vllm.bench.soak import run as soak
+
+        return soak(args)
+    if args.what == "push":
+        from pte_vllm.bench.push import run
+    else:
+        from pte_vllm.bench.engine_runs import run
+    run(args)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pte-vllm bench",
+        description="Measure speed. Baselines run in the same run, in turn with ours; each command "
+        "prints median, spread and ratio, and writes JSON and a plot.",
+    )
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    adders: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+        "throughput": _throughput,
+        "lora": _lora,
+        "latency": _latency,
+        "fold": _fold,
+        "prefix": _prefix,
+        "preload": _lora,
+        "profile": _profile,
+        "push": _push,
+        "soak": _soak,
+    }
+    for name, about in _ABOUT.items():
+        command = commands.add_parser(
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name in adders:
+            _common(command)
+            if name != "soak":  # has one arm
+                command.add_argument(
+                    "--repeats", type=int, default=3, help="runs of each arm, alternating"
+                )
+            adders[name](command)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=".cache/models/smollm2", help="checkpoint directory")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
+    parser.add_argument("--window", type=int, default=256, help="tokens of the window")
+    add_adapter_flags(parser)
+    parser.add_argument(
+        "--preload",
+        type=parse_names,
+        default=",".join(DEFAULT),
+        help=f"what engines on a CPU load first, baselines too: {', '.join(LIBRARIES)}, none",
+    )
+    parser.add_argument(
+        "--eager",
+        action="store_true",
+        help="all engines without torch.compile, which takes a minute at their start",
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="for JSON and plot")
+
+
+def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
+    """What the adapters of a benchmark are like."""
+    parser.add_argument(
+        "--rule", choices=RULES, default=NEW_RULE, help="update rule of the PTE arm"
+    )
+    parser.add_argument(
+        "--features",
+        choices=FEATURES,
+        default=argparse.SUPPRESS,
+        help="of its keys (default: as `pte-vllm adapter init` makes them for the rule)",
+    )
+    parser.add_argument("--rank", type=int, default=32, help="of the adapters")
+
+
+def adapter_features(args: argparse.Namespace) -> Features:
+    """As given by `--features`, or as a new adapter of the rule has them, its start aligned."""
+    return getattr(args, "features", None) or new_features(args.rule)
+
+
+def _throughput(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seqs", type=int, default=16, help="rollouts at once")
+    parser.add_argument("--group", type=int, default=4, help="rollouts that share a question")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a question")
+    parser.add_argument("--tokens", type=int, default=2000, help="tokens of an answer")
+    parser.add_argument("--pool", type=int, default=4, help="full rollouts that the pool holds")
+    parser.add_argument(
+        "--with-lora", action="store_true", help="also a full cache with a plain LoRA"
+    )
+
+
+def _lora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seqs", type=int, default=8, help="sequences at once")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of a question")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of an answer")
+
+
+def _profile(parser: argparse.ArgumentParser) -> None:
+    _lora(parser)
+    parser.set_defaults(seqs=16, tokens=512)
+
+
+def _latency(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--positions", default="1000,2000,4000,8000,16000", help="measured at")
+    parser.add_argument("--tokens", type=int, default=64, help="generated at each")
+
+
+def _fold(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seqs", type=int, default=8, help="sequences, which fold together")
+    parser.add_argument("--tokens", type=int, default=1000, help="tokens of an answer")
+
+
+def _prefix(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--group", type=int, default=16, help="rollouts that share a question")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the question")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer")
+
+
+def _push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--streams", type=int, default=16, help="rollouts that run all the time")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds from push to push")
+
+
+def _soak(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=20.0, help="how long")
+    parser.add_argument("--streams", type=int, default=16, help="requests at once")
+    parser.add_argument("--tokens", type=int, default=300, help="longest answer")
+    parser.add_argument("--pool", type=int, default=160, help="KV blocks; few: preemptions")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds from push to push")
+    parser.add_argument("--seed", type=int, default=0, help="of what the requests are")

@@ -1,0 +1,216 @@
+"""Attention backend: the platform's own, over a block table without the gap.
+
+Physical position = logical position − folded tokens. Kernels need no change, and the work per
+token is O(pinned + window). The runner publishes the gaps of the step in `StepInfo`; here they are
+cut out of the metadata.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadata, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from pte_vllm.engine.cache import PTESpec, check_spec
+from pte_vllm.method.options import EngineConfig
+
+
+@dataclass
+class Gaps:
+    """Gaps of the rows of the running batch, in blocks; written by the runner before each step.
+
+    Persistent tensors on the model's device, so that CUDA graphs replay over them.
+    """
+
+    first: torch.Tensor  # [max_num_seqs] int32: pinned blocks
+    length: torch.Tensor  # [max_num_seqs] int32: folded blocks
+    length_cpu: torch.Tensor  # [max_num_seqs] int32
+    any: bool = False
+    """Whether any row has a gap; without one the metadata passes through untouched."""
+
+    @classmethod
+    def allocate(cls, max_num_seqs: int, device: torch.device) -> Gaps:
+        zeros = torch.zeros(max_num_seqs, dtype=torch.int32)
+        return cls(
+            first=zeros.to(device), length=zeros.clone().to(device), length_cpu=zeros.clone()
+        )
+
+    def publish(self, first: list[int], length: list[int]) -> None:
+        """Set the rows of this step, in batch order; rows past them have no gap."""
+        num_rows = len(length)
+        self.any = any(length)
+        self.length_cpu.zero_()
+        self.length_cpu[:num_rows] = torch.tensor(length, dtype=torch.int32)
+        # Through pinned memory: the host must not wait for the step that is under way.
+        async_tensor_h2d(self.length_cpu, out=self.length)
+        if first:
+            async_tensor_h2d(first, out=self.first[:num_rows])
+
+    def clear(self) -> None:
+        """No gaps, as for profiling and graph capture."""
+        self.publish([], [])
+
+
+_gaps: Gaps | None = None
+
+
+def set_gaps(gaps: Gaps | None) -> None:
+    """Install the worker's gaps; one engine worker lives in a process."""
+    global _gaps
+    _gaps = gaps
+
+
+def cut_gaps(
+    common: CommonAttentionMetadata,
+    gaps: Gaps,
+    block_size: int,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> CommonAttentionMetadata:
+    """Metadata of the same queries over physical positions.
+
+    Args:
+        common: the step's metadata over logical positions, `num_reqs` rows.
+        gaps: `first` and `length` per row.
+        block_size: tokens per block.
+        out: persistent `(block_table [max_reqs, blocks], seq_lens [max_reqs])` to write into.
+    """
+    rows = common.num_reqs
+    table, seq_lens = common.block_table_tensor[:rows], common.seq_lens[:rows]
+    changes: dict[str, object] = {}
+    columns = width = table.shape[1]
+    upper = common.seq_lens_cpu_upper_bound
+    # Without gaps the caller's bounds stand. When a graph is captured the longest sequence is
+    # `max_model_len`, far beyond the batch's own: kernels keep that number for all replays.
+    if upper is not None and gaps.any:
+        physical = upper[:rows] - gaps.length_cpu[:rows] * block_size
+        changes["seq_lens_cpu_upper_bound"] = physical
+        changes["max_seq_len"] = longest = int(physical.max())
+        if out is not None:
+            columns = min(width, -(-longest // block_size))  # nobody reads the rest
+    first, length = gaps.first[:rows, None], gaps.length[:rows, None]
+    column = torch.arange(columns, device=table.device, dtype=torch.int32)[None]
+    source = torch.where(column < first, column, column + length)
+    source = source.clamp_(max=width - 1).long()
+    new_table = table.gather(1, source)
+    new_seq_lens = seq_lens - length[:, 0] * block_size
+    if out is not None:
+        out[0][:rows, :columns].copy_(new_table)
+        out[1][:rows].copy_(new_seq_lens)
+        new_table, new_seq_lens = out[0][:rows, :width], out[1][:rows]
+    changes |= {"block_table_tensor": new_table, "seq_lens": new_seq_lens}
+    return replace(
+        common,
+        **changes,
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
+
+
+class GapCuttingBuilder:
+    """Mixin over a platform's metadata builder: `build` sees physical positions."""
+
+    _persistent: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> AttentionMetadata:
+        if _gaps is not None and (_gaps.any or self._graphs):
+            common_attn_metadata = cut_gaps(
+                common_attn_metadata,
+                _gaps,
+                self.kv_cache_spec.block_size,
+                self._buffers(common_attn_metadata) if self._graphs else None,
+            )
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+    @property
+    def _graphs(self) -> bool:
+        """Whether captured graphs may hold on to the addresses of the metadata."""
+        return self.device.type != "cpu"
+
+    def _buffers(self, common: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._persistent is None:
+            assert _gaps is not None
+            max_reqs, width = _gaps.length.shape[0], common.block_table_tensor.shape[1]
+            self._persistent = (
+                common.block_table_tensor.new_zeros(max_reqs, width),
+                common.seq_lens.new_zeros(max_reqs),
+            )
+        return self._persistent
+
+
+class PTEBackend:
+    """Mixin over a platform's attention backend: our spec and our builder."""
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        spec = super().customize_spec(spec)
+        engine = EngineConfig.from_vllm(get_current_vllm_config_or_none())
+        if engine is None:
+            return spec
+        check_spec(spec)
+        return PTESpec.from_full(spec, engine)
+
+    @classmethod
+    def get_builder_cls(cls):
+        return _with_gap_cutting(super().get_builder_cls())
+
+
+@cache
+def _with_gap_cutting(builder: type) -> type:
+    return type(f"PTE{builder.__name__}", (GapCuttingBuilder, builder), {"__module__": __name__})
+
+
+class PTECPUAttentionBackend(PTEBackend, CPUAttentionBackend):
+    """vLLM's CPU backend; keeps the name CPU_ATTN, under which it is registered."""
+
+
+_CUDA_BACKENDS = {
+    "PTEFlashAttentionBackend": "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend",
+    "PTETritonAttentionBackend": "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend",
+}
+
+
+def __getattr__(name: str) -> type[AttentionBackend]:
+    """Our backend over one of CUDA's, built when vLLM asks for it by path."""
+    if name == "PTECUDAAttentionBackend":
+        name = cuda_backend()
+    if name not in _CUDA_BACKENDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _over_cuda(name)
+
+
+def cuda_backend() -> str:
+    """FlashAttention where vLLM was built with it; Triton elsewhere, and for models in fp32."""
+    config = get_current_vllm_config_or_none()  # set whenever vLLM chooses a backend
+    in_fp32 = config is not None and config.model_config.dtype == torch.float32
+    use_flash = _has_flash_attention() and not in_fp32
+    return "PTEFlashAttentionBackend" if use_flash else "PTETritonAttentionBackend"
+
+
+@cache
+def _has_flash_attention() -> bool:
+    try:
+        importlib.import_module("vllm.vllm_flash_attn")
+    except ImportError:  # it refuses to be imported without its extensions
+        return False
+    return True
+
+
+@cache
+def _over_cuda(name: str) -> type[AttentionBackend]:
+    base = resolve_obj_by_qualname(_CUDA_BACKENDS[name])
+    # vLLM finds the class again by module and name; without the former it would look in `abc`.
+    about = {"__module__": __name__, "get_name": staticmethod(lambda: "CUSTOM")}
+    return type(name, (PTEBackend, base), about)

@@ -1,0 +1,165 @@
+"""KV-cache spec and manager: the question stays, folded blocks go back to the pool.
+
+Nearest relative upstream: `RSWASpec` and `RSWAManager` (vllm/v1/kv_cache_interface.py and
+vllm/v1/core/single_type_kv_cache_manager.py at v0.32.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, replace_as
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from pte_vllm.method.options import EngineConfig
+from pte_vllm.method.plan import FoldPlan
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTESpec(FullAttentionSpec):
+    """Full attention over a bounded part of the sequence.
+
+    Sizes the pool for the engine's default plan: O(max_prompt_tokens + window_tokens), whatever
+    `max_model_len` is.
+    """
+
+    window_tokens: int
+    evict_ratio: float
+    max_prompt_tokens: int | None
+
+    @classmethod
+    def from_full(cls, spec: AttentionSpec, engine: EngineConfig) -> PTESpec:
+        return replace_as(spec, cls, **{name: getattr(engine, name) for name in _OURS})
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        # The parent merges its own fields and drops ours, which are the engine's in every layer.
+        return replace_as(
+            FullAttentionSpec.merge([replace_as(s, FullAttentionSpec, drop=_OURS) for s in specs]),
+            cls,
+            **{name: getattr(specs[0], name) for name in _OURS},
+        )
+
+    def max_blocks_per_sequence(self, max_model_len: int) -> int:
+        """Most blocks that one sequence under the default plan holds."""
+        engine = EngineConfig(**{name: getattr(self, name) for name in _OURS})
+        pin_tokens = min(self.max_prompt_tokens or max_model_len, max_model_len)
+        plan = engine.plan(pin_tokens=pin_tokens, block_size=self.block_size)
+        return plan.peak_blocks(max_model_len)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """What vLLM's start-up check and its "maximum concurrency" line count for a sequence."""
+        max_model_len = vllm_config.model_config.max_model_len
+        return self.max_blocks_per_sequence(max_model_len) * self.page_size_bytes
+
+
+_OURS = ("window_tokens", "evict_ratio", "max_prompt_tokens")
+
+
+class PTEManager(FullAttentionManager):
+    """Nulls the gap of a sequence and never shares a block that depends on what was folded.
+
+    `plans` is owned by the scheduler, which enters a request when it arrives and removes it when
+    its blocks are freed for good; a preempted request keeps its plan.
+    """
+
+    def __init__(self, kv_cache_spec: PTESpec, **kwargs) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.plans: dict[str, FoldPlan] = {}
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        if apply_admission_cap:
+            # Admission asks for the whole sequence at once; it never holds more than its peak. The
+            # gap of an earlier sequence that it takes up costs nothing.
+            peak = self.plans[request_id].peak_blocks(num_tokens)
+            gap = sum(block.is_null for block in new_computed_blocks)
+            num_tokens = min(num_tokens, (peak + gap) * self.block_size)
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
+        )
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free `[pinned_blocks, pinned_blocks + folded_blocks)`.
+
+        Judged by processed tokens: the worker folds these blocks before the step that reuses them.
+        """
+        first, last = self.plans[request_id].gap(processed_computed_tokens)
+        self._remove_blocks_in_range(request_id, first, last)
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Hash blocks before `first_fold` only; later ones depend on the thought state."""
+        super().cache_blocks(
+            request,
+            min(num_tokens, self.plans[request.request_id].first_fold),
+            retention_interval,
+            replay_boundaries=replay_boundaries,
+        )
+
+    def num_held_blocks(self, request_id: str) -> int:
+        """Blocks of the pool that the request holds now."""
+        return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless plans and blocks agree."""
+        stray = set(self.req_to_blocks) - set(self.plans)
+        assert not stray, f"requests with blocks but no plan: {sorted(stray)[:5]}"
+        for request_id, blocks in self.req_to_blocks.items():
+            plan = self.plans[request_id]
+            held = self.num_held_blocks(request_id)
+            peak = plan.peak_blocks(len(blocks) * self.block_size)
+            assert held <= peak, f"{request_id} holds {held} blocks, its plan allows {peak}"
+
+
+def register_spec() -> None:
+    """Make vLLM build `PTEManager` for `PTESpec`; safe to repeat."""
+    # Registering into an empty registry would keep vLLM from adding its own specs.
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
+    KVCacheSpecRegistry.register(PTESpec, PTEManager, uniform_type_base_spec=FullAttentionSpec)
+
+
+def check_spec(spec: KVCacheSpec) -> None:
+    """Raise ValueError unless the layer is plain full attention."""
+    if type(spec) is not FullAttentionSpec:
+        raise ValueError(
+            f"PTE supports models with full attention only, this one has {type(spec).__name__} "
+            "(sliding-window, MLA, chunked and cross attention are not supported)"
+        )
+    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        raise ValueError("PTE does not support sliding-window or chunked attention")

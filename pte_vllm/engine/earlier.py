@@ -1,0 +1,165 @@
+"""Requests that a later one may continue by `pte_state_id`: what the API server remembers of them.
+
+How a sequence folds has to stay the same for its continuation to be the same sequence, and a client
+need not know the numbers. The thoughts themselves are the client's to send, as tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pte_vllm.method.options import RequestOptions
+
+MAX_EARLIER = 4096
+"""Requests remembered; a few hundred bytes each."""
+
+_ENDING = re.compile(r"-([0-9a-f]{8}|\d+)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierRequest:
+    """The plan of a request, its adapter, and what its continuations begin with."""
+
+    pin_tokens: int
+    window_tokens: int
+    rule: str | None
+    """As the request gave it; None: the adapter's."""
+    adapter: str | None
+    """Name in the engine, version included."""
+    adapter_path: str | None
+    choices: int
+    num_prompt_tokens: int
+    prompt_hash: int
+
+    @classmethod
+    def of(
+        cls,
+        options: RequestOptions,
+        *,
+        pin_tokens: int,
+        window_tokens: int,
+        adapter: tuple[str, str] | None,
+        choices: int,
+        prompt: Sequence[int],
+    ) -> EarlierRequest:
+        """Of a request that was accepted; `adapter` is its name and path."""
+        return cls(
+            pin_tokens=pin_tokens,
+            window_tokens=window_tokens,
+            rule=options.rule,
+            adapter=adapter[0] if adapter is not None else None,
+            adapter_path=adapter[1] if adapter is not None else None,
+            choices=choices,
+            num_prompt_tokens=len(prompt),
+            prompt_hash=hash(tuple(prompt)),
+        )
+
+    def check(
+        self,
+        options: RequestOptions,
+        *,
+        adapter: tuple[str, str] | None,
+        adapter_rule: str | None,
+        prompt: Sequence[int],
+    ) -> None:
+        """Refuse a continuation that contradicts it.
+
+        Args:
+            options: what the continuation sends.
+            adapter: its adapter's name and path.
+            adapter_rule: the rule of that adapter; None without a thought state.
+            prompt: its tokens.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        name, path = adapter if adapter is not None else (None, None)
+        if (name, path) != (self.adapter, self.adapter_path):
+            raise ValueError(
+                f"pte_state_id: {options.state_id} ran with {self.adapter or 'no adapter'}, this "
+                f"request with {name or 'none'}: name {self.adapter or 'the base model'} as model"
+            )
+        for option, given, before in (
+            ("pte_window", options.window_tokens, self.window_tokens),
+            ("pte_pin_tokens", options.pin_tokens, self.pin_tokens),
+            ("pte_update", options.rule, self.rule or adapter_rule),
+        ):
+            if given is not None and given != before:
+                raise ValueError(
+                    f"{option} is {given}, but {options.state_id} ran with {before}: leave it out, "
+                    "or leave out pte_state_id"
+                )
+        count = self.num_prompt_tokens
+        if len(prompt) < count or hash(tuple(prompt[:count])) != self.prompt_hash:
+            raise ValueError(
+                f"pte_state_id: the prompt must begin with the {count} tokens of the prompt of "
+                f"{options.state_id}, followed by its thoughts"
+            )
+
+    def apply(self, options: RequestOptions) -> RequestOptions:
+        """The continuation's options, spelled out."""
+        return replace(
+            options,
+            state_id=None,
+            window_tokens=self.window_tokens,
+            pin_tokens=self.pin_tokens,
+            rule=self.rule,
+        )
+
+
+class EarlierRequests:
+    """The last `MAX_EARLIER` requests of this process, by the id that vLLM's routes give them."""
+
+    def __init__(self) -> None:
+        self._by_id: OrderedDict[str, EarlierRequest] = OrderedDict()
+
+    def add(self, request_id: str, request: EarlierRequest) -> None:
+        self._by_id[request_id] = request
+        self._by_id.move_to_end(request_id)
+        if len(self._by_id) > MAX_EARLIER:
+            self._by_id.popitem(last=False)
+
+    def get(self, name: str) -> EarlierRequest:
+        """The request called `name`, as in `/pte/v1/thoughts`.
+
+        Raises:
+            ValueError: if it is unknown or forgotten, with what to send instead.
+        """
+        request_id = self._find(name)
+        if request_id is None:
+            raise ValueError(
+                f"pte_state_id: there is no request {name} here, or it was forgotten; to continue "
+                "from its tokens alone, leave pte_state_id out and send its pte_pin_tokens, "
+                "pte_window and pte_update"
+            )
+        return self._by_id[request_id]
+
+    def forget(self, name: str) -> None:
+        request_id = self._find(name)
+        if request_id is not None:
+            del self._by_id[request_id]
+
+    def _find(self, name: str) -> str | None:
+        """The id under which `name` was added: without choice and random suffix, with a prompt."""
+        candidate, choice = name, 0
+        while True:
+            for request_id in (candidate, f"{candidate}-0"):
+                found = self._by_id.get(request_id)
+                if found is not None:
+                    return request_id if choice < found.choices else None
+            ending = _ENDING.search(candidate)
+            if ending is None:
+                child = re.match(r"\d+_", candidate)
+                if child is None:
+                    return None
+                candidate = candidate[child.end() :]
+                continue
+            choice = int(ending[1]) if ending[1].isdigit() and len(ending[1]) < 8 else 0
+            candidate = candidate[: ending.start()]
+
+
+EARLIER = EarlierRequests()
+"""Of this process, the API server."""

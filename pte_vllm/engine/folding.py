@@ -1,0 +1,154 @@
+"""From blocks that sequences leave behind to their thought states, on whatever device.
+
+Compiled code goes from the paged cache to the sums that a fold adds: `ops.fold_triton` on a GPU,
+`ops.fold_cpu` on a CPU. Where neither applies, keys and values are read first (`ops.fold`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from pte_vllm.engine.state import LoadedEncoder, Sequence, StatePool
+from pte_vllm.kernels import native
+from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable, read_evicted
+from pte_vllm.kernels.fold_cpu import can_fold, moments_cpu
+from pte_vllm.method.reference import RULES, Moments
+
+if TYPE_CHECKING:
+    from pte_vllm.kernels.fold_triton import CacheTable
+
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
+
+_MAX_COPY_BYTES = 2**29
+"""Of keys and values in fp32 at once, on a GPU without the kernel."""
+
+
+def use_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels run: on a GPU, unless PTE_NATIVE=0 asks for PyTorch."""
+    return device.type == "cuda" and os.environ.get(native.DISABLE, "1") != "0"
+
+
+@cache
+def _compiled() -> ctypes.CDLL | None:
+    """The compiled code of a CPU, if there is any; why not, LoRA has said at start."""
+    try:
+        return native.load()
+    except native.NativeError:
+        return None
+
+
+@dataclass
+class EvictedBlocks:
+    """Reads the paged cache of a worker; lives as long as the cache does."""
+
+    caches: Mapping[int, Tensor]
+    """By decoder layer, `[blocks, H, bs, 2 D]` each."""
+    layout: BlockLayout
+    rope: RopeTable | None
+    """The model's; None where it has no rotary embedding."""
+    _tables: dict[tuple[tuple[int, ...], int], CacheTable | None] = field(default_factory=dict)
+    _warm: set[tuple[int, str, bool, bool]] = field(default_factory=set)
+
+    @torch.inference_mode()
+    def fold_into(
+        self,
+        pool: StatePool,
+        sequences: list[Sequence],
+        block_ids: Tensor,
+        first_positions: Tensor,
+    ) -> None:
+        """One fold of S sequences of one adapter and one rule; nothing waits for the device.
+
+        Args:
+            pool: of the sequences.
+            sequences: S of them.
+            block_ids: `[S, n]` int64 on the device, the blocks that each folds in token order.
+            first_positions: `[S]` int64 on the device, of the first token of each.
+        """
+        loaded, rule = sequences[0].loaded, sequences[0].rule
+        assert loaded is not None and rule is not None
+        evicted = self._moments(loaded, rule, block_ids, first_positions)
+        if evicted is not None:
+            pool.fold_moments(sequences, evicted)
+            return
+        caches, rope = self._caches_of(loaded), self._rope_for(loaded)
+        at_once = len(sequences)
+        if block_ids.device.type == "cuda":
+            block_size, width = caches[0].shape[2:]
+            per_token = len(caches) * caches[0].shape[1] * width * 4
+            at_once = max(1, _MAX_COPY_BYTES // (per_token * block_size * block_ids.shape[1]))
+        for start in range(0, len(sequences), at_once):
+            part = slice(start, start + at_once)
+            k_e, v_e = read_evicted(
+                caches, self.layout, block_ids[part], first_positions[part], rope
+            )
+            pool.fold(sequences[part], k_e, v_e)
+
+    def _moments(
+        self, loaded: LoadedEncoder, rule: str, block_ids: Tensor, first_positions: Tensor
+    ) -> Moments | None:
+        """By compiled code, `[L, S, r, r]`; None where there is none that applies."""
+        rope, with_kk = self._rope_for(loaded), RULES[rule].reads_kk
+        table = self._table(loaded)
+        if table is not None:
+            from pte_vllm.kernels.fold_triton import evicted_moments
+
+            return evicted_moments(
+                table, loaded.encoder, block_ids, first_positions, rope, with_kk=with_kk
+            )
+        caches = self._caches_of(loaded)
+        library = _compiled() if can_fold(caches, loaded.config.rank) else None
+        if library is None:
+            return None
+        return moments_cpu(
+            *(library, caches, self.layout, block_ids, first_positions, rope, loaded.encoder),
+            with_kk=with_kk,
+        )
+
+    def _caches_of(self, loaded: LoadedEncoder) -> list[Tensor]:
+        return [self.caches[layer] for layer in loaded.layers]
+
+    def warm_up(self, loaded: LoadedEncoder, rule: str) -> None:
+        """Compile the kernel for an adapter before its first fold, which would wait seconds."""
+        reads_kk, rope = RULES[rule].reads_kk, self._rope_for(loaded)
+        kind = loaded.config.rank, loaded.config.features, reads_kk, rope is None
+        if rule == "none" or kind in self._warm:
+            return
+        self._warm.add(kind)
+        table = self._table(loaded)
+        if table is not None:
+            from pte_vllm.kernels.fold_triton import evicted_moments
+
+            zero = torch.zeros_like(self.layout.key_index[:1, :1])  # vLLM's null block
+            evicted_moments(table, loaded.encoder, zero, zero[0], rope, with_kk=reads_kk)
+
+    def _rope_for(self, loaded: LoadedEncoder) -> RopeTable | None:
+        return self.rope if loaded.config.keys == "unrotated" else None
+
+    def _table(self, loaded: LoadedEncoder) -> CacheTable | None:
+        """Of the adapter's layers, for the kernel; None: it does not apply."""
+        key = tuple(loaded.layers), loaded.config.rank
+        if key not in self._tables:
+            self._tables[key] = self._make_table(*key)
+        return self._tables[key]
+
+    def _make_table(self, layers: tuple[int, ...], rank: int) -> CacheTable | None:
+        if not use_kernels(self.layout.key_index.device):
+            return None
+        from pte_vllm.kernels.fold_triton import CacheTable, unusable
+
+        caches = [self.caches[layer] for layer in layers]
+        reason = unusable(caches, self.layout, rank)
+        if reason is not None:
+            logger.warning("Folds go through torch, which is slower: %s", reason)
+            return None
+        return CacheTable.of(caches)

@@ -1,0 +1,104 @@
+"""State-modulated LoRA on a GPU, between vLLM's own kernels for A and B.
+
+What runs here is traced by torch.compile and captured into CUDA graphs: shapes come from the
+inputs, states and slots stay at their addresses, and the host decides nothing by their values.
+
+Letters in shapes: T tokens, n slices of a merged linear (such as gate and up), R rank.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pte_vllm.engine.folding import use_kernels
+from pte_vllm.engine.lora import operators
+from pte_vllm.engine.lora.view import PunicaView
+from pte_vllm.kernels.modulate import modulate_slices, modulate_tokens
+
+if TYPE_CHECKING:
+    from pte_vllm.engine.lora.manager import TokenSlots
+
+
+def _modulate(
+    a: torch.Tensor, states: torch.Tensor, squared: torch.Tensor, token_slots: torch.Tensor
+) -> None:
+    from pte_vllm.kernels.modulate_triton import modulate_slices_  # a CPU may have no Triton
+
+    modulate_slices_(a, states, squared, token_slots)
+
+
+_modulate_ = operators.register("modulate_", _modulate, mutates=["a"])
+
+
+class CUDALayerPunica(PunicaView):
+    """vLLM's punica wrapper as one linear of the decoder sees it.
+
+    Args:
+        wrapper: vLLM's.
+        states: of the layer, `[slots, R, R]`, as they are multiplied from the right.
+        squared: `[slots]`, whether A x is squared before; see `ops.modulate`.
+        tokens: of the step.
+    """
+
+    def __init__(self, wrapper: Any, states: Tensor, squared: Tensor, tokens: TokenSlots) -> None:
+        super().__init__(wrapper)
+        self._states, self._squared = states, squared
+        self._tokens = tokens
+        self._modulate_ = _modulate_ if use_kernels(states.device) else modulate_slices
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """y[:, slice] += B_slice (Sᵀ φ(A_slice x)); alpha/r is already merged into B.
+
+        `y: [T, d_out]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
+        Without `add_inputs` y holds zeros.
+        """
+        assert scale == 1.0, "vLLM merges the scale into B; here it would come before φ"
+        if x.dtype == torch.float32:
+            self._add_in_fp32(y, x, lora_a_stacked, lora_b_stacked)
+            return
+        rank = lora_b_stacked[0].size(-1)
+        # The shrink kernel zeroes the buffer itself.
+        buffer = torch.empty(
+            (len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device
+        )
+        self._wrapper.add_shrink(buffer, x, lora_a_stacked, scale)
+        self._modulate_(buffer, self._states, self._squared, self._tokens.slots)
+        self._wrapper.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs)
+
+    def _add_in_fp32(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+    ) -> None:
+        """vLLM's kernels take 16-bit numbers only; checks of exactness need more.
+
+        Every adapter is multiplied by every token, and what belongs to others is dropped.
+        """
+        num_tokens = x.size(0)
+        slots = self._tokens.slots[:num_tokens]
+        # Not the wrapper's property, whose length is a number that a trace would keep.
+        indices = self._wrapper._token_lora_indices[:num_tokens]
+        for adapter in range(lora_a_stacked[0].size(0)):
+            mine, offset = (indices == adapter)[:, None], 0
+            for a, b in zip(lora_a_stacked, lora_b_stacked, strict=True):
+                shrunk = x @ a[adapter, 0].mT
+                shrunk = modulate_tokens(shrunk, self._states, self._squared, slots)
+                out = y[:, offset : offset + b.size(2)]
+                out += torch.where(mine, shrunk @ b[adapter, 0].mT, 0.0)
+                offset += b.size(2)

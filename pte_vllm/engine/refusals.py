@@ -1,0 +1,114 @@
+"""What PTE does not support yet, refused at start with the flag that asked for it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from pte_vllm.method.options import EngineConfig
+
+_REASONS = {
+    "--speculative-config": "speculative decoding verifies several positions at once, across folds",
+    "--pipeline-parallel-size": "pipeline parallelism: a stage would fold before the next reads",
+    "--tensor-parallel-size": "tensor parallelism: the encoder reads all KV heads of a layer",
+    "--data-parallel-size": "data parallelism in one server: adapters in use and thoughts are "
+    "known to one engine only; run servers of their own behind a router",
+    "--decode-context-parallel-size": "decode context parallelism splits a sequence",
+    "--prefill-context-parallel-size": "prefill context parallelism splits a sequence",
+    "--kv-transfer-config": "KV connectors move blocks without the thought state",
+    "--kv-cache-dtype": "quantised KV caches cannot be encoded; use auto",
+    "--fully-sharded-loras": "the thought state needs A's whole output on every rank",
+    "--api-server-count": "adapters, and requests to continue, live in one API server",
+    "--enable-dbo": "dual-batch overlap splits a step that has one set of gaps",
+}
+
+
+class UnsupportedError(ValueError):
+    """A combination that PTE refuses; the message names the flag, the value and the reason."""
+
+
+def _refuse(used: dict[str, object]) -> None:
+    for flag, value in used.items():
+        if value:
+            raise UnsupportedError(f"{flag} {value} is not supported with PTE: {_REASONS[flag]}")
+
+
+def _more_than_one(value: Any) -> int:
+    return value if isinstance(value, int) and value > 1 else 0
+
+
+def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
+    """Refuse what the command line alone shows, before anything is loaded.
+
+    Raises:
+        UnsupportedError: naming the flag.
+    """
+    _refuse(
+        {
+            "--speculative-config": getattr(args, "speculative_config", None),
+            "--pipeline-parallel-size": _more_than_one(args.pipeline_parallel_size),
+            "--tensor-parallel-size": _more_than_one(args.tensor_parallel_size),
+            "--data-parallel-size": _more_than_one(args.data_parallel_size),
+            "--decode-context-parallel-size": _more_than_one(args.decode_context_parallel_size),
+            "--prefill-context-parallel-size": _more_than_one(args.prefill_context_parallel_size),
+            "--kv-transfer-config": getattr(args, "kv_transfer_config", None),
+            "--kv-cache-dtype": _quantised(args.kv_cache_dtype),
+            "--fully-sharded-loras": getattr(args, "fully_sharded_loras", False),
+            "--enable-dbo": getattr(args, "enable_dbo", False),
+            "--api-server-count": _more_than_one(getattr(args, "api_server_count", None)),
+        }
+    )
+    if args.block_size is not None:
+        check_window(engine, args.block_size)
+
+
+def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
+    """Refuse what the resolved configuration shows; runs in every worker.
+
+    Raises:
+        UnsupportedError: naming the flag.
+    """
+    parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
+    _refuse(
+        {
+            "--speculative-config": vllm_config.speculative_config,
+            "--pipeline-parallel-size": _more_than_one(parallel.pipeline_parallel_size),
+            "--tensor-parallel-size": _more_than_one(parallel.tensor_parallel_size),
+            "--data-parallel-size": _more_than_one(parallel.data_parallel_size),
+            "--decode-context-parallel-size": _more_than_one(parallel.decode_context_parallel_size),
+            "--prefill-context-parallel-size": _more_than_one(
+                parallel.prefill_context_parallel_size
+            ),
+            "--kv-transfer-config": vllm_config.kv_transfer_config,
+            "--kv-cache-dtype": _quantised(vllm_config.cache_config.cache_dtype),
+            "--fully-sharded-loras": lora.fully_sharded_loras if lora is not None else False,
+            "--enable-dbo": parallel.enable_dbo,
+        }
+    )
+    model = vllm_config.model_config
+    if model.use_mla:
+        raise UnsupportedError(f"{model.model} uses MLA attention, which PTE does not support")
+    if model.is_encoder_decoder:
+        raise UnsupportedError(f"{model.model} has cross-attention, which PTE does not support")
+    check_window(engine, vllm_config.cache_config.block_size)
+
+
+def check_window(engine: EngineConfig, block_size: int) -> None:
+    """Raise UnsupportedError unless the default window fits the block size."""
+    try:
+        engine.plan(pin_tokens=0, block_size=block_size)
+    except ValueError as error:
+        raise UnsupportedError(
+            f"--pte-window {engine.window_tokens}: {error}; choose another --pte-window or "
+            "--block-size"
+        ) from error
+
+
+def _quantised(dtype: str) -> str | None:
+    return dtype if dtype not in ("auto", "bfloat16", "float16", "float32", "half") else None
+
+
+def refused_flags() -> Mapping[str, str]:
+    """What is refused at start, and why, by flag or variable."""
+    return _REASONS

@@ -1,0 +1,249 @@
+"""What the model runners have in common: fold what is due, then say who is who in the batch.
+
+vLLM has two runners, V1 and V2, which keep requests and blocks in different forms; `runner.py` and
+`runner_v2.py` read those and call what is here. The order of a step is the same for both:
+
+    _begin_step   before vLLM updates its requests, which zeroes and hands out blocks that the
+                  scheduler has just freed: what they hold is folded first
+    _start        of every request that is new, or comes back after a preemption
+    _publish      once the order of the batch is known, before attention metadata is built
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.config import set_current_vllm_config
+from vllm.config.compilation import CompilationMode
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker import lora_model_runner_mixin
+
+from pte_vllm.adapter.files import layer_of
+from pte_vllm.engine.attention import Gaps, set_gaps
+from pte_vllm.engine.folding import EvictedBlocks
+from pte_vllm.engine.lora.manager import PTELoRAManager, TokenSlots, install_views
+from pte_vllm.engine.queries import QueriesMixin
+from pte_vllm.engine.refusals import check_vllm_config
+from pte_vllm.engine.state import Sequence, Snapshot, StatePool
+from pte_vllm.engine.thoughts import ThoughtStore
+from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable
+from pte_vllm.method.names import PoolReport, SnapshotOrders
+from pte_vllm.method.options import EngineConfig, RequestOptions
+from pte_vllm.method.plan import FoldPlan
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+
+class PTERunnerMixin(QueriesMixin, ABC):
+    """Over one of vLLM's model runners."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        engine = EngineConfig.from_vllm(self.vllm_config)
+        assert engine is not None, "the PTE runner needs additional_config['pte']"
+        check_vllm_config(self.vllm_config, engine)
+        self.pte_engine = engine
+        self.pte_gaps = Gaps.allocate(self.max_num_reqs, self.device)
+        self.pte_tokens = TokenSlots.allocate(self.max_num_tokens, self.device)
+        self.pte_pool = StatePool(
+            num_layers=self.model_config.get_num_layers(self.parallel_config),
+            max_num_seqs=self.max_num_reqs,
+            max_rank=self.lora_config.max_lora_rank if self.lora_config else 1,
+            device=self.device,
+            kept=ThoughtStore(
+                max_count=engine.keep_thoughts, max_bytes=engine.keep_thoughts_mib * 2**20
+            ),
+        )
+        self.pte_snapshots: dict[bytes, Snapshot] = {}
+        self.pte_report = PoolReport(usable_blocks=0, free_blocks=0)
+        set_gaps(self.pte_gaps)
+
+    # -- start-up ---------------------------------------------------------------------------------
+
+    def load_lora_model(self, model: Any, vllm_config: Any, device: Any) -> Any:
+        # The parent names its manager class; swap the name for the length of the call.
+        upstream = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+        lora_model_runner_mixin.LRUCacheWorkerLoRAManager = PTELoRAManager
+        try:
+            model = super().load_lora_model(model, vllm_config, device)
+        finally:
+            lora_model_runner_mixin.LRUCacheWorkerLoRAManager = upstream
+        assert isinstance(self.lora_manager, PTELoRAManager)
+        compiled = self.compilation_config.mode != CompilationMode.NONE
+        install_views(model, self.lora_manager, self.pte_pool, self.pte_tokens, compiled=compiled)
+        return model
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        # The backend's `customize_spec` finds the engine's options through the current config.
+        with set_current_vllm_config(self.vllm_config):
+            return super().get_kv_cache_spec()
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        (group,) = kv_cache_config.kv_cache_groups
+        self.pte_block_size = group.kv_cache_spec.block_size
+        for attn_group in self.attn_groups[0]:
+            if attn_group.kernel_block_size not in (None, self.pte_block_size):
+                raise ValueError(
+                    f"the attention kernel splits blocks of {self.pte_block_size} tokens into "
+                    f"{attn_group.kernel_block_size}; set --block-size to the latter for PTE"
+                )
+        layers = self.compilation_config.static_forward_context
+        self.pte_evicted = EvictedBlocks(
+            caches={layer_of(name): layers[name].kv_cache for name in group.layer_names},
+            layout=BlockLayout.probe(layers[group.layer_names[0]]),
+            rope=self._find_rope(group.layer_names[0]),
+        )
+
+    def _find_rope(self, attention_name: str) -> RopeTable | None:
+        """The table of the model's rotary embedding; None if it has none."""
+        parent = self.get_model().get_submodule(attention_name.rpartition(".")[0])
+        rotary = getattr(parent, "rotary_emb", None)
+        return None if rotary is None else RopeTable.of(rotary)
+
+    # -- what a runner has to answer --------------------------------------------------------------
+
+    @abstractmethod
+    def _evicted_blocks(self, request_ids: list[str], first: list[int], count: int) -> Tensor:
+        """Ids of the blocks `[first, first + count)` of each request, `[S, count]` on the device.
+
+        As the requests stood before this step.
+        """
+
+    @abstractmethod
+    def _known_requests(self) -> set[str]:
+        """Requests that may have a sequence: those vLLM has told of and not yet ended."""
+
+    # -- each step --------------------------------------------------------------------------------
+
+    def _begin_step(self, scheduler_output: SchedulerOutput) -> SnapshotOrders:
+        """Stop sequences and fold what is due; returns what the starts of this step restore."""
+        orders: SnapshotOrders = getattr(scheduler_output, "pte_snapshots", SnapshotOrders())
+        self.pte_report = getattr(scheduler_output, "pte_pool", self.pte_report)
+        self._stop_sequences(scheduler_output, orders)
+        self._fold_due(scheduler_output)
+        return orders
+
+    def _stop_sequences(self, scheduler_output: SchedulerOutput, orders: SnapshotOrders) -> None:
+        for request_id, key in orders.keep.items():
+            self.pte_snapshots[key] = self.pte_pool.snapshot(request_id)
+        for request_id in scheduler_output.finished_req_ids:
+            self.pte_pool.finish(request_id)
+        for request_id in scheduler_output.preempted_req_ids or ():
+            sequence = self.pte_pool.sequences.get(request_id)
+            if sequence is not None:
+                # Without a slot until it resumes; its plan and its record stay.
+                self.pte_pool.start(request_id, sequence.plan, adapter=sequence.adapter)
+
+    def _fold_due(self, scheduler_output: SchedulerOutput) -> None:
+        """Fold for running sequences that start a step at or past a boundary."""
+        cached = scheduler_output.scheduled_cached_reqs
+        behind = [
+            (request_id, num_computed)
+            for request_id, num_computed in zip(
+                cached.req_ids, cached.num_computed_tokens, strict=True
+            )
+            if request_id not in cached.resumed_req_ids
+        ]
+        sequences = self.pte_pool.sequences
+        while True:
+            behind = [
+                (request_id, num_computed)
+                for request_id, num_computed in behind
+                if sequences[request_id].folded_blocks
+                < sequences[request_id].plan.folded_blocks(num_computed)
+            ]
+            if not behind:
+                return
+            self._fold_once({request_id: sequences[request_id] for request_id, _ in behind})
+
+    def _fold_once(self, due: dict[str, Sequence]) -> None:
+        """One fold of each sequence; those that are alike fold together."""
+        alike: dict[tuple[int, str, int], dict[str, Sequence]] = {}
+        for request_id, sequence in due.items():
+            if sequence.loaded is not None and sequence.rule not in (None, "none"):
+                key = (id(sequence.loaded), sequence.rule, sequence.plan.evict_blocks)
+                alike.setdefault(key, {})[request_id] = sequence
+        for group in alike.values():
+            self._fold(group)
+        for sequence in due.values():
+            plan = sequence.plan
+            sequence.folded_blocks += plan.evict_blocks
+            self.pte_pool.counters.add_fold(
+                sequence.rule, num_blocks=plan.evict_blocks, block_size=plan.block_size
+            )
+
+    def _fold(self, group: dict[str, Sequence]) -> None:
+        sequences = list(group.values())
+        first = [s.plan.pinned_blocks + s.folded_blocks for s in sequences]
+        positions = [block * self.pte_block_size for block in first]
+        self.pte_evicted.fold_into(
+            self.pte_pool,
+            sequences,
+            self._evicted_blocks(list(group), first, sequences[0].plan.evict_blocks),
+            async_tensor_h2d(positions, device=self.device, dtype=torch.int64),
+        )
+
+    def _start(
+        self,
+        request_id: str,
+        plan: FoldPlan,
+        *,
+        params: SamplingParams | None,
+        lora: LoRARequest | None,
+        num_computed_tokens: int,
+        snapshot: bytes | None = None,
+    ) -> None:
+        """Start a request, or a preempted one again, from S_0 or from an earlier request's S."""
+        options = RequestOptions.parse(params.extra_args if params is not None else None)
+        sequence = self.pte_pool.start(
+            request_id,
+            plan,
+            adapter=lora.lora_name if lora is not None else None,
+            rule=options.rule,
+            loaded=self.lora_manager.encoder_of(lora) if lora is not None else None,
+        )
+        if sequence.loaded is not None and sequence.rule is not None:
+            self.pte_evicted.warm_up(sequence.loaded, sequence.rule)
+        if snapshot is not None:
+            self.pte_pool.restore(sequence, self.pte_snapshots[snapshot])
+        # Any other prefix hit ends before the first fold, so nothing is due here.
+        assert plan.folded_blocks(num_computed_tokens) == sequence.folded_blocks
+
+    def _publish(self, rows: Iterable[tuple[str, int, int]]) -> None:
+        """Tell attention the gaps, and LoRA the slots.
+
+        Args:
+            rows: the batch in its final order: request, computed tokens, tokens of this step.
+        """
+        first, length, segments, start = [], [], [], 0
+        for request_id, num_computed, num_scheduled in rows:
+            sequence = self.pte_pool.sequences[request_id]
+            first.append(sequence.plan.pinned_blocks)
+            length.append(sequence.folded_blocks)
+            segments.append((start, start + num_scheduled, sequence.slot))
+            start += num_scheduled
+            sequence.num_tokens = num_computed + num_scheduled
+            sequence.held_blocks = self.pte_report.held_blocks.get(request_id, 0)
+            sequence.peak_blocks = max(sequence.peak_blocks, sequence.held_blocks)
+        self.pte_gaps.publish(first, length)
+        self.pte_tokens.publish(segments)
+
+    def _publish_nobody(self) -> None:
+        """Rows and tokens belong to no sequence, as in profiling and graph capture."""
+        self.pte_gaps.clear()
+        self.pte_tokens.publish([])
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        self._publish_nobody()
+        return super()._dummy_run(*args, **kwargs)

@@ -1,0 +1,110 @@
+"""Model Runner V1 with PTE: `GPUModelRunner`, also the base of `CPUModelRunner`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from pte_vllm.engine.runner_base import PTERunnerMixin
+from pte_vllm.method.options import request_plan
+from pte_vllm.method.plan import FoldPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    from pte_vllm.method.names import SnapshotOrders
+
+
+class PTERunnerV1Mixin(PTERunnerMixin):
+    """Over one of vLLM's V1 model runners, which keep requests and their blocks on the host."""
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Callable | None:
+        orders = self._begin_step(scheduler_output)
+        result = super()._update_states(scheduler_output)
+        self._start_sequences(scheduler_output, orders)
+        scheduled = scheduler_output.num_scheduled_tokens
+        self._publish(
+            (request_id, self.requests[request_id].num_computed_tokens, scheduled[request_id])
+            for request_id in self.input_batch.req_ids
+        )
+        return result
+
+    def _start_sequences(self, scheduler_output: SchedulerOutput, orders: SnapshotOrders) -> None:
+        for new in scheduler_output.scheduled_new_reqs:
+            request = self.requests[new.req_id]
+            plan = request_plan(
+                self.pte_engine,
+                request.sampling_params,
+                request.num_prompt_tokens,
+                self.pte_block_size,
+            )
+            self._start_request(new.req_id, plan, orders.restore.get(new.req_id))
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            self._start_request(request_id, self.pte_pool.sequences[request_id].plan)
+        for key in orders.forget:
+            self.pte_snapshots.pop(key, None)
+
+    def _start_request(
+        self, request_id: str, plan: FoldPlan, snapshot: bytes | None = None
+    ) -> None:
+        request = self.requests[request_id]
+        self._start(
+            request_id,
+            plan,
+            params=request.sampling_params,
+            lora=request.lora_request,
+            num_computed_tokens=request.num_computed_tokens,
+            snapshot=snapshot,
+        )
+
+    def _evicted_blocks(self, request_ids: list[str], first: list[int], count: int) -> Tensor:
+        ids = [
+            self.requests[request_id].block_ids[0][start : start + count]
+            for request_id, start in zip(request_ids, first, strict=True)
+        ]
+        return async_tensor_h2d(ids, device=self.device, dtype=torch.int64)
+
+    def _known_requests(self) -> set[str]:
+        return set(self.requests)
+
+
+class PTECPUModelRunner(PTERunnerV1Mixin, CPUModelRunner):
+    """On CPU, where a seeded request must also survive a chunked prefill.
+
+    vLLM samples for every row, drops the tokens of rows that are still prefilling, and takes their
+    generators back by a CUDA offset, which CPU generators do not have (a crash at v0.32.0). With
+    folds, chunked prefill is the rule rather than the exception.
+    TODO(vllm>=0.33): drop if `GPUModelRunner._bookkeeping_sync` handles CPU generators.
+    """
+
+    def _discarded_generators(self) -> dict[int, torch.Generator]:
+        generators = self.input_batch.generators
+        rows = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
+        return {row: generators[row] for row in rows if row in generators}
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        saved = [(g, g.get_state()) for g in self._discarded_generators().values()]
+        output = super()._sample(*args, **kwargs)
+        for generator, state in saved:
+            generator.set_state(state)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self._discarded_generators()
+        for row in hidden:
+            del self.input_batch.generators[row]
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators.update(hidden)
+
+
+class PTEGPUModelRunner(PTERunnerV1Mixin, GPUModelRunner):
+    """On CUDA."""

@@ -1,0 +1,114 @@
+"""Model Runner V2 with PTE: vLLM's default on a GPU, of the same class on a CPU with Triton.
+
+V2 keeps what V1 has on the host (tokens, lengths, block tables) on the device and never waits for
+it, so the fold takes the ids of evicted blocks from V2's block table there. The other differences
+that matter here: a preempted request is forgotten and comes back as a new one, and the batch has
+an order of its own, which `prepare_inputs` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from pte_vllm.engine.runner_base import PTERunnerMixin
+from pte_vllm.method.names import SnapshotOrders
+from pte_vllm.method.options import request_plan
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+
+class PTERunnerV2Mixin(PTERunnerMixin):
+    """Over vLLM's V2 model runner."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pte_preempted: set[str] = set()
+        self._orders = SnapshotOrders()
+        self._warming_up = False
+
+    # `execute_model` calls the next three of its steps in this order.
+
+    def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """Before it no request has lost its row of the block table."""
+        if self._warming_up:
+            for request_id in scheduler_output.finished_req_ids:
+                self.pte_pool.stop(request_id)
+        self._orders = self._begin_step(scheduler_output)
+        self.pte_preempted |= scheduler_output.preempted_req_ids or set()
+        self.pte_preempted -= scheduler_output.finished_req_ids
+        super().finish_requests(scheduler_output)
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        super().add_requests(scheduler_output)
+        for new in scheduler_output.scheduled_new_reqs:
+            # Unbounded while warming up: a prompt of vLLM's own may exceed our limits.
+            params = None if self._warming_up else new.sampling_params
+            self._start(
+                new.req_id,
+                request_plan(self.pte_engine, params, new.prompt_len, self.pte_block_size),
+                params=params,
+                lora=new.lora_request,
+                num_computed_tokens=new.num_computed_tokens,
+                snapshot=self._orders.restore.get(new.req_id),
+            )
+            self.pte_preempted.discard(new.req_id)
+        for key in self._orders.forget:
+            self.pte_snapshots.pop(key, None)
+
+    def prepare_inputs(self, *args: Any, **kwargs: Any) -> InputBatch:
+        batch = super().prepare_inputs(*args, **kwargs)
+        self._publish(
+            zip(
+                batch.req_ids,
+                batch.num_computed_tokens_np.tolist(),
+                batch.num_scheduled_tokens.tolist(),
+                strict=True,
+            )
+        )
+        return batch
+
+    def capture_model(self, *args: Any, **kwargs: Any) -> int:
+        # V1 captures through `_dummy_run`, V2 does not.
+        self._publish_nobody()
+        return super().capture_model(*args, **kwargs)
+
+    @contextmanager
+    def pte_warm_up(self) -> Iterator[None]:
+        """Requests inside are vLLM's own, made up to warm up kernels, and leave no record."""
+        self._warming_up = True
+        try:
+            yield
+        finally:
+            self._warming_up = False
+
+    def _evicted_blocks(self, request_ids: list[str], first: list[int], count: int) -> Tensor:
+        index = self.req_states.req_id_to_index
+        rows = [index[request_id] for request_id in request_ids]
+        where = async_tensor_h2d([rows, first], device=self.device, dtype=torch.int64)  # [2, S]
+        columns = where[1, :, None] + torch.arange(count, device=self.device)
+        table = self.block_tables.block_tables[0].gpu  # [max_num_reqs, blocks] int32
+        return table[where[0, :, None], columns].long()
+
+    def _known_requests(self) -> set[str]:
+        return self.pte_preempted.union(self.req_states.req_id_to_index)
+
+    def _sync_device(self) -> None:
+        torch.accelerator.synchronize()
+
+
+class PTEGPUModelRunnerV2(PTERunnerV2Mixin, GPUModelRunner):
+    """On CUDA."""
+
+
+class PTECPUModelRunnerV2(PTERunnerV2Mixin, CPUModelRunner):
+    """On a CPU whose Triton can compile for it, or interprets."""

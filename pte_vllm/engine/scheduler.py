@@ -1,0 +1,187 @@
+"""Scheduler: a chunk of tokens never crosses a fold boundary, and blocks are counted as held.
+
+`make_scheduler` is what `--scheduler-cls` names; it follows vLLM's choice of async scheduling.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from pte_vllm.engine.cache import PTEManager
+from pte_vllm.engine.orphans import end_with_parent
+from pte_vllm.engine.snapshots import SnapshotIndex
+from pte_vllm.method.names import PoolReport
+from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, request_plan
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+_CHOICE = re.compile(r"\d+_")
+"""How vLLM begins the id of one of several choices."""
+
+
+class PTESchedulerMixin:
+    """Over vLLM's Scheduler or AsyncScheduler."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        engine = EngineConfig.from_vllm(self.vllm_config)
+        assert engine is not None, "the PTE scheduler needs additional_config['pte']"
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        assert isinstance(manager, PTEManager), "the attention backend did not register PTESpec"
+        self.pte_engine = engine
+        self.pte_manager = manager
+        self.pte_plans = manager.plans
+        self.pte_snapshots = SnapshotIndex(manager, _capacity(engine, self.vllm_config))
+
+    def add_request(self, request: Request) -> None:
+        if request.request_id not in self.requests:
+            self.pte_plans[request.request_id] = request_plan(
+                self.pte_engine,
+                request.sampling_params,
+                request.num_prompt_tokens,
+                self.pte_manager.block_size,
+            )
+        super().add_request(request)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Also tell a client that sent PTE options how much of its request was folded.
+
+        The dict of a KV connector is what vLLM hands through to the response as it is, and with
+        PTE there is no connector.
+        """
+        folds = self._folds_of(request)
+        self.pte_snapshots.end(request)
+        kv_params, ec_params = super()._free_request(request, *args, **kwargs)
+        return kv_params or folds, ec_params
+
+    def _folds_of(self, request: Request) -> dict[str, Any] | None:
+        given = getattr(request.sampling_params, "extra_args", None) or {}
+        if not any(name in given for name in REQUEST_OPTIONS):
+            return None
+        if _CHOICE.match(request.request_id):  # the response has one dict for all its choices
+            return None
+        plan = self.pte_plans[request.request_id]
+        folded = plan.folded_blocks(max(0, request.num_tokens - 2))  # the last was never computed
+        return {
+            "pte": {
+                "folds": folded // plan.evict_blocks,
+                "folded_tokens": folded * plan.block_size,
+            }
+        }
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        self.pte_plans.pop(request.request_id, None)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """End a prefix hit before the first fold, or take up an earlier sequence past it.
+
+        Blocks from `first_fold` on belong to another plan's view of the same tokens, and a hit
+        that ended at the boundary itself would hold the blocks to fold and a whole new chunk.
+        """
+        blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        plan = self.pte_plans[request.request_id]
+        if num_hit and not request.num_preemptions:
+            found = self.pte_snapshots.find(request, plan, blocks.blocks[0])
+            if found is not None:
+                window = self.kv_cache_manager.create_kv_cache_blocks((found[0],))
+                return window, found[1], boundary, diverged
+        limit = plan.first_fold - self.pte_manager.block_size
+        if num_hit > limit:
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, limit)
+            num_hit = limit
+        return blocks, num_hit, boundary, diverged
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """End every chunk, running or waiting, at the next boundary.
+
+        With async scheduling a fold may still be under way, its blocks not yet free: then the
+        chunk may fill one block more than the plan holds, and no further.
+        """
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        plan = self.pte_plans[request.request_id]
+        if not plan.bounded:
+            return num_new_tokens
+        processed = max(0, num_computed_tokens - request.num_in_flight_tokens)
+        room = plan.pinned_blocks + plan.window_blocks + 1 + plan.folded_blocks(processed)
+        end = min(plan.next_boundary(num_computed_tokens), room * plan.block_size)
+        return max(0, min(num_new_tokens, end - num_computed_tokens))
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        output.pte_pool = self.pte_pool_report()
+        output.pte_snapshots = self.pte_snapshots.orders(
+            (self.requests[new.req_id], new.num_computed_tokens)
+            for new in output.scheduled_new_reqs
+        )
+        return output
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        self.pte_snapshots.clear()  # weights may have changed
+        return super().reset_prefix_cache(*args, **kwargs)
+
+    def pte_pool_report(self) -> PoolReport:
+        pool, manager = self.kv_cache_manager.block_pool, self.pte_manager
+        errors = []
+        if len(self.pte_plans) != len(self.requests):
+            errors.append(f"{len(self.pte_plans)} plans for {len(self.requests)} requests")
+        held = {
+            request.request_id: manager.num_held_blocks(request.request_id)
+            for request in self.running
+        }
+        adapters = {r.lora_request.lora_name for r in self.requests.values() if r.lora_request}
+        return PoolReport(
+            usable_blocks=pool.num_gpu_blocks - 1,  # block 0 is vLLM's null block
+            free_blocks=pool.get_num_free_blocks(),
+            held_blocks=held,
+            adapters=tuple(sorted(adapters)),
+            errors=tuple(errors),
+        )
+
+    def pte_check_integrity(self) -> None:
+        """Raise AssertionError unless plans, requests and blocks agree."""
+        assert set(self.pte_plans) == set(self.requests)
+        self.pte_manager.check_integrity()
+
+
+def _capacity(engine: EngineConfig, vllm_config: Any) -> int:
+    """Thought states to keep for requests that take up another: as the API keeps them."""
+    lora = vllm_config.lora_config
+    rank = lora.max_lora_rank if lora is not None else 0
+    layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    # At most two sums of fp32 and a count per layer, whatever the rule.
+    num_bytes = 4 * layers * (2 * rank**2 + 1)
+    return min(engine.keep_thoughts, engine.keep_thoughts_mib * 2**20 // num_bytes)
+
+
+class PTEScheduler(PTESchedulerMixin, Scheduler):
+    """Synchronous."""
+
+
+class PTEAsyncScheduler(PTESchedulerMixin, AsyncScheduler):
+    """One step ahead of the worker."""
+
+
+def make_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
+    """Build the scheduler that vLLM's config asks for.
+
+    It lives in the engine core's process, and nothing else of ours does from the start to the end.
+    """
+    end_with_parent()
+    config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    scheduler_class = (
+        PTEAsyncScheduler if config.scheduler_config.async_scheduling else PTEScheduler
+    )
+    return scheduler_class(*args, **kwargs)

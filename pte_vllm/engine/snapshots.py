@@ -1,0 +1,168 @@
+"""Where a request can take up an earlier one: which thought states the worker keeps, and why.
+
+After a fold the thought state is a function of the tokens folded so far, the plan, the adapter and
+the rule, and so is every later block of the KV cache. vLLM's hash of a block covers the tokens up
+to its end, the adapter's name and path and a salt (rules that a request chose have one each);
+hashed once more with the plan, and the adapter's number, which is another after a reload, it names
+such a block, or the state after folding it, and equals no plain hash.
+
+The scheduler owns the index and gives the orders; the worker stores what it is told. Blocks of a
+sequence are named when it ends, so running sequences pay nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import OrderedDict
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+from pte_vllm.method.names import SnapshotOrders
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+    from vllm.v1.request import Request
+
+    from pte_vllm.engine.cache import PTEManager
+    from pte_vllm.method.plan import FoldPlan
+
+
+def derived_hash(request: Request, plan: FoldPlan, block: int) -> BlockHash:
+    """Name of a block at or after `first_fold`, or of the state once the block is folded."""
+    lora = request.lora_request
+    numbers = struct.pack(
+        "<4q",
+        plan.pinned_blocks,
+        plan.window_blocks,
+        plan.evict_blocks,
+        lora.lora_int_id if lora is not None else 0,
+    )
+    name = hashlib.sha256(b"pte" + numbers + request.block_hashes[block]).digest()
+    return cast("BlockHash", name)
+
+
+class SnapshotIndex:
+    """Thought states of ended sequences that the worker has, the longest unused leaving first.
+
+    Args:
+        manager: of the blocks; without prefix caching nothing is ever kept.
+        capacity: most states.
+    """
+
+    def __init__(self, manager: PTEManager, capacity: int) -> None:
+        self._manager = manager
+        self._capacity = capacity if manager.enable_caching else 0
+        self._kept: OrderedDict[bytes, None] = OrderedDict()
+        self._keep: dict[str, bytes] = {}
+        self._forget: set[bytes] = set()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def end(self, request: Request) -> None:
+        """Keep the state of a sequence that ends, and name its blocks, before they are freed."""
+        plan = self._manager.plans[request.request_id]
+        # The worker has folded for the last chunk it was given, also one still under way.
+        folded = plan.folded_blocks(max(0, request.num_computed_tokens - 1))
+        if not self._capacity or not folded:
+            return
+        processed = request.num_computed_tokens - request.num_in_flight_tokens
+        self._name_blocks(request, plan, min(processed, request.num_tokens))
+        key = self._state_key(request, plan, folded)
+        self._kept[key] = None
+        self._kept.move_to_end(key)
+        self._keep[request.request_id] = key
+        self._forget.discard(key)
+        while len(self._kept) > self._capacity:
+            self._forget.add(self._kept.popitem(last=False)[0])
+
+    def find(
+        self, request: Request, plan: FoldPlan, prefix: list[KVCacheBlock]
+    ) -> tuple[list[KVCacheBlock], int] | None:
+        """Where the request can take up an earlier one past its first fold.
+
+        Args:
+            request: a fresh one.
+            plan: of it.
+            prefix: its plain prefix hit.
+
+        Returns:
+            Its blocks, null in the gap, and the tokens they stand for; None if there is no state
+            or a block of its window is gone.
+        """
+        longest = request.num_tokens - 1  # one token must be computed
+        if not self._kept or longest < plan.first_fold or len(prefix) < plan.pinned_blocks:
+            return None
+        for folded in range(plan.folded_blocks(longest), 0, -plan.evict_blocks):
+            if self._state_key(request, plan, folded) not in self._kept:
+                continue
+            # The state serves tokens [start, end); a hit that ended at `end` would owe a fold.
+            start = plan.first_fold // plan.block_size + folded - plan.evict_blocks
+            end = min(longest // plan.block_size, start + plan.evict_blocks - 1)
+            first = plan.pinned_blocks + folded
+            window = self._cached(request, plan, first, end)
+            if first + len(window) >= start:
+                null = self._manager.block_pool.null_block
+                blocks = [*prefix[: plan.pinned_blocks], *[null] * folded, *window]
+                return blocks, len(blocks) * plan.block_size
+        return None
+
+    def orders(self, new: Iterable[tuple[Request, int]]) -> SnapshotOrders:
+        """What the worker has to do in this step.
+
+        Args:
+            new: requests that are scheduled for the first time, and their computed tokens.
+        """
+        restore = {}
+        for request, num_computed in new:
+            plan = self._manager.plans[request.request_id]
+            folded = plan.folded_blocks(num_computed)
+            if folded:
+                key = self._state_key(request, plan, folded)
+                restore[request.request_id] = key
+                if key in self._kept:
+                    self._kept.move_to_end(key)
+        orders = SnapshotOrders(keep=self._keep, restore=restore, forget=tuple(self._forget))
+        self._keep, self._forget = {}, set()
+        return orders
+
+    def clear(self) -> None:
+        """Forget everything: the blocks of the pool have lost their names."""
+        self._forget.update(self._kept)
+        self._kept.clear()
+
+    def _state_key(self, request: Request, plan: FoldPlan, folded: int) -> bytes:
+        return derived_hash(request, plan, plan.pinned_blocks + folded - 1)
+
+    def _name_blocks(self, request: Request, plan: FoldPlan, num_tokens: int) -> None:
+        first = max(
+            plan.first_fold // plan.block_size,
+            self._manager.num_cached_block.get(request.request_id, 0),
+        )
+        last = num_tokens // plan.block_size
+        pool = self._manager.block_pool
+        if first >= last or pool.enable_kv_cache_events:
+            return  # events would tell others of blocks under names they do not know
+        names = [derived_hash(request, plan, i) for i in range(first, last)]
+        pool.cache_full_blocks(
+            request=cast("Request", SimpleNamespace(block_hashes=[*[b""] * first, *names])),
+            blocks=self._manager.req_to_blocks[request.request_id],
+            num_cached_blocks=first,
+            num_full_blocks=last,
+            block_size=plan.block_size,
+            kv_cache_group_id=self._manager.kv_cache_group_id,
+        )
+
+    def _cached(self, request: Request, plan: FoldPlan, first: int, end: int) -> list[KVCacheBlock]:
+        """Blocks `[first, end)` of the window, up to the first that is gone."""
+        found: list[KVCacheBlock] = []
+        for i in range(first, end):
+            past = i * plan.block_size >= plan.first_fold
+            name = derived_hash(request, plan, i) if past else request.block_hashes[i]
+            hit = self._manager.block_pool.get_cached_block(name, [self._manager.kv_cache_group_id])
+            if hit is None:
+                break
+            found += hit
+        return found

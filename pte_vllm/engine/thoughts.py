@@ -1,0 +1,208 @@
+"""Thought states as the API shows them, and those of finished requests, kept for a while.
+
+Shapes: L layers with a state, `state: [L, G, r]` fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from pte_vllm.method.plan import FoldPlan
+
+_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
+_CHILD = re.compile(r"^(\d+)_(.+)$", re.DOTALL)
+_NUMBERS = re.compile(r"(-\d+){0,2}$")
+_PROMPT = re.compile(r"^(cmpl-.+)-(\d+)$", re.DOTALL)
+
+
+def names_of(request_id: str) -> set[str]:
+    """What a client may call the engine's request `request_id`.
+
+    The engine's id is `[{choice}_]{external}[-{8 hex digits}]`, with a choice where n > 1. The
+    external id is the response's; for completions it is `{response}-{prompt}`. Choice c is
+    `{response}-{c}`, the first also `{response}`, and of prompt p > 0 `{response}-{p}-{c}`.
+    """
+    names = {request_id}
+    for whole in (request_id, _SUFFIX.sub("", request_id)):
+        child = _CHILD.match(whole)
+        choice, external = (child[1], child[2]) if child else ("0", whole)
+        names.add(f"{external}-{choice}")
+        prompt = _PROMPT.match(external)
+        if prompt is not None and prompt[2] == "0":
+            names.add(f"{prompt[1]}-{choice}")
+            if choice == "0":
+                names.add(prompt[1])
+        elif choice == "0" and (prompt is None or child is None):
+            names.add(external)
+    return names
+
+
+def find_id(name: str, request_ids: Collection[str]) -> str | None:
+    """The engine's id of the newest request called `name`; `request_ids` run from old to new."""
+    if name in request_ids:
+        return name
+    stem = _NUMBERS.sub("", name)  # in the engine's id whatever is numbered; rules most out fast
+    for known in reversed(list(request_ids)):
+        if stem in known and name in names_of(known):
+            return known
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thoughts:
+    """A request's thought state at some moment; its tensors may still be on their way to the host.
+
+    Whoever reads `state` or `rho` waits for the device first.
+    """
+
+    request_id: str
+    finished: bool
+    plan: FoldPlan
+    adapter: str | None
+    rule: str | None
+    """None where the request has no thought state."""
+    num_tokens: int
+    folded_blocks: int
+    held_blocks: int
+    peak_blocks: int
+    layers: tuple[int, ...] = ()
+    """Indices of the decoder layers that have a state."""
+    features: str | None = None
+    read: str | None = None
+    """With `features` the adapter's, None without a state: how A x meets `state`."""
+    state: Tensor | None = None
+    rho: Tensor | None = None  # [folds] mean over layers of ‖ΔS‖ / ‖S‖
+
+    @property
+    def folds(self) -> int:
+        return self.folded_blocks // self.plan.evict_blocks
+
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self.state is None else self.state.nbytes
+
+    def kept(self) -> Thoughts:
+        """A copy on the host, in memory of its own; the device is not waited for."""
+        state, rho = (None if t is None else to_host(t) for t in (self.state, self.rho))
+        return replace(self, finished=True, state=state, rho=rho)
+
+    def without_state(self) -> Thoughts:
+        return replace(self, state=None)
+
+    def rho_list(self) -> list[float]:
+        return [] if self.rho is None else self.rho.tolist()
+
+    def report(self) -> dict[str, Any]:
+        """One line of `GET /pte/v1/requests`; reads no tensor."""
+        return {
+            "request_id": self.request_id,
+            "adapter": self.adapter,
+            "rule": self.rule,
+            "num_tokens": self.num_tokens,
+            "pinned_blocks": self.plan.pinned_blocks,
+            "window_blocks": self.plan.window_blocks,
+            "folds": self.folds,
+            "folded_tokens": self.folded_blocks * self.plan.block_size,
+            "held_blocks": self.held_blocks,
+            "peak_blocks": self.peak_blocks,
+        }
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """The JSON of `GET /pte/v1/thoughts/{name}`."""
+        norms = [] if self.state is None else self.state.flatten(-2).norm(dim=-1).tolist()
+        return {
+            "id": name,
+            "status": "finished" if self.finished else "running",
+            "adapter": self.adapter,
+            "rule": self.rule,
+            "num_tokens": self.num_tokens,
+            "pin_tokens": self.plan.pin_tokens,
+            "window_tokens": self.plan.window_tokens,
+            "folds": self.folds,
+            "folded_tokens": self.folded_blocks * self.plan.block_size,
+            "held_blocks": self.held_blocks,
+            "layers": [
+                {"layer": layer, "norm": norm}
+                for layer, norm in zip(self.layers, norms, strict=True)
+            ],
+            "rho": self.rho_list(),
+        }
+
+    def safetensors(self) -> bytes | None:
+        """`state` as a file, in its metadata what it takes to read it; None without a state."""
+        if self.state is None:
+            return None
+        metadata = {
+            "layers": json.dumps(self.layers),
+            "adapter": self.adapter or "",
+            "rule": self.rule or "",
+            "features": self.features or "",
+            "read": self.read or "",
+            "num_tokens": str(self.num_tokens),
+            "folds": str(self.folds),
+        }
+        return save({"state": self.state.cpu().contiguous()}, metadata)
+
+    def events(self, since: int) -> list[dict[str, Any]]:
+        """Folds from number `since` + 1 on; `rho` is null without a thought state."""
+        plan, rho = self.plan, self.rho_list()
+        first = plan.pinned_blocks
+        return [
+            {
+                "fold": i + 1,
+                "at": plan.first_fold + i * plan.stride,
+                "blocks": [first + i * plan.evict_blocks, first + (i + 1) * plan.evict_blocks],
+                "rho": rho[i] if i < len(rho) else None,
+                "num_tokens": self.num_tokens,
+            }
+            for i in range(since, self.folds)
+        ]
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own; complete once the device has been waited for."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    # Into pinned memory, so that the copy waits for nothing.
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+class ThoughtStore:
+    """Thoughts of finished requests, the oldest leaving when there are too many.
+
+    Args:
+        max_count: of requests.
+        max_bytes: of their states.
+    """
+
+    def __init__(self, *, max_count: int, max_bytes: int) -> None:
+        self.max_count, self.max_bytes = max_count, max_bytes
+        self._kept: OrderedDict[str, Thoughts] = OrderedDict()
+        self._num_bytes = 0
+
+    def add(self, thoughts: Thoughts) -> None:
+        self.forget(thoughts.request_id)
+        self._kept[thoughts.request_id] = thoughts
+        self._num_bytes += thoughts.num_bytes
+        while len(self._kept) > self.max_count or self._num_bytes > self.max_bytes:
+            self.forget(next(iter(self._kept)))
+
+    def find(self, name: str) -> Thoughts | None:
+        """Of the newest finished request called `name`; see `names_of`."""
+        request_id = find_id(name, self._kept)
+        return None if request_id is None else self._kept[request_id]
+
+    def forget(self, request_id: str) -> None:
+        thoughts = self._kept.pop(request_id, None)
+        if thoughts is not None:
+            self._num_bytes -= thoughts.num_bytes

@@ -1,0 +1,133 @@
+"""Reading evicted keys and values back from the paged cache.
+
+Attention kernels are free to store a block in any order: vLLM's CPU kernels keep keys transposed
+(ISA `vec`) or tiled (`amx`). The order is found once, by writing known values through the
+backend's own `do_kv_cache_update`, and undone by a gather: right on every ISA and device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pte_vllm.method.reference import unrotate
+
+_DIGIT = 64  # every integer below is exact in bf16, fp16 and fp32
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where one head's keys and values lie within a block, as flat offsets over `[bs, 2 D]`."""
+
+    key_index: Tensor  # [bs, D] int64
+    value_index: Tensor  # [bs, D] int64
+
+    @classmethod
+    def probe(cls, layer: Any) -> BlockLayout:
+        """Find the layout of a vLLM `Attention` layer whose cache is allocated.
+
+        Raises:
+            RuntimeError: if what was written cannot be found again.
+        """
+        cache = layer.kv_cache  # [blocks, heads, bs, 2 D]
+        _, heads, block_size, width = cache.shape
+        dim, cells = width // 2, block_size * (width // 2)
+        numbers = torch.arange(2 * cells, device=cache.device)
+        low, high = numbers % _DIGIT, numbers // _DIGIT
+        if int(high.max()) >= _DIGIT**2:
+            raise RuntimeError(f"a block of {block_size} x {dim} is too large to probe")
+        # Every cell of the block gets a number; each pass writes one digit of it.
+        digits = [_written(layer, d) for d in (low, high % _DIGIT, high // _DIGIT)]
+        found = digits[0] + _DIGIT * digits[1] + _DIGIT**2 * digits[2]  # [2 cells], by offset
+        offset_of = torch.full((2 * cells,), -1, dtype=torch.int64, device=cache.device)
+        offset_of[found.clamp(0, 2 * cells - 1)] = numbers
+        if not torch.equal(found[offset_of.clamp(min=0)], numbers):
+            raise RuntimeError(
+                f"{type(layer.impl).__name__} stores the KV cache in a form PTE cannot read back; "
+                "use --kv-cache-dtype auto and another --attention-backend"
+            )
+        return cls(
+            key_index=offset_of[:cells].view(block_size, dim),
+            value_index=offset_of[cells:].view(block_size, dim),
+        )
+
+    def gather(self, caches: Sequence[Tensor], block_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (as cached) and values of whole blocks, in token order, fp32.
+
+        `caches` of L layers, each `[blocks, H, bs, 2 D]`; `block_ids: [n]`; returns two
+        `[L, n * bs, H, D]`. Blocks are collected first, to put all layers in order at once.
+        """
+        block_size, dim = self.key_index.shape
+        blocks = torch.stack([cache.index_select(0, block_ids) for cache in caches]).flatten(3)
+        keys, values = (
+            blocks[..., index.flatten()]  # [L, n, H, bs * D]
+            .unflatten(3, (block_size, dim))
+            .transpose(2, 3)
+            .flatten(1, 2)
+            .float()
+            for index in (self.key_index, self.value_index)
+        )
+        return keys, values
+
+
+def _written(layer: Any, numbers: Tensor) -> Tensor:
+    """Write `numbers [2 * bs * D]` (keys, then values) into a scratch block; read it raw."""
+    cache = layer.kv_cache
+    _, heads, block_size, width = cache.shape
+    scratch = torch.zeros_like(cache[:1], memory_format=torch.contiguous_format)
+    per_token = numbers.view(2, block_size, 1, width // 2).expand(-1, -1, heads, -1).to(cache.dtype)
+    key, value = (t.contiguous() for t in per_token)
+    slots = torch.arange(block_size, device=cache.device)
+    layer.impl.do_kv_cache_update(layer, key, value, scratch, slots)
+    return scratch[0, 0].flatten().float().round().long()
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """cos and sin as the model applies them: `[max_position, rotary_dim / 2]`, fp32."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, rotary: Any) -> RopeTable:
+        """The table of a vLLM `RotaryEmbedding`.
+
+        Raises:
+            ValueError: for a rotation in interleaved layout.
+        """
+        if not getattr(rotary, "is_neox_style", True):
+            raise ValueError("PTE supports rotary embeddings in half layout only (is_neox_style)")
+        cos, sin = rotary.cos_sin_cache.float().chunk(2, dim=-1)
+        return cls(cos=cos.contiguous(), sin=sin.contiguous())
+
+
+def read_evicted(
+    caches: Sequence[Tensor],
+    layout: BlockLayout,
+    block_ids: Tensor,
+    first_positions: Tensor,
+    rope: RopeTable | None,
+) -> tuple[Tensor, Tensor]:
+    """`K_e, V_e: [L, S, m, d_kv]` of the blocks that S sequences fold.
+
+    Args:
+        caches: of the layers that have a state, each `[blocks, H, bs, 2 D]`.
+        layout: of a block.
+        block_ids: `[S, n]` int64, in token order; m = n * bs.
+        first_positions: `[S]` int64, of each sequence's first evicted token.
+        rope: to undo RoPE; None leaves keys as cached.
+    """
+    keys, values = (
+        found.unflatten(1, (len(block_ids), -1))  # [L, S, m, H, D]
+        for found in layout.gather(caches, block_ids.flatten())
+    )
+    if rope is not None:
+        steps = torch.arange(keys.shape[2], device=block_ids.device)
+        positions = first_positions[:, None] + steps  # [S, m]
+        keys = unrotate(keys, rope.cos[positions], rope.sin[positions])
+    return keys.flatten(3), values.flatten(3)

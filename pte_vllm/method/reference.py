@@ -1,0 +1,307 @@
+"""Every equation of the method, once (arXiv 2602.16839, section 3; `ridge`, `delta` and `squared`
+features are ours).
+
+All functions broadcast over leading dimensions `*`, so that one call serves one layer of one
+sequence, a batch of sequences, or all layers at once (an encoder whose tensors are stacked).
+
+Shapes: m evicted tokens, G global tokens, r rank, d_kv = KV heads × head size, n_h learned
+global vectors.  `S: [*, G, r]` is the thought state.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pte_vllm.method.names import FEATURES
+
+EPS = 1e-6
+_TINY = 1e-30
+"""Of keys that are all zero: below what others give, and not too small to divide by in fp32."""
+
+Sums = dict[str, Tensor]
+"""What a sequence keeps between folds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEncoder:
+    """The encoder of one layer, or of several when every tensor has a leading layer dimension."""
+
+    query: Tensor  # [*, G, d_kv]   q_g
+    global_: Tensor  # [*, n_h, d_kv] h_g
+    w_q: Tensor  # [*, r, d_kv]
+    w_k: Tensor  # [*, r, d_kv]
+    w_v: Tensor  # [*, r, d_kv]
+    gain: Tensor  # [*]            g
+    b_k: Tensor  # [*, r]
+    b_v: Tensor  # [*, r]
+    log_ridge: Tensor  # [*]            log λ
+    features: str = "linear"
+    """φ of `feature_map`: of keys, and of A x when it meets them."""
+
+    @classmethod
+    def stack(cls, encoders: Sequence[LayerEncoder]) -> LayerEncoder:
+        """All layers as one encoder with a leading dimension of layers.
+
+        Raises:
+            ValueError: if their features differ.
+        """
+        kinds = {encoder.features for encoder in encoders}
+        if len(kinds) > 1:
+            raise ValueError(f"layers disagree on features: {', '.join(sorted(kinds))}")
+        stacked = {name: torch.stack([getattr(e, name) for e in encoders]) for name in TENSORS}
+        return cls(**stacked, features=encoders[0].features)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LayerEncoder:
+        """Apply `function` to every tensor, such as a move to a device."""
+        tensors = {name: function(getattr(self, name)) for name in TENSORS}
+        return LayerEncoder(**tensors, features=self.features)
+
+
+TENSORS = tuple(f.name for f in fields(LayerEncoder) if f.name != "features")
+"""Of a `LayerEncoder`, by name."""
+
+
+def feature_map(x: Tensor, features: str) -> Tensor:
+    """φ(x): x itself, or its numbers `squared`.
+
+    With linear features the state answers with a sum over all keys, each by its inner product with
+    A x. Squares of the numbers are a sketch of a kernel of degree two: what is most alike weighs
+    more against the rest, as under softmax, and a weight is never negative.
+
+    Raises:
+        ValueError: on a name that it does not know.
+    """
+    if features not in FEATURES:
+        raise ValueError(f"features must be one of {', '.join(FEATURES)}, got {features!r}")
+    return x.square() if features == "squared" else x
+
+
+def project(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as encoded: `φ(K_e W_Kᵀ + b_K)`, `V_e W_Vᵀ + b_V`, each `[*, m, r]`."""
+    k = feature_map(k_e @ encoder.w_k.mT + encoder.b_k[..., None, :], encoder.features)
+    v = v_e @ encoder.w_v.mT + encoder.b_v[..., None, :]
+    return k, v
+
+
+@dataclass(frozen=True)
+class Moments:
+    """All that a fold takes from m evicted tokens: two sums over them, in any order."""
+
+    kv: Tensor  # [*, r, r] Σ kᵀv
+    kk: Tensor | None  # [*, r, r] Σ kᵀk, for the rules that read it
+    num_tokens: int  # m
+
+
+def moments(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, *, with_kk: bool) -> Moments:
+    """Σ kᵀv and Σ kᵀk of the encoded `k_e, v_e: [*, m, d_kv]`."""
+    k, v = project(encoder, k_e, v_e)
+    return Moments(kv=k.mT @ v, kk=k.mT @ k if with_kk else None, num_tokens=k_e.shape[-2])
+
+
+def contribution_of(encoder: LayerEncoder, evicted: Moments) -> Tensor:
+    """S' = (g/m) (q_g W_Qᵀ) Σ kᵀv, `[*, G, r]`: linear attention of the global queries."""
+    queries = encoder.query @ encoder.w_q.mT
+    scale = encoder.gain[..., None, None] / evicted.num_tokens
+    return scale * (queries @ evicted.kv)
+
+
+def contribution(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> Tensor:
+    """S' = (g/m) (q_g W_Qᵀ) kᵀv of `k_e, v_e: [*, m, d_kv]`, encoded by `project`; `[*, G, r]`."""
+    return contribution_of(encoder, moments(encoder, k_e, v_e, with_kk=False))
+
+
+def normalize(s: Tensor, how: str) -> Tensor:
+    """`matrix`: Frobenius norm √r; `row`: every row of L2 norm 1."""
+    if how == "row":
+        return F.normalize(s, dim=-1, eps=EPS)
+    norm = s.flatten(-2).norm(dim=-1)[..., None, None]
+    scaled: Tensor = s * (math.sqrt(s.shape[-1]) / (norm + EPS))
+    return scaled
+
+
+def initial_state(encoder: LayerEncoder, how: str) -> Tensor:
+    """S_0 = Normalize(S'(K_e = V_e = h_g)): the state before any fold."""
+    return normalize(contribution(encoder, encoder.global_, encoder.global_), how)
+
+
+def modulate(a: Tensor, s: Tensor, read: str, features: str = "linear") -> Tensor:
+    """What stands between A and B: `Sᵀφ(A x)` for read `key`, `S(A x)` for `value`.
+
+    `a: [*, T, G]`, `s: [*, G, r]`; returns `[*, T, r]` (for `value`, G must equal r).
+    """
+    return feature_map(a, features) @ (s if read == "key" else s.mT)
+
+
+def relative_update(s: Tensor, update: Tensor) -> Tensor:
+    """‖update‖ / ‖S‖ per state, `[*]`; 1 where S is zero and everything in it is new.
+
+    With `update` = S' this is the paper's weight of a fold; with S_new − S, how far S moved.
+    """
+    norm = s.flatten(-2).norm(dim=-1)
+    ratio = update.flatten(-2).norm(dim=-1) / norm.clamp(min=EPS)
+    return torch.where(norm > EPS, ratio, torch.ones_like(ratio))
+
+
+class Rule(ABC):
+    """What a sequence keeps between folds, and how its state is read from that."""
+
+    reads_kk = False
+    """Whether `add` needs Σ kᵀk."""
+
+    @abstractmethod
+    def start(self, encoder: LayerEncoder, how: str) -> Sums:
+        """The sums before any fold."""
+
+    def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
+        """The sums after a fold of `k_e, v_e: [*, m, d_kv]`."""
+        return self.add(sums, encoder, moments(encoder, k_e, v_e, with_kk=self.reads_kk), how)
+
+    @abstractmethod
+    def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
+        """The same from the tokens' moments, however they were computed."""
+
+    @abstractmethod
+    def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
+        """S, `[*, G, r]`."""
+
+
+class PaperRule(Rule):
+    """S ← Normalize(S + S') after each fold."""
+
+    def start(self, encoder: LayerEncoder, how: str) -> Sums:
+        return {"S": initial_state(encoder, how)}
+
+    def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
+        return {"S": normalize(sums["S"] + contribution_of(encoder, evicted), how)}
+
+    def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
+        return sums["S"]
+
+
+class SumRule(PaperRule):
+    """S ← S + S'; normalised when read, so that no fold fades."""
+
+    def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
+        return {"S": sums["S"] + contribution_of(encoder, evicted)}
+
+    def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
+        return normalize(sums["S"], how)
+
+
+class NoneRule(PaperRule):
+    """S stays S_0: the paper's "Global-Only" control; nothing is encoded."""
+
+    def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
+        return sums
+
+    def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
+        return sums
+
+
+def damping(encoder: LayerEncoder, level: Tensor) -> Tensor:
+    """(λ + ε) · level, `[*]`, for a solve by Σ kᵀk, whose numbers are of the size `level: [*]`.
+
+    ε keeps the solve well posed where λ vanishes. It scales with the level, which with squared
+    features is quartic in the keys: a fixed floor would damp away all that small keys say.
+    """
+    return (encoder.log_ridge.exp() + EPS) * level + _TINY
+
+
+def solve_damped(c: Tensor, damp: Tensor, right: Tensor) -> Tensor:
+    """(C + damp·I)⁻¹ · right for definite `c: [*, r, r]`, `damp: [*]` and `right: [*, r, r]`."""
+    identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
+    # solve_ex does not wait for the device to report singularity; C + damp is definite.
+    solution: Tensor = torch.linalg.solve_ex(c + damp[..., None, None] * identity, right)[0]
+    return solution
+
+
+class RidgeRule(Rule):
+    """S = (C/n + (λ + ε)·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv; zero at first."""
+
+    reads_kk = True
+
+    def start(self, encoder: LayerEncoder, how: str) -> Sums:
+        rank = encoder.w_k.shape[-2]
+        zero = encoder.w_k.new_zeros(*encoder.w_k.shape[:-2], rank, rank)
+        return {"C": zero, "M": zero.clone(), "n": encoder.gain.new_zeros(encoder.gain.shape)}
+
+    def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
+        assert evicted.kk is not None
+        return {
+            "C": sums["C"] + evicted.kk,
+            "M": sums["M"] + evicted.kv,
+            "n": sums["n"] + evicted.num_tokens,
+        }
+
+    def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
+        count = sums["n"][..., None, None]
+        mean_c, mean_m = sums["C"] / count.clamp(min=1), sums["M"] / count.clamp(min=1)
+        level = mean_c.diagonal(dim1=-2, dim2=-1).mean(-1)
+        # Before the first fold C is zero: damp by one, so that the solve is well posed and S zero.
+        damp = torch.where(sums["n"] > 0, damping(encoder, level), 1.0)
+        return solve_damped(mean_c, damp, mean_m)
+
+
+class DeltaRule(Rule):
+    """S ← argmin_X ‖K X − V‖² + μ ‖X − S‖²: what this fold's keys lead to is overwritten.
+
+    In closed form S ← (Σ kᵀk + μ I)⁻¹ (Σ kᵀv + μ S), zero before any fold, with μ = λ + ε times
+    the mean |k|² of all tokens folded so far. For a single token it is the delta rule with the
+    implicit step size 1 / (μ + |k|²). Keys that a fold does not touch keep what they lead to.
+    """
+
+    reads_kk = True
+
+    def start(self, encoder: LayerEncoder, how: str) -> Sums:
+        rank = encoder.w_k.shape[-2]
+        zero = encoder.gain.new_zeros(encoder.gain.shape)
+        state = encoder.w_k.new_zeros(*encoder.w_k.shape[:-2], rank, rank)
+        return {"S": state, "kk": zero, "n": zero.clone()}
+
+    def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
+        assert evicted.kk is not None
+        norms = sums["kk"] + evicted.kk.diagonal(dim1=-2, dim2=-1).sum(-1)  # Σ |k|²
+        count = sums["n"] + evicted.num_tokens
+        mu = damping(encoder, norms / count)
+        right = evicted.kv + mu[..., None, None] * sums["S"]
+        return {"S": solve_damped(evicted.kk, mu, right), "kk": norms, "n": count}
+
+    def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
+        return sums["S"]
+
+
+RULES: dict[str, Rule] = {
+    "paper": PaperRule(),
+    "sum": SumRule(),
+    "none": NoneRule(),
+    "ridge": RidgeRule(),
+    "delta": DeltaRule(),
+}
+"""By name: what is kept between folds, and how S is read from it."""
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), -1)
+
+
+def unrotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Undo RoPE ("half" layout, as Llama and Qwen) on cached keys.
+
+    `k: [*, m, H, D]`; `cos, sin: [*, m, rotary_dim / 2]` as the model applied them, attention
+    scaling included: dividing by cos² + sin² undoes a scaled rotation too. Dimensions past
+    `rotary_dim` are untouched.
+    """
+    rotary_dim = 2 * cos.shape[-1]
+    cos2 = torch.cat((cos, cos), -1)[..., None, :]
+    sin2 = torch.cat((sin, sin), -1)[..., None, :]
+    turned, rest = k[..., :rotary_dim], k[..., rotary_dim:]
+    plain = (turned * cos2 - rotate_half(turned) * sin2) / (cos2 * cos2 + sin2 * sin2)
+    return torch.cat((plain, rest), -1) if rest.shape[-1] else plain

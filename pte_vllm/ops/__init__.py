@@ -1,1 +1,0 @@
-"""The mathematics: `reference.py` defines it, the other modules make it fast."""

@@ -1,0 +1,193 @@
+"""Questions for training: what one is, and a stream of them whose position can be saved.
+
+Where they come from is in `data_sources`. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypedDict
+
+from pte_vllm.train.run.config import DataOptions
+
+_MAX_REJECTED = 10_000
+"""Questions of an endless source rejected in a row before it is called hopeless."""
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+Prompt = str | list[Message] | list[int]
+"""Plain text, messages for the model's chat template, or token ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One question."""
+
+    key: str
+    """Names it within its source, such as `gsm8k/train/17`; the same in every run."""
+    prompt: Prompt
+    answer: str | list[int]
+    """What its reward compares with: text, or token ids."""
+    reward: str
+    """Name of its reward function in `rewards.REWARDS`."""
+    pin_tokens: int | None = None
+    """Tokens at the start that are never evicted; None: the whole prompt."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """What else the source says about it."""
+
+
+class Source(Protocol):
+    """Questions by number; the same number gives the same question in every process."""
+
+    @property
+    def size(self) -> int | None:
+        """How many there are; None: as many as are asked for."""
+
+    def problem(self, index: int) -> Problem:
+        """Question number `index`, which is less than `size`."""
+
+
+class StreamState(TypedDict):
+    """Position of a stream; plain integers, for a checkpoint."""
+
+    seed: int
+    size: int
+    """0 for an endless source."""
+    drawn: int
+    """Questions taken from the source so far, rejected ones included."""
+
+
+class Stream:
+    """Endless sequence of questions, a pure function of source and seed.
+
+    A finite source is shuffled anew for each epoch; an endless one is read in order, as it has its
+    own seed.
+
+    Args:
+        source: where questions come from.
+        seed: of the order.
+        keep: questions for which it is false are left out, such as prompts that are too long.
+
+    Raises:
+        ValueError: if the source is empty.
+    """
+
+    def __init__(
+        self, source: Source, *, seed: int, keep: Callable[[Problem], bool] | None = None
+    ) -> None:
+        if source.size == 0:
+            raise ValueError("--data.source: it holds no questions")
+        self.source = source
+        self.seed = seed
+        self._keep = keep
+        self._drawn = 0
+        self._order: tuple[int, Sequence[int]] | None = None  # epoch, its indices
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next question; stays 0 for an endless source."""
+        return self._drawn // self.source.size if self.source.size else 0
+
+    def take(self, count: int) -> list[Problem]:
+        """The next `count` questions."""
+        return [self.next() for _ in range(count)]
+
+    def next(self) -> Problem:
+        """The next question.
+
+        Raises:
+            ValueError: if a whole epoch, or 10,000 questions in a row, are left out.
+        """
+        for _ in range(self.source.size or _MAX_REJECTED):
+            problem = self.source.problem(self._index())
+            self._drawn += 1
+            if self._keep is None or self._keep(problem):
+                return problem
+        raise ValueError(
+            "--data.max_prompt_tokens leaves out every question; give a larger bound or other data"
+        )
+
+    def _index(self) -> int:
+        size = self.source.size
+        if size is None:
+            return self._drawn
+        epoch, place = divmod(self._drawn, size)
+        if self._order is None or self._order[0] != epoch:
+            order = list(range(size))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)  # of text: alike everywhere
+            self._order = epoch, order
+        return self._order[1][place]
+
+    def state(self) -> StreamState:
+        return StreamState(seed=self.seed, size=self.source.size or 0, drawn=self._drawn)
+
+    def restore(self, state: StreamState) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            ValueError: if it belongs to another order or other data.
+        """
+        own = self.state()
+        if state["seed"] != own["seed"]:
+            raise ValueError(
+                f"--data.seed is {own['seed']}, but the checkpoint was made with {state['seed']}"
+            )
+        if state["size"] != own["size"]:
+            raise ValueError(
+                f"--data.source holds {own['size']} questions, but held {state['size']} when the "
+                "checkpoint was made"
+            )
+        self._drawn = state["drawn"]
+
+
+def ask(options: DataOptions, question: str, template: str) -> Prompt:
+    """The prompt that asks `question`."""
+    # Not str.format: questions and templates are full of braces.
+    text = (options.prompt_template or template).replace("{prompt}", question)
+    if not options.chat:
+        return text
+    system = [Message(role="system", content=options.system)] if options.system else []
+    return [*system, Message(role="user", content=text)]
+
+
+def reward_of(options: DataOptions, fitting: str) -> str:
+    """Name of the reward: the one asked for, or what fits."""
+    return fitting if options.reward == "auto" else options.reward
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value from a file is an integer from 0, such as a token id."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def prompt_ids(problem: Problem, tokenizer: Any) -> list[int]:
+    """Token ids of a question's prompt, ready for an answer to follow.
+
+    Args:
+        problem: the question.
+        tokenizer: a transformers tokenizer; None will do where the prompt is token ids.
+
+    Raises:
+        ValueError: if the prompt is messages and the tokenizer has no chat template.
+    """
+    prompt = problem.prompt
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if prompt and isinstance(prompt[0], int):
+        return list(prompt)
+    if tokenizer.chat_template is None:
+        raise ValueError("--data.chat: the model has no chat template; give --data.chat false")
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    # The template writes the special tokens itself.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def at_most(max_prompt_tokens: int, tokenizer: Any) -> Callable[[Problem], bool]:
+    """For `Stream`'s `keep`: whether a prompt has at most so many tokens."""
+    return lambda problem: len(prompt_ids(problem, tokenizer)) <= max_prompt_tokens

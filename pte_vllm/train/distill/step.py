@@ -1,0 +1,206 @@
+"""Distillation: a warm start without rewards.
+
+Teacher and student are the same model; the teacher has full attention and no adapter, the student
+the adapter and the window. The loss of a step is forward KL, for the tokens beyond the first fold:
+
+    loss = mean over tokens of KL( softmax(z_teacher / T) ‖ softmax(z_student / T) )
+
+without a factor T², so that it reads in nats at any temperature. Gradients come from the replay
+segment by segment: activations do not grow with the length of a sequence. The teacher's KV cache
+does, the student's evicted keys and values do (`replay.py`), and one hidden state is kept of each
+token (`teacher.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pte_vllm.train.distill.examples import Example, align
+from pte_vllm.train.distill.teacher import CHUNK_TOKENS, Teacher, ask_teacher
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import Scores, replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One optimizer step."""
+
+    kl: float
+    """Mean KL to the teacher, in nats, before the step: the loss."""
+    grad_norm: float
+    """Before clipping."""
+    wanted_tokens: int
+    """Tokens with a loss."""
+    tokens: int
+    """All tokens of the batch."""
+    folds: float
+    """Mean per sequence."""
+
+    def as_metrics(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def accumulate_gradient(
+    model: PTEModel,
+    examples: Sequence[Example],
+    *,
+    micro_batch_sequences: int,
+    temperature: float = 1.0,
+    teacher_top_k: int = 0,
+    teacher_chunk_tokens: int = CHUNK_TOKENS,
+) -> StepReport:
+    """Add the gradient of one batch's loss to the model's parameters; `grad_norm` is theirs.
+
+    Args:
+        micro_batch_sequences: replayed at once; does not change the result.
+        teacher_top_k: see `Teacher.kl`; 0 is exact.
+
+    Raises:
+        ValueError: if no token of the batch lies beyond a first fold.
+    """
+    wanted_tokens = sum(sum(example.wanted) for example in examples)
+    if not wanted_tokens:
+        raise ValueError("no token of the batch lies beyond its first fold")
+    loss, folds = 0.0, 0
+    for batch in micro_batches(examples, micro_batch_sequences):
+        teacher = ask_teacher(
+            model,
+            batch,
+            temperature=temperature,
+            top_k=teacher_top_k,
+            chunk_tokens=teacher_chunk_tokens,
+        )
+
+        def kl(scores: Scores, teacher: Teacher = teacher) -> Tensor:
+            return teacher.kl(scores).sum() / wanted_tokens
+
+        result = replay(model, batch, temperature=temperature, backward="segments", loss=kl)
+        loss += result.loss
+        folds += sum(len(f) for f in result.folds)
+    gradients = [p.grad for p in model.trainable_parameters() if p.grad is not None]
+    return StepReport(
+        kl=loss,
+        grad_norm=float(torch.nn.utils.get_total_norm(gradients)),
+        wanted_tokens=wanted_tokens,
+        tokens=sum(len(example.tokens) for example in examples),
+        folds=folds / len(examples),
+    )
+
+
+def micro_batches(examples: Sequence[Example], size: int) -> Iterable[Batch]:
+    """At most `size` examples each, of like length, so that little is padded."""
+    ordered = sorted(examples, key=lambda example: len(example.tokens))
+    for first in range(0, len(ordered), size):
+        yield align(ordered[first : first + size])
+
+
+def take_step(
+    model: PTEModel,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[Example],
+    *,
+    max_grad_norm: float,
+    **options: Any,
+) -> StepReport:
+    """One optimizer step on a batch; `options` are `accumulate_gradient`'s.
+
+    Raises:
+        FloatingPointError: if the gradient is not finite; the adapter is then unchanged.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    report = accumulate_gradient(model, examples, **options)
+    if not math.isfinite(report.grad_norm):
+        raise FloatingPointError(
+            f"the gradient's norm is {report.grad_norm}; the adapter is unchanged"
+        )
+    torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), max_grad_norm)
+    optimizer.step()
+    return report
+
+
+# -- how good is it -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Text beyond the first fold at temperature 1, means over `tokens` tokens, in nats."""
+
+    tokens: int
+    loss_full: float
+    """Negative log-likelihood under full attention: the teacher."""
+    loss_window: float
+    """The base model, which forgets what leaves the window."""
+    loss_student: float
+    kl_window: float
+    """KL(teacher ‖ base model under the window)."""
+    kl_student: float
+
+    @property
+    def perplexities(self) -> tuple[float, float, float]:
+        """Full attention, window, student."""
+        return math.exp(self.loss_full), math.exp(self.loss_window), math.exp(self.loss_student)
+
+    @property
+    def recovered(self) -> float:
+        """Part of the window's KL to the teacher that the adapter takes away; 1 is all of it."""
+        return 1.0 - self.kl_student / self.kl_window if self.kl_window else math.nan
+
+    def as_metrics(self) -> dict[str, float]:
+        full, window, student = self.perplexities
+        return {
+            **asdict(self),
+            "perplexity_full": full,
+            "perplexity_window": window,
+            "perplexity_student": student,
+            "recovered": self.recovered,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: PTEModel,
+    examples: Sequence[Example],
+    *,
+    micro_batch_sequences: int = 4,
+    rule: str | None = None,
+) -> Evaluation:
+    """Full attention, the window, and the window with the adapter on the same tokens.
+
+    Args:
+        rule: overrides the adapter's.
+
+    Raises:
+        ValueError: if no token lies beyond a first fold.
+    """
+    sums = torch.zeros(5, dtype=torch.float64)
+    tokens = 0
+    for batch in micro_batches(examples, micro_batch_sequences):
+        teacher = ask_teacher(model, batch)
+        tokens += teacher.num_tokens
+
+        def kl(scores: Scores, teacher: Teacher = teacher) -> Tensor:
+            return teacher.kl(scores).sum()
+
+        with model.adapter_disabled():
+            window = replay(model, batch, loss=kl)
+        student = replay(model, batch, loss=kl, rule=rule)
+        nll = (-x.logprobs.double().sum().cpu() for x in (teacher, window, student))
+        sums += torch.stack([*nll, *(torch.tensor(x.loss).double() for x in (window, student))])
+    if not tokens:
+        raise ValueError("no token of the evaluation lies beyond its first fold")
+    full, window_nll, student_nll, window_kl, student_kl = (sums / tokens).tolist()
+    return Evaluation(
+        tokens=tokens,
+        loss_full=full,
+        loss_window=window_nll,
+        loss_student=student_nll,
+        kl_window=window_kl,
+        kl_student=student_kl,
+    )

@@ -1,0 +1,271 @@
+"""One GRPO step on a batch of rollouts: replay, compare with the sampler, learn."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.train.grpo.loss import (
+    LossStats,
+    PolicyLoss,
+    Sample,
+    check_drift,
+    importance_weights,
+)
+from pte_vllm.train.grpo.micro_batches import MicroBatch, split
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import ReplayResult, Scores, replay
+from pte_vllm.train.run.config import GrpoOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step found. A mean over no tokens is NaN."""
+
+    loss: float
+    """Of the first inner step, before any update."""
+    drift: float
+    """Mean |Δ log p| between sampler and replay over tokens of the learner's version."""
+    drift_max: float
+    drift_tokens: int
+    importance_mean: float
+    importance_max: float
+    """Of the weights as used, over tokens that carry loss."""
+    ratio_mean: float
+    ratio_off: float
+    """Largest |ratio - 1| over all inner steps."""
+    clipped_low: float
+    clipped_high: float
+    """Parts of the tokens whose gradient the clip cut off."""
+    kl: float
+    """k3 to the reference; NaN without one."""
+    entropy: float
+    """Of the policy, nats per sampled token."""
+    grad_norm: float
+    """Of the last inner step, before clipping."""
+    rho: float
+    """‖ΔS‖ / ‖S‖, mean over folds and layers; NaN without folds."""
+    folds: float
+    """Mean per rollout."""
+    trained_tokens: int
+    """Sampled tokens that carry loss."""
+    replayed_tokens: int
+    """Tokens of all rollouts, questions included."""
+    seconds: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Learner:
+    """Owns the updates of a model's adapter.
+
+    Args:
+        model: with an adapter.
+        optimizer: over `model.trainable_parameters()`.
+        options: of the algorithm.
+        temperature: that rollouts are sampled with.
+        max_drift: largest mean |Δ log p| between sampler and replay.
+        max_grad_norm: gradients are scaled down to it.
+        initial: adapter of the reference policy if `options.reference` is `initial`.
+
+    Raises:
+        ValueError: if the reference needs `initial` and there is none.
+    """
+
+    def __init__(
+        self,
+        model: PTEModel,
+        optimizer: torch.optim.Optimizer,
+        options: GrpoOptions,
+        *,
+        temperature: float = 1.0,
+        max_drift: float,
+        max_grad_norm: float = 1.0,
+        initial: Adapter | None = None,
+    ) -> None:
+        if options.kl_coef > 0 and options.reference == "initial" and initial is None:
+            raise ValueError("reference 'initial' needs the adapter that the run started from")
+        self.model, self.optimizer, self.options = model, optimizer, options
+        self._temperature = temperature
+        self._max_drift = max_drift
+        self._max_grad_norm = max_grad_norm
+        self._initial = initial
+        self.updating = False
+        """Whether a step has begun to change the adapter and has not returned."""
+
+    def step(self, samples: Sequence[Sample], version: int) -> StepResult:
+        """Learn from rollouts: `inner_steps` optimizer steps on all of them.
+
+        Args:
+            samples: with advantages; none staler than the options allow.
+            version: of the adapter that the model now holds.
+
+        Raises:
+            ValueError: if a rollout is staler than the bound or was sampled under another rule than
+                the adapter's, or there is none.
+            DriftError: before anything is changed, if sampler and replay disagree.
+            FloatingPointError: before the inner step's update, if its gradient is not finite.
+        """
+        if not samples:
+            raise ValueError("a step needs at least one rollout")
+        began, options = time.monotonic(), self.options
+        self._check_rules(samples)
+        micros = split(samples, options, version=version, device=self.model.device)
+        seen = _Seen()
+        for micro in micros:
+            seen.add(micro, self._replay(micro, seen))
+        check_drift(seen.drift, self._max_drift, version, tokens=seen.drift_tokens)
+        with_kl = options.kl_coef > 0
+        active = [micro for micro in micros if with_kl or not micro.idle]
+        if with_kl:
+            with self._reference():
+                for micro in active:
+                    micro.reference = self._replay(micro).logprobs
+        stats, losses, norm = LossStats(), [], 0.0
+        for done in range(options.inner_steps):
+            loss, norm = self._update(active, stats, done)
+            losses.append(loss)
+        weights = torch.cat([self._importance(m)[m.weights > 0] for m in micros])
+        result = StepResult(
+            loss=losses[0],
+            drift=seen.drift,
+            drift_max=seen.drift_max,
+            drift_tokens=seen.drift_tokens,
+            importance_mean=float(weights.mean()) if len(weights) else math.nan,
+            importance_max=float(weights.max()) if len(weights) else math.nan,
+            ratio_mean=_mean(stats.ratio_sum, stats.tokens),
+            ratio_off=stats.ratio_off,
+            clipped_low=_mean(stats.clipped_low, stats.tokens),
+            clipped_high=_mean(stats.clipped_high, stats.tokens),
+            kl=_mean(stats.kl_sum, stats.tokens) if with_kl else math.nan,
+            entropy=_mean(seen.entropy_sum, seen.sampled_tokens),
+            grad_norm=norm,
+            rho=_mean(seen.rho_sum, seen.rho_count),
+            folds=seen.folds / len(samples),
+            trained_tokens=len(weights),
+            replayed_tokens=sum(len(s.rollout.token_ids) for s in samples),
+            seconds=time.monotonic() - began,
+        )
+        self.updating = False
+        return result
+
+    def _check_rules(self, samples: Sequence[Sample]) -> None:
+        """Refuse rollouts whose folds the replay would not repeat."""
+        own = self.model.config.rule if self.model.config is not None else None
+        for rollout in (sample.rollout for sample in samples):
+            if rollout.rule not in (None, own):
+                raise ValueError(
+                    f"a rollout of group {rollout.group_id} was sampled under the rule "
+                    f"{rollout.rule}, but the adapter that learns has "
+                    f"{own or 'no thought state'}: ask for rollouts without update"
+                )
+
+    def _replay(self, micro: MicroBatch, look: _Seen | None = None) -> ReplayResult:
+        return replay(self.model, micro.batch, temperature=self._temperature, loss=look)
+
+    def _importance(self, micro: MicroBatch) -> Tensor:
+        assert micro.old is not None
+        options = self.options
+        return importance_weights(micro.old, micro.sampler, options.is_mode, options.is_cap)
+
+    def _update(
+        self, micros: Sequence[MicroBatch], stats: LossStats, done: int
+    ) -> tuple[float, float]:
+        """One optimizer step, after `done` others on these rollouts; loss and gradient norm."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for micro in micros:
+            assert micro.old is not None
+            loss = PolicyLoss(
+                options=self.options,
+                advantages=micro.advantages,
+                weights=micro.weights,
+                old=micro.old,
+                importance=self._importance(micro),
+                reference=micro.reference,
+                stats=stats,
+            )
+            total += replay(
+                self.model,
+                micro.batch,
+                temperature=self._temperature,
+                backward="segments",
+                loss=loss,
+            ).loss
+        parameters = self.model.trainable_parameters()
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
+        if not math.isfinite(norm):
+            left = f"as inner step {done} left it" if done else "unchanged"
+            raise FloatingPointError(f"the gradient's norm is {norm}; the adapter is {left}")
+        if micros:  # without a gradient, momentum alone would still move the adapter
+            self.updating = True
+            self.optimizer.step()
+        return total, norm
+
+    @contextmanager
+    def _reference(self) -> Iterator[None]:
+        """The reference policy inside the block."""
+        if self.options.reference == "base":
+            with self.model.adapter_disabled():
+                yield
+            return
+        assert self._initial is not None
+        current = self.model.adapter()
+        self.model.load_adapter_weights(self._initial)
+        try:
+            yield
+        finally:
+            self.model.load_adapter_weights(current)
+
+
+class _Seen:
+    """What the replay before the first update shows; called with scores, as a loss is."""
+
+    def __init__(self) -> None:
+        self.entropy_sum = 0.0
+        self.sampled_tokens = 0
+        self.drift_tokens = 0
+        self.drift_max = math.nan
+        self.rho_sum = 0.0
+        self.rho_count = 0
+        self.folds = 0
+        self._drift_sum = 0.0
+
+    @property
+    def drift(self) -> float:
+        return _mean(self._drift_sum, self.drift_tokens)
+
+    def __call__(self, scores: Scores) -> Tensor:
+        logprobs = scores.logits.log_softmax(-1)  # [N, V]
+        self.entropy_sum -= float((logprobs.exp() * logprobs).sum())
+        self.sampled_tokens += len(logprobs)
+        return logprobs.new_zeros(())
+
+    def add(self, micro: MicroBatch, result: ReplayResult) -> None:
+        micro.old = result.logprobs
+        off = (result.logprobs - micro.sampler).abs()[micro.current]
+        if len(off):
+            self._drift_sum += float(off.sum())
+            self.drift_tokens += len(off)
+            self.drift_max = max(float(off.max()), _or_zero(self.drift_max))
+        for folds in result.folds:
+            self.folds += len(folds)
+            for fold in folds:
+                self.rho_sum += float(fold.rho.sum())
+                self.rho_count += len(fold.rho)
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+def _mean(total: float, count: int) -> float:
+    return total / count if count else math.nan

@@ -1,0 +1,256 @@
+"""`pte-vllm train grpo`: sample, score, learn, push, and so on, until the last step.
+
+    OUT/run.toml        every option, as resolved
+    OUT/initial/        the adapter that the run started from
+    OUT/checkpoints/    see `checkpoint`
+    OUT/metrics.jsonl   numbers by step; OUT/tensorboard/ the same
+    OUT/training.png    reward, length and drift
+    OUT/adapter/        after the last step
+
+A run that was interrupted or killed goes on from its newest checkpoint with the same command. Every
+step's adapter is pushed as a new version; versions only rise, also over a resume.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.train.data.questions import Problem, Stream, prompt_ids
+from pte_vllm.train.data.sources import open_stream
+from pte_vllm.train.grpo.learner import Learner, StepResult
+from pte_vllm.train.grpo.loss import DriftError
+from pte_vllm.train.grpo.sampling import Batch, Publisher, RolloutSource, Sampler, check_plan
+from pte_vllm.train.run.checkpoint import RunState
+from pte_vllm.train.run.config import GrpoRun, ServerOptions
+from pte_vllm.train.run.log import PLOT_FILE, MetricsLog, ProgressBar, plot_run
+from pte_vllm.train.run.resume import resumed
+from pte_vllm.train.run.signals import Interrupted, Signals
+from pte_vllm.train.run.start import ADAPTER, Start, learning_rate, load_tokenizer, start_run
+from pte_vllm.wire.client import RolloutClient, ServerError
+
+INITIAL = "initial"
+
+
+def main(options: GrpoRun) -> int:
+    """Train or go on; what stops it is said in a line. Returns the exit status."""
+    run = resumed(options)
+    try:
+        with connect(run.server) as client:
+            return 0 if train(run, client) else 130
+    except (ServerError, DriftError, FloatingPointError) as error:
+        print(f"pte-vllm: error: {error}", file=sys.stderr)
+        return 2
+
+
+def connect(options: ServerOptions) -> RolloutClient:
+    """A client of the run's server, with the keys from the environment.
+
+    Raises:
+        ValueError: if a variable that should hold a key is not set.
+    """
+
+    def key(flag: str, name: str | None) -> str | None:
+        if name is not None and not os.environ.get(name):
+            raise ValueError(f"--server.{flag} {name}: there is no such environment variable")
+        return os.environ[name] if name is not None else None
+
+    return RolloutClient(
+        options.url,
+        api_key=key("api_key_env", options.api_key_env),
+        admin_key=key("admin_key_env", options.admin_key_env),
+        timeout_s=options.timeout_s,
+        retry_s=options.retry_s,
+    )
+
+
+def train(run: GrpoRun, source: RolloutSource, *, stream: Stream | None = None) -> bool:
+    """Train until the last step, from the newest checkpoint on if there is one.
+
+    Args:
+        run: options.
+        source: the server.
+        stream: of questions; None: what `run.data` says.
+
+    Returns:
+        Whether the last step was reached; False after SIGTERM or SIGINT.
+
+    Raises:
+        ValueError: naming the option, if one does not fit.
+        OSError: if a file cannot be read or written.
+        ServerError: if the server refuses, or stays away.
+        DriftError: if server and replay do not compute the same policy.
+
+    Before an error leaves here, the steps that were done are saved.
+    """
+    run = resumed(run)
+    console = Console(stderr=True, highlight=False)
+    directory, tokenizer = run.run.directory, load_tokenizer(run.model.base)
+    if stream is None:
+        stream = open_stream(run.data, keep=_short_enough(run, tokenizer))
+    start = start_run(run)
+    if start.resumed:
+        stream.restore(start.state.stream)  # type: ignore[arg-type]  # what `state` gave
+        console.print(f"going on after step {start.state.step}")
+    else:
+        start.model.save_pretrained(directory / INITIAL)
+    metrics = MetricsLog(directory, step=start.state.step, tensorboard=run.run.tensorboard)
+    trainer = _Trainer(run, source, stream, tokenizer, start, metrics)
+    try:
+        finished = trainer.run_steps(start.state, console)
+    finally:
+        metrics.close()
+        if metrics.records:
+            plot_run(metrics.records, directory / PLOT_FILE, title=directory.name)
+    if finished:
+        start.model.save_pretrained(directory / ADAPTER)
+        console.print(f"wrote {directory / ADAPTER}", soft_wrap=True)
+    return finished
+
+
+def _short_enough(run: GrpoRun, tokenizer: Any) -> Callable[[Problem], bool]:
+    def keep(problem: Problem) -> bool:
+        if tokenizer is None and not isinstance(problem.prompt[0], int):
+            raise ValueError(f"--model.base {run.model.base} has no tokenizer for {problem.key}")
+        return len(prompt_ids(problem, tokenizer)) <= run.data.max_prompt_tokens
+
+    return keep
+
+
+class _Trainer:
+    """The parts of a run that its steps use."""
+
+    def __init__(
+        self,
+        run: GrpoRun,
+        source: RolloutSource,
+        stream: Stream,
+        tokenizer: Any,
+        start: Start,
+        metrics: MetricsLog,
+    ) -> None:
+        self._run, self._source, self._stream, self._tokenizer = run, source, stream, tokenizer
+        self._model, self._optimizer = start.model, start.optimizer
+        self._checkpoints, self._metrics = start.checkpoints, metrics
+        dtype = str(start.model.base.dtype).removeprefix("torch.")
+        self._learner = Learner(
+            start.model,
+            start.optimizer,
+            run.grpo,
+            temperature=run.sampling.temperature,
+            max_drift=run.grpo.drift_limit(dtype),
+            max_grad_norm=run.optimizer.max_grad_norm,
+            initial=Adapter.load(run.run.directory / INITIAL),
+        )
+
+    def run_steps(self, state: RunState, console: Console) -> bool:
+        """The remaining steps; whether all were done."""
+        run, last = self._run, self._run.optimizer.steps
+        check_plan(run, self._source.wait_ready(run.server.retry_s))
+        publisher = Publisher(self._source, run.server.adapter_name, state.version)
+        with (
+            Signals() as signals,
+            ProgressBar(console, title="grpo", done=state.step, total=last) as bar,
+        ):
+            sampler = Sampler(run, self._source, publisher, self._tokenizer, note=bar.note)
+            if state.step < last or not self._has_pushed_last():
+                publisher.publish(self._model.adapter())
+            step, position = state.step, self._stream.state()
+            try:
+                while step < last and not signals.came:
+                    position = self._stream.state()
+                    values = self._step(step + 1, sampler, publisher, signals)
+                    step, position = step + 1, self._stream.state()
+                    try:
+                        values |= self._push(publisher)
+                    finally:  # where the push fails, the step is done all the same
+                        if step % run.run.log_every_steps == 0 or step == last:
+                            self._metrics.add(step, values)
+                    bar.update(step, values)
+                    if step == last or step % run.run.save_every_steps == 0:
+                        self._save(step, publisher.version, position)
+            except Interrupted:
+                pass
+            except Exception as error:
+                if isinstance(error, DriftError):
+                    self._metrics.add(step + 1, {"drift": error.drift})
+                bar.note(self._rescue(step, publisher.version, position))
+                raise
+            if step < last:
+                self._save(step, publisher.version, position)
+                bar.note(f"interrupted after step {step}: saved; the same command goes on")
+        return step == last
+
+    def _step(
+        self, step: int, sampler: Sampler, publisher: Publisher, signals: Signals
+    ) -> dict[str, float]:
+        """Sample and learn; the model has changed when it returns."""
+        began = time.monotonic()
+        with signals.interrupting():
+            batch = sampler.batch(self._stream, step)
+        sampled = time.monotonic()
+        rate = learning_rate(self._run.optimizer, step - 1)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        result = self._learner.step(batch.samples, publisher.version) if batch.samples else None
+        learned = time.monotonic()
+        return {
+            **step_values(batch, result),
+            "lr": rate,
+            "sampling_s": sampled - began,
+            "learning_s": learned - sampled,
+            "tokens_per_s": sum(len(s.rollout.token_ids) for s in batch.seen) / (learned - began),
+        }
+
+    def _has_pushed_last(self) -> bool:
+        """False where the push after the newest step that was logged is what ended the run."""
+        records = self._metrics.records
+        return not records or "version" in records[-1]
+
+    def _push(self, publisher: Publisher) -> dict[str, float]:
+        began = time.monotonic()
+        version = publisher.publish(self._model.adapter())
+        return {"version": version, "push_s": time.monotonic() - began}
+
+    def _rescue(self, step: int, version: int, position: Any) -> str:
+        """After an error, save what was done by `step`, if it is whole; returns what to tell."""
+        if self._learner.updating:
+            return f"failed within the update of step {step + 1}, so the last checkpoint stays"
+        try:
+            self._save(step, version, position)
+        except Exception as error:  # must not hide the one that ended the run
+            return f"failed after step {step}, which could not be saved: {error}"
+        return f"failed after step {step}: saved; the same command goes on"
+
+    def _save(self, step: int, version: int, position: Any) -> None:
+        state = RunState(step=step, version=version, stream=dict(position))
+        self._checkpoints.save(state, self._model.adapter(), self._optimizer)
+
+
+def step_values(batch: Batch, result: StepResult | None) -> dict[str, float]:
+    """Numbers of one step; `reward` and `length` are over all answers, of dropped groups too."""
+    count = max(len(batch.seen), 1)
+    lengths = [len(sample.rollout.completion_ids) for sample in batch.seen]
+    values = {
+        "reward": math.fsum(sample.reward for sample in batch.seen) / count,
+        "length": sum(lengths) / count,
+        "length_max": float(max(lengths, default=0)),
+        "truncated": sum(s.rollout.finish_reason == "length" for s in batch.seen) / count,
+        "preempted": float(sum(s.rollout.num_preempted or 0 for s in batch.seen)),
+        "samples": float(len(batch.samples)),
+        "dropped_groups": float(batch.dropped_groups),
+        "stale_samples": float(batch.stale_samples),
+        "sampling_rounds": float(batch.rounds),
+    }
+    if result is not None:
+        found = result.to_dict()
+        del found["seconds"]
+        values |= {**found, "clipped": result.clipped_low + result.clipped_high}
+    return values

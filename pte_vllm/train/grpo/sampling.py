@@ -1,0 +1,275 @@
+"""Where the loop's rollouts come from: questions asked of a server, answers scored, by group.
+
+The server may restart in between: it then gets the current version of the adapter again, and what
+had not arrived is asked for again, provided that it still evicts as the run says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Protocol
+
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.train.data.questions import Problem, Stream, prompt_ids
+from pte_vllm.train.grpo.loss import (
+    Sample,
+    groups,
+    overlong_penalty,
+    staleness,
+    teaches,
+    with_advantages,
+)
+from pte_vllm.train.rewards.functions import score
+from pte_vllm.train.run.config import GrpoRun
+from pte_vllm.wire.rollout import Rollout
+from pte_vllm.wire.transport import ServerError
+
+_UNKNOWN = (404, 409)
+"""HTTP status of a server that lacks the adapter, or its version."""
+_MAX_RECOVERIES = 5
+"""Of one batch; a server that loses the adapter more often is not worth asking."""
+
+
+class RolloutSource(Protocol):
+    """What the loop needs of `client.RolloutClient`."""
+
+    def wait_ready(self, timeout_s: float = ...) -> dict[str, Any]: ...
+
+    def adapters(self) -> dict[str, dict[str, Any]]: ...
+
+    def push(self, adapter: Adapter, name: str, version: int | None = ...) -> int: ...
+
+    def rollouts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int = ...,
+        adapter: str | None = ...,
+        sampling: Mapping[str, Any] | None = ...,
+        window_tokens: int | None = ...,
+        pin_tokens: int | None = ...,
+        group_ids: Sequence[str] | None = ...,
+    ) -> Iterator[Rollout]: ...
+
+
+class Publisher:
+    """Keeps the server at the learner's adapter, under versions that only rise.
+
+    Args:
+        source: the server.
+        name: of the adapter there.
+        version: newest version that an earlier run of this one pushed; 0: none.
+    """
+
+    def __init__(self, source: RolloutSource, name: str, version: int = 0) -> None:
+        self.name, self.version = name, version
+        self._source = source
+        self._adapter: Adapter | None = None
+        self._same: set[int] = set()
+
+    @property
+    def engine_name(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    def publish(self, adapter: Adapter) -> int:
+        """Push a new version: above ours, and above what the server has meanwhile; returns it."""
+        self._adapter = adapter
+        self.version = self._source.push(adapter, self.name, self._above(self.version))
+        self._same = {self.version}
+        return self.version
+
+    def restore(self) -> None:
+        """Push the current adapter again, to a server that lacks it.
+
+        Under its own version if nothing newer is there, else under one above.
+        """
+        assert self._adapter is not None, "nothing was published"
+        versions = self._known()
+        if self.version in versions:
+            return
+        target = self.version if self.version > max(versions, default=0) else max(versions) + 1
+        self.version = self._source.push(self._adapter, self.name, target)
+        self._same.add(self.version)
+
+    def as_current(self, rollout: Rollout) -> Rollout:
+        """The rollout with the current version in place of earlier ones of the same weights."""
+        spans = tuple(
+            replace(span, version=self.version) if span.version in self._same else span
+            for span in rollout.weight_versions
+        )
+        if spans == rollout.weight_versions:
+            return rollout
+        return replace(rollout, weight_versions=spans)
+
+    def _known(self) -> list[int]:
+        known = self._source.adapters().get(self.name)
+        return [entry["version"] for entry in known["versions"]] if known else []
+
+    def _above(self, version: int) -> int:
+        return max([version, *self._known()]) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rollouts of one step."""
+
+    samples: list[Sample]
+    """To learn from, with advantages; may be empty if groups or samples were dropped."""
+    seen: list[Sample]
+    """All that were scored: those of dropped groups too."""
+    dropped_groups: int
+    """Whose rewards were all equal (dynamic sampling)."""
+    stale_samples: int
+    """Dropped for their age."""
+    rounds: int
+
+
+class Sampler:
+    """Asks questions, and makes samples of the answers.
+
+    Args:
+        run: options.
+        source: the server.
+        publisher: of the adapter.
+        tokenizer: None where all prompts are token ids.
+        note: receives a line on what is out of the ordinary.
+    """
+
+    def __init__(
+        self,
+        run: GrpoRun,
+        source: RolloutSource,
+        publisher: Publisher,
+        tokenizer: Any,
+        *,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._run, self._source, self._publisher = run, source, publisher
+        self._tokenizer, self._note = tokenizer, note
+
+    def batch(self, stream: Stream, step: int) -> Batch:
+        """The rollouts of a step, `groups_per_step` groups if dynamic sampling finds them.
+
+        Raises:
+            ServerError: if the server refuses, or stays away.
+            RolloutMismatch: if an answer is not what was asked for.
+            ValueError: if the server came back with another plan.
+        """
+        options, wanted = self._run.grpo, self._run.sampling.groups_per_step
+        kept: list[Sample] = []
+        seen: list[Sample] = []
+        found, dropped, stale, rounds = 0, 0, 0, 0
+        while found < wanted:
+            rounds += 1
+            answers = self._current(self._ask(stream.take(wanted - found), f"{step}.{rounds}"))
+            seen += answers
+            fresh = [
+                sample
+                for sample in answers
+                if staleness(sample.rollout, self._publisher.version) <= options.max_staleness
+            ]
+            stale += len(answers) - len(fresh)
+            for members in groups(fresh).values():
+                if options.dynamic_sampling and not teaches(members):
+                    dropped += 1
+                    continue
+                kept += members
+                found += 1
+            if not options.dynamic_sampling or rounds == options.dynamic_sampling_max_tries:
+                break
+        return Batch(
+            samples=with_advantages(self._current(kept), options.scale_rewards),
+            seen=self._current(seen),
+            dropped_groups=dropped,
+            stale_samples=stale,
+            rounds=rounds,
+        )
+
+    def _current(self, samples: Sequence[Sample]) -> list[Sample]:
+        """As `Publisher.as_current`: a later answer may have met a server that lost the version."""
+        return [replace(s, rollout=self._publisher.as_current(s.rollout)) for s in samples]
+
+    def _ask(self, problems: Sequence[Problem], label: str) -> list[Sample]:
+        """All samples of some questions, group by group."""
+        open_groups = {f"{label}.{i}": problem for i, problem in enumerate(problems)}
+        order = list(open_groups)
+        done: dict[str, list[Sample]] = {}
+        for attempt in range(_MAX_RECOVERIES + 1):
+            try:
+                for group_id, members in self._complete_groups(open_groups, label):
+                    problem = open_groups.pop(group_id)
+                    done[group_id] = [self._sample(problem, rollout) for rollout in members]
+                break
+            except ServerError as error:
+                if error.status not in _UNKNOWN or attempt == _MAX_RECOVERIES:
+                    raise
+                self._note(f"the server lacks {self._publisher.engine_name}: pushing it again")
+                check_plan(self._run, self._source.wait_ready(self._run.server.retry_s))
+                self._publisher.restore()
+        return [sample for group_id in order for sample in done.get(group_id, ())]
+
+    def _complete_groups(
+        self, problems: Mapping[str, Problem], label: str
+    ) -> Iterator[tuple[str, list[Rollout]]]:
+        """Groups as they are complete, samples in their order."""
+        sampling, size = self._run.sampling, self._run.sampling.group_size
+
+        def pinned(item: tuple[str, Problem]) -> int:
+            return -1 if item[1].pin_tokens is None else item[1].pin_tokens
+
+        for pin_tokens, items in groupby(sorted(problems.items(), key=pinned), pinned):
+            chosen = dict(items)
+            arrived: dict[str, list[Rollout]] = {}
+            for rollout in self._source.rollouts(
+                [prompt_ids(problem, self._tokenizer) for problem in chosen.values()],
+                n=size,
+                adapter=self._publisher.engine_name,
+                sampling={
+                    "temperature": sampling.temperature,
+                    "max_tokens": sampling.max_tokens,
+                    "seed": step_seed(self._run.run.seed, label),
+                },
+                window_tokens=self._run.plan.window_tokens,
+                pin_tokens=None if pin_tokens < 0 else pin_tokens,
+                group_ids=list(chosen),
+            ):
+                members = arrived.setdefault(rollout.group_id, [])
+                members.append(rollout)
+                if len(members) == size:
+                    whole = [r for r in members if r.finish_reason != "abort"]
+                    yield rollout.group_id, sorted(whole, key=lambda r: r.index)
+
+    def _sample(self, problem: Problem, rollout: Rollout) -> Sample:
+        text = ""
+        if self._tokenizer is not None:
+            text = self._tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+        stopped = rollout.finish_reason == "stop"
+        reward = score(problem, text, rollout.completion_ids, stopped=stopped)
+        options = self._run.grpo
+        penalty = overlong_penalty(
+            len(rollout.completion_ids),
+            self._run.sampling.max_tokens,
+            options.overlong_tokens,
+            options.overlong_penalty,
+        )
+        return Sample(rollout=rollout, reward=reward, shaped_reward=reward + penalty)
+
+
+def check_plan(run: GrpoRun, info: dict[str, Any]) -> None:
+    """Refuse a server that evicts otherwise than the run says.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name in ("block_size", "evict_ratio"):
+        served, wanted = info["plan"][name], getattr(run.plan, name)
+        if served != wanted:
+            raise ValueError(f"--plan.{name} is {wanted}, but the server's is {served}")
+
+
+def step_seed(seed: int, label: str) -> int:
+    """Seed of one request: the same when a run is resumed, different for every request."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{label}".encode()).digest()[:4], "big") >> 1

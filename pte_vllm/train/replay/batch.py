@@ -1,0 +1,97 @@
+"""Sequences of different lengths, aligned so that every fold boundary coincides.
+
+A sequence is moved right by whole blocks until its pinned part ends where the longest one ends;
+from there on all boundaries lie in the same columns. Columns count from 0 over the padded batch;
+token t of sequence b stands in column `left[b] + t`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pte_vllm.method.plan import FoldPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B sequences in T columns."""
+
+    ids: Tensor  # [B, T] int64, 0 where there is no token
+    left: Tensor  # [B] columns before each sequence, a multiple of the block size
+    lengths: Tensor  # [B] tokens of each sequence
+    wanted: Tensor  # [B, T] bool: the log-prob of this token is asked for
+    plan: FoldPlan
+    """In columns."""
+
+    @classmethod
+    def align(
+        cls,
+        sequences: Sequence[Sequence[int]],
+        plans: Sequence[FoldPlan],
+        wanted: Sequence[Sequence[bool]] | None = None,
+    ) -> Batch:
+        """Put sequences side by side.
+
+        Args:
+            sequences: token ids, question and thoughts.
+            plans: one for each; they may differ in `pin_tokens` only.
+            wanted: which tokens' log-probs are asked for; None: all but the first.
+
+        Raises:
+            ValueError: if a sequence is empty, or the plans do not go together.
+        """
+        if not sequences or len(plans) != len(sequences):
+            raise ValueError(f"{len(sequences)} sequences and {len(plans)} plans")
+        if any(not tokens for tokens in sequences):
+            raise ValueError("a sequence is empty")
+        if len({(p.window_tokens, p.evict_ratio, p.block_size) for p in plans}) > 1:
+            raise ValueError("plans of one batch must share window, evict ratio and block size")
+        first = plans[0]
+        pinned_blocks = max(p.pinned_blocks for p in plans)
+        plan = FoldPlan(
+            pin_tokens=pinned_blocks * first.block_size,
+            window_tokens=first.window_tokens,
+            evict_ratio=first.evict_ratio,
+            block_size=first.block_size,
+        )
+        if first.bounded:
+            left = [(pinned_blocks - p.pinned_blocks) * first.block_size for p in plans]
+        else:
+            left = [0] * len(plans)
+        lengths = [len(tokens) for tokens in sequences]
+        columns = max(shift + length for shift, length in zip(left, lengths, strict=True))
+        ids = torch.zeros(len(sequences), columns, dtype=torch.int64)
+        marks = torch.zeros(len(sequences), columns, dtype=torch.bool)
+        for b, (shift, tokens) in enumerate(zip(left, sequences, strict=True)):
+            own = slice(shift, shift + len(tokens))
+            ids[b, own] = torch.tensor(list(tokens))
+            if wanted is not None and len(wanted[b]) != len(tokens):
+                raise ValueError(f"sequence {b}: {len(tokens)} tokens, {len(wanted[b])} marks")
+            marks[b, own] = True if wanted is None else torch.tensor(list(wanted[b]))
+            marks[b, shift] = False  # nothing comes before it
+        return cls(
+            ids=ids,
+            left=torch.tensor(left),
+            lengths=torch.tensor(lengths),
+            wanted=marks,
+            plan=plan,
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            ids=self.ids.to(device),
+            left=self.left.to(device),
+            lengths=self.lengths.to(device),
+            wanted=self.wanted.to(device),
+            plan=self.plan,
+        )
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """`values: [B, T]` by column → `[B, longest]` by token, 0 past the end of a sequence."""
+        token = torch.arange(int(self.lengths.max()), device=values.device)[None]
+        column = (token + self.left[:, None]).clamp(max=values.shape[1] - 1)
+        return torch.where(token < self.lengths[:, None], values.gather(1, column), 0)

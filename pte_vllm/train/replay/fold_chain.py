@@ -1,0 +1,107 @@
+"""The thought states of a batch while it is replayed: the chain of folds.
+
+Shapes: L layers with an encoder, B sequences, H KV heads, D head size; G, r, m and d_kv as in
+`ops.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pte_vllm.method import reference
+from pte_vllm.method.options import PTEConfig, check_rule_fits
+from pte_vllm.method.reference import RULES, LayerEncoder, Sums
+
+Encoded = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Cached keys and values `[L, B, m, H, D]` → `K_e, V_e: [L, B, m, d_kv]`, fp32."""
+
+
+class Memory:
+    """Sums and states from S_0 on; one fold serves all layers and sequences at once.
+
+    Args:
+        encoder: every tensor `[L, ...]`; gradients flow into it if the caller leaves them on.
+        config: of the adapter.
+        rule: overrides the adapter's.
+        batch_size: B.
+
+    Raises:
+        ValueError: on an unknown rule, or one that does not fit the adapter.
+    """
+
+    def __init__(
+        self, encoder: LayerEncoder, config: PTEConfig, rule: str | None, batch_size: int
+    ) -> None:
+        name = rule or config.rule
+        if name not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {name!r}")
+        check_rule_fits(name, config.rank, config.global_tokens)
+        self._encoder = encoder.map(lambda t: t[:, None])  # [L, 1, ...], over sequences
+        self._rule, self._how = RULES[name], config.normalize
+        self._sums: Sums = self._rule.start(self._encoder, self._how)
+        start = self._rule.read(self._sums, self._encoder, self._how)
+        self.states: Tensor = start.expand(-1, batch_size, -1, -1)
+        """`[L, B, G, r]`"""
+
+    def fold(self, k: Tensor, v: Tensor, encoded: Encoded) -> Tensor:
+        """Fold what left the cache; how far each state moved, ‖ΔS‖ / ‖S‖, `[L, B]`.
+
+        Until the backward pass k and v stay as they are, in the cache's dtype: `encoded` is called
+        a second time then, and must say the same.
+        """
+        before = self.states.detach()
+        self._sums, states = checkpoint(
+            self._folded,
+            self._sums,
+            k,
+            v,
+            encoded,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        self.states = states.expand_as(before)  # the rule `none` knows no sequences
+        return reference.relative_update(before, self.states.detach() - before)
+
+    def _folded(self, sums: Sums, k: Tensor, v: Tensor, encoded: Encoded) -> tuple[Sums, Tensor]:
+        """The sums after a fold, and the states as read from them."""
+        sums = self._rule.fold(sums, self._encoder, *encoded(k, v), self._how)
+        return sums, self._rule.read(sums, self._encoder, self._how)
+
+
+class FoldChain:
+    """Gradients that segments sent to the states they used, to be sent on through the folds.
+
+    A segment runs on a copy of the state cut from its history, so that its activations can go as
+    soon as it has back-propagated. Of the folds' own graph stays until `backward` what a fold needs
+    to run again: evicted keys and values in the cache's dtype, and `[r, r]` sums.
+    """
+
+    def __init__(self) -> None:
+        self._states: list[Tensor] = []
+        self._leaves: list[Tensor] = []
+
+    def cut(self, states: Tensor) -> Tensor:
+        """The states as a leaf for one segment."""
+        if not states.requires_grad:
+            return states
+        if self._states and self._states[-1] is states:  # no fold in between
+            return self._leaves[-1]
+        leaf = states.detach().requires_grad_()
+        self._states.append(states)
+        self._leaves.append(leaf)
+        return leaf
+
+    def backward(self) -> None:
+        """Send everything collected through the folds into the encoder, once."""
+        used = [
+            (state, leaf.grad)
+            for state, leaf in zip(self._states, self._leaves, strict=True)
+            if leaf.grad is not None
+        ]
+        if used:
+            states, gradients = zip(*used, strict=True)
+            torch.autograd.backward(states, gradients)

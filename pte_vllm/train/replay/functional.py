@@ -1,0 +1,115 @@
+"""Log-probs under a plan as one differentiable function, for trainers that bring their own loss.
+
+`replay` wants the loss of each token; other trainers (TRL's among them) ask for log-probs, compute
+a loss from all of them and call `backward`. A loss only needs to say how it changes with each
+log-prob, so the forward pass keeps no graph, and the backward pass replays once more with these
+derivatives as weights. Memory stays that of `replay`, for one more forward pass.
+
+Shapes: B sequences, `longest` tokens; columns of a result are tokens, not columns of the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.replay import Scores, replay
+
+
+class TokenScores(NamedTuple):
+    """Of the wanted tokens, given those before them; 0 elsewhere."""
+
+    logprobs: Tensor  # [B, longest] fp32
+    entropies: Tensor  # [B, longest] of the distribution each token came from, in nats
+
+
+def differentiable_log_probs(
+    model: PTEModel,
+    batch: Batch,
+    *,
+    rule: str | None = None,
+    temperature: float = 1.0,
+    backward: Literal["segments", "full"] = "segments",
+) -> TokenScores:
+    """Log-probs and entropies of a batch; gradients reach the model's trainable parameters.
+
+    The parameters must not change between this call and `backward` of what is made of its result:
+    the backward pass computes everything again.
+
+    Args:
+        rule, temperature, backward: as in `replay`.
+
+    Raises:
+        ValueError: if an option does not fit the model.
+    """
+    options = {"rule": rule, "temperature": temperature}
+    parameters = model.trainable_parameters()
+    if not torch.is_grad_enabled() or not parameters:
+        return TokenScores(*_scores(model, batch, options))
+    found = _LogProbs.apply(model, batch, options, backward, *parameters)
+    return TokenScores(*found)
+
+
+class _LogProbs(torch.autograd.Function):
+    """Parameters are inputs, so that autograd asks for their gradients and adds them up itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        model: PTEModel,
+        batch: Batch,
+        options: dict[str, Any],
+        backward: Literal["segments", "full"],
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.call = (model, batch, options, backward)
+        return _scores(model, batch, options)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        model, batch, options, backward = ctx.call
+        by_logprob, by_entropy = gradients  # [B, longest]
+        # Entropies are mostly asked for to be logged; their gradient costs a softmax more.
+        uses_entropy = bool(by_entropy.any())
+
+        def weighted(scores: Scores) -> Tensor:
+            at = (scores.rows, scores.tokens)
+            loss = (by_logprob[at] * scores.logprobs).sum()
+            if uses_entropy:
+                loss = loss + (by_entropy[at] * _entropy(scores.logits)).sum()
+            return loss
+
+        parameters = model.trainable_parameters()
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            replay(model, batch, backward=backward, loss=weighted, **options)
+            found = [parameter.grad for parameter in parameters]
+        finally:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
+        return (None, None, None, None, *found)
+
+
+def _scores(model: PTEModel, batch: Batch, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    entropies = torch.zeros(
+        len(batch.ids), int(batch.lengths.max()), device=model.device, dtype=torch.float32
+    )
+
+    def keep(scores: Scores) -> Tensor:
+        entropies[scores.rows, scores.tokens] = _entropy(scores.logits)
+        return scores.logprobs.new_zeros(())
+
+    result = replay(model, batch, loss=keep, **options)
+    return result.logprobs, entropies
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """`[N, V]` → `[N]`."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)

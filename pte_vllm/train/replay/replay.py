@@ -1,0 +1,292 @@
+"""Replay: log-probs of given tokens under a plan, in plain transformers, and their gradients.
+
+Independent of vLLM, and the measure of everything else: sequences are cut at the plan's boundaries;
+at each of them the oldest blocks of the window are folded into the thought states (`ops.reference`)
+and dropped from the KV cache.
+
+Two ways to back-propagate a loss that adds up over tokens:
+
+    segments  each segment back-propagates on its own, keys and values of earlier segments count as
+              constants, and what reaches a state is collected and sent once through the chain of
+              folds. Activations are held of one segment; what grows with the length are evicted
+              keys and values, 2 d_kv numbers of the cache's dtype a token and layer with an encoder
+    full      through everything, keys and values included; memory grows with the length
+
+Shapes: B sequences in T columns (`batch.Batch`), n columns of a segment, N tokens that are scored
+at once, V vocabulary, L layers with an encoder, H KV heads, D head size, m evicted tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.models.rope_check import undo_rope
+from pte_vllm.train.replay.backends import attention_mask
+from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.fold_chain import FoldChain, Memory
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.window_cache import WindowCache
+
+Backward = Literal["none", "segments", "full"]
+SCORED_AT_ONCE = 1024
+"""Most tokens whose logits are held at once, unless the backward is `full`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Tokens of one segment whose log-probs were asked for."""
+
+    logits: Tensor  # [N, V] fp32, divided by the temperature
+    logprobs: Tensor  # [N]
+    rows: Tensor  # [N] which sequence
+    tokens: Tensor  # [N] which token of it is scored
+
+
+TokenLoss = Callable[[Scores], Tensor]
+"""A scalar; the losses of all calls add up. Must not depend on which tokens come together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """One fold of one sequence."""
+
+    at: int
+    """Position of the first token computed after it."""
+    blocks: tuple[int, int]
+    """Logical blocks folded, half-open."""
+    rho: Tensor  # [L] ‖ΔS‖ / ‖S‖ of each layer with an encoder
+
+
+@dataclass(kw_only=True)
+class ReplayResult:
+    """What a replay found."""
+
+    logprobs: Tensor  # [B, longest] fp32: of token t given those before it; 0 where not asked for
+    states: Tensor | None  # [L, B, G, r] after each sequence's last fold; None without an encoder
+    folds: list[list[Fold]]
+    """By sequence."""
+    loss: float = 0.0
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """One replay under way."""
+
+    model: PTEModel
+    batch: Batch
+    backward: Backward
+    temperature: float
+    loss: TokenLoss | None
+    memory: Memory | None
+    cache: WindowCache = field(default_factory=WindowCache)
+    chain: FoldChain = field(default_factory=FoldChain)
+    total: Tensor | None = None  # of the losses: with a graph in mode full
+
+
+def replay(
+    model: PTEModel,
+    batch: Batch,
+    *,
+    rule: str | None = None,
+    temperature: float = 1.0,
+    backward: Backward = "none",
+    loss: TokenLoss | None = None,
+    chunk_tokens: int | None = None,
+) -> ReplayResult:
+    """Replay a batch; gradients are added to the model's trainable parameters.
+
+    Args:
+        rule: overrides the adapter's; without an encoder it has no effect.
+        temperature: of the sampler whose log-probs are wanted; logits are divided by it.
+        backward: see above; `none` keeps no graph.
+        loss: called with the scored tokens of each segment, or parts of it.
+        chunk_tokens: most columns of one forward, with `none` only; None: whole segments. Does not
+            change the result.
+
+    Raises:
+        ValueError: if an option does not fit the model or another option.
+    """
+    if backward != "none" and loss is None:
+        raise ValueError(f"backward {backward!r} needs a loss")
+    if backward == "full" and model.gradient_checkpointing:
+        raise ValueError("gradient checkpointing works with backward 'segments' only")
+    if chunk_tokens is not None and (chunk_tokens < 1 or backward != "none"):
+        raise ValueError(f"chunk_tokens must be positive and without backward, got {chunk_tokens}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    batch = batch.to(model.device)
+    with torch.set_grad_enabled(backward != "none"):
+        memory = None
+        if model.layers:
+            assert model.config is not None
+            memory = Memory(model.encoder, model.config, rule, len(batch.ids))
+        run = _Run(
+            model=model,
+            batch=batch,
+            backward=backward,
+            temperature=temperature,
+            loss=loss,
+            memory=memory,
+        )
+        try:
+            return _replay(run, chunk_tokens)
+        finally:
+            model.states = None
+
+
+def log_probs(
+    model: PTEModel, tokens: Sequence[int], plan: FoldPlan, **options: Any
+) -> ReplayResult:
+    """One sequence without gradients; `options` are `replay`'s."""
+    return replay(model, Batch.align([tokens], [plan]), **options)
+
+
+def _replay(run: _Run, chunk_tokens: int | None) -> ReplayResult:
+    batch, plan = run.batch, run.batch.plan
+    columns = torch.zeros(batch.ids.shape, device=batch.ids.device)
+    folds: list[list[Fold]] = [[] for _ in range(len(batch.ids))]
+    final = run.memory.states.detach() if run.memory is not None else None
+    folded = 0
+    for start, end in plan.segments(batch.ids.shape[1]):
+        due = plan.folded_blocks(start)
+        if due > folded:
+            rho = _fold(run, folded, due)
+            going_on = batch.left + batch.lengths > start
+            for b in going_on.nonzero()[:, 0].tolist():
+                folds[b].append(_record(batch, b, start, folded, due, rho[:, b]))
+            if run.memory is not None and final is not None:
+                final = torch.where(going_on[:, None, None], run.memory.states.detach(), final)
+            folded = due
+        for first, last in _chunks(start, end, chunk_tokens):
+            _segment(run, columns, first, last, folded * plan.block_size)
+    if run.backward == "full" and run.total is not None:
+        run.total.backward()
+    run.chain.backward()
+    return ReplayResult(
+        logprobs=batch.by_token(columns),
+        states=final,
+        folds=folds,
+        loss=float(run.total.detach()) if run.total is not None else 0.0,
+    )
+
+
+def _segment(run: _Run, logprobs: Tensor, start: int, end: int, folded_tokens: int) -> None:
+    """Run columns `[start, end)` and score the tokens after each, `[start + 1, end + 1)`."""
+    batch, model = run.batch, run.model
+    wanted = batch.wanted[:, start + 1 : end + 1]
+    rows, offsets = wanted.nonzero(as_tuple=True)
+    scored = len(rows) > 0
+    # Without a loss in it, a segment only writes keys and values, which are constants.
+    graph = run.backward == "full" or (run.backward == "segments" and scored)
+    with torch.set_grad_enabled(graph):
+        if run.memory is not None:
+            states = run.memory.states
+            model.states = run.chain.cut(states) if run.backward == "segments" else states
+        hidden = _forward(run, start, end, folded_tokens)  # [B, n, d]
+        if scored:
+            targets = start + 1 + offsets
+            picked = hidden[rows, offsets]  # [N, d]
+            found = _score(run, picked, rows, targets)
+            logprobs[rows, targets] = found
+    run.cache.commit(detach=run.backward != "full")
+
+
+def _forward(run: _Run, start: int, end: int, folded_tokens: int) -> Tensor:
+    """Last hidden states `[B, n, d]`; a token sees what the cache holds of its sequence."""
+    batch, base = run.batch, run.model.base
+    device = batch.ids.device
+    columns = torch.arange(start, end, device=device)
+    pinned = batch.plan.pin_tokens if folded_tokens else start
+    held = torch.cat(
+        (
+            torch.arange(min(pinned, start), device=device),
+            torch.arange(min(pinned, start) + folded_tokens, start, device=device),
+            columns,
+        )
+    )
+    causal = held[None] <= columns[:, None]  # [n, t]
+    own = held[None] >= batch.left[:, None]  # [B, t] padding belongs to nobody
+    itself = held[None] == columns[:, None]  # but sees itself, so that no softmax is empty
+    visible = (causal & own[:, None]) | itself
+    positions = (columns[None] - batch.left[:, None]).clamp(min=0)
+    implementation = base.config._attn_implementation
+    output = base.model(
+        input_ids=batch.ids[:, start:end],
+        position_ids=positions,
+        attention_mask=attention_mask(visible, implementation, base.dtype),
+        past_key_values=run.cache,
+        use_cache=True,
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _score(run: _Run, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs `[N]` of the tokens in columns `targets`; adds up the loss, and backs it through.
+
+    In mode `segments` the output layer runs on parts, each of which back-propagates at once to the
+    hidden states `[N, d]`; from there on they go back together.
+    """
+    segments = run.backward == "segments"
+    leaf = hidden.detach().requires_grad_() if segments else hidden
+    size = len(rows) if run.backward == "full" else SCORED_AT_ONCE
+    found = []
+    for first in range(0, len(rows), size):
+        part = slice(first, first + size)
+        logits = run.model.base.get_output_embeddings()(leaf[part]).float() / run.temperature
+        ids = run.batch.ids[rows[part], targets[part]]
+        logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        found.append(logprobs.detach())
+        if run.loss is None:
+            continue
+        tokens = targets[part] - run.batch.left[rows[part]]
+        loss = run.loss(Scores(logits=logits, logprobs=logprobs, rows=rows[part], tokens=tokens))
+        if segments:
+            loss.backward()
+            loss = loss.detach()
+        run.total = loss if run.total is None else run.total + loss
+    if segments and leaf.grad is not None and hidden.requires_grad:
+        hidden.backward(leaf.grad)
+    return torch.cat(found)
+
+
+def _fold(run: _Run, folded: int, due: int) -> Tensor:
+    """Fold blocks `[folded, due)` of the thoughts, the oldest, and drop them; rho `[L, B]`."""
+    batch, plan = run.batch, run.batch.plan
+    m = (due - folded) * plan.block_size
+    evicted = run.cache.evict(plan.pin_tokens, m, run.model.layers)
+    if evicted is None or run.memory is None:
+        return torch.zeros(0, len(batch.ids))
+    first = plan.pin_tokens + folded * plan.block_size
+
+    def encoded(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(first, first + m, device=k.device)[None] - batch.left[:, None]
+        return _as_encoded(run.model, k, positions), v.float().flatten(-2)
+
+    return run.memory.fold(*evicted, encoded)  # [L, B, m, H, D] each
+
+
+def _as_encoded(model: PTEModel, k: Tensor, positions: Tensor) -> Tensor:
+    """Cached keys `[L, B, m, H, D]` at `positions: [B, m]` as encoded: `[L, B, m, d_kv]`, fp32."""
+    assert model.config is not None
+    if model.config.keys == "rotated":
+        return k.float().flatten(-2)
+    return undo_rope(model.base, k, positions).flatten(-2)
+
+
+def _record(batch: Batch, b: int, start: int, folded: int, due: int, rho: Tensor) -> Fold:
+    shift = int(batch.left[b])
+    first = batch.plan.pinned_blocks - shift // batch.plan.block_size
+    return Fold(at=start - shift, blocks=(first + folded, first + due), rho=rho)
+
+
+def _chunks(start: int, end: int, size: int | None) -> Iterator[tuple[int, int]]:
+    step = end - start if size is None else size
+    for first in range(start, end, step):
+        yield first, min(first + step, end)

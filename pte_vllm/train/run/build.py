@@ -1,0 +1,73 @@
+"""The model of a run: the frozen base, and the adapter that it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from pte_vllm.adapter.calibration import sample_sequences
+from pte_vllm.adapter.defaults import parse_layers
+from pte_vllm.adapter.format import Adapter, ModelShape
+from pte_vllm.adapter.init import init_adapter
+from pte_vllm.adapter.sample_text import SAMPLE_TEXT
+from pte_vllm.method.options import PTEConfig
+from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.run.config_sections import AdapterOptions, ModelOptions
+
+
+def build_model(
+    model: ModelOptions,
+    adapter: AdapterOptions,
+    *,
+    seed: int = 0,
+    start: str | Path | Adapter | None = None,
+) -> PTEModel:
+    """Load the base and put an adapter on it.
+
+    Args:
+        start: the adapter, of a checkpoint for example; None: the one that `model.adapter` names,
+            or else a new one as `adapter` says.
+
+    Raises:
+        ValueError: naming the option, if one does not fit.
+        OSError: if a file cannot be read.
+    """
+    model = model.resolve(cuda=torch.cuda.is_available())
+    start = start if start is not None else model.adapter
+    base = PTEModel.from_pretrained(
+        model.base, dtype=model.dtype, device=model.device, attention=model.attention
+    ).base
+    if start is None:
+        start = new_adapter(base, AutoTokenizer.from_pretrained(model.base), adapter, seed=seed)
+    elif not isinstance(start, Adapter):
+        start = Adapter.load(start, ModelShape.from_hf(base.config))
+    return PTEModel(base, start, gradient_checkpointing=model.gradient_checkpointing)
+
+
+def new_adapter(base: Any, tokenizer: Any, options: AdapterOptions, *, seed: int = 0) -> Adapter:
+    """An untrained adapter for a transformers model, calibrated on sample text.
+
+    Raises:
+        ValueError: naming the option, if one does not fit.
+        OSError: if the text cannot be read.
+    """
+    file = options.text
+    text = SAMPLE_TEXT if file is None else Path(file).read_text(encoding="utf-8")
+    # A plain LoRA is what is left of the random start without its encoder; no key is encoded, so
+    # that it does not matter whether RoPE can be undone.
+    config = PTEConfig(rank=options.rank, global_tokens=options.rank, init="random", keys="rotated")
+    adapter = init_adapter(
+        base,
+        sample_sequences(tokenizer, text, seed=seed),
+        config if options.plain else options.pte(),
+        layers=parse_layers(options.layers),
+        target_modules=options.target_modules,
+        b=options.b,
+        alpha=options.alpha,
+        seed=seed,
+    )
+    return replace(adapter, pte=None, encoders={}) if options.plain else adapter

@@ -1,0 +1,329 @@
+"""HTTP client of a `pte-vllm serve`: rollouts and scores in, adapter versions out.
+
+What a server that restarts, is busy or goes away can do to a request is handled here, so that a
+training loop sees records only, or one error that says what is wrong. Never imports vllm.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from pte_vllm.adapter.hashes import content_hash, file_hashes
+from pte_vllm.wire.expected import ErrorLine, Expected, Group, RolloutMismatch
+from pte_vllm.wire.rollout import InFlight, Rollout
+from pte_vllm.wire.transport import (
+    CONFLICT,
+    ServerError,
+    Transport,
+    Unavailable,
+    bearer,
+    error_of,
+)
+
+if TYPE_CHECKING:
+    from pte_vllm.adapter.format import Adapter
+
+__all__ = ["RolloutClient", "RolloutMismatch", "ServerError"]
+
+
+@dataclass(kw_only=True)
+class _Request:
+    """A request that may take several attempts; `body` makes one of what is missing."""
+
+    path: str
+    expected: Expected
+    body: Callable[[dict[str, Group]], dict[str, Any]]
+    lines: Iterator[str] | None = None
+    """Of the answer that is being read."""
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def close(self) -> None:
+        self.stack.close()
+        self.lines = None
+
+
+class RolloutClient:
+    """Talks to one server.
+
+    Failed connections and answers 429, 502, 503 and 504 are tried again with exponential back-off,
+    after `Retry-After` where the server sends it, until nothing has come for `retry_s`. Any other
+    refusal raises ServerError at once.
+
+    Args:
+        base_url: such as `http://localhost:8000`.
+        api_key: the server's `--api-key`, if it has one.
+        admin_key: its PTE_ADMIN_KEY, for `push`, if it has one.
+        timeout_s: longest silence on an open connection; the server breaks it every 10 s.
+        retry_s: how long to go on trying without any progress.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        timeout_s: float = 120.0,
+        retry_s: float = 300.0,
+    ) -> None:
+        self._http = Transport(
+            base_url, key=api_key or admin_key, timeout_s=timeout_s, retry_s=retry_s
+        )
+        self._admin_headers = bearer(admin_key or api_key)
+        self._info: dict[str, Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def wait_ready(self, timeout_s: float = 600.0) -> dict[str, Any]:
+        """Wait until the server serves; returns its `info`.
+
+        Raises:
+            ServerError: if it does not within `timeout_s`, or runs without PTE.
+        """
+        self._http.wait_healthy(timeout_s)
+        return self.info()
+
+    def info(self) -> dict[str, Any]:
+        """`GET /pte/v1/info`: the default plan, limits, newest adapter versions."""
+        self._info = self._http.json("GET", "/pte/v1/info")
+        return self._info
+
+    def adapters(self) -> dict[str, dict[str, Any]]:
+        """Pushed adapters by name; see `GET /pte/v1/adapters`."""
+        listed = self._http.json("GET", "/pte/v1/adapters")["adapters"]
+        return {adapter["name"]: adapter for adapter in listed}
+
+    def rollouts(
+        self,
+        prompts: Sequence[Sequence[int]] | Sequence[str],
+        *,
+        n: int = 1,
+        adapter: str | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        window_tokens: int | None = None,
+        pin_tokens: int | None = None,
+        update: str | None = None,
+        group_ids: Sequence[str] | None = None,
+        min_weight_version: int | None = None,
+        in_flight: InFlight = "pin",
+        max_staleness: int | None = None,
+    ) -> Iterator[Rollout]:
+        """`n` samples of each prompt, each as it finishes, each once.
+
+        After a restart of the server, samples that had not arrived are asked for again; those of
+        one group may then come from different weight versions, which their records tell.
+
+        Args:
+            prompts: token ids, or texts for the server's tokenizer.
+            n: samples of each prompt.
+            adapter: `name` (its newest version), `name@version`; None: the base model.
+            sampling: `max_tokens`, `temperature`, `seed`, ...; see docs/api.md.
+            window_tokens: of these sequences; None: the server's.
+            pin_tokens: never folded; None: the prompt.
+            update: the rule; None: the adapter's.
+            group_ids: one per prompt, different; default "0", "1", ...
+            min_weight_version: refuse older weights.
+            in_flight: what a sample does when `name` gets a new version meanwhile: finish on its
+                own, or read its tokens again and go on with the new one, as its record tells.
+            max_staleness: a sample ends as it is (`abort`) once it is more versions behind.
+
+        Raises:
+            RolloutMismatch: if a record is malformed or not what was asked for.
+            ServerError: if the server refuses or stays away.
+        """
+        names = [str(i) for i in range(len(prompts))] if group_ids is None else list(group_ids)
+        if len(names) != len(prompts) or len(set(names)) != len(names):
+            raise ValueError(f"group_ids must be {len(prompts)} different names, got {names}")
+        if n < 1:
+            raise ValueError(f"n must be positive, got {n}")
+        groups = {
+            name: Group(
+                prompt=prompt if isinstance(prompt, str) else list(cast(Sequence[int], prompt)),
+                missing=set(range(n)),
+                pin_tokens=pin_tokens,
+            )
+            for name, prompt in zip(names, prompts, strict=True)
+        }
+        texts = {isinstance(group.prompt, str) for group in groups.values()}
+        if len(texts) > 1:
+            raise ValueError("prompts must be all texts or all token ids")
+        options = {
+            "n": n,
+            "adapter": adapter,
+            "sampling": dict(sampling or {}),
+            "window_tokens": window_tokens,
+            "pin_tokens": pin_tokens,
+            "update": update,
+            "min_weight_version": min_weight_version,
+            "in_flight": in_flight,
+            "max_staleness": max_staleness,
+        }
+
+        def body(missing: dict[str, Group]) -> dict[str, Any]:
+            return {
+                **options,
+                "prompts" if texts == {True} else "token_ids": [g.prompt for g in missing.values()],
+                "group_id": list(missing),
+                "samples": [sorted(group.missing) for group in missing.values()],
+            }
+
+        return self._records(
+            _Request(
+                path="/pte/v1/rollouts",
+                expected=Expected(
+                    groups=groups, window_tokens=window_tokens, adapter=adapter, update=update
+                ),
+                body=body,
+            )
+        )
+
+    def score(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        prompt_tokens: Sequence[int],
+        *,
+        adapter: str | None = None,
+        window_tokens: int | None = None,
+        pin_tokens: int | None = None,
+        update: str | None = None,
+        min_weight_version: int | None = None,
+    ) -> list[Rollout]:
+        """Log-probs, at temperature 1, of the tokens after `prompt_tokens` of each sequence.
+
+        Through the same evictions and folds as a rollout's. Records come in the order of
+        `token_ids`; options and errors are those of `rollouts`.
+        """
+        groups: dict[str, Group] = {}
+        for i, (tokens, num_prompt) in enumerate(zip(token_ids, prompt_tokens, strict=True)):
+            if not 0 < num_prompt < len(tokens):
+                raise ValueError(f"prompt_tokens {num_prompt}: sequence {i} has {len(tokens)}")
+            ids = list(tokens)
+            groups[str(i)] = Group(
+                prompt=ids[:num_prompt],
+                answer=ids[num_prompt:],
+                missing={0},
+                pin_tokens=pin_tokens,
+            )
+        options = {
+            "adapter": adapter,
+            "window_tokens": window_tokens,
+            "pin_tokens": pin_tokens,
+            "update": update,
+            "min_weight_version": min_weight_version,
+        }
+
+        def body(missing: dict[str, Group]) -> dict[str, Any]:
+            return {
+                **options,
+                "token_ids": [[*g.prompt, *(g.answer or ())] for g in missing.values()],
+                "prompt_tokens": [len(group.prompt) for group in missing.values()],
+                "group_id": list(missing),
+            }
+
+        request = _Request(
+            path="/pte/v1/score",
+            expected=Expected(
+                groups=groups, window_tokens=window_tokens, adapter=adapter, update=update
+            ),
+            body=body,
+        )
+        by_group = {record.group_id: record for record in self._records(request)}
+        return [by_group[group_id] for group_id in groups]
+
+    def push(self, adapter: Adapter | str | Path, name: str, version: int | None = None) -> int:
+        """Make an adapter version `version` of `name`, by default the next; returns the version.
+
+        Safe to repeat: the same files under the same version are no error. Where others push the
+        same name at once, each gets a number of its own.
+
+        Args:
+            adapter: the adapter, or its directory.
+            name: 1 to 64 of `A-Z a-z 0-9 . _ -`.
+            version: must be above the newest, unless it is there with the same files.
+
+        Raises:
+            ServerError: if the server refuses (the adapter does not fit, the version is taken) or
+                stays away.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            if not isinstance(adapter, str | Path):
+                adapter.save(scratch)
+                adapter = scratch
+            if version is not None:
+                return self._push_directory(Path(adapter), name, version)
+            return self._push_next(Path(adapter), name)
+
+    def _push_next(self, path: Path, name: str) -> int:
+        """Push under the first free number."""
+        number = 0
+        while True:
+            # Decided before it is sent, so that a retry cannot push the same files twice.
+            known = self.adapters().get(name)
+            number = max(number, known["newest"] if known is not None else 0) + 1
+            try:
+                return self._push_directory(path, name, number)
+            except ServerError as error:
+                if error.status != CONFLICT:  # somebody else's push took the number
+                    raise
+
+    def _push_directory(self, path: Path, name: str, version: int) -> int:
+        hashes = file_hashes(path)
+        if not hashes:
+            raise FileNotFoundError(f"{path} holds no adapter")
+        reply = self._http.json(
+            "PUT",
+            f"/pte/v1/adapters/{name}",
+            headers=self._admin_headers,
+            data={"sha256": content_hash(hashes), "version": str(version)},
+            files={file: (file, (path / file).read_bytes()) for file in hashes},
+        )
+        return int(reply["version"])
+
+    # -- requests and retries ---------------------------------------------------------------------
+
+    def _records(self, request: _Request) -> Iterator[Rollout]:
+        if request.expected.missing() and self._info is None:
+            self.info()
+        try:
+            while request.expected.missing():
+                # The clock of the retries starts anew with every record: only silence ends them.
+                yield self._http.retrying(lambda: self._next(request))
+        finally:
+            request.close()
+
+    def _next(self, request: _Request) -> Rollout:
+        """The next record, of the answer that is being read or of a new one."""
+        try:
+            if request.lines is None:
+                request.lines = self._http.lines(
+                    request.path, request.body(request.expected.missing()), request.stack
+                )
+            line = next(request.lines, None)
+            if line is None:
+                raise Unavailable(f"POST {request.path} ended before all samples had come")
+            assert self._info is not None
+            return request.expected.accept(line, self._info["plan"])
+        except ErrorLine as error:
+            request.close()
+            raise error_of(f"POST {request.path}", error.details) from None
+        except ServerError:
+            request.close()  # the next attempt asks for what is missing then
+            raise

@@ -1,0 +1,114 @@
+"""What a request to the server still waits for, and whether a record is an answer to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.wire.rollout import Rollout
+
+
+class RolloutMismatch(ValueError):
+    """A record is malformed or not what was asked for; never train on it."""
+
+
+class ErrorLine(Exception):
+    """The server wrote an error where a record was due; `details` is what it says."""
+
+    def __init__(self, details: Any) -> None:
+        super().__init__(details)
+        self.details = details
+
+
+@dataclass(kw_only=True)
+class Group:
+    """Samples of one question that are still to come."""
+
+    prompt: list[int] | str
+    missing: set[int]
+    pin_tokens: int | None = None
+    """None: the prompt."""
+    answer: list[int] | None = None
+    """The given completion, where it is scored."""
+
+
+@dataclass(kw_only=True)
+class Expected:
+    """All that one request asked for; a sample is crossed off as it comes."""
+
+    groups: dict[str, Group]
+    window_tokens: int | None = None
+    """None: the server's."""
+    adapter: str | None = None
+    """`name` or `name@version`; None: the base model."""
+    update: str | None = None
+    """The rule; None: the adapter's."""
+
+    def missing(self) -> dict[str, Group]:
+        return {group_id: group for group_id, group in self.groups.items() if group.missing}
+
+    def accept(self, line: str, default_plan: Mapping[str, Any]) -> Rollout:
+        """Read a line of the answer, check it against what was asked for, and cross it off.
+
+        Args:
+            line: JSON.
+            default_plan: the server's, as its `info` has it.
+
+        Raises:
+            ErrorLine: if it is an error instead of a record.
+            RolloutMismatch: if it is malformed or not what was asked for.
+        """
+        try:
+            values = json.loads(line)
+            if isinstance(values, dict) and "error" in values:
+                raise ErrorLine(values["error"])
+            record = Rollout.from_json(values)
+        except ValueError as error:
+            raise RolloutMismatch(f"malformed record: {error}") from error
+        where = f"sample {record.index} of group {record.group_id!r}"
+        group = self.groups.get(record.group_id)
+        if group is None or record.index not in group.missing:
+            raise RolloutMismatch(f"{where} was not asked for, or came twice")
+        wrong = _wrong_tokens(record, group) or self._wrong_policy(record, group, default_plan)
+        if wrong is not None:
+            raise RolloutMismatch(f"{where}: {wrong}")
+        group.missing.discard(record.index)
+        return record
+
+    def _wrong_policy(
+        self, record: Rollout, group: Group, default_plan: Mapping[str, Any]
+    ) -> str | None:
+        """What plan, adapter or rule differs, if one does."""
+        expected = self._plan(group, len(record.prompt_ids), default_plan)
+        if record.plan != expected:
+            return f"plan is {record.plan}, asked for was {expected}"
+        name, asked = record.adapter, self.adapter
+        if name != asked and not (name and asked and name.startswith(f"{asked}@")):
+            return f"adapter is {name}, asked for was {asked}"
+        if self.update is not None and record.rule != self.update:
+            return f"rule is {record.rule or 'not said'}, asked for was {self.update}"
+        return None
+
+    def _plan(self, group: Group, num_prompt: int, default: Mapping[str, Any]) -> FoldPlan:
+        """The plan that follows from the request and the server's defaults."""
+        asked = self.window_tokens
+        return FoldPlan(
+            pin_tokens=num_prompt if group.pin_tokens is None else group.pin_tokens,
+            window_tokens=default["window_tokens"] if asked is None else asked,
+            evict_ratio=default["evict_ratio"],
+            block_size=default["block_size"],
+        )
+
+
+def _wrong_tokens(record: Rollout, group: Group) -> str | None:
+    """What differs from the tokens that were sent, if anything does."""
+    if not isinstance(group.prompt, str) and list(record.prompt_ids) != group.prompt:
+        return "prompt_ids are not the tokens that were sent"
+    if group.answer is not None and list(record.completion_ids) != group.answer:
+        return "completion_ids are not the tokens that were sent"
+    if (group.answer is not None) != (record.finish_reason == "scored"):
+        return f"finish_reason is {record.finish_reason}"
+    return None

@@ -1,0 +1,103 @@
+"""Who runs on which version of an adapter, who hears of a new one, and when files may go."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from vllm.engine.protocol import EngineClient
+
+from pte_vllm.server.adapters.spool import Spool, Version
+from pte_vllm.server.metrics import forget_adapter
+
+GRACE_S = 10.0
+"""Time between an adapter's last use by name and its first step in the engine, amply."""
+
+Listener = Callable[[Version], None]
+
+
+class AdapterUse:
+    """Rollouts by version, and versions that were retired but may still be read.
+
+    vLLM may load an adapter's files again in the middle of a step, and would die without them: so
+    files of a retired version stay until no request of any route uses it.
+
+    Args:
+        engine: asked which adapters its requests use.
+        spool: where the files lie.
+        on_idle: called when the last rollout on some version ends.
+    """
+
+    def __init__(self, engine: EngineClient, spool: Spool, on_idle: Callable[[], None]) -> None:
+        self._engine = engine
+        self._spool = spool
+        self._on_idle = on_idle
+        self._rollouts: Counter[str] = Counter()  # by engine name
+        self._retired: list[tuple[float, Version]] = []  # when, by the monotonic clock
+        self._listeners: defaultdict[str, set[Listener]] = defaultdict(set)  # by pushed name
+
+    def rollouts(self, engine_name: str) -> int:
+        """How many rollouts and scores run on it."""
+        return self._rollouts.get(engine_name, 0)
+
+    @contextmanager
+    def using(self, engine_name: str | None) -> Iterator[None]:
+        """Keep the version for the length of the block; None: the base model."""
+        if engine_name is None:
+            yield
+            return
+        self._rollouts[engine_name] += 1
+        try:
+            yield
+        finally:
+            self._rollouts[engine_name] -= 1
+            if not self._rollouts[engine_name]:
+                del self._rollouts[engine_name]
+                self._on_idle()
+
+    @contextmanager
+    def listening(self, name: str | None, listener: Listener) -> Iterator[None]:
+        """Call `listener` with every new version of `name` for the length of the block."""
+        if name is None:
+            yield
+            return
+        self._listeners[name].add(listener)
+        try:
+            yield
+        finally:
+            self._listeners[name].discard(listener)
+            if not self._listeners[name]:
+                del self._listeners[name]
+
+    def announce(self, version: Version) -> None:
+        """Tell those who listen that there is a new version."""
+        for listener in tuple(self._listeners.get(version.name, ())):
+            listener(version)
+
+    def retire(self, version: Version) -> None:
+        """Let the files go once nothing uses them."""
+        self._retired.append((time.monotonic(), version))
+
+    async def remove_unused(self) -> bool:
+        """Remove files of retired versions that no request, running or waiting, uses.
+
+        Returns:
+            Whether files of retired versions are left.
+
+        The worker knows the requests of its last step. One that named the version just before it
+        was retired may not be among them yet, hence the time of grace.
+        """
+        due = [r for r in self._retired if time.monotonic() - r[0] > GRACE_S]
+        if not due:
+            return bool(self._retired)
+        report = (await self._engine.collective_rpc("pte_requests"))[0]
+        in_use = {*report["adapters_in_use"], *self._rollouts}
+        for retired in due:
+            if retired[1].engine_name not in in_use:
+                forget_adapter(retired[1].engine_name)
+                await asyncio.to_thread(self._spool.remove, retired[1])
+                self._retired.remove(retired)
+        return bool(self._retired)

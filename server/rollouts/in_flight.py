@@ -1,0 +1,169 @@
+"""One sequence on the engine, and what happens to it when its adapter gets a new version.
+
+pin             it finishes on its version
+switch_rebuild  it is stopped, and goes on from its tokens on the new version, which reads them
+                again: KV cache and thought state are those of the new version
+max_staleness   it ends, its tokens kept, once it is further behind than that
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from vllm.exceptions import GenerationError
+from vllm.inputs import EngineInput, TokensPrompt
+from vllm.outputs import RequestOutput
+from vllm.renderers.inputs.preprocess import parse_model_prompt
+from vllm.sampling_params import SamplingParams
+
+from pte_vllm.method.options import RequestOptions
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.server.adapters.registry import Resolved
+from pte_vllm.server.adapters.spool import Version
+from pte_vllm.server.service import Service
+from pte_vllm.wire.rollout import InFlight, Rollout, WeightSpan, fold_events, with_rho
+
+_ABORT_AGAIN_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What is particular to sampling and to scoring; the fields are the record's."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One sequence for the engine, rendered and validated."""
+
+    prompt: EngineInput
+    params: SamplingParams
+    adapter: Resolved
+    plan: FoldPlan
+    group_id: str
+    index: int
+    kind: Literal["rollout", "score"]
+    """For the metrics."""
+    read: Callable[[RequestOutput], Outcome]
+    """Takes the outcome from the engine's final output."""
+    in_flight: InFlight = "pin"
+    max_staleness: int | None = None
+
+
+async def render(service: Service, prompt: str | list[int]) -> EngineInput:
+    """A prompt as the engine takes it, through vLLM's renderer."""
+    renderer, model = service.engine.renderer, service.engine.model_config
+    raw = prompt if isinstance(prompt, str) else TokensPrompt(prompt_token_ids=prompt)
+    (rendered,) = await renderer.render_cmpl_async([parse_model_prompt(model, raw)])
+    return rendered
+
+
+async def run(service: Service, request_id: str, job: Job) -> Rollout:
+    """The record of a job; its versions are those that sampled each part.
+
+    Raises:
+        GenerationError: if the engine ends it without a result.
+    """
+    part, parts, spans = job, 0, list[WeightSpan]()
+    done = Outcome(prompt_ids=(), completion_ids=(), logprobs=(), finish_reason="")
+    num_preempted: int | None = 0
+    while True:
+        final, newer = await _generate(service, f"{request_id}-{parts}", part)
+        outcome = job.read(final)
+        start, end = len(done.completion_ids), len(done.completion_ids + outcome.completion_ids)
+        if end > start:
+            spans.append(WeightSpan(version=part.adapter.version, start=start, end=end))
+        done = Outcome(
+            prompt_ids=done.prompt_ids or outcome.prompt_ids,
+            completion_ids=done.completion_ids + outcome.completion_ids,
+            logprobs=done.logprobs + outcome.logprobs,
+            finish_reason=outcome.finish_reason,
+        )
+        preempted = final.metrics.num_preemptions if final.metrics is not None else None
+        num_preempted = None if None in (num_preempted, preempted) else num_preempted + preempted
+        if not (newer and outcome.finish_reason == "abort" and job.in_flight == "switch_rebuild"):
+            break
+        if end == job.params.max_tokens:
+            done = replace(done, finish_reason="length")
+            break
+        part, parts = await _on_newest(service, job, done), parts + 1
+    events = fold_events(job.plan, len(done.prompt_ids + done.completion_ids))
+    if events and part.adapter.lora is not None:
+        # Of the last part, which folded everything before it again on its own version.
+        name = f"{request_id}-{parts}"
+        (rho,) = await service.engine.collective_rpc("pte_rho", args=(name,))
+        events = with_rho(events, rho)
+    return Rollout(
+        prompt_ids=done.prompt_ids,
+        completion_ids=done.completion_ids,
+        logprobs=done.logprobs,
+        mask=(1,) * len(done.completion_ids),
+        finish_reason=done.finish_reason,
+        adapter=part.adapter.engine_name,
+        rule=RequestOptions.parse(job.params.extra_args).rule or part.adapter.rule,
+        weight_versions=tuple(spans),
+        plan=job.plan,
+        fold_events=events,
+        group_id=job.group_id,
+        index=job.index,
+        num_preempted=num_preempted,
+    )
+
+
+async def _generate(service: Service, request_id: str, job: Job) -> tuple[RequestOutput, bool]:
+    """The engine's final output, and whether a new version had it stopped."""
+    registry, name = service.registry, job.adapter.pushed_name
+    final: RequestOutput | None = None
+    stopping: asyncio.Task[None] | None = None
+
+    async def stop() -> None:
+        while True:  # the engine may not know the request yet
+            await service.engine.abort(request_id)
+            await asyncio.sleep(_ABORT_AGAIN_S)
+
+    def hear(newest: Version) -> None:
+        nonlocal stopping
+        behind = newest.number - job.adapter.version
+        stale = job.max_staleness is not None and behind > job.max_staleness
+        switch = behind > 0 and job.in_flight == "switch_rebuild"
+        if (stale or switch) and stopping is None:
+            stopping = asyncio.create_task(stop())
+
+    with registry.use.using(job.adapter.engine_name), registry.use.listening(name, hear):
+        if name is not None and (newest := registry.newest(name)) is not None:
+            hear(newest)  # it may have come since the request did
+        try:
+            async for output in service.engine.generate(
+                copy(job.prompt), job.params, request_id, lora_request=job.adapter.lora
+            ):
+                final = output
+        finally:
+            if stopping is not None:
+                stopping.cancel()
+    if final is None or not final.finished:
+        raise GenerationError(f"{request_id} ended without a final output")
+    if final.outputs[0].finish_reason == "error":
+        raise GenerationError(f"{request_id}: the engine reports an error")
+    return final, stopping is not None
+
+
+async def _on_newest(service: Service, job: Job, done: Outcome) -> Job:
+    """The rest of a job on the newest version; what is done counts as thoughts, not as question."""
+    sampled = len(done.completion_ids)
+    params = job.params.clone()
+    params.max_tokens -= sampled
+    params.min_tokens = max(0, params.min_tokens - sampled)
+    if params.seed is not None:
+        params.seed = (params.seed + sampled) % 2**63  # draws of its own, again the same ones
+    params.extra_args = {**(params.extra_args or {}), "pte_pin_tokens": job.plan.pin_tokens}
+    prompt = await render(service, [*done.prompt_ids, *done.completion_ids])
+    adapter = service.registry.resolve(job.adapter.pushed_name)
+    return replace(job, prompt=prompt, params=params, adapter=adapter)

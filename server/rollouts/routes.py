@@ -1,0 +1,159 @@
+"""`POST /pte/v1/rollouts`: sampled answers. `POST /pte/v1/score`: log-probs of given ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import Response
+from vllm.exceptions import RetryableRequestError
+from vllm.inputs import EngineInput
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from pte_vllm.method.options import request_plan
+from pte_vllm.server.adapters.registry import Resolved
+from pte_vllm.server.rollouts.generation import check_logprobs_mode, resolve, stream, validate
+from pte_vllm.server.rollouts.in_flight import Job, Outcome, render
+from pte_vllm.server.rollouts.schemas import RolloutRequest, Sampling, ScoreRequest
+from pte_vllm.server.service import Service, service
+
+router = APIRouter()
+
+
+@router.post("/rollouts")
+async def rollouts(body: RolloutRequest, request: Request) -> Response:
+    """`n` samples of each prompt, one NDJSON record for each, in the order they finish."""
+    state = service(request)
+    check_logprobs_mode(state)
+    adapter = resolve(state, body)
+    prompts: Sequence[str | list[int]] = body.token_ids or body.prompts or ()
+    jobs: list[Job] = []
+    for prompt, group_id, wanted in zip(
+        prompts, body.group_ids(len(prompts)), body.wanted(len(prompts)), strict=True
+    ):
+        rendered = await render(state, prompt)
+        options = _xargs(body.window_tokens, body.pin_tokens, body.update)
+        for index in wanted:
+            seed = sample_seed(body.sampling.seed, group_id, index)
+            params = _sampling_params(state, body.sampling, rendered, seed, options)
+            if index == wanted[0]:
+                validate(state, rendered, params, adapter)
+            job = _job(state, rendered, params, adapter, group_id, index)
+            jobs.append(replace(job, in_flight=body.in_flight, max_staleness=body.max_staleness))
+    return stream(state, jobs)
+
+
+@router.post("/score")
+async def score(body: ScoreRequest, request: Request) -> Response:
+    """Log-probs of given tokens under the request's plan; records in the order they finish."""
+    state = service(request)
+    check_logprobs_mode(state)
+    adapter = resolve(state, body)
+    jobs: list[Job] = []
+    for tokens, num_prompt, group_id in zip(
+        body.token_ids, body.prompt_tokens, body.group_ids(len(body.token_ids)), strict=True
+    ):
+        # To the engine all tokens are prompt: what is pinned has to be said.
+        pin_tokens = num_prompt if body.pin_tokens is None else body.pin_tokens
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=_xargs(body.window_tokens, pin_tokens, body.update),
+        )
+        rendered = await render(state, tokens)
+        validate(state, rendered, params, adapter)
+        jobs.append(_job(state, rendered, params, adapter, group_id, 0, num_prompt))
+    return stream(state, jobs)
+
+
+def sample_seed(seed: int | None, group_id: str, index: int) -> int | None:
+    """Every sample draws differently, and the same again when it is asked for again."""
+    if seed is None:
+        return None
+    digest = hashlib.sha256(f"{seed}/{group_id}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _xargs(window: int | None, pin: int | None, update: str | None) -> dict[str, Any]:
+    given = {"pte_window": window, "pte_pin_tokens": pin, "pte_update": update}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _sampling_params(
+    state: Service,
+    sampling: Sampling,
+    prompt: EngineInput,
+    seed: int | None,
+    options: Mapping[str, Any],
+) -> SamplingParams:
+    """vLLM's parameters of one sample; 400 if `max_tokens` exceeds the room that is left."""
+    limit, length = state.engine.model_config.max_model_len, len(prompt["prompt_token_ids"])
+    room = limit - length
+    max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
+    if max_tokens > room or room < 1:
+        raise HTTPException(
+            400,
+            f"max_tokens {max_tokens} after a prompt of {length} tokens exceeds this server's "
+            f"--max-model-len {limit}",
+        )
+    return SamplingParams(
+        **sampling.model_dump(exclude={"max_tokens", "seed"}),
+        max_tokens=max_tokens,
+        seed=seed,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=dict(options),
+    )
+
+
+def _job(
+    state: Service,
+    prompt: EngineInput,
+    params: SamplingParams,
+    adapter: Resolved,
+    group_id: str,
+    index: int,
+    num_prompt: int | None = None,
+) -> Job:
+    """With `num_prompt` the tokens after it are scored, else new ones are sampled."""
+    tokens = tuple(prompt["prompt_token_ids"])
+
+    def sampled(final: RequestOutput) -> Outcome:
+        completion = final.outputs[0]
+        pairs = zip(completion.token_ids, completion.logprobs or (), strict=True)
+        return Outcome(
+            prompt_ids=tokens,
+            completion_ids=tuple(completion.token_ids),
+            logprobs=tuple(entry[token].logprob for token, entry in pairs),
+            finish_reason=completion.finish_reason or "",
+        )
+
+    def scored(final: RequestOutput) -> Outcome:
+        if final.outputs[0].finish_reason == "abort":  # a part of a score is of no use
+            raise RetryableRequestError("the score was aborted; ask again")
+        pairs = zip(tokens[num_prompt:], (final.prompt_logprobs or ())[num_prompt:], strict=True)
+        return Outcome(
+            prompt_ids=tokens[:num_prompt],
+            completion_ids=tokens[num_prompt:],
+            logprobs=tuple(entry[token].logprob for token, entry in pairs),
+            finish_reason="scored",
+        )
+
+    return Job(
+        prompt=prompt,
+        params=params,
+        adapter=adapter,
+        plan=request_plan(state.config, params, len(tokens), state.block_size),
+        group_id=group_id,
+        index=index,
+        kind="rollout" if num_prompt is None else "score",
+        read=sampled if num_prompt is None else scored,
+    )

@@ -1,0 +1,114 @@
+"""Bodies of `POST /pte/v1/rollouts` and `/score`. An unknown field is an error that names it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pte_vllm.wire.rollout import InFlight
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+GroupId = Annotated[str, Field(min_length=1, max_length=256)]
+
+MAX_SAMPLES = 16_384
+"""Sequences of one request, as many as vLLM allows a request."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Sampling(_Strict):
+    """How tokens are drawn; vLLM's names, and its defaults save for `max_tokens`."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    """None: all the room that `max_model_len` leaves."""
+    min_tokens: int = Field(0, ge=0)
+    temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0.0, le=1.0)
+    seed: int | None = None
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+
+
+class _Request(_Strict):
+    adapter: str | None = None
+    """`name` (its newest version), `name@version`, or null: the base model."""
+    window_tokens: int | None = None
+    pin_tokens: int | None = None
+    update: str | None = None
+    """The three options of a plan, as `pte_window`, `pte_pin_tokens` and `pte_update`."""
+    min_weight_version: int | None = Field(None, ge=0)
+    group_id: GroupId | list[GroupId] | None = None
+    """One per sequence of the request; a plain string if there is one. Default: "0", "1", ..."""
+
+    def group_ids(self, count: int) -> list[str]:
+        """Names of `count` groups; ValueError unless they are as many, and different."""
+        if self.group_id is None:
+            return [str(i) for i in range(count)]
+        names = [self.group_id] if isinstance(self.group_id, str) else self.group_id
+        if len(names) != count or len(set(names)) != count:
+            raise ValueError(f"group_id must be {count} different names, one per prompt")
+        return names
+
+
+class RolloutRequest(_Request):
+    token_ids: list[TokenIds] | None = None
+    prompts: list[str] | None = None
+    n: int = Field(1, ge=1, le=MAX_SAMPLES)  # before the indices are counted out
+    """Samples of each prompt."""
+    samples: list[list[Annotated[int, Field(ge=0)]]] | None = None
+    """Per prompt, which of its `n` samples are wanted; null: all."""
+    sampling: Sampling = Sampling()
+    in_flight: InFlight = "pin"
+    """What a sample does when its adapter gets a new version: see `in_flight`."""
+    max_staleness: int | None = Field(None, ge=0)
+    """A sample ends, its tokens kept, once more versions than this are newer than its own."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutRequest:
+        if (self.token_ids is None) == (self.prompts is None):
+            raise ValueError("send either token_ids or prompts")
+        if self.in_flight == "switch_rebuild" and "@" in (self.adapter or ""):
+            raise ValueError("in_flight switch_rebuild needs an adapter without @version")
+        count = len(self.token_ids or self.prompts or ())
+        if not count:
+            raise ValueError("there are no prompts")
+        self.group_ids(count)
+        wanted = self.wanted(count)
+        for indices in wanted:
+            if len(set(indices)) != len(indices) or any(i >= self.n for i in indices):
+                raise ValueError(f"samples must be different numbers below n, {self.n}")
+        if len(wanted) != count:
+            raise ValueError(f"samples has {len(wanted)} lists for {count} prompts")
+        total = sum(map(len, wanted))
+        if not 0 < total <= MAX_SAMPLES:
+            raise ValueError(f"{total} samples in one request; 1 to {MAX_SAMPLES} are possible")
+        return self
+
+    def wanted(self, count: int) -> list[list[int]]:
+        """Indices of the wanted samples of each of `count` prompts."""
+        return [list(range(self.n))] * count if self.samples is None else self.samples
+
+
+class ScoreRequest(_Request):
+    token_ids: list[TokenIds] = Field(min_length=1, max_length=MAX_SAMPLES)
+    """Questions with their answers."""
+    prompt_tokens: list[Annotated[int, Field(ge=1)]]
+    """Per sequence, tokens of its question: those after it are scored."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoreRequest:
+        if len(self.prompt_tokens) != len(self.token_ids):
+            raise ValueError(
+                f"prompt_tokens has {len(self.prompt_tokens)} values for {len(self.token_ids)} "
+                "sequences"
+            )
+        for tokens, prompt in zip(self.token_ids, self.prompt_tokens, strict=True):
+            if prompt >= len(tokens):
+                raise ValueError(f"prompt_tokens {prompt}: a sequence has {len(tokens)} tokens")
+        self.group_ids(len(self.token_ids))
+        return self

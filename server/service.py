@@ -1,0 +1,76 @@
+"""What our routes share, made once when the server starts."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastapi import HTTPException, Request
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+from pte_vllm.method.options import EngineConfig, ServiceConfig
+from pte_vllm.server.access.admission import Admission
+from pte_vllm.server.adapters.registry import AdapterRegistry
+from pte_vllm.server.adapters.spool import Spool, default_root
+
+
+@dataclass
+class Listeners:
+    """Clients that follow the thoughts of a request now."""
+
+    count: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """The engine, its options, and the adapters that were pushed."""
+
+    engine: EngineClient
+    config: EngineConfig
+    spool: Spool
+    registry: AdapterRegistry
+    admission: Admission
+    listeners: Listeners = field(default_factory=Listeners)
+
+    @property
+    def block_size(self) -> int:
+        return self.engine.vllm_config.cache_config.block_size
+
+
+def make_service(
+    engine: EngineClient, config: EngineConfig, models: OpenAIServingModels, args: Namespace
+) -> Service:
+    """Of a server with these command-line arguments."""
+    options: ServiceConfig = getattr(args, "pte_service", None) or ServiceConfig()
+    spool = Spool(Path(options.spool) if options.spool else default_spool(args.model, args.port))
+    refusal = None
+    if engine.vllm_config.lora_config is None:
+        refusal = "this server takes no adapters: start it with --enable-lora"
+    registry = AdapterRegistry(engine, models, spool, keep=options.keep_versions, refusal=refusal)
+    return Service(
+        engine=engine,
+        config=config,
+        spool=spool,
+        registry=registry,
+        admission=Admission(options.max_rollouts),
+    )
+
+
+def default_spool(model: str, port: int | None) -> Path:
+    """A directory of the user's cache, one per model and port."""
+    where = str(Path(model).resolve()) if Path(model).exists() else model
+    label = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model).name) or "model"
+    digest = hashlib.sha256(where.encode()).hexdigest()[:8]
+    return default_root() / f"{label}-{digest}-{port or 0}"
+
+
+def service(request: Request) -> Service:
+    """Of the app that a request came to; 503 where vLLM was started without PTE."""
+    found: Service | None = getattr(request.app.state, "pte_service", None)
+    if found is None:
+        raise HTTPException(503, "this server runs without PTE; start it with `pte-vllm serve`")
+    return found

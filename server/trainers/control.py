@@ -1,0 +1,98 @@
+"""vLLM's control routes, without its development mode: pause, resume, abort, caches, server info.
+
+The handlers are vLLM's. Where the operator switched its development mode on as well, these take
+the place of its own, so that nothing is there twice and keys hold for them too.
+
+A thought state S shares the fate of its KV blocks: what drops a running request's blocks (a pause
+that clears the cache, a reset with `reset_running_requests`) goes through vLLM's preemption, and a
+preempted request starts over from S_0 and replays its folds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+from vllm.entrypoints.rl.online import api_router as rl
+from vllm.entrypoints.scale_out.token_in_token_out import api_router as tokens
+from vllm.entrypoints.serve.dev.cache import api_router as cache
+from vllm.entrypoints.serve.dev.server_info import api_router as server_info
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+from pte_vllm.server.access.auth import may_change, may_use
+
+Describe = Callable[[Request], Awaitable[dict[str, Any]]]
+
+
+class ResetOptions(BaseModel):
+    """The options of a reset as a JSON body; vLLM itself reads the query only."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reset_running_requests: bool = False
+    """Also preempt what runs; else the reset fails while blocks are held."""
+    reset_external: bool = False
+
+
+class AbortOptions(BaseModel):
+    """Which requests to end, by the ids that clients know; null or none: all."""
+
+    request_ids: list[str] | None = None
+
+
+async def abort_requests(body: AbortOptions, raw_request: Request) -> JSONResponse:
+    """vLLM's; what was sampled so far goes to the waiting clients, with `abort` as the reason."""
+    return await rl.abort_requests(raw_request)  # reads the body again
+
+
+async def reset_prefix_cache(
+    raw_request: Request,
+    reset_running_requests: Annotated[bool, Query()] = False,
+    reset_external: Annotated[bool, Query()] = False,
+    body: ResetOptions | None = None,
+) -> JSONResponse:
+    """vLLM's reset; each option may be in the query or in the body."""
+    found = body or ResetOptions()
+    return await cache.reset_prefix_cache(
+        raw_request,
+        reset_running_requests or found.reset_running_requests,
+        reset_external or found.reset_external,
+    )
+
+
+def attach(app: FastAPI, describe: Describe) -> None:
+    """Register the routes.
+
+    Args:
+        app: vLLM's.
+        describe: what `GET /pte/v1/info` says.
+    """
+
+    async def show_server_info(
+        raw_request: Request,
+        config_format: Annotated[Literal["text", "json"], Query()] = "text",
+    ) -> JSONResponse:
+        """vLLM's configuration and environment; `pte`: what `GET /pte/v1/info` says."""
+        answer = await server_info.show_server_info(raw_request, config_format)
+        return JSONResponse({**json.loads(answer.body), "pte": await describe(raw_request)})
+
+    changing = APIRouter(tags=["control"], dependencies=[Depends(may_change)])
+    changing.post("/pause")(rl.pause_generation)
+    changing.post("/resume")(rl.resume_generation)
+    changing.post("/abort_requests")(abort_requests)
+    changing.post("/reset_prefix_cache")(reset_prefix_cache)
+    reading = APIRouter(tags=["control"], dependencies=[Depends(may_use)])
+    reading.get("/is_paused")(rl.is_paused)
+    reading.get("/weight_info")(rl.weight_info)
+    reading.get("/get_world_size")(rl.get_world_size)
+    reading.get("/server_info")(show_server_info)
+    # vLLM answers 403 here without --enable-scale-out.
+    reading.post("/inference/v1/generate", dependencies=[Depends(validate_json_request)])(
+        tokens.generate
+    )
+    app.include_router(changing)
+    app.include_router(reading)

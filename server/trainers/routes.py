@@ -1,0 +1,115 @@
+"""Routes that RL trainers call under names of their own: adapter loads, pauses, weight updates.
+
+See docs/trainers/. A load under a name that is there becomes the name's next version; vLLM's own
+route, for those who number their names, stays beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from vllm import envs
+from vllm.entrypoints.rl.online import api_router as rl
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE
+from pte_vllm.server.access.auth import may_change
+from pte_vllm.server.adapters.spool import SpoolError
+from pte_vllm.server.adapters.upload import not_stored
+from pte_vllm.server.service import service
+
+BASE_WEIGHT_ROUTES = (
+    "/update_weights",  # prime-rl; vLLM's own is there in its development mode
+    "/reload_weights",
+    "/init_broadcaster",
+    "/init_weight_transfer_engine",
+    "/start_weight_update",
+    "/finish_weight_update",
+    "/areal_update_weights",
+    "/areal_init_weights_update_group",
+    "/areal_set_update_weight_meta",
+    "/areal_set_update_weight_meta_lora",
+    "/areal_update_weights_xccl",
+    "/areal_update_weights_lora_xccl",
+)
+"""Refused with a reason: to some trainers a 404 means that there is nothing to update."""
+
+
+class LoadRequest(BaseModel):
+    """What prime-rl and SkyRL send."""
+
+    lora_name: str
+    lora_path: str | None = None
+    """A directory that the server can read."""
+    in_memory: bool = False
+    """SkyRL: the tensors came over NCCL before; not supported."""
+
+
+async def load_lora_adapter(body: LoadRequest, request: Request) -> JSONResponse:
+    """Copy a directory into the spool as the next version of `lora_name`, and serve it.
+
+    The same files again are the same version. What runs keeps its version; there is no need to
+    pause, nor to reset a cache: every version has prefix blocks of its own.
+    """
+    if body.in_memory or body.lora_path is None:
+        raise HTTPException(
+            400,
+            "lora_path is missing, and in_memory is not supported: send the adapter's files with "
+            "PUT /pte/v1/adapters/{name}",
+        )
+    path = Path(body.lora_path)
+    try:
+        missing = await asyncio.to_thread(_missing, path)
+        if missing is not None:  # a shared file system may lag: trainers try again on 404
+            raise HTTPException(404, f"lora_path has no {missing}")
+        version = await service(request).registry.push_directory(body.lora_name, path)
+    except SpoolError as error:
+        raise not_stored("--pte-spool", error) from error
+    except OSError as error:
+        raise HTTPException(400, f"lora_path cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
+    except EngineDeadError as error:
+        raise HTTPException(503, "the engine has died; the server is about to end") from error
+    return JSONResponse({"status": "ok", "name": version.name, "version": version.number})
+
+
+def _missing(path: Path) -> str | None:
+    """The first file that every adapter has and this directory has not."""
+    return next((name for name in (CONFIG_FILE, LORA_FILE) if not (path / name).is_file()), None)
+
+
+async def pause_and_abort(request: Request) -> JSONResponse:
+    """AReaL's pause: what runs ends with `abort`, to be sent again as a longer prompt."""
+    return await rl.pause_generation(request, mode="abort", clear_cache=True)
+
+
+async def refuse_base_weights(request: Request) -> Response:
+    raise HTTPException(
+        400,
+        f"{request.url.path}: the base model of this server does not change, its adapters do. "
+        "Train an adapter, and push it with PUT /pte/v1/adapters/{name} or, as a directory, with "
+        "POST /v1/load_lora_adapter or /load_lora_adapter (VLLM_ALLOW_RUNTIME_LORA_UPDATING=1)",
+    )
+
+
+def attach(app: FastAPI) -> None:
+    """Register the routes; loads by path only where the operator allows them, as in vLLM."""
+    router = APIRouter(tags=["trainers"], dependencies=[Depends(may_change)])
+    router.post("/areal_pause_generation")(pause_and_abort)
+    router.post("/areal_continue_generation")(rl.resume_generation)
+    if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        json_only: dict[str, Any] = {"dependencies": [Depends(validate_json_request)]}
+        router.post("/load_lora_adapter", **json_only)(load_lora_adapter)
+        router.post("/skyrl/v1/load_lora_adapter", **json_only)(load_lora_adapter)
+    there = {getattr(route, "path", None) for route in app.routes}
+    for path in BASE_WEIGHT_ROUTES:
+        if path not in there:
+            router.post(path)(refuse_base_weights)
+    app.include_router(router)

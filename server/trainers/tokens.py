@@ -1,0 +1,90 @@
+"""vLLM's tokens in, tokens out, with the version of a pushed adapter in the answer."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+from vllm.outputs import RequestOutput, WeightVersionSpan
+
+from pte_vllm.server.adapters.registry import AdapterRegistry
+
+
+class PTEServingTokens(ServingTokens):
+    """vLLM labels tokens with the version of the base weights; of a pushed adapter, its own."""
+
+    def __init__(self, *args: Any, registry: AdapterRegistry, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._registry = registry
+
+    async def serve_tokens_full_generator(
+        self,
+        request: Any,
+        result_generator: AsyncGenerator[RequestOutput, None],
+        request_id: str,
+        model_name: str,
+        request_metadata: Any,
+    ) -> Any:
+        results = self._labelled(result_generator, model_name)
+        return await super().serve_tokens_full_generator(
+            request, results, request_id, model_name, request_metadata
+        )
+
+    async def serve_tokens_stream_generator(
+        self,
+        request: Any,
+        result_generator: AsyncGenerator[RequestOutput, None],
+        request_id: str,
+        model_name: str,
+        request_metadata: Any,
+    ) -> AsyncGenerator[str, None]:
+        results = self._labelled(result_generator, model_name)
+        async with aclosing(
+            super().serve_tokens_stream_generator(
+                request, results, request_id, model_name, request_metadata
+            )
+        ) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _labelled(
+        self, results: AsyncGenerator[RequestOutput, None], engine_name: str
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """`results`, their spans replaced by one: a request stays with its adapter's version."""
+        version = self._pushed_version(engine_name)
+        async with aclosing(results):
+            async for result in results:
+                for output in result.outputs if version is not None else ():
+                    if output.weight_versions:
+                        end = output.weight_versions[-1].end
+                        output.weight_versions = [WeightVersionSpan(str(version), 0, end)]
+                yield result
+
+    def _pushed_version(self, engine_name: str) -> int | None:
+        """None: the base model, or a LoRA that was not pushed."""
+        try:
+            return self._registry.versions(engine_name)[-1].number
+        except LookupError:
+            return None
+
+
+def serving_tokens(
+    engine: EngineClient, state: State, args: Namespace, registry: AdapterRegistry
+) -> PTEServingTokens:
+    """In place of vLLM's `state.serving_tokens`, made the same way."""
+    return PTEServingTokens(
+        engine,
+        state.openai_serving_models,
+        state.online_renderer,
+        registry=registry,
+        request_logger=state.serving_tokens.request_logger,
+        return_tokens_as_token_ids=args.return_tokens_as_token_ids,
+        enable_prompt_tokens_details=args.enable_prompt_tokens_details,
+        enable_log_outputs=args.enable_log_outputs,
+        force_no_detokenize=args.tokens_only,
+    )
