@@ -32,7 +32,7 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Tiny random checkpoint of an architecture, made once."""
-    from tests.support import make_tiny_model
+    from tests.harness.models import make_tiny_model
 
     root, made = tmp_path_factory.mktemp("models"), {}
 
@@ -48,7 +48,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Random adapter of a model, made once per set of options; `plain=True` for a plain LoRA."""
-    from tests.support import make_plain_lora, make_random_adapter
+    from tests.harness.models import make_plain_lora, make_random_adapter
 
     root, made = tmp_path_factory.mktemp("adapters"), {}
 

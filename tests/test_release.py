@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from pte_vllm import __version__
-from tests.server.serving import Server
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
+from tests.harness.server import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

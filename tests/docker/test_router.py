@@ -14,8 +14,8 @@ import pytest
 from pte_vllm.launch import ProcessGroup, free_port
 from pte_vllm.wire.client import RolloutClient, ServerError
 from tests.docker.files import ROOT
-from tests.server.serving import WINDOW, Server
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
+from tests.harness.server import WINDOW, Server
 
 REQUIREMENT = "vllm-router==0.1.17"
 VENV = ROOT / ".cache/vllm-router"

@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 
-from tests.engine import BLOCK
-from tests.server.serving import WINDOW, Server
+from tests.harness.engine import BLOCK
+from tests.harness.models import random_tokens
+from tests.harness.server import WINDOW, Server
 from tests.server.wire import TEMPERATURE, check
-from tests.support import random_tokens
 
 ABORTED = 0.25
 """Part of the requests that their clients leave."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.harness.server import Server
 from tests.server.conftest import serve  # noqa: F401 (a fixture)
-from tests.server.serving import Server
 
 
 @contextmanager

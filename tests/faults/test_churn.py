@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.churn import check_answers, churn
 from tests.faults.conftest import Held
-from tests.server.serving import NO_KERNEL_CACHE, NUM_BLOCKS, Server
+from tests.harness.server import NO_KERNEL_CACHE, NUM_BLOCKS, Server
 
 REQUESTS, AT_ONCE, EVERY = 10_000, 64, 250
 GROWTH_MIB = 24

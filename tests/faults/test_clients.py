@@ -13,12 +13,12 @@ import httpx
 import psutil
 import pytest
 
-from tests.engine import BLOCK
 from tests.faults.churn import check_answers, churn
 from tests.faults.conftest import Held
-from tests.server.serving import NUM_BLOCKS, Server
+from tests.harness.engine import BLOCK
+from tests.harness.models import random_tokens
+from tests.harness.server import NUM_BLOCKS, Server
 from tests.server.wire import TEMPERATURE, check, post
-from tests.support import random_tokens
 
 MAX_BODY_BYTES = 1 << 20
 JSON_HEADERS = {"Content-Type": "application/json"}

@@ -16,10 +16,10 @@ from pte_vllm.server.adapters.spool import Spool, SpoolError
 from pte_vllm.wire.client import RolloutClient, ServerError
 from tests.faults.conftest import small_disk
 from tests.faults.spooling import content, push
-from tests.parity.reference import TOLERANCE, replayed
-from tests.server.serving import Server
+from tests.harness.models import random_tokens
+from tests.harness.parity import TOLERANCE, replayed
+from tests.harness.server import Server
 from tests.server.wire import post
-from tests.support import random_tokens
 
 PAGE = 4096
 

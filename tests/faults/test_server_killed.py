@@ -24,9 +24,9 @@ from pte_vllm.server.adapters.spool import Spool
 from pte_vllm.wire.client import RolloutClient, ServerError
 from tests.faults.killing import run_killed
 from tests.faults.spooling import KEPT, content, push_versions
-from tests.parity.reference import TOLERANCE, replayed
-from tests.server.serving import Server
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
+from tests.harness.parity import TOLERANCE, replayed
+from tests.harness.server import Server
 
 PUSHES = 3
 SAMPLING = {"max_tokens": 1200, "temperature": 0.8, "seed": 7, "ignore_eos": True}

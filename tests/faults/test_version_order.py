@@ -20,7 +20,7 @@ from pte_vllm.server.adapters.spool import Spool
 from pte_vllm.wire.client import RolloutClient, ServerError
 from tests.faults.conftest import Held
 from tests.faults.spooling import push
-from tests.server.serving import Server
+from tests.harness.server import Server
 
 CLIENTS, PUSHES = 6, 5
 

@@ -19,7 +19,7 @@ from pte_vllm.train.data.questions import Problem, Stream  # noqa: E402
 from pte_vllm.train.run.checkpoint import Checkpoints, RunState, read_state  # noqa: E402
 from pte_vllm.train.run.config import GrpoRun  # noqa: E402
 from tests.faults.killing import EVENT  # noqa: E402
-from tests.support import random_tokens  # noqa: E402
+from tests.harness.models import random_tokens  # noqa: E402
 from tests.train.fake_server import FakeServer  # noqa: E402
 
 

@@ -11,7 +11,7 @@ import pytest
 from pte_vllm.train.distill.loop import train
 from pte_vllm.train.run.config import DistillRun
 from pte_vllm.wire.rollout import Rollout
-from tests.server.serving import Server
+from tests.harness.server import Server
 
 Tiny = Callable[[str], Path]
 

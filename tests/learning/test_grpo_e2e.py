@@ -15,9 +15,9 @@ import torch
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.launch import ProcessGroup, pte_command
 from pte_vllm.train.run.log import read_metrics
-from tests.engine import BLOCK
-from tests.server.serving import WINDOW, Server
-from tests.support import random_tokens
+from tests.harness.engine import BLOCK
+from tests.harness.models import random_tokens
+from tests.harness.server import WINDOW, Server
 
 Tiny = Callable[[str], Path]
 Adapters = Callable[..., Path]

@@ -17,7 +17,7 @@ from pte_vllm.train.experiments.recall import main
 from pte_vllm.train.experiments.recall_task import RecallTask
 from pte_vllm.train.experiments.supervised import Schedule, train_answers
 from pte_vllm.train.replay.modeling import PTEModel
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
 
 Tiny = Callable[[str], Path]
 

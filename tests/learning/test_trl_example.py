@@ -12,8 +12,8 @@ import torch
 
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.method.plan import FoldPlan
-from tests.server.serving import WINDOW, Server
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
+from tests.harness.server import WINDOW, Server
 
 Tiny = Callable[[str], Path]
 Adapters = Callable[..., Path]

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from vllm.config import CompilationMode
 
 from pte_vllm.kernels import native
-from tests.engine import BLOCK, Engine, Job, lora
-from tests.parity.reference import TOLERANCE, assert_parity
-from tests.support import random_tokens
+from tests.harness.engine import BLOCK, Engine, Job, lora
+from tests.harness.models import random_tokens
+from tests.harness.parity import TOLERANCE, assert_parity
 
 WINDOW = 2 * BLOCK
 LENGTH = WINDOW + 8 * BLOCK + 5

@@ -11,9 +11,9 @@ import torch
 from pte_vllm.method.names import RULES
 from pte_vllm.train.run.config import DRIFT_LIMITS
 from tests.conftest import ARCHITECTURES
-from tests.engine import BLOCK, Engine, Job, lora
-from tests.parity.reference import assert_parity, difference
-from tests.support import random_tokens
+from tests.harness.engine import BLOCK, Engine, Job, lora
+from tests.harness.models import random_tokens
+from tests.harness.parity import assert_parity, difference
 
 WINDOW = 4 * BLOCK
 LENGTH = WINDOW + 9 * BLOCK + 7  # first fold after the window, then one a block

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.serving import Server
+from tests.harness.server import Server
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pte_vllm.method.plan import FoldPlan
-from tests.engine import BLOCK
-from tests.parity.reference import TOLERANCE
-from tests.server.serving import IGNORE_EOS, WINDOW, Server
+from tests.harness.engine import BLOCK
+from tests.harness.parity import TOLERANCE
+from tests.harness.server import IGNORE_EOS, WINDOW, Server
 from tests.server.thinking import PROMPT, complete, finished, replay
 
 

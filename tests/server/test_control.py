@@ -15,11 +15,11 @@ from fastapi.routing import APIRoute
 
 from pte_vllm.server.access.auth import ADMIN_KEY
 from pte_vllm.wire.client import RolloutClient
-from tests.engine import BLOCK
-from tests.parity.reference import TOLERANCE
-from tests.server.serving import WINDOW, Server
+from tests.harness.engine import BLOCK
+from tests.harness.models import random_tokens
+from tests.harness.parity import TOLERANCE
+from tests.harness.server import WINDOW, Server
 from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
-from tests.support import random_tokens
 
 KEY = "only-the-trainer"
 ADMIN = {"Authorization": f"Bearer {KEY}"}

@@ -14,7 +14,7 @@ import httpx
 import psutil
 
 from pte_vllm.server.metrics import MIN_INTERVAL_S, PATIENCE_S
-from tests.server.serving import Server
+from tests.harness.server import Server
 
 SLACK_S = 10.0
 

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
 from pte_vllm.wire.client import RolloutClient
-from tests.server.serving import Server
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
+from tests.harness.server import Server
 
 FUZZ = settings(
     max_examples=30,

@@ -18,10 +18,10 @@ import torch
 
 from pte_vllm.wire.client import RolloutClient, ServerError
 from pte_vllm.wire.rollout import Rollout
-from tests.engine import BLOCK
-from tests.parity.reference import TOLERANCE, replayed
-from tests.server.serving import NO_KERNEL_CACHE, NUM_BLOCKS, Server
-from tests.support import random_tokens
+from tests.harness.engine import BLOCK
+from tests.harness.models import random_tokens
+from tests.harness.parity import TOLERANCE, replayed
+from tests.harness.server import NO_KERNEL_CACHE, NUM_BLOCKS, Server
 
 MAX_ROLLOUTS, TEMPERATURE = 22, 0.8
 KEPT_VERSIONS = 3

@@ -20,9 +20,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pte_vllm.adapter.hashes import content_hash
-from tests.engine import BLOCK
-from tests.server.serving import Server
-from tests.support import random_tokens
+from tests.harness.engine import BLOCK
+from tests.harness.models import random_tokens
+from tests.harness.server import Server
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")

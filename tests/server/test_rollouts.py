@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE, content_hash, file_hashes
 from pte_vllm.wire.client import RolloutClient, ServerError
 from pte_vllm.wire.rollout import Rollout
-from tests.engine import BLOCK
-from tests.parity.reference import TOLERANCE, replayed
-from tests.server.serving import NUM_BLOCKS, WINDOW, Server
-from tests.support import random_tokens
+from tests.harness.engine import BLOCK
+from tests.harness.models import random_tokens
+from tests.harness.parity import TOLERANCE, replayed
+from tests.harness.server import NUM_BLOCKS, WINDOW, Server
 
 LENGTH = WINDOW + 7 * BLOCK + 5
 ADMIN_KEY = "only-the-trainer"

@@ -12,10 +12,10 @@ import httpx
 import openai
 import pytest
 
-from tests.engine import BLOCK
-from tests.server.serving import NUM_BLOCKS, WINDOW, Server
+from tests.harness.engine import BLOCK
+from tests.harness.models import random_tokens
+from tests.harness.server import NUM_BLOCKS, WINDOW, Server
 from tests.server.wire import TEMPERATURE, check
-from tests.support import random_tokens
 
 
 @pytest.fixture(scope="module")

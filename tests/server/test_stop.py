@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.server.serving import Server
+from tests.harness.server import Server
 
 
 def test_sigterm_answers_what_runs(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from safetensors.torch import load
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.server.thought_routes import MAX_LISTENERS
 from pte_vllm.wire.client import RolloutClient
-from tests.engine import BLOCK
-from tests.server.serving import IGNORE_EOS, WINDOW, Server
+from tests.harness.engine import BLOCK
+from tests.harness.server import IGNORE_EOS, WINDOW, Server
 from tests.server.thinking import LENGTH, PROMPT, complete, finished, replay
 
 KEPT = 12

@@ -15,10 +15,10 @@ import httpx
 import pytest
 
 from pte_vllm.server.adapters.upload import MAX_ADAPTER_BYTES
-from tests.engine import BLOCK
-from tests.server.serving import WINDOW, Server
+from tests.harness.engine import BLOCK
+from tests.harness.models import random_tokens
+from tests.harness.server import WINDOW, Server
 from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
-from tests.support import random_tokens
 
 LENGTH = WINDOW + 5 * BLOCK + 7
 EXAMPLE = Path(__file__).parents[2] / "examples" / "external_trainer.py"

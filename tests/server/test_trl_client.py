@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.engine import BLOCK
-from tests.server.serving import WINDOW, Server
+from tests.harness.engine import BLOCK
+from tests.harness.models import random_tokens
+from tests.harness.server import WINDOW, Server
 from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
-from tests.support import random_tokens
 
 LENGTH = WINDOW + 5 * BLOCK + 7
 pytestmark = pytest.mark.filterwarnings(

@@ -8,10 +8,10 @@ from pte_vllm.adapter.format import Adapter
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.replay import ReplayResult, log_probs
-from tests.engine import BLOCK
-from tests.parity.reference import load_model
-from tests.server.serving import WINDOW, Server
-from tests.support import random_tokens
+from tests.harness.engine import BLOCK
+from tests.harness.models import random_tokens
+from tests.harness.parity import load_model
+from tests.harness.server import WINDOW, Server
 
 PROMPT, LENGTH = random_tokens(50, 500, 1), WINDOW + 6 * BLOCK + 9
 

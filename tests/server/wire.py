@@ -13,9 +13,9 @@ import httpx
 import torch
 
 from pte_vllm.method.plan import FoldPlan
-from tests.engine import BLOCK
-from tests.parity.reference import TOLERANCE, replayed
-from tests.server.serving import WINDOW, Server
+from tests.harness.engine import BLOCK
+from tests.harness.parity import TOLERANCE, replayed
+from tests.harness.server import WINDOW, Server
 
 TEMPERATURE = 0.8
 IN_FLIGHT = 1500

@@ -9,7 +9,7 @@ from pte_vllm.train.replay.batch import Batch
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.replay import replay
 from pte_vllm.wire.rollout import Rollout, WeightSpan, fold_events
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
 
 BLOCK = 16
 

@@ -18,7 +18,7 @@ from pte_vllm.train.distill.teacher import ask_teacher
 from pte_vllm.train.replay.batch import Batch
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.replay import Scores, replay
-from tests.support import VOCAB, random_tokens
+from tests.harness.models import VOCAB, random_tokens
 
 Tiny = Callable[[str], Path]
 Adapters = Callable[..., Path]

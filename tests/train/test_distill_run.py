@@ -21,7 +21,7 @@ from pte_vllm.train.run.commands import distill
 from pte_vllm.train.run.config import DistillRun
 from pte_vllm.train.run.log import read_metrics
 from pte_vllm.wire.rollout import Rollout, WeightSpan, fold_events
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
 from tests.train.test_distill import full_logits, plan
 
 Tiny = Callable[[str], Path]

@@ -18,7 +18,7 @@ from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.batch import Batch
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.replay import Scores, replay
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
 
 Tiny = Callable[[str], Path]
 Adapters = Callable[..., Path]

@@ -14,7 +14,7 @@ from pte_vllm.train.replay.batch import Batch
 from pte_vllm.train.replay.functional import TokenScores, differentiable_log_probs
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.replay import Scores, replay
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
 
 Tiny = Callable[[str], Path]
 Adapters = Callable[..., Path]

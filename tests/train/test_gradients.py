@@ -16,7 +16,7 @@ from pte_vllm.train.replay.batch import Batch
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.replay import Scores, replay
 from pte_vllm.train.replay.window_cache import WindowCache
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
 
 Tiny = Callable[[str], Path]
 Adapters = Callable[..., Path]

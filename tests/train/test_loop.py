@@ -21,7 +21,7 @@ from pte_vllm.train.run.config import GrpoRun
 from pte_vllm.train.run.log import MetricsLog, read_metrics
 from pte_vllm.train.run.start import learning_rate
 from pte_vllm.wire.transport import ServerError
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
 from tests.train.fake_server import FakeServer
 
 Tiny = Callable[[str], Path]

@@ -20,7 +20,7 @@ from pte_vllm.method.names import RULES
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.replay import Fold, Scores, log_probs
-from tests.support import random_tokens
+from tests.harness.models import random_tokens
 from tests.train import naive
 
 Tiny = Callable[[str], Path]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine import BLOCK, Engine, Job, lora
-from tests.parity.reference import assert_parity
-from tests.support import random_tokens
+from tests.harness.engine import BLOCK, Engine, Job, lora
+from tests.harness.models import random_tokens
+from tests.harness.parity import assert_parity
 
 WINDOW = 4 * BLOCK
 

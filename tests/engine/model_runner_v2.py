@@ -1,5 +1,5 @@
 """Model Runner V2 with PTE, driven for real; `test_model_runner_v2.py` runs this file in a process
-of its own, with Triton's interpreter (`tests/triton_interpreter.py`).
+of its own, with Triton's interpreter (`tests/harness/triton_interpreter.py`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 
 from pte_vllm.engine.attention import GapCuttingBuilder
 from pte_vllm.engine.runner_v2 import PTECPUModelRunnerV2
-from tests.engine import BLOCK, Engine, Job, lora
-from tests.parity.reference import assert_parity
-from tests.support import random_tokens
+from tests.harness.engine import BLOCK, Engine, Job, lora
+from tests.harness.models import random_tokens
+from tests.harness.parity import assert_parity
 
 WINDOW = 2 * BLOCK
 MAX_MODEL_LEN = 1024

@@ -15,8 +15,8 @@ from vllm.exceptions import VLLMValidationError
 
 from pte_vllm.engine.refusals import UnsupportedError, check_serve_args
 from pte_vllm.method.options import EngineConfig
-from tests.engine import BLOCK, Engine, Job, lora
-from tests.support import random_tokens
+from tests.harness.engine import BLOCK, Engine, Job, lora
+from tests.harness.models import random_tokens
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pte_vllm.adapter.init import init_adapter
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.models.rope_check import check_unrotation
 from pte_vllm.train.replay.modeling import PTEModel
-from tests.support import TINY, VOCAB, make_random_adapter, random_tokens
+from tests.harness.models import TINY, VOCAB, make_random_adapter, random_tokens
 
 LAYERS = 4  # SmolLM3's fourth has no RoPE
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

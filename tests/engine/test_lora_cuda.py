@@ -79,7 +79,7 @@ _COMPILED = """
 import torch
 from pte_vllm.engine.lora import cuda as lora_cuda
 from pte_vllm.method import reference
-from tests.ops.test_lora_cuda import OUTPUTS, RANK, _Linear
+from tests.engine.test_lora_cuda import OUTPUTS, RANK, _Linear
 
 lora_cuda.use_kernels = lambda device: True  # the operator, whose kernel the interpreter runs
 linear = _Linear(torch.float32)

@@ -12,7 +12,7 @@ from pte_vllm.adapter.format import Adapter
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.replay import log_probs
-from tests.engine import Job
+from tests.harness.engine import Job
 
 TOLERANCE = 2e-4
 """Largest difference in log-prob, fp32."""

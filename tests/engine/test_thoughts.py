@@ -13,9 +13,9 @@ from pte_vllm.engine.thoughts import Thoughts, ThoughtStore
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.replay import log_probs
-from tests.engine import BLOCK, Engine, Job, lora
-from tests.parity.reference import load_model
-from tests.support import random_tokens
+from tests.harness.engine import BLOCK, Engine, Job, lora
+from tests.harness.models import random_tokens
+from tests.harness.parity import load_model
 
 WINDOW = 2 * BLOCK
 

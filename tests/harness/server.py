@@ -14,7 +14,7 @@ import httpx
 import openai
 
 from pte_vllm import launch
-from tests.engine import BLOCK
+from tests.harness.engine import BLOCK
 
 WINDOW = 4 * BLOCK
 IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}

@@ -13,7 +13,7 @@ import torch
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.serve import engine_args
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a vLLM for CUDA interprets nothing")
 
@@ -21,7 +21,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a vLLM for CUDA i
 def _under_interpreter(*paths: str, timeout_s: int) -> str:
     """Run test files with V2 in a process of their own; returns what they printed."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "tests.triton_interpreter", "-q", "-s"]
+        [sys.executable, "-m", "pytest", "-p", "tests.harness.triton_interpreter", "-q", "-s"]
         + ["-p", "no:cacheprovider", f"--timeout={timeout_s}", *paths],
         cwd=ROOT,
         capture_output=True,
@@ -33,7 +33,7 @@ def _under_interpreter(*paths: str, timeout_s: int) -> str:
 
 @no_gpu
 def test_driven_for_real() -> None:
-    printed = _under_interpreter("tests/model_runner_v2.py", timeout_s=600)
+    printed = _under_interpreter("tests/engine/model_runner_v2.py", timeout_s=600)
     assert "folds, max |Δ log p|" in printed
     print("\n".join(line for line in printed.splitlines() if "Δ log p" in line))
 
@@ -45,9 +45,9 @@ def test_driven_for_real() -> None:
     "path",
     [
         "tests/parity/test_schedules.py",
-        "tests/test_engine_blocks.py",
-        "tests/test_engine_resume.py",
-        "tests/test_engine_thoughts.py",
+        "tests/engine/test_blocks.py",
+        "tests/engine/test_resume.py",
+        "tests/engine/test_thoughts.py",
     ],
 )
 def test_tests_of_the_engine(path: str) -> None:

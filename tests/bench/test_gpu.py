@@ -15,7 +15,7 @@ from pte_vllm.engine.state import LoadedEncoder, StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
-from tests.ops.fold_cases import SMALL, make_caches, make_encoder, plain_layout, rope_table
+from tests.kernels.fold_cases import SMALL, make_caches, make_encoder, plain_layout, rope_table
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,6 +1,6 @@
 """Caches as vLLM's GPU backends lay them out, and the fold kernel against the definition.
 
-`python -m tests.ops.fold_cases` runs the small cases on the CPU, in Triton's interpreter.
+`python -m tests.kernels.fold_cases` runs the small cases on the CPU, in Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.ops.fold_cases import LARGE, SMALL, Case, check, make_caches, plain_layout
+from tests.kernels.fold_cases import LARGE, SMALL, Case, check, make_caches, plain_layout
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def test_against_reference() -> None:
     # In a process of its own: the interpreter is chosen when Triton is imported.
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.ops.fold_cases"]
+    command = [sys.executable, "-m", "tests.kernels.fold_cases"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "ok", done.stderr[-2000:]
 
