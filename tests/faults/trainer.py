@@ -14,8 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch  # noqa: E402
 
 from pte_vllm.adapter.format import Adapter  # noqa: E402
-from pte_vllm.train import learner, loop, sampling  # noqa: E402, F401 (all that a run imports)
 from pte_vllm.train.data.questions import Problem, Stream  # noqa: E402
+from pte_vllm.train.grpo import learner, loop, sampling  # noqa: E402, F401 (a run imports them)
 from pte_vllm.train.run.checkpoint import Checkpoints, RunState, read_state  # noqa: E402
 from pte_vllm.train.run.config import GrpoRun  # noqa: E402
 from tests.faults.killing import EVENT  # noqa: E402

@@ -14,8 +14,9 @@ import torch
 
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.train.data.questions import Problem, Stream
+from pte_vllm.train.grpo import sampling
 from pte_vllm.train.grpo.loop import train
-from pte_vllm.train.grpo.loss import DriftError, sampling
+from pte_vllm.train.grpo.loss import DriftError
 from pte_vllm.train.run.checkpoint import Checkpoints, read_state
 from pte_vllm.train.run.config import GrpoRun
 from pte_vllm.train.run.log import MetricsLog, read_metrics
