@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.functional import differentiable_log_probs
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.wire.client import RolloutClient
@@ -115,7 +115,7 @@ class PTEGRPOTrainer(GRPOTrainer):
             for tokens, plan in zip(sequences, plans, strict=True)
         ]
         scores = differentiable_log_probs(
-            self.pte, Batch.align(sequences, plans, wanted), temperature=self.temperature
+            self.pte, AlignedBatch.align(sequences, plans, wanted), temperature=self.temperature
         )
         answer = num_prompt[:, None] + torch.arange(keep, device=mask.device)  # [B, C]
         answer = answer.clamp(max=scores.logprobs.shape[1] - 1)

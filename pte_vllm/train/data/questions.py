@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
-from pte_vllm.train.run.config import DataOptions
+from pte_vllm.train.options.runs import DataOptions
 
 _MAX_REJECTED = 10_000
 """Questions of an endless source rejected in a row before it is called hopeless."""
@@ -42,7 +42,7 @@ class Problem:
     """What else the source says about it."""
 
 
-class Source(Protocol):
+class QuestionSource(Protocol):
     """Questions by number; the same number gives the same question in every process."""
 
     @property
@@ -63,7 +63,7 @@ class StreamState(TypedDict):
     """Questions taken from the source so far, rejected ones included."""
 
 
-class Stream:
+class QuestionStream:
     """Endless sequence of questions, a pure function of source and seed.
 
     A finite source is shuffled anew for each epoch; an endless one is read in order, as it has its
@@ -79,7 +79,7 @@ class Stream:
     """
 
     def __init__(
-        self, source: Source, *, seed: int, keep: Callable[[Problem], bool] | None = None
+        self, source: QuestionSource, *, seed: int, keep: Callable[[Problem], bool] | None = None
     ) -> None:
         if source.size == 0:
             raise ValueError("--data.source: it holds no questions")
@@ -189,5 +189,5 @@ def prompt_ids(problem: Problem, tokenizer: Any) -> list[int]:
 
 
 def at_most(max_prompt_tokens: int, tokenizer: Any) -> Callable[[Problem], bool]:
-    """For `Stream`'s `keep`: whether a prompt has at most so many tokens."""
+    """For `QuestionStream`'s `keep`: whether a prompt has at most so many tokens."""
     return lambda problem: len(prompt_ids(problem, tokenizer)) <= max_prompt_tokens

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 
@@ -41,9 +41,9 @@ class Example:
         ]
 
 
-def align(examples: Sequence[Example]) -> Batch:
+def align(examples: Sequence[Example]) -> AlignedBatch:
     """Examples side by side; their plans may differ in `pin_tokens` only."""
-    return Batch.align(
+    return AlignedBatch.align(
         [e.tokens for e in examples], [e.plan for e in examples], [e.wanted for e in examples]
     )
 

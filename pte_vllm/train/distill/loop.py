@@ -24,13 +24,13 @@ from pte_vllm.adapter.sample_text import SAMPLE_TEXT
 from pte_vllm.train.distill.examples import Example, batches, pack, read_rollouts, read_texts
 from pte_vllm.train.distill.samples import sample_answers
 from pte_vllm.train.distill.step import Evaluation, evaluate, take_step
+from pte_vllm.train.options.runs import DistillRun
 from pte_vllm.train.run.checkpoint import (
     RunState,
 )
-from pte_vllm.train.run.config import DistillRun
 from pte_vllm.train.run.log import MetricsLog, ProgressBar, series
 from pte_vllm.train.run.resume import resumed
-from pte_vllm.train.run.start import ADAPTER, Start, learning_rate, load_tokenizer, start_run
+from pte_vllm.train.run.start import ADAPTER, StartedRun, learning_rate, load_tokenizer, start_run
 from pte_vllm.wire.client import ServerError
 
 SAMPLES_FILE, PLOT_FILE = "samples.jsonl", "distill.png"
@@ -140,7 +140,7 @@ def train(run: DistillRun) -> list[dict[str, float]]:
 
 def _run_steps(
     run: DistillRun,
-    start: Start,
+    start: StartedRun,
     examples: Sequence[Example],
     held_out: Sequence[Example],
     metrics: MetricsLog,

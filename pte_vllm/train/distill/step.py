@@ -23,9 +23,9 @@ from torch import Tensor
 
 from pte_vllm.train.distill.examples import Example, align
 from pte_vllm.train.distill.teacher import CHUNK_TOKENS, Teacher, ask_teacher
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Scores, replay
+from pte_vllm.train.replay.segments import Scores, replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def accumulate_gradient(
     )
 
 
-def micro_batches(examples: Sequence[Example], size: int) -> Iterable[Batch]:
+def micro_batches(examples: Sequence[Example], size: int) -> Iterable[AlignedBatch]:
     """At most `size` examples each, of like length, so that little is padded."""
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     for first in range(0, len(ordered), size):

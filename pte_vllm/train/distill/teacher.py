@@ -16,9 +16,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Scores, replay
+from pte_vllm.train.replay.segments import Scores, replay
 
 CHUNK_TOKENS = 512
 """Columns of one forward of the teacher; bounds its attention scores, not its KV cache."""
@@ -72,7 +72,7 @@ class Teacher:
 @torch.no_grad()
 def ask_teacher(
     model: PTEModel,
-    batch: Batch,
+    batch: AlignedBatch,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -146,9 +146,9 @@ def merged_log_softmax(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.cat((logits.gather(-1, ids), rest), -1) - log_total
 
 
-def unbounded(batch: Batch) -> Batch:
+def unbounded(batch: AlignedBatch) -> AlignedBatch:
     """The same sequences and wanted tokens under full attention: token t in column t."""
-    return Batch(
+    return AlignedBatch(
         ids=batch.by_token(batch.ids),
         left=torch.zeros_like(batch.left),
         lengths=batch.lengths,

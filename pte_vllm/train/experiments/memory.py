@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pte_vllm.train.data.memory_tasks import TASKS
 
 if TYPE_CHECKING:
-    from pte_vllm.train.experiments.memory_arms import Arm, Budget
+    from pte_vllm.train.experiments.memory_arms import Budget, MemoryArm
     from pte_vllm.train.experiments.memory_plans import Plan
 
 
@@ -171,12 +171,12 @@ def _bytes(plan: Plan) -> dict[str, dict[str, int]]:
     }
 
 
-def _seeds(plan: Plan, arm: Arm) -> tuple[int, ...]:
+def _seeds(plan: Plan, arm: MemoryArm) -> tuple[int, ...]:
     """What is not trained has no seed."""
     return plan.seeds if arm.trained else plan.seeds[:1]
 
 
-def _file(plan: Plan, out: Path, arm: Arm, seed: int) -> Path:
+def _file(plan: Plan, out: Path, arm: MemoryArm, seed: int) -> Path:
     """Where the record of one run lies: named by everything that it depends on."""
     budget = asdict(plan.budget) if arm.trained else {"eval": asdict(plan.budget)}
     text = json.dumps([plan.base.key(), asdict(arm), budget], sort_keys=True)
@@ -200,7 +200,7 @@ def _base(plan: Plan, out: Path, progress: Any) -> tuple[Path, dict[str, Any]]:
     return base, report
 
 
-def _work(base: Path, arm: Arm, budget: Budget, seed: int) -> dict[str, Any]:
+def _work(base: Path, arm: MemoryArm, budget: Budget, seed: int) -> dict[str, Any]:
     """One arm with one seed, in a worker process."""
     import torch
     from transformers.utils.logging import disable_progress_bar

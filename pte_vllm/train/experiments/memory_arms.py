@@ -17,11 +17,11 @@ from pte_vllm.adapter.format import Adapter
 from pte_vllm.adapter.init import init_adapter
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.data.memory_tasks import PIN_TOKENS, TASKS, Sample, sample_batch
+from pte_vllm.train.data.memory_tasks import PIN_TOKENS, TASKS, MemorySequence, sample_batch
 from pte_vllm.train.experiments.supervised import Schedule, score_answers, train_answers
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Backward
+from pte_vllm.train.replay.segments import Backward
 
 BLOCK_TOKENS = 8
 WINDOW_TOKENS = 16
@@ -30,7 +30,7 @@ _CALIBRATION_SAMPLES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class MemoryArm:
     """One way to hold the past."""
 
     name: str
@@ -111,7 +111,7 @@ def longest_tokens(budget: Budget) -> int:
     )
 
 
-def make_adapter(base: Any, arm: Arm, budget: Budget, seed: int) -> Adapter | None:
+def make_adapter(base: Any, arm: MemoryArm, budget: Budget, seed: int) -> Adapter | None:
     """A fresh adapter; starts that need sample text get sequences of the tasks themselves."""
     if not arm.trained:
         return None
@@ -142,8 +142,8 @@ def make_adapter(base: Any, arm: Arm, budget: Budget, seed: int) -> Adapter | No
     return replace(adapter, encoders=encoders)
 
 
-def batch_of(samples: Sequence[Sample], window_tokens: int) -> Batch:
-    return Batch.align(
+def batch_of(samples: Sequence[MemorySequence], window_tokens: int) -> AlignedBatch:
+    return AlignedBatch.align(
         [s.ids for s in samples],
         [plan_of(window_tokens)] * len(samples),
         [s.answers for s in samples],
@@ -151,7 +151,7 @@ def batch_of(samples: Sequence[Sample], window_tokens: int) -> Batch:
 
 
 def accuracy(
-    model: PTEModel, arm: Arm, task: str, *, gap_tokens: int, facts: int, size: int
+    model: PTEModel, arm: MemoryArm, task: str, *, gap_tokens: int, facts: int, size: int
 ) -> float:
     """Share of right answers on sequences that no training saw; the same for every arm."""
     rng = random.Random(f"score {task} {gap_tokens} {facts}")
@@ -165,12 +165,12 @@ Progress = Callable[[int, float], None]
 
 
 def run_arm(
-    base: Any, arm: Arm, budget: Budget, seed: int, progress: Progress | None = None
+    base: Any, arm: MemoryArm, budget: Budget, seed: int, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Train an arm and score it: a record that goes into the results."""
     rng = random.Random(f"train {seed}")
 
-    def next_batch() -> Batch:
+    def next_batch() -> AlignedBatch:
         samples = sample_batch(
             rng,
             budget.batch_size,

@@ -25,7 +25,7 @@ from pte_vllm.train.data.memory_tasks import (
     NODES,
     TASKS,
     VOCABULARY,
-    Sample,
+    MemorySequence,
     fact_token,
     node_token,
     sample_batch,
@@ -97,7 +97,7 @@ def build(config: BaseConfig) -> Any:
     return model
 
 
-def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+def collate(samples: Sequence[MemorySequence]) -> tuple[Tensor, Tensor]:
     """Ids `[B, T]`, padded on the right with 0, and answers `[B, T]` as booleans."""
     length = max(len(sample.ids) for sample in samples)
     ids = torch.tensor([s.ids + [0] * (length - len(s.ids)) for s in samples])

@@ -95,8 +95,8 @@ def _measure(options: argparse.Namespace, arm: str, length: int) -> dict[str, An
     import torch
 
     from pte_vllm.method.plan import FoldPlan
-    from pte_vllm.train.replay.batch import Batch
-    from pte_vllm.train.replay.replay import Scores, replay
+    from pte_vllm.train.replay.aligned import AlignedBatch
+    from pte_vllm.train.replay.segments import Scores, replay
 
     model = _model(options, encoder=ARMS[arm]["encoder"])
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-5)
@@ -110,7 +110,7 @@ def _measure(options: argparse.Namespace, arm: str, length: int) -> dict[str, An
     vocab = model.base.config.vocab_size
     ids = torch.randint(vocab, (options.batch, num_tokens), generator=generator).tolist()
     wanted = [[t >= options.prompt for t in range(num_tokens)]] * options.batch
-    batch = Batch.align(ids, [plan] * options.batch, wanted)
+    batch = AlignedBatch.align(ids, [plan] * options.batch, wanted)
 
     def loss(scores: Scores) -> torch.Tensor:
         return -scores.logprobs.mean()

@@ -139,9 +139,9 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     from pte_vllm.train.experiments.recall_arms import make_model
-    from pte_vllm.train.experiments.recall_task import RecallTask, Sample
+    from pte_vllm.train.experiments.recall_task import RecallSequence, RecallTask
     from pte_vllm.train.experiments.supervised import Schedule, score_answers, train_answers
-    from pte_vllm.train.replay.batch import Batch
+    from pte_vllm.train.replay.aligned import AlignedBatch
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -159,8 +159,8 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
 
     plan = _plan(arm.window_tokens)
 
-    def batch_of(samples: list[Sample]) -> Batch:
-        return Batch.align(
+    def batch_of(samples: list[RecallSequence]) -> AlignedBatch:
+        return AlignedBatch.align(
             [s.token_ids for s in samples], [plan] * len(samples), [s.wanted for s in samples]
         )
 
@@ -173,7 +173,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         for length in _ints(settings["train_tokens"])
     ]
 
-    def next_batch() -> Batch:
+    def next_batch() -> AlignedBatch:
         return batch_of(rng.choice(tasks).samples(settings["batch"], rng))
 
     began = time.monotonic()
@@ -245,7 +245,7 @@ def _perplexity(model: PTEModel, tokenizer: Any, plan: FoldPlan, source: str) ->
     from pte_vllm.train.distill.examples import pack, read_texts
     from pte_vllm.train.experiments.recall_arms import WINDOW_TOKENS
     from pte_vllm.train.experiments.supervised import score_answers
-    from pte_vllm.train.replay.batch import Batch
+    from pte_vllm.train.replay.aligned import AlignedBatch
 
     examples = pack(
         read_texts(source),
@@ -255,7 +255,7 @@ def _perplexity(model: PTEModel, tokenizer: Any, plan: FoldPlan, source: str) ->
         max_sequences=TEXT_SEQUENCES,
     )
     batches = (
-        Batch.align([e.tokens for e in part], [plan] * len(part), [e.wanted for e in part])
+        AlignedBatch.align([e.tokens for e in part], [plan] * len(part), [e.wanted for e in part])
         for part in (examples[i : i + 4] for i in range(0, len(examples), 4))
     )
     return math.exp(score_answers(model, batches).loss)

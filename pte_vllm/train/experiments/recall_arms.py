@@ -9,7 +9,7 @@ from pte_vllm.method.options import PTEConfig
 
 if TYPE_CHECKING:
     from pte_vllm.train.replay.modeling import PTEModel
-    from pte_vllm.train.replay.replay import Backward
+    from pte_vllm.train.replay.segments import Backward
 
 WINDOW_TOKENS = 64
 

@@ -56,7 +56,7 @@ INSTRUCTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class RecallSequence:
     """One sequence."""
 
     token_ids: list[int]
@@ -82,7 +82,7 @@ class RecallTask:
     pin_tokens: int = 32
     _pieces: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
-    def sample(self, rng: random.Random) -> Sample:
+    def sample(self, rng: random.Random) -> RecallSequence:
         names = rng.sample(NAMES, self.num_facts)
         numbers = {name: rng.randint(10, 99) for name in names}
         pinned = self._encode(INSTRUCTION)[: self.pin_tokens]
@@ -115,14 +115,14 @@ class RecallTask:
             filler += self._encode(" " + rng.choice(FILLER))
         offset = len(head) + room
         spans = [(a + offset, b + offset) for a, b in spans]
-        return Sample(
+        return RecallSequence(
             token_ids=head + filler[:room] + tail,
             wanted=[False] * offset + marks,
             spans=spans,
             distances=[s[0] - stated[n] for s, n in zip(spans, asked, strict=True)],
         )
 
-    def samples(self, count: int, rng: random.Random) -> list[Sample]:
+    def samples(self, count: int, rng: random.Random) -> list[RecallSequence]:
         return [self.sample(rng) for _ in range(count)]
 
     def _encode(self, text: str) -> list[int]:

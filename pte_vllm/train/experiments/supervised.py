@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from pte_vllm.train.distill.examples import Example
 from pte_vllm.train.distill.step import accumulate_gradient
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Backward, Scores, replay
+from pte_vllm.train.replay.segments import Backward, Scores, replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Schedule:
 
 def train_answers(
     model: PTEModel,
-    next_batch: Callable[[], Batch],
+    next_batch: Callable[[], AlignedBatch],
     schedule: Schedule,
     *,
     backward: Backward = "segments",
@@ -80,7 +80,7 @@ class AnswerScore:
     """Mean negative log-probability."""
 
 
-def score_answers(model: PTEModel, batches: Iterable[Batch]) -> AnswerScore:
+def score_answers(model: PTEModel, batches: Iterable[AlignedBatch]) -> AnswerScore:
     """Teacher-forced, without gradients."""
     right, lost, count = 0.0, 0.0, 0
     for batch in batches:

@@ -15,14 +15,14 @@ from pte_vllm.adapter.format import Adapter
 from pte_vllm.train.grpo.loss import (
     LossStats,
     PolicyLoss,
-    Sample,
+    ScoredRollout,
     check_drift,
     importance_weights,
 )
 from pte_vllm.train.grpo.micro_batches import MicroBatch, split
+from pte_vllm.train.options.runs import GrpoOptions
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import ReplayResult, Scores, replay
-from pte_vllm.train.run.config import GrpoOptions
+from pte_vllm.train.replay.segments import ReplayResult, Scores, replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class Learner:
         self.updating = False
         """Whether a step has begun to change the adapter and has not returned."""
 
-    def step(self, samples: Sequence[Sample], version: int) -> StepResult:
+    def step(self, samples: Sequence[ScoredRollout], version: int) -> StepResult:
         """Learn from rollouts: `inner_steps` optimizer steps on all of them.
 
         Args:
@@ -157,7 +157,7 @@ class Learner:
         self.updating = False
         return result
 
-    def _check_rules(self, samples: Sequence[Sample]) -> None:
+    def _check_rules(self, samples: Sequence[ScoredRollout]) -> None:
         """Refuse rollouts whose folds the replay would not repeat."""
         own = self.model.config.rule if self.model.config is not None else None
         for rollout in (sample.rollout for sample in samples):

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pte_vllm.train.replay.replay import Scores
-from pte_vllm.train.run.config import GrpoOptions
+from pte_vllm.train.options.runs import GrpoOptions
+from pte_vllm.train.replay.segments import Scores
 from pte_vllm.wire.rollout import Rollout
 
 _TINY = 1e-6
@@ -46,7 +46,7 @@ class DriftError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class ScoredRollout:
     """A rollout with what it earned."""
 
     rollout: Rollout
@@ -75,7 +75,7 @@ def group_advantages(rewards: Sequence[float], scale: str) -> list[float]:
     return [c / (deviation + _TINY) if scale == "group" else c for c in centred]
 
 
-def with_advantages(samples: Iterable[Sample], scale: str) -> list[Sample]:
+def with_advantages(samples: Iterable[ScoredRollout], scale: str) -> list[ScoredRollout]:
     """Samples, by group in order of appearance, with their advantages."""
     graded = []
     for members in groups(samples).values():
@@ -84,15 +84,15 @@ def with_advantages(samples: Iterable[Sample], scale: str) -> list[Sample]:
     return graded
 
 
-def groups(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+def groups(samples: Iterable[ScoredRollout]) -> dict[str, list[ScoredRollout]]:
     """By `group_id`, in order of appearance."""
-    found: dict[str, list[Sample]] = {}
+    found: dict[str, list[ScoredRollout]] = {}
     for sample in samples:
         found.setdefault(sample.rollout.group_id, []).append(sample)
     return found
 
 
-def teaches(group: Sequence[Sample]) -> bool:
+def teaches(group: Sequence[ScoredRollout]) -> bool:
     """Whether the rewards of a group differ, so that it has an advantage to learn from."""
     rewards = [sample.shaped_reward for sample in group]
     return max(rewards) - min(rewards) > _TINY

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from pte_vllm.train.grpo.loss import (
-    Sample,
+    ScoredRollout,
     staleness,
     token_weights,
     trained_marks,
     version_marks,
 )
-from pte_vllm.train.replay.batch import Batch
-from pte_vllm.train.run.config import GrpoOptions
+from pte_vllm.train.options.runs import GrpoOptions
+from pte_vllm.train.replay.aligned import AlignedBatch
 
 
 @dataclass(kw_only=True)
 class MicroBatch:
     """All tensors are `[B, T]`, by sequence and token, unless noted."""
 
-    batch: Batch
-    samples: list[Sample]
+    batch: AlignedBatch
+    samples: list[ScoredRollout]
     sampler: Tensor  # log-probs of the sampler
     sampled: Tensor  # bool: tokens the policy sampled
     current: Tensor  # bool: those that the learner's own version sampled
@@ -45,7 +45,7 @@ class MicroBatch:
 
 
 def split(
-    samples: Sequence[Sample],
+    samples: Sequence[ScoredRollout],
     options: GrpoOptions,
     *,
     version: int,
@@ -90,7 +90,7 @@ def split(
     ]
 
 
-def _shape(sample: Sample) -> tuple[int, int]:
+def _shape(sample: ScoredRollout) -> tuple[int, int]:
     """Columns past the pinned part, which ends together for all; then columns before."""
     plan = sample.rollout.plan
     pinned = plan.pinned_blocks * plan.block_size
@@ -98,7 +98,7 @@ def _shape(sample: Sample) -> tuple[int, int]:
 
 
 def _micro(
-    samples: list[Sample],
+    samples: list[ScoredRollout],
     weights: list[float],
     options: GrpoOptions,
     version: int,
@@ -114,7 +114,7 @@ def _micro(
         sampled[b, first:end] = torch.tensor(rollout.mask, dtype=torch.bool)
         current[b, :end] = torch.tensor(version_marks(rollout, version))
         trained[b, :end] = torch.tensor(trained_marks(rollout, options))
-    batch = Batch.align(
+    batch = AlignedBatch.align(
         [rollout.token_ids for rollout in rollouts],
         [rollout.plan for rollout in rollouts],
         [sampled[b, : len(r.token_ids)].tolist() for b, r in enumerate(rollouts)],

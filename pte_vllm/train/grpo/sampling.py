@@ -13,17 +13,17 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from pte_vllm.adapter.format import Adapter
-from pte_vllm.train.data.questions import Problem, Stream, prompt_ids
+from pte_vllm.train.data.questions import Problem, QuestionStream, prompt_ids
 from pte_vllm.train.grpo.loss import (
-    Sample,
+    ScoredRollout,
     groups,
     overlong_penalty,
     staleness,
     teaches,
     with_advantages,
 )
+from pte_vllm.train.options.runs import GrpoRun
 from pte_vllm.train.rewards.functions import score
-from pte_vllm.train.run.config import GrpoRun
 from pte_vllm.wire.rollout import Rollout
 from pte_vllm.wire.transport import ServerError
 
@@ -113,12 +113,12 @@ class Publisher:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class StepRollouts:
     """Rollouts of one step."""
 
-    samples: list[Sample]
+    samples: list[ScoredRollout]
     """To learn from, with advantages; may be empty if groups or samples were dropped."""
-    seen: list[Sample]
+    seen: list[ScoredRollout]
     """All that were scored: those of dropped groups too."""
     dropped_groups: int
     """Whose rewards were all equal (dynamic sampling)."""
@@ -150,7 +150,7 @@ class Sampler:
         self._run, self._source, self._publisher = run, source, publisher
         self._tokenizer, self._note = tokenizer, note
 
-    def batch(self, stream: Stream, step: int) -> Batch:
+    def batch(self, stream: QuestionStream, step: int) -> StepRollouts:
         """The rollouts of a step, `groups_per_step` groups if dynamic sampling finds them.
 
         Raises:
@@ -159,8 +159,8 @@ class Sampler:
             ValueError: if the server came back with another plan.
         """
         options, wanted = self._run.grpo, self._run.sampling.groups_per_step
-        kept: list[Sample] = []
-        seen: list[Sample] = []
+        kept: list[ScoredRollout] = []
+        seen: list[ScoredRollout] = []
         found, dropped, stale, rounds = 0, 0, 0, 0
         while found < wanted:
             rounds += 1
@@ -180,7 +180,7 @@ class Sampler:
                 found += 1
             if not options.dynamic_sampling or rounds == options.dynamic_sampling_max_tries:
                 break
-        return Batch(
+        return StepRollouts(
             samples=with_advantages(self._current(kept), options.scale_rewards),
             seen=self._current(seen),
             dropped_groups=dropped,
@@ -188,15 +188,15 @@ class Sampler:
             rounds=rounds,
         )
 
-    def _current(self, samples: Sequence[Sample]) -> list[Sample]:
+    def _current(self, samples: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         """As `Publisher.as_current`: a later answer may have met a server that lost the version."""
         return [replace(s, rollout=self._publisher.as_current(s.rollout)) for s in samples]
 
-    def _ask(self, problems: Sequence[Problem], label: str) -> list[Sample]:
+    def _ask(self, problems: Sequence[Problem], label: str) -> list[ScoredRollout]:
         """All samples of some questions, group by group."""
         open_groups = {f"{label}.{i}": problem for i, problem in enumerate(problems)}
         order = list(open_groups)
-        done: dict[str, list[Sample]] = {}
+        done: dict[str, list[ScoredRollout]] = {}
         for attempt in range(_MAX_RECOVERIES + 1):
             try:
                 for group_id, members in self._complete_groups(open_groups, label):
@@ -242,7 +242,7 @@ class Sampler:
                     whole = [r for r in members if r.finish_reason != "abort"]
                     yield rollout.group_id, sorted(whole, key=lambda r: r.index)
 
-    def _sample(self, problem: Problem, rollout: Rollout) -> Sample:
+    def _sample(self, problem: Problem, rollout: Rollout) -> ScoredRollout:
         text = ""
         if self._tokenizer is not None:
             text = self._tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
@@ -255,7 +255,7 @@ class Sampler:
             options.overlong_tokens,
             options.overlong_penalty,
         )
-        return Sample(rollout=rollout, reward=reward, shaped_reward=reward + penalty)
+        return ScoredRollout(rollout=rollout, reward=reward, shaped_reward=reward + penalty)
 
 
 def check_plan(run: GrpoRun, info: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ _WORDING = {"missing": "needs more values", "model_type": "must be a table of op
 """Where pydantic's message would puzzle a user."""
 
 
-class Section(BaseModel):
+class Options(BaseModel):
     """One table of the file; immutable."""
 
     model_config = ConfigDict(
@@ -33,7 +33,7 @@ class Section(BaseModel):
     )
 
 
-class RunOptions(Section):
+class RunOptions(Options):
     """All tables of one run."""
 
     @classmethod

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pte_vllm.train.run.config_io import RunOptions, Section
-from pte_vllm.train.run.config_sections import (
+from pte_vllm.train.options.parsing import Options, RunOptions
+from pte_vllm.train.options.sections import (
     AdapterOptions,
     Count,
     CountOrZero,
@@ -37,7 +37,7 @@ DRIFT_LIMITS: dict[str, float] = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 
 """`grpo.max_logprob_drift = "auto"`, by dtype of the base model."""
 
 
-class SamplingOptions(Section):
+class SamplingOptions(Options):
     temperature: Positive = 1.0
     """Of sampling and, equally, of the log-probs that are trained."""
     max_tokens: Count = 2048
@@ -48,7 +48,7 @@ class SamplingOptions(Section):
     """Questions in one step."""
 
 
-class ServerOptions(Section):
+class ServerOptions(Options):
     url: str = "http://127.0.0.1:8000"
     """Base URL of `pte-vllm serve`."""
     api_key_env: str | None = None
@@ -69,7 +69,7 @@ class ServerOptions(Section):
         return self
 
 
-class GrpoOptions(Section):
+class GrpoOptions(Options):
     """Cache-aware GRPO with DAPO's options (arXiv 2503.14476)."""
 
     clip_low: Fraction = 0.2
@@ -115,7 +115,7 @@ class GrpoOptions(Section):
         return self.max_logprob_drift
 
 
-class DistillOptions(Section):
+class DistillOptions(Options):
     """Forward KL from the base model under full attention to the same model under the window."""
 
     data: Literal["text", "samples", "rollouts"] = "text"
@@ -161,7 +161,7 @@ class DistillOptions(Section):
         return self
 
 
-class DataOptions(Section):
+class DataOptions(Options):
     """Where questions come from; see docs/training.md."""
 
     source: DATA_SOURCES

@@ -11,7 +11,7 @@ from pte_vllm.adapter.defaults import NEW_RULE, TARGET_MODULES, new_config, pars
 from pte_vllm.method.names import Features, Init, Keys, Normalize, Read, Rule
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.run.config_io import Section
+from pte_vllm.train.options.parsing import Options
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -20,7 +20,7 @@ PositiveOrZero = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-class ModelOptions(Section):
+class ModelOptions(Options):
     base: str
     """Name or directory of the base model; the server must serve the same."""
     adapter: str | None = None
@@ -43,7 +43,7 @@ class ModelOptions(Section):
         return self.model_copy(update={"device": device, "dtype": dtype})
 
 
-class AdapterOptions(Section):
+class AdapterOptions(Options):
     """How an adapter is made where `model.adapter` names none; see docs/method.md."""
 
     plain: bool = False
@@ -118,7 +118,7 @@ class AdapterOptions(Section):
             ) from error
 
 
-class PlanOptions(Section):
+class PlanOptions(Options):
     window_tokens: CountOrZero = 1024
     """KV room for the thoughts of one sequence, a multiple of block_size; 0 is full attention."""
     evict_ratio: Fraction = 0.25
@@ -144,7 +144,7 @@ class PlanOptions(Section):
         )
 
 
-class OptimizerOptions(Section):
+class OptimizerOptions(Options):
     """AdamW."""
 
     lr: PositiveOrZero = 1e-5
@@ -180,7 +180,7 @@ class DistillOptimizerOptions(OptimizerOptions):
     """Highest learning rate, reached after warmup_steps."""
 
 
-class OutputOptions(Section):
+class OutputOptions(Options):
     out: str
     """Directory for checkpoints, metrics and the resolved options."""
     seed: CountOrZero = 0

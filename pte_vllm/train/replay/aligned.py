@@ -17,7 +17,7 @@ from pte_vllm.method.plan import FoldPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class AlignedBatch:
     """B sequences in T columns."""
 
     ids: Tensor  # [B, T] int64, 0 where there is no token
@@ -33,7 +33,7 @@ class Batch:
         sequences: Sequence[Sequence[int]],
         plans: Sequence[FoldPlan],
         wanted: Sequence[Sequence[bool]] | None = None,
-    ) -> Batch:
+    ) -> AlignedBatch:
         """Put sequences side by side.
 
         Args:
@@ -81,8 +81,8 @@ class Batch:
             plan=plan,
         )
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(
+    def to(self, device: torch.device) -> AlignedBatch:
+        return AlignedBatch(
             ids=self.ids.to(device),
             left=self.left.to(device),
             lengths=self.lengths.to(device),

@@ -20,7 +20,7 @@ Encoded = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Cached keys and values `[L, B, m, H, D]` → `K_e, V_e: [L, B, m, d_kv]`, fp32."""
 
 
-class Memory:
+class ThoughtStates:
     """Sums and states from S_0 on; one fold serves all layers and sequences at once.
 
     Args:

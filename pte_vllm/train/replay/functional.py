@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Scores, replay
+from pte_vllm.train.replay.segments import Scores, replay
 
 
 class TokenScores(NamedTuple):
@@ -29,7 +29,7 @@ class TokenScores(NamedTuple):
 
 def differentiable_log_probs(
     model: PTEModel,
-    batch: Batch,
+    batch: AlignedBatch,
     *,
     rule: str | None = None,
     temperature: float = 1.0,
@@ -61,7 +61,7 @@ class _LogProbs(torch.autograd.Function):
     def forward(
         ctx: Any,
         model: PTEModel,
-        batch: Batch,
+        batch: AlignedBatch,
         options: dict[str, Any],
         backward: Literal["segments", "full"],
         *parameters: Tensor,
@@ -96,7 +96,7 @@ class _LogProbs(torch.autograd.Function):
         return (None, None, None, None, *found)
 
 
-def _scores(model: PTEModel, batch: Batch, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _scores(model: PTEModel, batch: AlignedBatch, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     entropies = torch.zeros(
         len(batch.ids), int(batch.lengths.max()), device=model.device, dtype=torch.float32
     )

@@ -28,7 +28,7 @@ from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.method import reference
 from pte_vllm.method.reference import TENSORS, LayerEncoder
 from pte_vllm.models.rope_check import check_unrotation
-from pte_vllm.train.replay.backends import resolve_attention
+from pte_vllm.train.replay.attention_kernels import resolve_attention
 
 _NAME = "default"
 

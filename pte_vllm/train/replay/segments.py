@@ -12,7 +12,7 @@ Two ways to back-propagate a loss that adds up over tokens:
               keys and values, 2 d_kv numbers of the cache's dtype a token and layer with an encoder
     full      through everything, keys and values included; memory grows with the length
 
-Shapes: B sequences in T columns (`batch.Batch`), n columns of a segment, N tokens that are scored
+Shapes: B sequences in T columns (`AlignedBatch`), n columns of a segment, N tokens that are scored
 at once, V vocabulary, L layers with an encoder, H KV heads, D head size, m evicted tokens.
 """
 
@@ -27,9 +27,9 @@ from torch import Tensor
 
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.models.rope_check import undo_rope
-from pte_vllm.train.replay.backends import attention_mask
-from pte_vllm.train.replay.batch import Batch
-from pte_vllm.train.replay.fold_chain import FoldChain, Memory
+from pte_vllm.train.replay.aligned import AlignedBatch
+from pte_vllm.train.replay.attention_kernels import attention_mask
+from pte_vllm.train.replay.fold_chain import FoldChain, ThoughtStates
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.window_cache import WindowCache
 
@@ -79,11 +79,11 @@ class _Run:
     """One replay under way."""
 
     model: PTEModel
-    batch: Batch
+    batch: AlignedBatch
     backward: Backward
     temperature: float
     loss: TokenLoss | None
-    memory: Memory | None
+    memory: ThoughtStates | None
     cache: WindowCache = field(default_factory=WindowCache)
     chain: FoldChain = field(default_factory=FoldChain)
     total: Tensor | None = None  # of the losses: with a graph in mode full
@@ -91,7 +91,7 @@ class _Run:
 
 def replay(
     model: PTEModel,
-    batch: Batch,
+    batch: AlignedBatch,
     *,
     rule: str | None = None,
     temperature: float = 1.0,
@@ -125,7 +125,7 @@ def replay(
         memory = None
         if model.layers:
             assert model.config is not None
-            memory = Memory(model.encoder, model.config, rule, len(batch.ids))
+            memory = ThoughtStates(model.encoder, model.config, rule, len(batch.ids))
         run = _Run(
             model=model,
             batch=batch,
@@ -144,7 +144,7 @@ def log_probs(
     model: PTEModel, tokens: Sequence[int], plan: FoldPlan, **options: Any
 ) -> ReplayResult:
     """One sequence without gradients; `options` are `replay`'s."""
-    return replay(model, Batch.align([tokens], [plan]), **options)
+    return replay(model, AlignedBatch.align([tokens], [plan]), **options)
 
 
 def _replay(run: _Run, chunk_tokens: int | None) -> ReplayResult:
@@ -280,7 +280,7 @@ def _as_encoded(model: PTEModel, k: Tensor, positions: Tensor) -> Tensor:
     return undo_rope(model.base, k, positions).flatten(-2)
 
 
-def _record(batch: Batch, b: int, start: int, folded: int, due: int, rho: Tensor) -> Fold:
+def _record(batch: AlignedBatch, b: int, start: int, folded: int, due: int, rho: Tensor) -> Fold:
     shift = int(batch.left[b])
     first = batch.plan.pinned_blocks - shift // batch.plan.block_size
     return Fold(at=start - shift, blocks=(first + folded, first + due), rho=rho)

@@ -15,8 +15,8 @@ from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.adapter.init import init_adapter
 from pte_vllm.adapter.sample_text import SAMPLE_TEXT
 from pte_vllm.method.options import PTEConfig
+from pte_vllm.train.options.sections import AdapterOptions, ModelOptions
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.run.config_sections import AdapterOptions, ModelOptions
 
 
 def build_model(

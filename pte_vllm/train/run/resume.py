@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pte_vllm.adapter.files import read_pte_config
+from pte_vllm.train.options.parsing import options_of, read_toml
+from pte_vllm.train.options.runs import DistillRun, GrpoRun
 from pte_vllm.train.run.checkpoint import Checkpoints, adapter_directory
-from pte_vllm.train.run.config import DistillRun, GrpoRun
-from pte_vllm.train.run.config_io import options_of, read_toml
 
 OPTIONS_FILE = "run.toml"
 

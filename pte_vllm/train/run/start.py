@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from pte_vllm.train.options.runs import DistillRun, GrpoRun
+from pte_vllm.train.options.sections import OptimizerOptions
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.run.build import build_model
 from pte_vllm.train.run.checkpoint import (
@@ -24,15 +26,13 @@ from pte_vllm.train.run.checkpoint import (
     read_state,
     restore,
 )
-from pte_vllm.train.run.config import DistillRun, GrpoRun
-from pte_vllm.train.run.config_sections import OptimizerOptions
 from pte_vllm.train.run.resume import save_options
 
 ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class StartedRun:
     """A run before its next step."""
 
     checkpoints: Checkpoints
@@ -43,7 +43,7 @@ class Start:
     optimizer: torch.optim.Optimizer
 
 
-def start_run(run: GrpoRun | DistillRun) -> Start:
+def start_run(run: GrpoRun | DistillRun) -> StartedRun:
     """Begin a run, or go on after its newest checkpoint; writes OUT/run.toml.
 
     Args:
@@ -77,7 +77,7 @@ def start_run(run: GrpoRun | DistillRun) -> Start:
         restore(newest, optimizer)
         for group in optimizer.param_groups:  # whose options came from the checkpoint, too
             group |= {"betas": run.optimizer.betas, "weight_decay": run.optimizer.weight_decay}
-    return Start(
+    return StartedRun(
         checkpoints=checkpoints,
         state=read_state(newest) if newest else RunState(step=0, version=0, stream={}),
         resumed=newest is not None,
