@@ -5,7 +5,7 @@ ARGS ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench lock hooks release clean
+.PHONY: help setup demo test test-slow lint coverage format bench lock hooks release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,10 +23,20 @@ test: setup ## the tests that need no GPU and little time
 test-slow: setup ## the long tests
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy, and which folder may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# server/ and patches/ are sub-packages once installed, and import-linter has to see them there
+	@rm -rf build/imports && mkdir -p build/imports
+	@cp -r pte_vllm build/imports/ && cp -r server patches build/imports/pte_vllm/
+	@cd build/imports && "$(CURDIR)/$(BIN)/lint-imports" --no-cache "$(CURDIR)/pyproject.toml"
+
+coverage: setup ## line coverage of pte_vllm, server and patches by the tests of `make test`
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 format: setup ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .

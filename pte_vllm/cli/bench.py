@@ -9,8 +9,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from pte_vllm.adapter.defaults import NEW_RULE, new_features
-from pte_vllm.method.names import FEATURES, RULES, Features
+from pte_vllm.bench.flags import adapter_features, add_adapter_flags
 from pte_vllm.preload import DEFAULT, LIBRARIES, parse_names
 
 _ABOUT = {
@@ -116,25 +115,6 @@ def _common(parser: argparse.ArgumentParser) -> None:
         help="all engines without torch.compile, which takes a minute at their start",
     )
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="for JSON and plot")
-
-
-def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
-    """What the adapters of a benchmark are like."""
-    parser.add_argument(
-        "--rule", choices=RULES, default=NEW_RULE, help="update rule of the PTE arm"
-    )
-    parser.add_argument(
-        "--features",
-        choices=FEATURES,
-        default=argparse.SUPPRESS,
-        help="of its keys (default: as `pte-vllm adapter init` makes them for the rule)",
-    )
-    parser.add_argument("--rank", type=int, default=32, help="of the adapters")
-
-
-def adapter_features(args: argparse.Namespace) -> Features:
-    """As given by `--features`, or as a new adapter of the rule has them, its start aligned."""
-    return getattr(args, "features", None) or new_features(args.rule)
 
 
 def _throughput(parser: argparse.ArgumentParser) -> None:

@@ -121,7 +121,7 @@ def test_modulation_in_a_captured_graph_follows_states_and_slots() -> None:
 def test_engine_with_cuda_graphs_against_the_replay(tmp_path: Path) -> None:
     """Every rule in one batch, in a process of its own as engines are."""
     spec = json.dumps({"part": "parity", "scratch": str(tmp_path)})
-    command = [sys.executable, "-m", "pte_vllm.bench.gpu.engine", spec]
+    command = [sys.executable, "-m", "pte_vllm.bench.gpu.part", spec]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])["result"]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from pte_vllm.adapter.format import Adapter
-from pte_vllm.bench.gpu.engine import Spec, build
 from pte_vllm.bench.gpu.setup import TINY, random_adapter, write_model
+from pte_vllm.bench.gpu.spec import Spec, build
 from pte_vllm.method.names import RULES
 from pte_vllm.method.plan import FoldPlan
 

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pte_vllm.bench.flags import adapter_features, add_adapter_flags
 from pte_vllm.bench.roofline import Model, hardware_of, parse_tokens, plan_rows
-from pte_vllm.cli.bench import adapter_features, add_adapter_flags
 
 PARTS = ("kernels", "parity", "throughput", "profile")
 _START_S = 150
@@ -48,9 +48,9 @@ def main(argv: list[str]) -> int:
     results: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         complete = _run(args, parts, results, known, Path(scratch))
-    from pte_vllm.bench.gpu import tables as gpu_report
+    from pte_vllm.bench.gpu import tables
 
-    gpu_report.write(args.out, results)
+    tables.write(args.out, results)
     return 0 if complete else 1
 
 
@@ -110,7 +110,7 @@ def _run(
     scratch: Path,
 ) -> bool:
     """Fill in what is missing in `results`; False if time ran out or a part failed."""
-    from pte_vllm.bench.gpu.engine import Spec
+    from pte_vllm.bench.gpu.spec import Spec
     from pte_vllm.bench.report import console
 
     deadline, longest, complete = time.monotonic() + 60 * args.minutes, 0.0, True
@@ -226,7 +226,7 @@ def _child(spec: Any, log: Path, *, timeout_s: float) -> dict[str, Any]:
     env = dict(os.environ)
     if spec.dry_run and spec.part == "kernels":
         env["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pte_vllm.bench.gpu.engine", json.dumps(asdict(spec))]
+    command = [sys.executable, "-m", "pte_vllm.bench.gpu.part", json.dumps(asdict(spec))]
     with log.open("w") as errors:
         try:
             done = subprocess.run(
