@@ -1,8 +1,8 @@
 """Options of one training run: a TOML file, with dotted overrides on the command line.
 
 `GrpoRun` and `DistillRun` are what a run is given; each section is a table of the file and a prefix
-of flags (`[optimizer] lr = 1e-5` is `--optimizer.lr 1e-5`). Reading, writing and errors are in
-`config_io`. Imports neither torch nor transformers, so that `--help` answers at once.
+of flags (`[optimizer] lr = 1e-5` is `--optimizer.lr 1e-5`). `options.parsing` reads and writes them
+and words the errors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REWARD_NAMES = Literal["auto", "math", "reasoning-gym", "exact", "memory"]
 # differ by 2e-2 to 7.3e-2 in the mean, most with squared features under rules paper and sum
 # (tests/parity/test_rules.py). An error that moves them by less shows in float32 only.
 DRIFT_LIMITS: dict[str, float] = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1.5e-1}
-"""`grpo.max_logprob_drift = "auto"`, by dtype of the base model."""
+"""What `grpo.max_logprob_drift = "auto"` stands for, by dtype of the base model."""
 
 
 class SamplingOptions(Options):
@@ -70,7 +70,7 @@ class ServerOptions(Options):
 
 
 class GrpoOptions(Options):
-    """Cache-aware GRPO with DAPO's options (arXiv 2503.14476)."""
+    """Options of cache-aware GRPO, with those that DAPO added (arXiv 2503.14476)."""
 
     clip_low: Fraction = 0.2
     """The ratio is clipped at 1 - clip_low."""
@@ -109,14 +109,18 @@ class GrpoOptions(Options):
     """Sequences replayed at once; bounds memory, not the result."""
 
     def drift_limit(self, dtype: str) -> float:
-        """`max_logprob_drift` as a number, for a base model of `dtype`."""
+        """Return `max_logprob_drift` as a number, for a base model of `dtype`."""
         if self.max_logprob_drift == "auto":
             return DRIFT_LIMITS[dtype]
         return self.max_logprob_drift
 
 
 class DistillOptions(Options):
-    """Forward KL from the base model under full attention to the same model under the window."""
+    """Options of distillation.
+
+    The loss is the forward KL from the base model under full attention to the same model under the
+    window.
+    """
 
     data: Literal["text", "samples", "rollouts"] = "text"
     """text: running text; samples: answers that the base model, with full attention, gives to the
