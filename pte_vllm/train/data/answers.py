@@ -16,7 +16,7 @@ _ANSWER_LINE = re.compile(r"\banswer\b[* ]{0,4}(?:is\b[* ]{0,4})?:([^\n]+)", re.
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete `\boxed{...}` or `\fbox{...}` holds; None if there is none."""
+    r"""Return what the last complete `\boxed{...}` or `\fbox{...}` holds; None without one."""
     end = len(text)
     for _ in range(_MAX_BOXES):  # unbalanced boxes without end must not cost n²
         start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
@@ -35,7 +35,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _balanced(text: str) -> str | None:
-    """What the braces hold that `text` starts with; None if they do not close."""
+    """Return what the braces hold that `text` starts with; None if they do not close."""
     depth, escaped = 0, False
     for place, char in enumerate(text):
         if escaped:
@@ -52,14 +52,14 @@ def _balanced(text: str) -> str | None:
 
 
 def last_tagged(text: str) -> str | None:
-    """What the last `<answer>...</answer>` holds; None if there is none."""
+    """Return what the last `<answer>...</answer>` holds; None if there is none."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     return None if start < 0 else text[start + len("<answer>") : end].strip()
 
 
 def final_answer(text: str) -> str | None:
-    r"""The answer that a completion commits to; None if it commits to none.
+    r"""Return the answer that a completion commits to; None if it commits to none.
 
     Looked for are `\boxed{x}`, `#### x`, `Answer: x` and `<answer>x</answer>`; the one that stands
     last counts, so that naming many answers does not help. A bare number at the end is no answer.

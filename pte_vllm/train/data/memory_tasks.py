@@ -22,7 +22,7 @@ NODES = 32
 """Nodes, and so keys and values of facts. A blind guess is right once in `NODES` times."""
 NOISE_TOKENS = 16
 PIN_TOKENS = 8
-"""Tokens of the instruction."""
+"""How many tokens the instruction has."""
 
 _BOS = 0
 _INSTRUCTION = 1  # one id for each task
@@ -34,17 +34,17 @@ VOCABULARY = _FACT + NODES * NODES
 
 
 def node_token(node: int) -> int:
-    """The token that names a node: an answer, or a question about it."""
+    """Return the token that names a node: an answer, or a question about it."""
     return _NODE + node
 
 
 def fact_token(key: int, value: int) -> int:
-    """The token that says `key→value`."""
+    """Return the token that says `key→value`."""
     return _FACT + key * NODES + value
 
 
 def fact_of(token: int) -> tuple[int, int] | None:
-    """`(key, value)` of a fact's token; None for any other token."""
+    """Return `(key, value)` of a fact's token; None for any other token."""
     return divmod(token - _FACT, NODES) if token >= _FACT else None
 
 
@@ -71,7 +71,7 @@ class MemorySequence:
     """By token: whether it is an answer that counts."""
 
     def problem(self) -> MemoryQuestion:
-        """The first question alone."""
+        """Cut the sequence off at its first answer, which is then to be generated."""
         first = self.answers.index(True)
         last = next((t for t in range(first, len(self.ids)) if not self.answers[t]), len(self.ids))
         return MemoryQuestion(
@@ -94,7 +94,7 @@ def _recall(rng: random.Random, facts: int) -> Body:
 
 
 def _passkey(rng: random.Random, facts: int) -> Body:
-    """A third of the facts that `recall` has, each after some noise."""
+    """State a third of the facts that `recall` has, each after some noise."""
     keys = rng.sample(range(NODES), max(1, facts // 3))
     pairs = [(key, rng.randrange(NODES)) for key in keys]
     body = []
@@ -108,7 +108,7 @@ ASSIGNMENTS = 3
 
 
 def _state(rng: random.Random, facts: int) -> Body:
-    """Each of a few variables is assigned several times; asked is what holds at the end."""
+    """Assign to each of a few variables several times; asked is what holds at the end."""
     variables = rng.sample(range(NODES), max(1, facts // 3))
     body, values = [], dict.fromkeys(variables, 0)
     for turn in range(ASSIGNMENTS):
@@ -125,7 +125,7 @@ HOPS = 3
 
 
 def _chase(rng: random.Random, facts: int) -> Body:
-    """Chains of `HOPS` facts, in any order; each node on the way is named in turn."""
+    """State chains of `HOPS` facts, in any order; an answer names each node on the way."""
     chains = max(1, facts // HOPS)
     nodes = rng.sample(range(NODES), chains * (HOPS + 1))
     questions = [nodes[i : i + HOPS + 1] for i in range(0, len(nodes), HOPS + 1)]
@@ -157,9 +157,10 @@ class Task:
         """Make one sequence.
 
         Args:
-            rng: the source of all choices.
-            gap_tokens: tokens between the last fact that is asked and the first question.
-            facts: facts to hold; tasks that ask less per fact hold fewer.
+            rng: makes all choices.
+            gap_tokens: how many tokens lie between the last fact that is asked and the first
+                question.
+            facts: how many facts the sequence holds; tasks that ask less per fact hold fewer.
 
         Raises:
             ValueError: if a number is out of range.
@@ -202,7 +203,7 @@ def sample_batch(
     tasks: Sequence[str] = tuple(TASKS),
     facts: int = 6,
 ) -> list[MemorySequence]:
-    """`size` sequences that take turns among `tasks`, each with a gap drawn from `[low, high]`.
+    """Make `size` sequences that take turns among `tasks`, with gaps drawn from `[low, high]`.
 
     Raises:
         ValueError: on an unknown task.

@@ -35,7 +35,7 @@ _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "
 def open_stream(
     options: DataOptions, *, keep: Callable[[Problem], bool] | None = None
 ) -> QuestionStream:
-    """The stream of a run; see `QuestionStream` for `keep` and `open_source` for errors."""
+    """Open the stream of a run; see `QuestionStream` for `keep` and `open_source` for errors."""
     return QuestionStream(open_source(options), seed=options.seed, keep=keep)
 
 
@@ -56,7 +56,7 @@ def open_source(options: DataOptions) -> QuestionSource:
 
 
 class ListSource:
-    """Questions made from rows when they are asked for."""
+    """A finite source that makes a question from its row when it is asked for."""
 
     def __init__(self, rows: Sequence[Any], make: Callable[[int, Any], Problem]) -> None:
         self._rows = rows
@@ -169,7 +169,7 @@ def _open_table(options: DataOptions, table: _Table) -> QuestionSource:
 
 
 def _load_rows(options: DataOptions, table: _Table) -> Any:
-    """A `datasets.Dataset` of one split."""
+    """Load one split, all its configurations together, as a `datasets.Dataset`."""
     from datasets import concatenate_datasets, get_dataset_config_names, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -212,7 +212,7 @@ def _load_rows(options: DataOptions, table: _Table) -> Any:
 
 
 def _first_of_each(rows: Any, column: str) -> list[int]:
-    """Indices of the first row of each distinct value, in order."""
+    """Return the indices of the first row with each distinct value, in order."""
     seen: set[str] = set()
     first = []
     start = 0

@@ -1,4 +1,4 @@
-"""Answers to distil on: the base model's own, sampled by a server under full attention."""
+"""Samples answers to distil on: the base model's own, by a server under full attention."""
 
 from __future__ import annotations
 

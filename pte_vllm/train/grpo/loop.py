@@ -2,7 +2,7 @@
 
     OUT/run.toml        every option, as resolved
     OUT/initial/        the adapter that the run started from
-    OUT/checkpoints/    see `checkpoint`
+    OUT/checkpoints/    the newest ones (`run.checkpoint` says what they hold)
     OUT/metrics.jsonl   numbers by step; OUT/tensorboard/ the same
     OUT/training.png    reward, length and drift
     OUT/adapter/        after the last step
@@ -54,9 +54,9 @@ def train(run: GrpoRun, source: RolloutSource, *, stream: QuestionStream | None 
     """Train until the last step, from the newest checkpoint on if there is one.
 
     Args:
-        run: options.
-        source: the server.
-        stream: of questions; None: what `run.data` says.
+        run: the options of the run.
+        source: the server that samples.
+        stream: the questions; None: those that `run.data` names.
 
     Returns:
         Whether the last step was reached; False after SIGTERM or SIGINT.
@@ -130,7 +130,7 @@ class _Trainer:
         )
 
     def run_steps(self, state: RunState, console: Console) -> bool:
-        """The remaining steps; whether all were done."""
+        """Do the remaining steps; returns whether all were done."""
         run, last = self._run, self._run.optimizer.steps
         check_plan(run, self._source.wait_ready(run.server.retry_s))
         publisher = Publisher(self._source, run.server.adapter_name, state.version)
@@ -189,7 +189,7 @@ class _Trainer:
         }
 
     def _has_pushed_last(self) -> bool:
-        """False where the push after the newest step that was logged is what ended the run."""
+        """Say whether the newest step that was logged was pushed, too."""
         records = self._metrics.records
         return not records or "version" in records[-1]
 
@@ -214,7 +214,7 @@ class _Trainer:
 
 
 def step_values(batch: StepRollouts, result: StepResult | None) -> dict[str, float]:
-    """Numbers of one step; `reward` and `length` are over all answers, of dropped groups too."""
+    """Return the numbers of one step; `reward` and `length` count dropped groups, too."""
     count = max(len(batch.seen), 1)
     lengths = [len(sample.rollout.completion_ids) for sample in batch.seen]
     values = {

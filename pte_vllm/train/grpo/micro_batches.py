@@ -24,7 +24,10 @@ from pte_vllm.train.replay.aligned import AlignedBatch
 
 @dataclass(kw_only=True)
 class MicroBatch:
-    """All tensors are `[B, T]`, by sequence and token, unless noted."""
+    """Rollouts that are replayed at once.
+
+    All tensors are `[B, T]`, by sequence and token, unless noted.
+    """
 
     batch: AlignedBatch
     samples: list[ScoredRollout]
@@ -34,9 +37,9 @@ class MicroBatch:
     weights: Tensor  # of the loss; 0 where a token carries none
     advantages: Tensor  # [B]
     old: Tensor | None = None
-    """Log-probs of the learner before the step."""
+    """The learner's log-probs before the step."""
     reference: Tensor | None = None
-    """Log-probs of the reference policy."""
+    """The reference policy's log-probs."""
 
     @property
     def idle(self) -> bool:
@@ -54,8 +57,10 @@ def split(
     """Put rollouts into micro-batches; those that teach nothing are kept apart from the others.
 
     Args:
-        samples: with advantages.
-        version: the learner's.
+        samples: scored rollouts with advantages.
+        options: the options of the algorithm.
+        version: the learner's version of the adapter.
+        device: where the tensors are put.
 
     Raises:
         ValueError: if a rollout is staler than the options allow, or newer than the learner.
@@ -72,7 +77,7 @@ def split(
     weights = token_weights(counts, options.loss_level)
 
     def kind(i: int) -> tuple[int, float, int, bool]:
-        """What the rollouts of one micro-batch share."""
+        """Return what the rollouts of one micro-batch must share."""
         plan = samples[i].rollout.plan
         idle = options.kl_coef == 0 and (not counts[i] or samples[i].advantage == 0)
         return plan.window_tokens, plan.evict_ratio, plan.block_size, idle
@@ -91,7 +96,7 @@ def split(
 
 
 def _shape(sample: ScoredRollout) -> tuple[int, int]:
-    """Columns past the pinned part, which ends together for all; then columns before."""
+    """Count the columns after the pinned part, which ends together for all, then those before."""
     plan = sample.rollout.plan
     pinned = plan.pinned_blocks * plan.block_size
     return len(sample.rollout.token_ids) - pinned, pinned

@@ -21,7 +21,7 @@ from pte_vllm.train.replay.segments import Scores, replay
 
 
 class TokenScores(NamedTuple):
-    """Of the wanted tokens, given those before them; 0 elsewhere."""
+    """What a replay says of each wanted token, given those before it; 0 elsewhere."""
 
     logprobs: Tensor  # [B, longest] fp32
     entropies: Tensor  # [B, longest] of the distribution each token came from, in nats
@@ -35,13 +35,15 @@ def differentiable_log_probs(
     temperature: float = 1.0,
     backward: Literal["segments", "full"] = "segments",
 ) -> TokenScores:
-    """Log-probs and entropies of a batch; gradients reach the model's trainable parameters.
+    """Compute log-probs and entropies whose gradients reach the model's trainable parameters.
 
     The parameters must not change between this call and `backward` of what is made of its result:
     the backward pass computes everything again.
 
     Args:
-        rule, temperature, backward: as in `replay`.
+        rule: the rule to fold by; None: the adapter's.
+        temperature: the temperature of the sampler whose log-probs are wanted.
+        backward: how gradients flow between segments, as in `replay`.
 
     Raises:
         ValueError: if an option does not fit the model.
@@ -55,7 +57,10 @@ def differentiable_log_probs(
 
 
 class _LogProbs(torch.autograd.Function):
-    """Parameters are inputs, so that autograd asks for their gradients and adds them up itself."""
+    """A replay as one node of the graph.
+
+    Parameters are its inputs, so that autograd asks for their gradients and adds them up itself.
+    """
 
     @staticmethod
     def forward(
@@ -97,6 +102,7 @@ class _LogProbs(torch.autograd.Function):
 
 
 def _scores(model: PTEModel, batch: AlignedBatch, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Replay without gradients: log-probs and entropies, each `[B, longest]`."""
     entropies = torch.zeros(
         len(batch.ids), int(batch.lengths.max()), device=model.device, dtype=torch.float32
     )
@@ -110,6 +116,6 @@ def _scores(model: PTEModel, batch: AlignedBatch, options: dict[str, Any]) -> tu
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """`[N, V]` → `[N]`."""
+    """Compute the entropies `[N]`, in nats, of distributions given as logits `[N, V]`."""
     logprobs = logits.log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)

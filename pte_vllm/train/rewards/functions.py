@@ -15,17 +15,17 @@ from pte_vllm.train.rewards.scorers import gym_scorer, math_scorer
 from pte_vllm.train.rewards.scoring_worker import ScoringWorker
 
 Reward = Callable[[Problem, str, Sequence[int], bool], float]
-"""Takes what `score` takes."""
+"""A reward function; its arguments are those of `score`, `stopped` last."""
 
 
 def score(problem: Problem, text: str, ids: Sequence[int], *, stopped: bool = False) -> float:
-    """Reward of one completion, by the problem's own function.
+    """Compute the reward of one completion, from 0 to 1, by the problem's own function.
 
     Args:
-        problem: the question.
-        text: the completion, without special tokens.
-        ids: its token ids.
-        stopped: the last id is the one that ended it, as vLLM keeps it among the ids.
+        problem: the question, which names its reward.
+        text: the completion as text, without special tokens.
+        ids: the completion as token ids.
+        stopped: whether the last id is the one that ended it; vLLM keeps that among the ids.
 
     Raises:
         ValueError: if the problem names no reward there is.
@@ -42,7 +42,7 @@ _GYM_WORKER = ScoringWorker(gym_scorer)
 
 
 def math(problem: Problem, text: str, ids: Sequence[int], stopped: bool) -> float:
-    """1 if the final answer equals the right one as mathematics, by `math-verify`; else 0."""
+    """Give 1 if the final answer equals the right one as mathematics, by `math-verify`; else 0."""
     answer = final_answer(text)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return 0.0
@@ -53,7 +53,7 @@ def math(problem: Problem, text: str, ids: Sequence[int], stopped: bool) -> floa
 
 
 def exact(problem: Problem, text: str, ids: Sequence[int], stopped: bool) -> float:
-    """1 if the whole completion is the answer: token by token, or as text without outer space.
+    """Give 1 if the whole completion is the answer, by token or as text without outer space.
 
     An answer in tokens may name the one that ends it, and need not.
     """
@@ -64,7 +64,7 @@ def exact(problem: Problem, text: str, ids: Sequence[int], stopped: bool) -> flo
 
 
 def memory(problem: Problem, text: str, ids: Sequence[int], stopped: bool) -> float:
-    """Part of the answer's tokens that stand at their place; what follows them does not count.
+    """Give the share of the answer's tokens that stand at their place; what follows is ignored.
 
     Raises:
         ValueError: if the answer is not token ids.
@@ -76,7 +76,7 @@ def memory(problem: Problem, text: str, ids: Sequence[int], stopped: bool) -> fl
 
 
 def reasoning_gym(problem: Problem, text: str, ids: Sequence[int], stopped: bool) -> float:
-    """What the task's own scorer gives for the last `<answer>`; without one, 0."""
+    """Give what the task's own scorer gives for the last `<answer>`; without one, 0."""
     answer = last_tagged(text)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return 0.0

@@ -9,7 +9,7 @@ from pte_vllm.wire.client import RolloutClient
 
 
 def connect(options: ServerOptions) -> RolloutClient:
-    """A client of the run's server, with the keys from the environment.
+    """Make a client of the run's server, with its keys from the environment.
 
     Raises:
         ValueError: if a variable that should hold a key is not set.
