@@ -29,7 +29,7 @@ learned next to nothing with squares (docs/benchmarks.md); the start `aligned_ke
 
 
 def _option(default: Any, about: str, **metadata: str) -> Any:
-    """A field with what its help says; `metavar`, if given, is what help shows as its value."""
+    """Make a field with what its help says; `metavar` is what help shows as its value."""
     return field(default=default, metadata={"about": about, **metadata})
 
 
@@ -83,7 +83,7 @@ class NewAdapter:
             raise ValueError(f"alpha must be positive, got {self.alpha}")
 
     def pte(self) -> PTEConfig:
-        """The method's options, as the adapter's file stores them."""
+        """Return the method's options, as the adapter's file stores them."""
         stored = {f.name: getattr(self, f.name) for f in fields(PTEConfig) if f.name in OPTIONS}
         if self.global_tokens is None:
             stored["global_tokens"] = self.rank
@@ -97,7 +97,7 @@ OPTIONS = {option.name: option for option in fields(NewAdapter)}
 
 
 def new_features(rule: str, read: str = PTEConfig.read, init: str = PTEConfig.init) -> Features:
-    """The features that a new adapter has unless told: squared where they were seen to help.
+    """Return the features of a new adapter unless told: squared where they were seen to help.
 
     With read `value` A x meets no keys, so that there is nothing to square.
     """
@@ -106,7 +106,7 @@ def new_features(rule: str, read: str = PTEConfig.read, init: str = PTEConfig.in
 
 
 def parse_layers(text: str) -> list[int] | None:
-    """`0-3,7` → `[0, 1, 2, 3, 7]`; `all` → None.
+    """Turn `0-3,7` into `[0, 1, 2, 3, 7]`, and `all` into None.
 
     Raises:
         ValueError: naming `--layers`, if the text is neither.

@@ -1,4 +1,4 @@
-"""Flags of a command line, made of the options of a new adapter. Standard library only."""
+"""Makes flags of the options of a new adapter. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_flags(parser: argparse.ArgumentParser, only: Collection[str] | None = No
     help shows no default for it; `new_adapter` reads them.
 
     Args:
-        parser: the parser of a command.
+        parser: the parser that gets the flags.
         only: names of the options that get flags; None: all of them.
     """
     types = get_type_hints(NewAdapter)
@@ -42,7 +42,7 @@ def add_flags(parser: argparse.ArgumentParser, only: Collection[str] | None = No
 
 
 def new_adapter(arguments: argparse.Namespace) -> NewAdapter:
-    """What the flags say; options without a flag are as in a new adapter.
+    """Return what the flags say; an option without a flag keeps its default.
 
     Raises:
         ValueError: naming the option, if one does not fit.
@@ -54,7 +54,7 @@ def new_adapter(arguments: argparse.Namespace) -> NewAdapter:
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """`a, b` → `("a", "b")`.
+    """Turn `a, b` into `("a", "b")`.
 
     Raises:
         argparse.ArgumentTypeError: if the text holds no name.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 
 def _grpo(arguments: Sequence[str]) -> int:
-    """Run `pte-vllm train grpo [RUN.toml] [--section.option VALUE ...]`; the exit status."""
+    """Run `pte-vllm train grpo ...`; returns the exit status."""
     from pte_vllm.train.options.runs import GrpoRun
 
     run = GrpoRun.parse(arguments, prog="pte-vllm train grpo")
@@ -22,7 +22,7 @@ def _grpo(arguments: Sequence[str]) -> int:
 
 
 def _distill(arguments: Sequence[str]) -> int:
-    """Run `pte-vllm train distill [RUN.toml] [--section.option VALUE ...]`; the exit status."""
+    """Run `pte-vllm train distill ...`; returns the exit status."""
     from pte_vllm.train.options.runs import DistillRun
 
     run = DistillRun.parse(arguments, prog="pte-vllm train distill")
@@ -32,7 +32,7 @@ def _distill(arguments: Sequence[str]) -> int:
 
 
 def _later(module: str) -> Callable[[Sequence[str]], int]:
-    """`main` of a module that is imported when the command runs."""
+    """Return a function that imports a module when the command runs, and calls its `main`."""
 
     def run(arguments: Sequence[str]) -> int:
         status: int = importlib.import_module(module).main(list(arguments))
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def usage() -> str:
-    """What `pte-vllm train --help` prints."""
+    """Return what `pte-vllm train --help` prints."""
     lines = "\n".join(f"  {' '.join(c):<18} {about}" for c, (_, about) in _COMMANDS.items())
     return (
         "usage: pte-vllm train COMMAND ...\n\n"

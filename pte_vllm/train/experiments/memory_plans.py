@@ -40,15 +40,16 @@ ARMS: tuple[MemoryArm, ...] = (
     _RIDGE_SQUARED,
     _DELTA_SQUARED,
 )
-"""At equal KV bytes, but for `full cache` and the wider windows of LoRA_c. They spend as many bytes
-more as a state takes: 24 that of `paper`, `sum` and `delta`, 40 that of `ridge`. Two layers see at
-most 39 and 71 tokens back then: 40 may relay what lies 40 tokens back."""
+"""The arms have equal KV bytes, but for `full cache` and wider windows of LoRA_c. These spend as
+many bytes more as a state takes: 24 that of `paper`, `sum` and `delta`, 40 that of `ridge`. With
+these windows two layers see at most 39 and 71 tokens back, so that a window of 40 may relay what
+lies 40 tokens back."""
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def _ablate(arm: MemoryArm, what: str, **changes: Any) -> MemoryArm:
-    """`arm` with fields of its method or its own replaced."""
+    """Return `arm` with fields of its method, or of its own, replaced."""
     own = {k: v for k, v in changes.items() if k in MemoryArm.__dataclass_fields__}
     method = {k: v for k, v in changes.items() if k not in own}
     return replace(arm, name=f"{arm.name}: {what}", method=replace(arm.method, **method), **own)
@@ -100,7 +101,7 @@ ABLATIONS: tuple[MemoryArm, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One run of the experiment."""
+    """What one run of the experiment compares."""
 
     base: BaseConfig = field(default_factory=BaseConfig)
     budget: Budget = field(default_factory=Budget)
