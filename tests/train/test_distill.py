@@ -17,7 +17,8 @@ from pte_vllm.train.distill.examples import Example, align, batches, pack
 from pte_vllm.train.distill.teacher import ask_teacher
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.segments import Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 from tests.harness.models import VOCAB, random_tokens
 
 Tiny = Callable[[str], Path]

@@ -17,7 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.segments import Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 from tests.harness.models import random_tokens
 
 Tiny = Callable[[str], Path]

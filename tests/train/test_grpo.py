@@ -22,7 +22,7 @@ from pte_vllm.train.grpo.loss import (
     token_weights,
 )
 from pte_vllm.train.options.runs import GrpoOptions
-from pte_vllm.train.replay.segments import Scores
+from pte_vllm.train.replay.results import Scores
 from tests.train.steps import a_step, policy
 
 

@@ -17,7 +17,8 @@ from pte_vllm.train.grpo.loss import ScoredRollout
 from pte_vllm.train.options.runs import GrpoOptions
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.segments import Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 from tests.train.naive import walk
 from tests.train.steps import (
     TEMPERATURE,

@@ -19,7 +19,8 @@ from pte_vllm.adapter.format import Adapter
 from pte_vllm.method.names import RULES
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.segments import Fold, Scores, log_probs
+from pte_vllm.train.replay.results import Fold, Scores
+from pte_vllm.train.replay.segments import log_probs
 from tests.harness.models import random_tokens
 from tests.train import naive
 

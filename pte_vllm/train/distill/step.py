@@ -25,7 +25,8 @@ from pte_vllm.train.distill.examples import Example, align
 from pte_vllm.train.distill.teacher import CHUNK_TOKENS, Teacher, ask_teacher
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.segments import Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 
 
 @dataclass(frozen=True, kw_only=True)

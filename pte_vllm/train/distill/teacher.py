@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.segments import Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 
 CHUNK_TOKENS = 512
 """Columns of one forward of the teacher; bounds its attention scores, not its KV cache."""

@@ -99,7 +99,8 @@ def _measure(options: argparse.Namespace, arm: str, length: int) -> dict[str, An
 
     from pte_vllm.method.plan import FoldPlan
     from pte_vllm.train.replay.aligned import AlignedBatch
-    from pte_vllm.train.replay.segments import Scores, replay
+    from pte_vllm.train.replay.results import Scores
+    from pte_vllm.train.replay.segments import replay
 
     model = _model(options, encoder=ARMS[arm]["encoder"])
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-5)

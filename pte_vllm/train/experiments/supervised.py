@@ -12,7 +12,8 @@ from pte_vllm.train.distill.examples import Example
 from pte_vllm.train.distill.step import accumulate_gradient
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.segments import Backward, Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import Backward, replay
 
 
 @dataclass(frozen=True, kw_only=True)

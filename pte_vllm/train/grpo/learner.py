@@ -22,7 +22,8 @@ from pte_vllm.train.grpo.loss import (
 from pte_vllm.train.grpo.micro_batches import MicroBatch, split
 from pte_vllm.train.options.runs import GrpoOptions
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.segments import ReplayResult, Scores, replay
+from pte_vllm.train.replay.results import ReplayResult, Scores
+from pte_vllm.train.replay.segments import replay
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pte_vllm.train.options.runs import GrpoOptions
-from pte_vllm.train.replay.segments import Scores
+from pte_vllm.train.replay.results import Scores
 from pte_vllm.wire.rollout import Rollout
 
 _TINY = 1e-6
