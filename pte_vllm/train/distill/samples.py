@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pte_vllm.train.data.questions import at_most, prompt_ids
 from pte_vllm.train.data.sources import open_stream
 from pte_vllm.train.options.runs import DistillRun
-from pte_vllm.train.run.server import connect
+from pte_vllm.train.run.connection import connect
 
 
 def sample_answers(run: DistillRun, tokenizer: Any, path: Path, console: Console) -> None:

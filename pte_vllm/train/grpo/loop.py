@@ -29,9 +29,9 @@ from pte_vllm.train.grpo.loss import DriftError
 from pte_vllm.train.grpo.sampling import Publisher, RolloutSource, Sampler, StepRollouts, check_plan
 from pte_vllm.train.options.runs import GrpoRun
 from pte_vllm.train.run.checkpoint import RunState
+from pte_vllm.train.run.connection import connect
 from pte_vllm.train.run.log import PLOT_FILE, MetricsLog, ProgressBar, plot_run
 from pte_vllm.train.run.resume import resumed
-from pte_vllm.train.run.server import connect
 from pte_vllm.train.run.signals import Interrupted, Signals
 from pte_vllm.train.run.start import ADAPTER, StartedRun, learning_rate, load_tokenizer, start_run
 from pte_vllm.wire.client import ServerError
