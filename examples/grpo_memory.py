@@ -45,7 +45,7 @@ _BOS, _INSTRUCTION, _NOISE = 0, 1, range(2, 8)
 
 
 def question(rng: random.Random, gap_tokens: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens up to the end of the gap, and the facts `(key, value)` that may be asked."""
+    """Make the tokens up to the end of the gap, and the facts `(key, value)` that may be asked."""
     keys = rng.sample(range(VALUES, NODES), FACTS)
     facts = [(key, rng.randrange(VALUES)) for key in keys]
     ids = [_BOS] + [_INSTRUCTION] * (PIN_TOKENS - 1) + [fact_token(*fact) for fact in facts]
@@ -53,7 +53,11 @@ def question(rng: random.Random, gap_tokens: int) -> tuple[list[int], list[tuple
 
 
 def _sequences(rng: random.Random, size: int, gap_tokens: int) -> tuple[torch.Tensor, int]:
-    """Ids `[size, T]` with all facts asked and answered at the end; where the first key stands."""
+    """Make ids `[size, T]` with all facts asked and answered at the end.
+
+    Returns:
+        The ids, and where the first key stands.
+    """
     rows = []
     for _ in range(size):
         ids, facts = question(rng, gap_tokens)
@@ -63,7 +67,7 @@ def _sequences(rng: random.Random, size: int, gap_tokens: int) -> tuple[torch.Te
 
 
 def pretrain(seed: int, max_steps: int = 400) -> tuple[Any, float]:
-    """A base model that answers under full attention, frozen; and how often it is right."""
+    """Train a base model that answers under full attention; returns how often it is right, too."""
     model = build(BaseConfig(layers=LAYERS, seed=seed)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
     rng, longest, right = random.Random(seed), 8.0, 0.0
@@ -126,7 +130,7 @@ def prepare(out: Path, *, rule: str, features: str, seed: int, questions: int) -
 
 
 def plot(out: Path, names: Sequence[str]) -> None:
-    """Reward by step of several runs below OUT: OUT/reward.png and OUT/reward.json."""
+    """Plot reward by step of several runs below OUT, as OUT/reward.png and OUT/reward.json."""
     import matplotlib
 
     matplotlib.use("Agg")

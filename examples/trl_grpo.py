@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.functional import differentiable_log_probs
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.wire.client import RolloutClient
@@ -39,9 +39,9 @@ class PTEGRPOTrainer(GRPOTrainer):
 
     Args:
         model: base model and adapter; its device must be the one that TRL chooses.
-        client: of a server of the same base model, with room for adapters.
-        adapter_name: under which versions are pushed.
-        args: without `use_vllm`, which would merge weights, and with `beta` 0.
+        client: a client of a server of the same base model, which has room for adapters.
+        adapter_name: the name under which versions are pushed.
+        args: TRL's options; `use_vllm`, which would merge weights, must be off, and `beta` 0.
 
     Raises:
         ValueError: naming the option of `args` that does not fit.
@@ -78,7 +78,7 @@ class PTEGRPOTrainer(GRPOTrainer):
         self._last_loaded_step = -1
 
     def push_adapter(self) -> None:
-        """Instead of merging: the adapter, as a version of its own."""
+        """Push the adapter as a version of its own, where TRL would merge it."""
         self.version = self.client.push(self.pte.adapter(), self.adapter_name)
 
     def _get_per_token_logps_and_entropies(
@@ -91,7 +91,7 @@ class PTEGRPOTrainer(GRPOTrainer):
         compute_entropy: bool = False,
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """`[B, P + C]` → log-probs and entropies of the answers, `[B, C]`, 0 on padding.
+        """Turn ids `[B, P + C]` into log-probs and entropies of answers, `[B, C]`, 0 on padding.
 
         Prompts are padded on the left to P, answers on the right to C = `logits_to_keep`.
         """
@@ -115,7 +115,7 @@ class PTEGRPOTrainer(GRPOTrainer):
             for tokens, plan in zip(sequences, plans, strict=True)
         ]
         scores = differentiable_log_probs(
-            self.pte, Batch.align(sequences, plans, wanted), temperature=self.temperature
+            self.pte, AlignedBatch.align(sequences, plans, wanted), temperature=self.temperature
         )
         answer = num_prompt[:, None] + torch.arange(keep, device=mask.device)  # [B, C]
         answer = answer.clamp(max=scores.logprobs.shape[1] - 1)
@@ -143,7 +143,7 @@ def roll_out(prompts: list[str], trainer: PTEGRPOTrainer) -> dict[str, list[Any]
 
 
 def digits(completions: list[str], **unused: Any) -> list[float]:
-    """A reward that is easy to watch: the part of an answer's characters that are digits."""
+    """Give a reward that is easy to watch: the share of an answer's characters that are digits."""
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 
 

@@ -1,4 +1,4 @@
-"""What a new adapter learns from sample text: queries, keys and values of each layer.
+"""Shows a new adapter the queries, keys and values of each layer on sample text.
 
 Letters in shapes: N sequences, T tokens, H query heads, K KV heads, D head size.
 """
@@ -26,11 +26,11 @@ class Spans:
     """
 
     pinned_tokens: int = 32
-    """At the start, never evicted: attention sinks are among them."""
+    """Tokens at the start that are never evicted: attention sinks are among them."""
     recall_tokens: int = 64
-    """At the end: they repeat or ask what was said early, so that heads which look it up show."""
+    """Tokens at the end that repeat or ask what was said early: heads which look it up show."""
     local_tokens: int = 64
-    """Before those: what counts as the window."""
+    """Tokens before those, which count as the window."""
 
     def __post_init__(self) -> None:
         for name in ("pinned_tokens", "recall_tokens", "local_tokens"):
@@ -38,15 +38,15 @@ class Spans:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def evicted_from(self, tokens: int) -> int:
-        """First token that counts as evicted, of a sequence of `tokens`."""
+        """Return the first token that counts as evicted, of a sequence of `tokens`."""
         return min(self.pinned_tokens, tokens // 4)
 
     def recalled(self, tokens: int) -> int:
-        """How many tokens at the end count as recalled."""
+        """Return how many tokens at the end count as recalled."""
         return min(self.recall_tokens, tokens // 2)
 
     def far(self, tokens: int) -> slice:
-        """Tokens beyond the window of those recalled."""
+        """Return the tokens that lie beyond the window of those recalled."""
         end = tokens - self.recalled(tokens) - self.local_tokens
         return slice(self.evicted_from(tokens), max(tokens // 2, end))
 
@@ -64,7 +64,9 @@ def sample_sequences(
     num_tokens: int = SEQUENCE_TOKENS,
     seed: int = 0,
 ) -> Tensor:
-    """Sentences in random order, early ones again at the end: `[num_sequences, num_tokens]`.
+    """Make sequences `[num_sequences, num_tokens]` of sentences in random order.
+
+    Early sentences come again at the end.
 
     Raises:
         ValueError: if the text holds fewer than two sentences, or a sequence has no room.
@@ -81,7 +83,7 @@ def sample_sequences(
 
 
 def _sentences(text: str) -> list[str]:
-    """Lines, cut after full stops and after `_MAX_WORDS` words."""
+    """Cut text at line ends, after full stops and after `_MAX_WORDS` words."""
     parts = []
     for part in re.split(r"(?<=[.!?])\s+|\n+", text):
         words = part.split()
@@ -110,7 +112,10 @@ def _sequence(pieces: list[list[int]], num_tokens: int, rng: random.Random) -> l
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSample:
-    """Attention of one layer on the sample text, in fp32, before RoPE. Valid during one visit."""
+    """Attention of one layer on the sample text, in fp32, before RoPE.
+
+    It is valid only while `visit` runs.
+    """
 
     layer: int
     attention: Any  # the module, with its q_proj, k_proj, v_proj
@@ -123,16 +128,15 @@ class LayerSample:
     spans: Spans
 
     def rotate(self, x: Tensor) -> Tensor:
-        """RoPE by position; `x: [.., T, D]`."""
+        """Turn `x: [.., T, D]` by RoPE, each token by its position."""
         rotary_dim = self.cos.shape[-1]
         turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
         return torch.cat((turned * self.cos + rotate_half(turned) * self.sin, rest), -1)
 
     def far_attention(self) -> Tensor:
-        """Attention of each query head, `[H]`, from the recalled tokens to beyond the window.
+        """Compute how much each query head looks beyond the window, `[H]`.
 
-        The mean over recalled tokens of the attention they pay to
-        `spans.far(T)`.
+        It is the mean over recalled tokens of the attention that they pay to `spans.far(T)`.
         """
         tokens, group = self.q.shape[2], self.q.shape[1] // self.k.shape[1]
         recall = self.spans.recalled(tokens)
@@ -150,11 +154,11 @@ class LayerSample:
 
 
 class _Finished(Exception):
-    """The last layer that matters has run."""
+    """Ends a forward pass once the last layer that matters has run."""
 
 
 def decoder_layers(model: nn.Module) -> Sequence[Any]:
-    """The decoder layers of a Llama-like model.
+    """Return the decoder layers of a model built like Llama.
 
     Raises:
         ValueError: if the model is built otherwise.

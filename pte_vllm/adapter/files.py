@@ -1,4 +1,4 @@
-"""Reading and writing the files of an adapter, tensor by tensor; `adapter` says what they hold."""
+"""Reads and writes the files of an adapter, tensor by tensor; `format` says what they hold."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AdapterError(ValueError):
 
 
 def is_pte_adapter(path: str | Path) -> bool:
-    """Whether the directory claims to hold an encoder."""
+    """Say whether the directory claims to hold an encoder."""
     if (Path(path) / ENCODER_FILE).exists():
         return True
     config = Path(path) / CONFIG_FILE
@@ -39,7 +39,7 @@ def is_pte_adapter(path: str | Path) -> bool:
 
 
 def read_pte_config(path: str | Path) -> PTEConfig | None:
-    """The method's options of an adapter, None for a plain LoRA; reads no tensors.
+    """Read the method's options of an adapter, but no tensors; None for a plain LoRA.
 
     Raises:
         AdapterError: if the config is broken.
@@ -51,13 +51,17 @@ def read_pte_config(path: str | Path) -> PTEConfig | None:
 
 
 def layer_of(module: str) -> int | None:
-    """Index of the decoder layer in a module's name, None outside the layers."""
+    """Return the index of the decoder layer in a module's name, None outside the layers."""
     match = _LAYER.search(module)
     return int(match.group(1)) if match else None
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """PEFT's fields, and `"pte"` where it is there; AdapterError if they cannot be used."""
+    """Read PEFT's fields, and `"pte"` where it is there.
+
+    Raises:
+        AdapterError: if they cannot be used.
+    """
     if not file.exists():
         raise AdapterError(f"{file} is missing")
     try:
@@ -74,7 +78,11 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def parse_pte(file: Path, values: Any) -> PTEConfig:
-    """What `file` has under `"pte"`; AdapterError if it is not such options."""
+    """Check what `file` has under `"pte"`.
+
+    Raises:
+        AdapterError: if it is not the method's options.
+    """
     if not isinstance(values, Mapping):
         raise AdapterError(f'{file}: "pte" must be an object')
     try:
@@ -100,7 +108,11 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_lora(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A and B by module, as stored; AdapterError if a name, a pair or a number is wrong."""
+    """Read A and B by module, as stored.
+
+    Raises:
+        AdapterError: if a name, a pair or a number is wrong.
+    """
     sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
     for name, tensor in _read_tensors(file).items():
         match = _LORA_KEY.match(name)
@@ -118,7 +130,7 @@ def read_lora(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def lora_tensors(lora_a: Mapping[str, Tensor], lora_b: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By their names in the file, as `read_lora` takes them."""
+    """Name A and B as in the file, where `read_lora` finds them."""
     tensors = {}
     for module in lora_a:
         tensors[f"base_model.model.{module}.lora_A.weight"] = lora_a[module].contiguous()
@@ -127,7 +139,7 @@ def lora_tensors(lora_a: Mapping[str, Tensor], lora_b: Mapping[str, Tensor]) -> 
 
 
 def encoder_tensors(encoders: Mapping[int, LayerEncoder]) -> dict[str, Tensor]:
-    """By their names in the file, as `read_encoders` takes them."""
+    """Name the encoders' tensors as in the file, where `read_encoders` finds them."""
     tensors = {}
     for layer, encoder in encoders.items():
         for name in (*_REQUIRED, *_OPTIONAL):
@@ -137,7 +149,11 @@ def encoder_tensors(encoders: Mapping[int, LayerEncoder]) -> dict[str, Tensor]:
 
 
 def read_encoders(file: Path, pte: PTEConfig) -> dict[int, LayerEncoder]:
-    """By layer, ascending; AdapterError if a tensor is missing, unknown or of another shape."""
+    """Read the encoders by layer, ascending.
+
+    Raises:
+        AdapterError: if a tensor is missing, unknown or of another shape.
+    """
     by_layer: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _read_tensors(file).items():
         match = _ENCODER_KEY.match(name)

@@ -52,6 +52,7 @@ class ModelShape:
 
     @classmethod
     def from_hf(cls, config: Any) -> ModelShape:
+        """Read the sizes from a transformers config."""
         heads = config.num_attention_heads
         return cls(
             num_layers=config.num_hidden_layers,
@@ -64,11 +65,11 @@ class ModelShape:
 
     @property
     def d_kv(self) -> int:
-        """Size of a key with all KV heads concatenated."""
+        """The size of a key with all KV heads concatenated."""
         return self.num_kv_heads * self.head_dim
 
     def linear(self, name: str) -> tuple[int, int] | None:
-        """`(d_in, d_out)` of a linear by its last name, None where unknown."""
+        """Return `(d_in, d_out)` of a linear by its last name, None where unknown."""
         q, kv = self.num_heads * self.head_dim, self.d_kv
         return {
             "q_proj": (self.hidden, q),
@@ -86,15 +87,15 @@ class Adapter:
     """A validated adapter. Tensors are on the CPU, encoders fp32, LoRA as stored."""
 
     peft: dict[str, Any]
-    """`adapter_config.json` without `"pte"`."""
+    """What `adapter_config.json` holds, without `"pte"`."""
     pte: PTEConfig | None
-    """None: a plain LoRA."""
+    """The method's options; None: the adapter is a plain LoRA."""
     lora_a: dict[str, Tensor]
-    """By module, such as `model.layers.3.self_attn.q_proj`: `[G, d_in]`."""
+    """A `[G, d_in]` by module, such as `model.layers.3.self_attn.q_proj`."""
     lora_b: dict[str, Tensor]
-    """By module: `[d_out, r]`."""
+    """B `[d_out, r]` by module."""
     encoders: dict[int, LayerEncoder]
-    """By layer."""
+    """The encoder of each layer that has a state."""
 
     def __post_init__(self) -> None:
         wanted = self.pte.features if self.pte is not None else None
@@ -107,24 +108,24 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """alpha / r, or alpha / √r with rsLoRA."""
+        """The factor on what A and B add: alpha / r, or alpha / √r with rsLoRA."""
         rank = int(self.peft["r"])
         return float(self.peft["lora_alpha"]) / (rank**0.5 if self.peft.get("use_rslora") else rank)
 
     @property
     def form(self) -> dict[str, Any]:
-        """All that says how the weights are to be read; not how they began."""
+        """All that says how the weights are to be read, but not how they began."""
         method = {} if self.pte is None else asdict(self.pte)
         method.pop("init", None)
         return method | {"r": self.peft["r"], "LoRA scale": self.scale}
 
     @property
     def layers(self) -> list[int]:
-        """Layers that have a state, ascending."""
+        """The layers that have a state, ascending."""
         return sorted(self.encoders)
 
     def stacked_encoder(self) -> LayerEncoder:
-        """The encoders of `layers` as one, with a leading dimension of layers."""
+        """Stack the encoders of `layers`: every tensor gets a leading dimension of layers."""
         return LayerEncoder.stack([self.encoders[i] for i in self.layers])
 
     @classmethod
@@ -204,7 +205,7 @@ class Adapter:
 def load_for_engine(
     path: str | Path, *, model: ModelShape, max_lora_rank: int, load_inplace: bool
 ) -> Adapter | None:
-    """The adapter as an engine would load it; None for a plain LoRA, which is vLLM's to check.
+    """Load the adapter as an engine would; None for a plain LoRA, which is vLLM's to check.
 
     Raises:
         AdapterError: if the adapter is broken, does not fit the model or the engine, or would

@@ -1,4 +1,4 @@
-"""The files of an adapter by name, and their hashes; standard library only."""
+"""Names the files of an adapter, and hashes them. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ FILES = (CONFIG_FILE, LORA_FILE, ENCODER_FILE)
 
 
 def file_hashes(path: str | Path) -> dict[str, str]:
-    """SHA-256 of each file of the adapter, by name."""
+    """Compute the SHA-256 of each file of the adapter that is there, by name."""
     files = [Path(path) / name for name in FILES]
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()}
 
 
 def content_hash(hashes: Mapping[str, str]) -> str:
-    """One SHA-256 for an adapter: of the lines `name:sha256` of its files, sorted, LF after each.
+    """Compute one SHA-256 for an adapter.
+
+    It is that of the lines `name:sha256` of its files, sorted, with LF after each.
 
     Args:
-        hashes: what `file_hashes` returns.
+        hashes: SHA-256 by file name, as `file_hashes` returns them.
     """
     lines = "".join(f"{name}:{hashes[name]}\n" for name in sorted(hashes))
     return hashlib.sha256(lines.encode()).hexdigest()

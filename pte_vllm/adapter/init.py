@@ -1,4 +1,4 @@
-"""New adapters: their starts (`adapter_starts`), put together, with a calibrated gain.
+"""Makes new adapters: puts the starts of their layers together (`starts`), and calibrates gains.
 
 Letters in shapes: G global tokens, r rank, d_kv = KV heads × head size, N sequences, m tokens.
 """
@@ -30,7 +30,7 @@ from pte_vllm.method.reference import LayerEncoder, contribution, initial_state,
 from pte_vllm.models.rope_check import check_unrotation
 
 TARGET_RHO = 0.2
-"""What one fold weighs against the state, ‖S'‖ / ‖S‖, on sample text."""
+"""How much one fold is to weigh against the state, ‖S'‖ / ‖S‖, on sample text."""
 READS_RESIDUAL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Linears whose input is the residual stream, so that an aligned A fits them."""
 _RANDOM_B_STD = 0.02
@@ -55,15 +55,16 @@ def init_adapter(
     Args:
         model: the causal language model, in any dtype, on any device; not changed.
         token_ids: sample text `[N, T]`, such as `calibration.sample_sequences` makes.
-        config: stored with the adapter; `config.init` selects the start.
-        layers: layers that get a state; None: all.
+        config: the method's options, stored with the adapter; `config.init` selects the start.
+        layers: the layers that get a state; None: all.
         target_modules: last names of the linears that get A and B.
-        b: `zero` keeps the model exact; `random` is for tests.
-        alpha: LoRA's alpha; None: the rank, a scale of 1.
-        base_model: recorded in the adapter; None: `model.config`'s name. Of an absolute path, only
-            the last part.
+        b: how B starts: `zero` keeps the model exact, `random` is for tests.
+        alpha: LoRA's alpha; None: the rank, so that the scale is 1.
+        seed: the seed of everything that starts random.
+        base_model: the model's name, recorded in the adapter; None: `model.config`'s. Of an
+            absolute path, only the last part is recorded.
         spans: which parts of the sample text count as pinned, window and recalled.
-        progress: called after each layer.
+        progress: is called after each layer with how it started.
 
     Returns:
         The adapter, on the CPU in fp32.
@@ -116,7 +117,7 @@ def init_adapter(
 
 
 def choose_layers(layers: Collection[int] | None, num_layers: int) -> list[int]:
-    """The layers asked for, ascending; all of them for None.
+    """Return the layers asked for, ascending; all of them for None.
 
     Raises:
         ValueError: if there are none, or the model lacks one.
@@ -132,7 +133,7 @@ def choose_layers(layers: Collection[int] | None, num_layers: int) -> list[int]:
 def _target_linears(
     model: nn.Module, layers: list[int], names: Sequence[str]
 ) -> dict[int, dict[str, nn.Linear]]:
-    """By layer and module name, the linears that get A and B."""
+    """Return by layer and module name the linears that get A and B."""
     found: dict[int, dict[str, nn.Linear]] = {layer: {} for layer in layers}
     missing = set(names)
     for module, linear in model.named_modules():
@@ -149,7 +150,11 @@ def _target_linears(
 def _calibrate_gain(
     encoder: LayerEncoder, sample: LayerSample, config: PTEConfig
 ) -> tuple[LayerEncoder, Tensor]:
-    """The gain with which a fold of a sample sequence weighs `TARGET_RHO`; and ρ reached, `[N]`."""
+    """Choose the gain with which a fold of a sample sequence weighs `TARGET_RHO`.
+
+    Returns:
+        The encoder with that gain, and the ρ reached on each sequence, `[N]`.
+    """
     k, v = evicted_kv(sample, config.keys)
     state = initial_state(encoder, config.normalize)
     rho = relative_update(state, contribution(encoder, k, v))
@@ -163,7 +168,7 @@ def _calibrate_gain(
 def _peft_config(
     rank: int, alpha: float | None, target_modules: Sequence[str], base_model: str
 ) -> dict[str, Any]:
-    """`adapter_config.json` as PEFT writes it."""
+    """Return what PEFT would write to `adapter_config.json`."""
     # A path is of use on one machine only, and may say whose.
     name = Path(base_model).name if Path(base_model).is_absolute() else base_model
     scale = rank if alpha is None else alpha

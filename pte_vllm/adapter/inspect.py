@@ -20,7 +20,9 @@ def inspect(path: str | Path, *, model: str | None = None, as_json: bool = False
     """Print what the adapter in `path` holds, as tables or as JSON.
 
     Args:
+        path: the adapter's directory.
         model: name or directory of the base model that it must fit; None skips those checks.
+        as_json: whether to print JSON instead of tables.
 
     Raises:
         AdapterError: if the adapter is broken or does not fit.
@@ -39,7 +41,7 @@ def inspect(path: str | Path, *, model: str | None = None, as_json: bool = False
 
 
 def describe(path: str | Path, model: ModelShape | None = None) -> dict[str, Any]:
-    """Everything `inspect` shows, as JSON values.
+    """Return everything that `inspect` shows, as JSON values.
 
     Raises:
         AdapterError: if the adapter is broken or does not fit.
@@ -72,7 +74,7 @@ def describe(path: str | Path, model: ModelShape | None = None) -> dict[str, Any
 
 
 def _layers(adapter: Adapter) -> list[dict[str, Any]]:
-    """Per layer: the linears and the Frobenius norms of all their A, and of all their B."""
+    """Return for each layer its linears, and the Frobenius norms of all their A and all their B."""
     modules: dict[int | None, list[str]] = {layer: [] for layer in adapter.layers}
     for module in adapter.lora_a:
         modules.setdefault(layer_of(module), []).append(module)

@@ -1,4 +1,4 @@
-"""How a new layer starts: W_Q, W_K, W_V, q_g, h_g, their biases, and A.
+"""Starts of a new layer: W_Q, W_K, W_V, q_g, h_g, their biases, and A.
 
 A random start rarely learns to ask the state for what it holds. The `aligned` starts let A ask in
 the very directions in which keys are stored, so that the state answers like linear attention before
@@ -22,10 +22,10 @@ from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.reference import LayerEncoder
 
 _MIXED_DIRECTIONS = 16
-"""Leading ones of the head, which squared features are mixtures of."""
+"""How many leading directions of a head squared features are mixtures of."""
 _SPARE_STD = 0.1
-"""Of rows beyond what the head has directions for, against a random start's. Squared features have
-none in W_K and A, whose rows are all mixtures."""
+"""Spread of rows beyond a head's directions, against that of a random start. With squared features
+W_K and A have no such rows: all of theirs are mixtures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +37,33 @@ class LayerReport:
     """The head whose queries A asks; None where the start needs no sample text."""
     kv_head: int | None = None
     far_attention: float | None = None
-    """Attention that head pays beyond the window on recalled text."""
+    """The attention which that head pays beyond the window on recalled text."""
     gain: float = 1.0
     rho: tuple[float, ...] = ()
-    """‖S'‖ / ‖S‖ reached, one for each sample sequence."""
+    """The ‖S'‖ / ‖S‖ that was reached on each sample sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class LayerStart:
+    """What one layer starts from."""
+
     encoder: LayerEncoder
-    """With a gain of 1."""
+    """The encoder, with a gain of 1."""
     ask: Tensor | None  # [G, d]: A of linears that read the residual stream; None: random
     report: LayerReport
 
 
-def _uncalibrated(sample: LayerSample, encoder: LayerEncoder, ask: Tensor | None) -> Start:
-    return Start(encoder=encoder, ask=ask, report=LayerReport(layer=sample.layer))
+def _uncalibrated(sample: LayerSample, encoder: LayerEncoder, ask: Tensor | None) -> LayerStart:
+    return LayerStart(encoder=encoder, ask=ask, report=LayerReport(layer=sample.layer))
 
 
 def _encoder(
     sample: LayerSample, config: PTEConfig, generator: torch.Generator, *, identity: bool
 ) -> LayerEncoder:
-    """Random W_K, W_V and h_g, no biases; q_g W_Qᵀ the identity or random."""
+    """Make an encoder with random W_K, W_V and h_g and no biases.
+
+    q_g W_Qᵀ is the identity, or random.
+    """
     d_kv = sample.k.shape[1] * sample.k.shape[3]
     g, r = config.global_tokens, config.rank
 
@@ -87,13 +92,13 @@ def _encoder(
     )
 
 
-def _random(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> Start:
-    """LoRA's own start, and a random encoder."""
+def _random(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> LayerStart:
+    """Start A as LoRA does, and the encoder at random."""
     return _uncalibrated(sample, _encoder(sample, config, generator, identity=False), None)
 
 
-def _aligned_mean(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> Start:
-    """A = W_K Q̃ with Q̃ `[d_kv, d]` the mean of q_proj over each group of heads."""
+def _aligned_mean(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> LayerStart:
+    """Start with A = W_K Q̃, where Q̃ `[d_kv, d]` is the mean of q_proj over each group of heads."""
     encoder = _encoder(sample, config, generator, identity=True)
     heads, kv_heads = sample.q.shape[1], sample.k.shape[1]
     weight = _query_weight(sample)  # [H, D, d]
@@ -101,15 +106,15 @@ def _aligned_mean(sample: LayerSample, config: PTEConfig, generator: torch.Gener
     return _uncalibrated(sample, encoder, _fit_rows(encoder.w_k @ mean, config, generator))
 
 
-def _aligned_key(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> Start:
-    """A = W_K · (weight of k_proj)."""
+def _aligned_key(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> LayerStart:
+    """Start with A = W_K · (weight of k_proj)."""
     encoder = _encoder(sample, config, generator, identity=True)
     weight = sample.attention.k_proj.weight.detach().float().cpu()
     return _uncalibrated(sample, encoder, _fit_rows(encoder.w_k @ weight, config, generator))
 
 
-def _aligned(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> Start:
-    """The rank goes to the KV head that is asked most about what lies beyond the window.
+def _aligned(sample: LayerSample, config: PTEConfig, generator: torch.Generator) -> LayerStart:
+    """Give the rank to the KV head that is asked most about what lies beyond the window.
 
     W_K and A are the two sides of that head's query-key form: its leading directions, with keys
     whitened and centred. W_V takes the leading directions of its values.
@@ -145,10 +150,10 @@ def _aligned(sample: LayerSample, config: PTEConfig, generator: torch.Generator)
     report = LayerReport(
         layer=sample.layer, query_head=head, kv_head=kv, far_attention=float(far[head])
     )
-    return Start(encoder=encoder, ask=_fit_rows(ask, config, generator), report=report)
+    return LayerStart(encoder=encoder, ask=_fit_rows(ask, config, generator), report=report)
 
 
-STARTS: dict[str, Callable[[LayerSample, PTEConfig, torch.Generator], Start]] = {
+STARTS: dict[str, Callable[[LayerSample, PTEConfig, torch.Generator], LayerStart]] = {
     "aligned": _aligned,
     "aligned_mean": _aligned_mean,
     "aligned_key": _aligned_key,
@@ -157,13 +162,15 @@ STARTS: dict[str, Callable[[LayerSample, PTEConfig, torch.Generator], Start]] = 
 
 
 def query_key_form(q: Tensor, k: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Both sides of the form qᵀk, by leading directions: `(W_K, W_A)`, each `[min(rank, D), D]`.
+    """Split the form qᵀk by leading directions into `(W_K, W_A)`, each `[min(rank, D), D]`.
 
     With rank D, `(W_A q)·(W_K k) = q·k` exactly. Keys are whitened first, so that directions rank
     by how much they move the score; both sides then have the same spread.
 
     Args:
-        q: queries `[.., D]`; k: keys `[.., D]`, both before RoPE.
+        q: queries `[.., D]` before RoPE.
+        k: keys `[.., D]` before RoPE.
+        rank: how many directions are kept.
     """
     size = k.shape[-1]
     covariance = _covariance(k)
@@ -179,10 +186,11 @@ def query_key_form(q: Tensor, k: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _mixtures(
     fit_k: Tensor, fit_q: Tensor, k: Tensor, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Both sides of the form for squared features, `[rank, D]`: random mixtures of its directions.
+    """Mix both sides of the form at random for squared features: `[rank, D]` each.
 
-    The same mixture w on both sides: Σ_w (w·q)² (w·k)² is a sketch of the form's square. Directions
-    are mixed at the spread that their keys `k: [.., D]` have, lest the first one be all there is.
+    The mixture w is the same on both sides: Σ_w (w·q)² (w·k)² is a sketch of the form's square.
+    Directions are mixed at the spread that their keys `k: [.., D]` have, lest the first one be all
+    there is.
     """
     top_k, top_q = fit_k[:_MIXED_DIRECTIONS], fit_q[:_MIXED_DIRECTIONS]
     spread = ((k - k.mean(0)) @ top_k.mT).square().mean(0).sqrt().clamp(min=1e-6)[:, None]
@@ -191,7 +199,7 @@ def _mixtures(
 
 
 def evicted_kv(sample: LayerSample, keys: str) -> tuple[Tensor, Tensor]:
-    """Keys as encoded, and values, after the pinned tokens: `[N, m, d_kv]`, on the CPU."""
+    """Return keys as encoded, and values, after the pinned tokens: `[N, m, d_kv]`, on the CPU."""
     k = sample.rotate(sample.k) if keys == "rotated" else sample.k
     start = sample.spans.evicted_from(k.shape[2])
     k, v = (t[:, :, start:].transpose(1, 2).flatten(2).cpu() for t in (k, sample.v))
@@ -203,7 +211,7 @@ def _covariance(x: Tensor) -> Tensor:
 
 
 def _query_weight(sample: LayerSample) -> Tensor:
-    """q_proj by head, scaled by q_norm where there is one: `[H, D, d]`, on the CPU."""
+    """Return q_proj by head, scaled by q_norm where there is one: `[H, D, d]`, on the CPU."""
     heads, size = sample.q_scale.shape
     weight = sample.attention.q_proj.weight.detach().float().cpu().view(heads, size, -1)
     scaled: Tensor = weight * sample.q_scale.cpu()[..., None]
@@ -211,7 +219,7 @@ def _query_weight(sample: LayerSample) -> Tensor:
 
 
 def _fit_rows(ask: Tensor, config: PTEConfig, generator: torch.Generator) -> Tensor:
-    """`ask` with G rows: cut, or with LoRA's own rows at the end."""
+    """Give `ask` G rows: cut it, or add LoRA's own rows at the end."""
     a = lora_a_rows(config.global_tokens, ask.shape[1], generator)
     rows = min(len(ask), len(a))
     a[:rows] = ask[:rows]
@@ -219,5 +227,5 @@ def _fit_rows(ask: Tensor, config: PTEConfig, generator: torch.Generator) -> Ten
 
 
 def lora_a_rows(rows: int, d_in: int, generator: torch.Generator) -> Tensor:
-    """PEFT's start of lora_A: uniform in ± 1/√d_in."""
+    """Start rows of A as PEFT does: uniform in ± 1/√d_in."""
     return (2 * torch.rand(rows, d_in, generator=generator) - 1) / math.sqrt(d_in)

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from pte_vllm.adapter.defaults import NEW_RULE, new_features
-from pte_vllm.method.names import FEATURES, RULES, Features
+from pte_vllm.adapter.defaults import new_features
+from pte_vllm.adapter.flags import add_flags
+from pte_vllm.method.names import Features
 
 
 def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
-    """What the adapters of a benchmark are like."""
-    parser.add_argument(
-        "--rule", choices=RULES, default=NEW_RULE, help="update rule of the PTE arm"
-    )
-    parser.add_argument(
-        "--features",
-        choices=FEATURES,
-        default=argparse.SUPPRESS,
-        help="of its keys (default: as `pte-vllm adapter init` makes them for the rule)",
-    )
-    parser.add_argument("--rank", type=int, default=32, help="of the adapters")
+    """Add the flags that say what the adapters of a benchmark are like."""
+    add_flags(parser, only=("rank", "rule", "features"))
 
 
 def adapter_features(args: argparse.Namespace) -> Features:

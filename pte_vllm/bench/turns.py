@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from pte_vllm.adapter.defaults import new_config
+from pte_vllm.adapter.defaults import NewAdapter
 from pte_vllm.bench import report
 from pte_vllm.bench.arm import Arm, ArmSpec, Workload
 
@@ -84,8 +84,8 @@ def make_adapters(
 
     scratch.mkdir(parents=True, exist_ok=True)
     thoughts, plain = scratch / "thoughts", scratch / "plain"
-    config = new_config(rank=args.rank, rule=args.rule, features=args.features, init="random")
-    adapter = make_adapter(args.model, thoughts, config, b="random", seed=seed)
+    options = NewAdapter(rank=args.rank, rule=args.rule, features=args.features, init="random")
+    adapter = make_adapter(args.model, thoughts, options.pte(), b="random", seed=seed)
     if b_scale != 1.0:
         lora_b = {module: b_scale * weight for module, weight in adapter.lora_b.items()}
         adapter = replace(adapter, lora_b=lora_b)

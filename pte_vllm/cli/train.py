@@ -1,4 +1,8 @@
-"""`pte-vllm train ...`: finds the module of a command. Standard library only until one runs."""
+"""`pte-vllm train ...`: finds what runs a command.
+
+Options are read before torch, and what trains with it, are imported: these take seconds, for which
+help and mistakes do not wait.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +10,60 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-_COMMANDS = {
+
+def _grpo(arguments: Sequence[str]) -> int:
+    """Run `pte-vllm train grpo ...`; returns the exit status."""
+    from pte_vllm.train.options.runs import GrpoRun
+
+    run = GrpoRun.parse(arguments, prog="pte-vllm train grpo")
+    from pte_vllm.train.grpo.loop import main
+
+    return main(run)
+
+
+def _distill(arguments: Sequence[str]) -> int:
+    """Run `pte-vllm train distill ...`; returns the exit status."""
+    from pte_vllm.train.options.runs import DistillRun
+
+    run = DistillRun.parse(arguments, prog="pte-vllm train distill")
+    from pte_vllm.train.distill.loop import main
+
+    return main(run)
+
+
+def _later(module: str) -> Callable[[Sequence[str]], int]:
+    """Return a function that imports a module when the command runs, and calls its `main`."""
+
+    def run(arguments: Sequence[str]) -> int:
+        status: int = importlib.import_module(module).main(list(arguments))
+        return status
+
+    return run
+
+
+_COMMANDS: dict[tuple[str, ...], tuple[Callable[[Sequence[str]], int], str]] = {
     ("grpo",): (
-        "pte_vllm.train.run.commands:grpo",
+        _grpo,
         "reinforcement learning against a running server",
     ),
     ("distill",): (
-        "pte_vllm.train.run.commands:distill",
+        _distill,
         "warm start without rewards, from the base model",
     ),
     ("experiment", "memory"): (
-        "pte_vllm.train.experiments.memory:main",
+        _later("pte_vllm.train.experiments.memory"),
         "the paper's ordering on generated memory tasks",
     ),
     ("experiment", "recall"): (
-        "pte_vllm.train.experiments.recall:main",
+        _later("pte_vllm.train.experiments.recall"),
         "facts in plain text, on a real model",
     ),
     ("memory-curve",): (
-        "pte_vllm.train.experiments.memory_curve:main",
+        _later("pte_vllm.train.experiments.memory_curve"),
         "peak training memory against the length of an answer",
     ),
 }
-"""Words of a command → its `function(arguments) -> exit status`, and what it is for."""
+"""By the words of a command: what runs it and returns the exit status, and what it is for."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,11 +73,9 @@ def main(arguments: Sequence[str]) -> int:
         ValueError: if there is no such command.
     """
     words = tuple(arguments)
-    for command, (function, _) in _COMMANDS.items():
+    for command, (run, _) in _COMMANDS.items():
         if words[: len(command)] == command:
-            module, _, name = function.partition(":")
-            run: Callable[[list[str]], int] = getattr(importlib.import_module(module), name)
-            return run(list(words[len(command) :]))
+            return run(words[len(command) :])
     if words and words[-1] in ("-h", "--help"):
         print(usage())
         return 0
@@ -55,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def usage() -> str:
-    """What `pte-vllm train --help` prints."""
+    """Return what `pte-vllm train --help` prints."""
     lines = "\n".join(f"  {' '.join(c):<18} {about}" for c, (_, about) in _COMMANDS.items())
     return (
         "usage: pte-vllm train COMMAND ...\n\n"

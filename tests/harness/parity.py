@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import log_probs
+from pte_vllm.train.replay.segments import log_probs
 from tests.harness.engine import Job
 
 TOLERANCE = 2e-4

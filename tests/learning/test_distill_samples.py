@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pte_vllm.train.distill.loop import train
-from pte_vllm.train.run.config import DistillRun
+from pte_vllm.train.options.runs import DistillRun
 from pte_vllm.wire.rollout import Rollout
 from tests.harness.server import Server
 

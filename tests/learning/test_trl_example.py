@@ -80,7 +80,7 @@ def _train(example: Any, server: Server, path: Path, start: Path, out: Path) -> 
 def test_log_probs_by_position(example: Any, tiny: Tiny, adapters: Adapters) -> None:
     """TRL's padding, left of prompts and right of answers, against one sequence at a time."""
     from pte_vllm.train.replay.modeling import PTEModel
-    from pte_vllm.train.replay.replay import log_probs
+    from pte_vllm.train.replay.segments import log_probs
 
     path = tiny("qwen3")
     trainer = example.PTEGRPOTrainer.__new__(example.PTEGRPOTrainer)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pte_vllm.method.names import RULES
-from pte_vllm.train.run.config import DRIFT_LIMITS
+from pte_vllm.train.options.runs import DRIFT_LIMITS
 from tests.conftest import ARCHITECTURES
 from tests.harness.engine import BLOCK, Engine, Job, lora
 from tests.harness.models import random_tokens

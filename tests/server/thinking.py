@@ -7,7 +7,8 @@ import time
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import ReplayResult, log_probs
+from pte_vllm.train.replay.results import ReplayResult
+from pte_vllm.train.replay.segments import log_probs
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.parity import load_model

@@ -10,9 +10,9 @@ from typing import Any
 
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import replay
+from pte_vllm.train.replay.segments import replay
 from pte_vllm.wire.rollout import Rollout, WeightSpan, fold_events
 from pte_vllm.wire.transport import ServerError
 
@@ -96,7 +96,7 @@ class FakeServer:
         plan = FoldPlan(pin_tokens=len(prompt), window_tokens=32, block_size=BLOCK)
         logprobs = replay(
             self._model,
-            Batch.align([[*prompt, *answer]], [plan]),
+            AlignedBatch.align([[*prompt, *answer]], [plan]),
             temperature=sampling["temperature"],
         ).logprobs[0, len(prompt) :]
         return Rollout(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import replay
+from pte_vllm.train.replay.segments import replay
 from pte_vllm.wire.rollout import Rollout, WeightSpan, fold_events
 from tests.harness.models import random_tokens
 
@@ -35,7 +35,7 @@ def make_rollout(
     answer = random_tokens(tokens, seed=1000 * (group + 1) + index)
     fold_plan = plan(prompt_tokens, window_blocks)
     found = replay(
-        model, Batch.align([[*prompt, *answer]], [fold_plan]), temperature=temperature
+        model, AlignedBatch.align([[*prompt, *answer]], [fold_plan]), temperature=temperature
     ).logprobs[0, prompt_tokens:]
     versions, start = [], 0
     for version, end in spans:

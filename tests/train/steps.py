@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.train.grpo.learner import Learner
-from pte_vllm.train.grpo.loss import Sample, with_advantages
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.grpo.loss import ScoredRollout, with_advantages
+from pte_vllm.train.options.runs import GrpoOptions
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import replay
-from pte_vllm.train.run.config import GrpoOptions
+from pte_vllm.train.replay.segments import replay
 from pte_vllm.wire.rollout import Rollout
 from tests.train.rollouts import make_rollout
 
@@ -29,7 +29,7 @@ def policy(path: Path, adapters: Callable[..., Path]) -> PTEModel:
     return PTEModel(base, Adapter.load(adapters(path, rule="paper")))
 
 
-def a_step(model: PTEModel, **options: Any) -> list[Sample]:
+def a_step(model: PTEModel, **options: Any) -> list[ScoredRollout]:
     """Two groups of three; lengths differ, and all sequences fold."""
     samples = []
     for group, rewards in enumerate([(1.0, 0.0, 0.5), (0.0, 0.0, 1.0)]):
@@ -43,7 +43,7 @@ def a_step(model: PTEModel, **options: Any) -> list[Sample]:
                 temperature=TEMPERATURE,
                 **options,
             )
-            samples.append(Sample(rollout=rollout, reward=reward, shaped_reward=reward))
+            samples.append(ScoredRollout(rollout=rollout, reward=reward, shaped_reward=reward))
     return with_advantages(samples, "group")
 
 
@@ -71,7 +71,7 @@ def learner(model: PTEModel, lr: float = 0.0, **options: Any) -> Learner:
 
 def logprobs_of(model: PTEModel, rollout: Rollout) -> torch.Tensor:
     """Of the answer's tokens, `[N]`."""
-    batch = Batch.align([rollout.token_ids], [rollout.plan])
+    batch = AlignedBatch.align([rollout.token_ids], [rollout.plan])
     return replay(model, batch, temperature=TEMPERATURE).logprobs[0, len(rollout.prompt_ids) :]
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pte_vllm.train.run.config import DistillRun, GrpoRun
-from pte_vllm.train.run.config_io import RunOptions, _option_names
+from pte_vllm.train.options.parsing import RunOptions, _option_names
+from pte_vllm.train.options.runs import DistillRun, GrpoRun
 
 PROG = "pte-vllm train grpo"
 BASE = """
@@ -231,7 +231,7 @@ def test_the_drift_limit_follows_the_dtype(file: str) -> None:
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = f"""
 import sys
-from pte_vllm.train.run.config import GrpoRun
+from pte_vllm.train.options.runs import GrpoRun
 try:
     GrpoRun.parse(["--help"], prog={PROG!r})
 except SystemExit:

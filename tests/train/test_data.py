@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from pte_vllm.train.data.questions import Problem, Stream, at_most, prompt_ids
+from pte_vllm.train.data.questions import Problem, QuestionStream, at_most, prompt_ids
 from pte_vllm.train.data.sources import open_source, open_stream
+from pte_vllm.train.options.runs import DataOptions
 from pte_vllm.train.rewards.functions import score
-from pte_vllm.train.run.config import DataOptions
 
 GSM8K = [
     {"question": "6 times 7?", "answer": "6*7 = <<6*7=42>>42\n#### 42"},
@@ -272,22 +272,22 @@ def keys(problems: list[Problem]) -> list[int]:
 
 
 def test_each_epoch_holds_every_question_once_in_another_order() -> None:
-    stream = Stream(Numbers(50), seed=1)
+    stream = QuestionStream(Numbers(50), seed=1)
     first, second = keys(stream.take(50)), keys(stream.take(50))
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second != list(range(50))
     assert stream.epoch == 2
-    assert keys(Stream(Numbers(50), seed=1).take(50)) == first
-    assert keys(Stream(Numbers(50), seed=2).take(50)) != first
+    assert keys(QuestionStream(Numbers(50), seed=1).take(50)) == first
+    assert keys(QuestionStream(Numbers(50), seed=2).take(50)) != first
 
 
 def test_the_order_is_the_same_in_another_process() -> None:
     code = """
-from tests.train.test_data import Numbers, Stream, keys
-print(keys(Stream(Numbers(7), seed=3).take(20)))
+from tests.train.test_data import Numbers, QuestionStream, keys
+print(keys(QuestionStream(Numbers(7), seed=3).take(20)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == keys(Stream(Numbers(7), seed=3).take(20))
+    assert json.loads(done.stdout) == keys(QuestionStream(Numbers(7), seed=3).take(20))
 
 
 @pytest.mark.parametrize("size", [7, None])
@@ -296,30 +296,30 @@ def test_a_restored_stream_goes_on_where_it_was(size: int | None, taken: int) ->
     def odd(problem: Problem) -> bool:
         return int(problem.key) % 2 == 1
 
-    stream = Stream(Numbers(size), seed=3, keep=odd)
+    stream = QuestionStream(Numbers(size), seed=3, keep=odd)
     stream.take(taken)
     state = json.loads(json.dumps(stream.state()))
     expected = keys(stream.take(20))
-    restored = Stream(Numbers(size), seed=3, keep=odd)
+    restored = QuestionStream(Numbers(size), seed=3, keep=odd)
     restored.take(2)
     restored.restore(state)
     assert keys(restored.take(20)) == expected
 
 
 def test_a_position_in_other_data_is_refused() -> None:
-    state = Stream(Numbers(7), seed=3).state()
+    state = QuestionStream(Numbers(7), seed=3).state()
     with pytest.raises(ValueError, match=r"--data\.seed is 4, .* made with 3"):
-        Stream(Numbers(7), seed=4).restore(state)
+        QuestionStream(Numbers(7), seed=4).restore(state)
     with pytest.raises(ValueError, match=r"--data\.source holds 8 questions, but held 7"):
-        Stream(Numbers(8), seed=3).restore(state)
+        QuestionStream(Numbers(8), seed=3).restore(state)
 
 
 def test_a_stream_without_questions_ends() -> None:
     with pytest.raises(ValueError, match="holds no questions"):
-        Stream(Numbers(0), seed=0)
+        QuestionStream(Numbers(0), seed=0)
     for size in (5, None):
         with pytest.raises(ValueError, match=r"--data\.max_prompt_tokens leaves out every"):
-            Stream(Numbers(size), seed=0, keep=lambda problem: False).next()
+            QuestionStream(Numbers(size), seed=0, keep=lambda problem: False).next()
 
 
 def test_prompts_as_tokens(tiny: Callable[[str], Path], jsonl: Callable[..., str]) -> None:

@@ -15,9 +15,10 @@ from pte_vllm.adapter.format import Adapter
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.distill.examples import Example, align, batches, pack
 from pte_vllm.train.distill.teacher import ask_teacher
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 from tests.harness.models import VOCAB, random_tokens
 
 Tiny = Callable[[str], Path]
@@ -82,7 +83,7 @@ def test_teacher_is_full_attention(architecture: str, tiny: Tiny, adapters: Adap
 def test_kl_of_the_teacher_to_itself_is_zero(tiny: Tiny, adapters: Adapters) -> None:
     model = student(tiny("llama"), adapters)
     batch = align(examples())
-    unbounded = Batch.align(
+    unbounded = AlignedBatch.align(
         [e.tokens for e in examples()],
         [FoldPlan(pin_tokens=0, window_tokens=0, block_size=BLOCK)] * 3,
         [e.wanted for e in examples()],
@@ -121,7 +122,7 @@ def test_the_teacher_has_no_lora_on_the_output_layer(
     )
     model = PTEModel.from_pretrained(path, on_output)
     unbounded = FoldPlan(pin_tokens=0, window_tokens=0, block_size=BLOCK)
-    batch = Batch.align([example.tokens], [unbounded])
+    batch = AlignedBatch.align([example.tokens], [unbounded])
     teacher = ask_teacher(model, batch, temperature=TEMPERATURE, top_k=top_k)
     log_p = (full_logits(path, example.tokens) / TEMPERATURE).log_softmax(-1)[:-1]  # [T - 1, V]
 
@@ -205,7 +206,7 @@ def test_top_k_approaches_the_exact_kl_from_below(tiny: Tiny, adapters: Adapters
 def test_only_tokens_asked_for(tiny: Tiny, adapters: Adapters) -> None:
     model, chosen = student(tiny("llama"), adapters), examples()
     teacher = ask_teacher(model, align(chosen))
-    everything = Batch.align([e.tokens for e in chosen], [e.plan for e in chosen])
+    everything = AlignedBatch.align([e.tokens for e in chosen], [e.plan for e in chosen])
     with pytest.raises(ValueError, match="not asked for"):
         replay(model, everything, loss=lambda s: teacher.kl(s).sum())
 

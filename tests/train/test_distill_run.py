@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from pte_vllm.adapter.format import Adapter
+from pte_vllm.cli.train import main as train_command
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.distill.examples import Example, read_rollouts, read_texts
 from pte_vllm.train.distill.loop import hold_out, train
 from pte_vllm.train.distill.step import evaluate
+from pte_vllm.train.options.runs import DistillRun
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.run.commands import distill
-from pte_vllm.train.run.config import DistillRun
 from pte_vllm.train.run.log import read_metrics
 from pte_vllm.wire.rollout import Rollout, WeightSpan, fold_events
 from tests.harness.models import random_tokens
@@ -200,7 +200,7 @@ def test_command_line(
     arguments += ["--plan.window_tokens", "64", "--adapter.rank", "4", "--optimizer.steps", "1"]
     arguments += ["--distill.sequence_tokens", "150", "--distill.batch_sequences", "2"]
     arguments += ["--distill.teacher_top_k", "5", "--run.out", str(tmp_path / "out")]
-    assert distill(arguments) == 0
+    assert train_command(["distill", *arguments]) == 0
     assert "perplexity beyond the first fold" in capsys.readouterr().err
     assert Adapter.load(tmp_path / "out" / "adapter").pte is not None
 

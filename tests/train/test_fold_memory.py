@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 from tests.harness.models import random_tokens
 
 Tiny = Callable[[str], Path]
@@ -63,7 +64,7 @@ def bytes_per_fold(model: PTEModel, rule: str) -> list[int]:
     # One token more, so that the last segment is as long as the others.
     length = plan.first_fold + FOLDS * EVICT_BLOCKS * BLOCK + 1
     ids = [random_tokens(length, seed=seed) for seed in range(SEQUENCES)]
-    batch = Batch.align(ids, [plan] * SEQUENCES)
+    batch = AlignedBatch.align(ids, [plan] * SEQUENCES)
     alive = []
     with LiveStorages() as live:
 

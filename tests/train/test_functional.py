@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.functional import TokenScores, differentiable_log_probs
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 from tests.harness.models import random_tokens
 
 Tiny = Callable[[str], Path]
@@ -24,13 +25,13 @@ LENGTHS = (150, 123, 201)
 TEMPERATURE = 0.8
 
 
-def batch() -> Batch:
+def batch() -> AlignedBatch:
     plans = [FoldPlan(pin_tokens=p, window_tokens=64, block_size=BLOCK) for p in (20, 5, 37)]
     sequences = [random_tokens(n, seed=n) for n in LENGTHS]
     wanted = [
         [t >= plan.pin_tokens for t in range(n)] for plan, n in zip(plans, LENGTHS, strict=True)
     ]
-    return Batch.align(sequences, plans, wanted)
+    return AlignedBatch.align(sequences, plans, wanted)
 
 
 def gradients(model: PTEModel) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pte_vllm.method.names import RULES
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 from pte_vllm.train.replay.window_cache import WindowCache
 from tests.harness.models import random_tokens
 
@@ -32,9 +33,9 @@ def fold_plan(pin_tokens: int) -> FoldPlan:
     return FoldPlan(pin_tokens=pin_tokens, window_tokens=4 * BLOCK, block_size=BLOCK)
 
 
-def make_batch() -> tuple[Batch, list[list[int]]]:
+def make_batch() -> tuple[AlignedBatch, list[list[int]]]:
     ids = [random_tokens(n, seed=n) for n in LENGTHS]
-    return Batch.align(ids, [fold_plan(p) for p in PINS]), ids
+    return AlignedBatch.align(ids, [fold_plan(p) for p in PINS]), ids
 
 
 def load(path: Path, adapter: Path, **options: Any) -> PTEModel:

@@ -21,8 +21,8 @@ from pte_vllm.train.grpo.loss import (
     teaches,
     token_weights,
 )
-from pte_vllm.train.replay.replay import Scores
-from pte_vllm.train.run.config import GrpoOptions
+from pte_vllm.train.options.runs import GrpoOptions
+from pte_vllm.train.replay.results import Scores
 from tests.train.steps import a_step, policy
 
 

@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pte_vllm.adapter.format import Adapter
-from pte_vllm.train.grpo.loss import Sample
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.grpo.loss import ScoredRollout
+from pte_vllm.train.options.runs import GrpoOptions
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Scores, replay
-from pte_vllm.train.run.config import GrpoOptions
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 from tests.train.naive import walk
 from tests.train.steps import (
     TEMPERATURE,
@@ -39,7 +40,7 @@ def model(tiny: Tiny, adapters: Adapters) -> PTEModel:
 
 
 def naive_loss(
-    samples: list[Sample],
+    samples: list[ScoredRollout],
     now: list[torch.Tensor],
     old: list[torch.Tensor],
     reference: list[torch.Tensor] | None,
@@ -125,7 +126,7 @@ def test_first_step_is_the_formula(model: PTEModel, options: dict[str, Any]) -> 
             here = scores.tokens >= first
             return (scores.logprobs[here] * c[scores.tokens[here] - first]).sum()
 
-        batch = Batch.align([sample.rollout.token_ids], [sample.rollout.plan])
+        batch = AlignedBatch.align([sample.rollout.token_ids], [sample.rollout.plan])
         replay(model, batch, temperature=TEMPERATURE, backward="segments", loss=chain)
     wanted = gradients(model)
     model.zero_grad()

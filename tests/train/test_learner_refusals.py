@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pte_vllm.train.grpo.learner import Learner
-from pte_vllm.train.grpo.loss import DriftError, Sample, staleness, with_advantages
+from pte_vllm.train.grpo.loss import DriftError, ScoredRollout, staleness, with_advantages
+from pte_vllm.train.options.runs import GrpoOptions
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.run.config import GrpoOptions
 from tests.train.steps import TEMPERATURE, a_step, learner, policy, shifted
 
 Tiny = Callable[[str], Path]
@@ -75,7 +75,7 @@ def test_stale_rollouts_are_refused(model: PTEModel) -> None:
 def test_rollouts_of_another_rule_are_refused(model: PTEModel) -> None:
     samples = a_step(model)
 
-    def under(rule: str | None) -> list[Sample]:
+    def under(rule: str | None) -> list[ScoredRollout]:
         return [samples[0], replace(samples[1], rollout=replace(samples[1].rollout, rule=rule))]
 
     for rule in (None, "paper"):

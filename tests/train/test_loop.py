@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from pte_vllm.adapter.format import Adapter
-from pte_vllm.train.data.questions import Problem, Stream
+from pte_vllm.train.data.questions import Problem, QuestionStream
 from pte_vllm.train.grpo import sampling
 from pte_vllm.train.grpo.loop import train
 from pte_vllm.train.grpo.loss import DriftError
+from pte_vllm.train.options.runs import GrpoRun
 from pte_vllm.train.run.checkpoint import Checkpoints, read_state
-from pte_vllm.train.run.config import GrpoRun
 from pte_vllm.train.run.log import MetricsLog, read_metrics
 from pte_vllm.train.run.start import learning_rate
 from pte_vllm.wire.transport import ServerError
@@ -37,8 +37,8 @@ class Questions:
         return Problem(key=str(index), prompt=tokens, answer=[index], reward="exact")
 
 
-def stream() -> Stream:
-    return Stream(Questions(), seed=5)
+def stream() -> QuestionStream:
+    return QuestionStream(Questions(), seed=5)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from pte_vllm.adapter.format import Adapter
 from pte_vllm.method.names import RULES
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Fold, Scores, log_probs
+from pte_vllm.train.replay.results import Fold, Scores
+from pte_vllm.train.replay.segments import log_probs
 from tests.harness.models import random_tokens
 from tests.train import naive
 
@@ -358,5 +359,5 @@ def test_weights_of_the_same_form_are_taken(tiny: Tiny, adapters: Adapters) -> N
 
 
 def test_import_leaves_vllm_alone() -> None:
-    code = "import sys, pte_vllm.train.replay.replay; sys.exit('vllm' in sys.modules)"
+    code = "import sys, pte_vllm.train.replay.segments; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,8 +12,8 @@ import torch
 
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.train.distill.loop import train
+from pte_vllm.train.options.runs import DistillRun, GrpoRun
 from pte_vllm.train.run.checkpoint import Checkpoints
-from pte_vllm.train.run.config import DistillRun, GrpoRun
 from pte_vllm.train.run.resume import resumed
 from pte_vllm.train.run.start import start_run
 

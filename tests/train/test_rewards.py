@@ -12,6 +12,7 @@ from typing import get_args
 
 import pytest
 
+from pte_vllm.train.data.answers import MAX_ANSWER_CHARS, final_answer, last_boxed
 from pte_vllm.train.data.gym_tasks import (
     FORMULA_TASKS,
     LITERAL_TASKS,
@@ -19,16 +20,13 @@ from pte_vllm.train.data.gym_tasks import (
     may_be_evaluated,
 )
 from pte_vllm.train.data.questions import Problem
+from pte_vllm.train.options.runs import REWARD_NAMES
 from pte_vllm.train.rewards.functions import (
     _GYM_WORKER,
     _MATH_WORKER,
-    MAX_ANSWER_CHARS,
     REWARDS,
-    final_answer,
-    last_boxed,
     score,
 )
-from pte_vllm.train.run.config import REWARD_NAMES
 
 EVALUATED = sorted(LITERAL_TASKS | FORMULA_TASKS)
 

@@ -11,14 +11,14 @@ from pte_vllm.train.data.memory_tasks import (
     NODES,
     TASKS,
     VOCABULARY,
-    Sample,
+    MemorySequence,
     fact_of,
     node_token,
     sample_batch,
 )
 
 
-def solve(sample: Sample) -> list[int]:
+def solve(sample: MemorySequence) -> list[int]:
     """Every answer by looking facts up, the latest first; 0 where nothing is asked."""
     known: dict[int, int] = {}
     found = [0] * len(sample.ids)

@@ -28,7 +28,7 @@ def parity(spec: Spec) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from pte_vllm.train.replay.modeling import PTEModel
-    from pte_vllm.train.replay.replay import log_probs
+    from pte_vllm.train.replay.segments import log_probs
 
     root, size = Path(spec.scratch) / "parity", spec.block_size
     model = write_model(root / "model", TINY, weights=True)

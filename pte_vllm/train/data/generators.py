@@ -10,7 +10,7 @@ from typing import Any
 
 from pte_vllm.train.data.gym_tasks import gym_dataset
 from pte_vllm.train.data.questions import Problem, ask, is_count, reward_of
-from pte_vllm.train.run.config import DataOptions
+from pte_vllm.train.options.runs import DataOptions
 
 TAGGED = "{prompt}\n\nReason step by step, and put the final answer between <answer> and </answer>."
 
@@ -18,12 +18,12 @@ _GYM_CHUNK = 500  # questions of one reasoning-gym object; some of them list all
 
 
 def _first_seed(options: DataOptions) -> int:
-    """Where a generator starts: far apart for other seeds and splits."""
+    """Return the seed of question 0, far from that of any other `--data.seed` or split."""
     return random.Random(f"{options.seed}/{options.split}").randrange(2**31)
 
 
 class GymSource:
-    """A task of reasoning-gym: endless, question `i` from seed `first + i`.
+    """An endless source of one task of reasoning-gym; question `i` is made from seed `first + i`.
 
     Raises:
         ValueError: naming the flag, if there is no such task, or it does not take the options.
@@ -61,7 +61,9 @@ class GymSource:
 
 
 class MemorySource:
-    """A task of `tasks.TASKS`, as token ids: endless, question `i` from seed `first + i`.
+    """An endless source of one of `memory_tasks.TASKS`, as token ids.
+
+    Question `i` is made from seed `first + i`.
 
     Its options are `gap_tokens`, a number or `[low, high]`, and `facts`.
 

@@ -45,7 +45,7 @@ _FUNCTIONS = {
 
 
 def may_be_evaluated(task: str, answer: str) -> bool:
-    """Whether the scorer of a task may see an answer: always, if it does not evaluate it.
+    """Say whether the scorer of a task may see an answer: always, if it does not evaluate it.
 
     Text that is no expression of Python is left to scorers that call `eval`, where it means itself
     (`1 2 3`), and kept from sympy's, which would make an expression of some of it.
@@ -64,7 +64,7 @@ def may_be_evaluated(task: str, answer: str) -> bool:
 
 
 def dodges(task: str, answer: str, right: str) -> bool:
-    """Whether an answer would earn a reward without being one, by a gap in the task's scorer.
+    """Say whether an answer would earn a reward without being right, by a gap in the scorer.
 
     NaN passes the comparisons of some, which refuse what differs by too much; an integral of what
     was asked has the right derivative. Seen in reasoning-gym 0.1.25.
@@ -75,14 +75,14 @@ def dodges(task: str, answer: str, right: str) -> bool:
 
 
 def _is_literal(node: ast.AST) -> bool:
-    """Lists of constants; a name alone is an answer in letters."""
+    """Say whether a node belongs to a list of constants, or is a name: an answer in letters."""
     return isinstance(node, _LITERAL_NODES + _SIGNS)
 
 
 def _is_formula(node: ast.AST) -> bool:
-    """Numbers, symbols, operators, and functions of one or more of these.
+    """Say whether a node is a number, a symbol, an operator or a known function of these.
 
-    Not text: sympy's functions evaluate it.
+    Text is none of these: sympy's functions evaluate it.
     """
     if isinstance(node, ast.Constant):
         return isinstance(node.value, int | float | complex)
@@ -92,7 +92,7 @@ def _is_formula(node: ast.AST) -> bool:
 
 
 def gym_dataset(task: str, task_options: Mapping[str, Any], *, seed: int, size: int) -> Any:
-    """A `reasoning_gym` data set.
+    """Make a data set of reasoning-gym: `size` questions of one task.
 
     Raises:
         ValueError: naming the flag, if there is no such task, or it does not take the options.

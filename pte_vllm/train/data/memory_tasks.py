@@ -22,7 +22,7 @@ NODES = 32
 """Nodes, and so keys and values of facts. A blind guess is right once in `NODES` times."""
 NOISE_TOKENS = 16
 PIN_TOKENS = 8
-"""Tokens of the instruction."""
+"""How many tokens the instruction has."""
 
 _BOS = 0
 _INSTRUCTION = 1  # one id for each task
@@ -34,22 +34,22 @@ VOCABULARY = _FACT + NODES * NODES
 
 
 def node_token(node: int) -> int:
-    """The token that names a node: an answer, or a question about it."""
+    """Return the token that names a node: an answer, or a question about it."""
     return _NODE + node
 
 
 def fact_token(key: int, value: int) -> int:
-    """The token that says `key→value`."""
+    """Return the token that says `key→value`."""
     return _FACT + key * NODES + value
 
 
 def fact_of(token: int) -> tuple[int, int] | None:
-    """`(key, value)` of a fact's token; None for any other token."""
+    """Return `(key, value)` of a fact's token; None for any other token."""
     return divmod(token - _FACT, NODES) if token >= _FACT else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class MemoryQuestion:
     """One question, for reinforcement learning: the answer is to be generated."""
 
     prompt_ids: list[int]
@@ -59,7 +59,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class MemorySequence:
     """One sequence with questions and answers, for supervised training and scoring."""
 
     task: str
@@ -70,11 +70,11 @@ class Sample:
     answers: list[bool]
     """By token: whether it is an answer that counts."""
 
-    def problem(self) -> Problem:
-        """The first question alone."""
+    def problem(self) -> MemoryQuestion:
+        """Cut the sequence off at its first answer, which is then to be generated."""
         first = self.answers.index(True)
         last = next((t for t in range(first, len(self.ids)) if not self.answers[t]), len(self.ids))
-        return Problem(
+        return MemoryQuestion(
             prompt_ids=self.ids[:first],
             answer_ids=self.ids[first:last],
             pin_tokens=self.pin_tokens,
@@ -94,7 +94,7 @@ def _recall(rng: random.Random, facts: int) -> Body:
 
 
 def _passkey(rng: random.Random, facts: int) -> Body:
-    """A third of the facts that `recall` has, each after some noise."""
+    """State a third of the facts that `recall` has, each after some noise."""
     keys = rng.sample(range(NODES), max(1, facts // 3))
     pairs = [(key, rng.randrange(NODES)) for key in keys]
     body = []
@@ -108,7 +108,7 @@ ASSIGNMENTS = 3
 
 
 def _state(rng: random.Random, facts: int) -> Body:
-    """Each of a few variables is assigned several times; asked is what holds at the end."""
+    """Assign to each of a few variables several times; asked is what holds at the end."""
     variables = rng.sample(range(NODES), max(1, facts // 3))
     body, values = [], dict.fromkeys(variables, 0)
     for turn in range(ASSIGNMENTS):
@@ -125,7 +125,7 @@ HOPS = 3
 
 
 def _chase(rng: random.Random, facts: int) -> Body:
-    """Chains of `HOPS` facts, in any order; each node on the way is named in turn."""
+    """State chains of `HOPS` facts, in any order; an answer names each node on the way."""
     chains = max(1, facts // HOPS)
     nodes = rng.sample(range(NODES), chains * (HOPS + 1))
     questions = [nodes[i : i + HOPS + 1] for i in range(0, len(nodes), HOPS + 1)]
@@ -153,13 +153,14 @@ class Task:
     distractors: bool
     """Whether the gap holds facts about other nodes; else it holds noise."""
 
-    def sample(self, rng: random.Random, *, gap_tokens: int, facts: int = 6) -> Sample:
+    def sample(self, rng: random.Random, *, gap_tokens: int, facts: int = 6) -> MemorySequence:
         """Make one sequence.
 
         Args:
-            rng: the source of all choices.
-            gap_tokens: tokens between the last fact that is asked and the first question.
-            facts: facts to hold; tasks that ask less per fact hold fewer.
+            rng: makes all choices.
+            gap_tokens: how many tokens lie between the last fact that is asked and the first
+                question.
+            facts: how many facts the sequence holds; tasks that ask less per fact hold fewer.
 
         Raises:
             ValueError: if a number is out of range.
@@ -177,7 +178,7 @@ class Task:
         for question in questions:
             ids += [node_token(node) for node in question]
             answers += [False] + [True] * (len(question) - 1)
-        return Sample(
+        return MemorySequence(
             task=self.name, ids=ids, pin_tokens=PIN_TOKENS, gap_tokens=gap_tokens, answers=answers
         )
 
@@ -201,8 +202,8 @@ def sample_batch(
     gap_tokens: tuple[int, int],
     tasks: Sequence[str] = tuple(TASKS),
     facts: int = 6,
-) -> list[Sample]:
-    """`size` sequences that take turns among `tasks`, each with a gap drawn from `[low, high]`.
+) -> list[MemorySequence]:
+    """Make `size` sequences that take turns among `tasks`, with gaps drawn from `[low, high]`.
 
     Raises:
         ValueError: on an unknown task.

@@ -1,6 +1,6 @@
 """Questions for training: what one is, and a stream of them whose position can be saved.
 
-Where they come from is in `data_sources`. Imports neither torch nor transformers.
+`data.sources` says where they come from.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
-from pte_vllm.train.run.config import DataOptions
+from pte_vllm.train.options.runs import DataOptions
 
 _MAX_REJECTED = 10_000
 """Questions of an endless source rejected in a row before it is called hopeless."""
 
 
 class Message(TypedDict):
+    """A message for a chat template."""
+
     role: str
     content: str
 
@@ -27,7 +29,7 @@ Prompt = str | list[Message] | list[int]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One question."""
+    """One question, and what is needed to ask it and to reward an answer."""
 
     key: str
     """Names it within its source, such as `gsm8k/train/17`; the same in every run."""
@@ -35,14 +37,14 @@ class Problem:
     answer: str | list[int]
     """What its reward compares with: text, or token ids."""
     reward: str
-    """Name of its reward function in `rewards.REWARDS`."""
+    """The name of its reward function in `rewards.functions.REWARDS`."""
     pin_tokens: int | None = None
-    """Tokens at the start that are never evicted; None: the whole prompt."""
+    """How many tokens at the start are never evicted; None: the whole prompt."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """What else the source says about it."""
 
 
-class Source(Protocol):
+class QuestionSource(Protocol):
     """Questions by number; the same number gives the same question in every process."""
 
     @property
@@ -58,28 +60,29 @@ class StreamState(TypedDict):
 
     seed: int
     size: int
-    """0 for an endless source."""
+    """How many questions the source holds; 0 for an endless source."""
     drawn: int
-    """Questions taken from the source so far, rejected ones included."""
+    """How many questions were taken from the source so far, rejected ones included."""
 
 
-class Stream:
-    """Endless sequence of questions, a pure function of source and seed.
+class QuestionStream:
+    """An endless sequence of questions, a pure function of source and seed.
 
     A finite source is shuffled anew for each epoch; an endless one is read in order, as it has its
     own seed.
 
     Args:
         source: where questions come from.
-        seed: of the order.
-        keep: questions for which it is false are left out, such as prompts that are too long.
+        seed: decides the order of a finite source.
+        keep: says whether a question is used, such as whether its prompt is short enough; None:
+            all are.
 
     Raises:
         ValueError: if the source is empty.
     """
 
     def __init__(
-        self, source: Source, *, seed: int, keep: Callable[[Problem], bool] | None = None
+        self, source: QuestionSource, *, seed: int, keep: Callable[[Problem], bool] | None = None
     ) -> None:
         if source.size == 0:
             raise ValueError("--data.source: it holds no questions")
@@ -91,15 +94,15 @@ class Stream:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next question; stays 0 for an endless source."""
+        """The epoch of the next question; stays 0 for an endless source."""
         return self._drawn // self.source.size if self.source.size else 0
 
     def take(self, count: int) -> list[Problem]:
-        """The next `count` questions."""
+        """Return the next `count` questions."""
         return [self.next() for _ in range(count)]
 
     def next(self) -> Problem:
-        """The next question.
+        """Return the next question.
 
         Raises:
             ValueError: if a whole epoch, or 10,000 questions in a row, are left out.
@@ -125,6 +128,7 @@ class Stream:
         return self._order[1][place]
 
     def state(self) -> StreamState:
+        """Return the position, for `restore`."""
         return StreamState(seed=self.seed, size=self.source.size or 0, drawn=self._drawn)
 
     def restore(self, state: StreamState) -> None:
@@ -147,7 +151,7 @@ class Stream:
 
 
 def ask(options: DataOptions, question: str, template: str) -> Prompt:
-    """The prompt that asks `question`."""
+    """Write the prompt that asks `question`, by the given template unless the options have one."""
     # Not str.format: questions and templates are full of braces.
     text = (options.prompt_template or template).replace("{prompt}", question)
     if not options.chat:
@@ -157,20 +161,20 @@ def ask(options: DataOptions, question: str, template: str) -> Prompt:
 
 
 def reward_of(options: DataOptions, fitting: str) -> str:
-    """Name of the reward: the one asked for, or what fits."""
+    """Return the name of the reward: the one asked for, or the one that fits the source."""
     return fitting if options.reward == "auto" else options.reward
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value from a file is an integer from 0, such as a token id."""
+    """Say whether a value from a file is an integer from 0, such as a token id."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def prompt_ids(problem: Problem, tokenizer: Any) -> list[int]:
-    """Token ids of a question's prompt, ready for an answer to follow.
+    """Turn a question's prompt into token ids, ready for an answer to follow.
 
     Args:
-        problem: the question.
+        problem: the question that is asked.
         tokenizer: a transformers tokenizer; None will do where the prompt is token ids.
 
     Raises:
@@ -189,5 +193,5 @@ def prompt_ids(problem: Problem, tokenizer: Any) -> list[int]:
 
 
 def at_most(max_prompt_tokens: int, tokenizer: Any) -> Callable[[Problem], bool]:
-    """For `Stream`'s `keep`: whether a prompt has at most so many tokens."""
+    """Make a `keep` for `QuestionStream`: whether a prompt has at most so many tokens."""
     return lambda problem: len(prompt_ids(problem, tokenizer)) <= max_prompt_tokens

@@ -13,31 +13,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pte_vllm.train.data.answers import last_boxed
 from pte_vllm.train.data.generators import GymSource, MemorySource
 from pte_vllm.train.data.questions import (
     Message,
     Problem,
     Prompt,
-    Source,
-    Stream,
+    QuestionSource,
+    QuestionStream,
     ask,
     is_count,
     reward_of,
 )
-from pte_vllm.train.rewards.functions import last_boxed
-from pte_vllm.train.run.config import DataOptions
+from pte_vllm.train.options.runs import DataOptions
 
 BOXED = "{prompt}\n\nReason step by step, and put the final answer within \\boxed{}."
 
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
-def open_stream(options: DataOptions, *, keep: Callable[[Problem], bool] | None = None) -> Stream:
-    """The stream of a run; see `Stream` for `keep` and `open_source` for errors."""
-    return Stream(open_source(options), seed=options.seed, keep=keep)
+def open_stream(
+    options: DataOptions, *, keep: Callable[[Problem], bool] | None = None
+) -> QuestionStream:
+    """Open the stream of a run; see `QuestionStream` for `keep` and `open_source` for errors."""
+    return QuestionStream(open_source(options), seed=options.seed, keep=keep)
 
 
-def open_source(options: DataOptions) -> Source:
+def open_source(options: DataOptions) -> QuestionSource:
     """Load or set up what `data.source` names.
 
     Raises:
@@ -54,7 +56,7 @@ def open_source(options: DataOptions) -> Source:
 
 
 class ListSource:
-    """Questions made from rows when they are asked for."""
+    """A finite source that makes a question from its row when it is asked for."""
 
     def __init__(self, rows: Sequence[Any], make: Callable[[int, Any], Problem]) -> None:
         self._rows = rows
@@ -137,7 +139,7 @@ _TABLES = {
 }
 
 
-def _open_table(options: DataOptions, table: _Table) -> Source:
+def _open_table(options: DataOptions, table: _Table) -> QuestionSource:
     if options.task is not None and options.task not in table.configs:
         raise ValueError(
             f"--data.task of {options.source} must be one of {', '.join(table.configs)}, "
@@ -167,7 +169,7 @@ def _open_table(options: DataOptions, table: _Table) -> Source:
 
 
 def _load_rows(options: DataOptions, table: _Table) -> Any:
-    """A `datasets.Dataset` of one split."""
+    """Load one split, all its configurations together, as a `datasets.Dataset`."""
     from datasets import concatenate_datasets, get_dataset_config_names, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -210,7 +212,7 @@ def _load_rows(options: DataOptions, table: _Table) -> Any:
 
 
 def _first_of_each(rows: Any, column: str) -> list[int]:
-    """Indices of the first row of each distinct value, in order."""
+    """Return the indices of the first row with each distinct value, in order."""
     seen: set[str] = set()
     first = []
     start = 0
@@ -227,7 +229,7 @@ def _first_of_each(rows: Any, column: str) -> list[int]:
 # A file of questions
 
 
-def _read_jsonl(options: DataOptions) -> Source:
+def _read_jsonl(options: DataOptions) -> QuestionSource:
     assert options.path is not None  # DataOptions sees to it
     rows = []
     with open(options.path, encoding="utf-8") as lines:

@@ -1,4 +1,4 @@
-"""What a distillation is trained on: packed text, or answers that were sampled before.
+"""Examples that a distillation is trained on: packed text, or answers that were sampled before.
 
 Both become examples: tokens, a plan, and which tokens the student is to agree with the teacher on.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 
@@ -26,11 +26,11 @@ class Example:
     tokens: tuple[int, ...]
     plan: FoldPlan
     mask: tuple[int, ...] | None = None
-    """0: not to be trained on; None: everything may be."""
+    """By token, 0 where it must not be trained on; None: everything may be."""
 
     @property
     def wanted(self) -> list[bool]:
-        """Thoughts beyond the first fold: tokens that are predicted after it.
+        """By token, whether student and teacher are to agree on it: it is predicted after a fold.
 
         The token at position `first_fold` is predicted by the one before it, which still sees
         everything: there is nothing to learn, and the long first segment needs no graph.
@@ -41,9 +41,9 @@ class Example:
         ]
 
 
-def align(examples: Sequence[Example]) -> Batch:
-    """Examples side by side; their plans may differ in `pin_tokens` only."""
-    return Batch.align(
+def align(examples: Sequence[Example]) -> AlignedBatch:
+    """Put examples side by side; their plans may differ in `pin_tokens` only."""
+    return AlignedBatch.align(
         [e.tokens for e in examples], [e.plan for e in examples], [e.wanted for e in examples]
     )
 
@@ -51,15 +51,15 @@ def align(examples: Sequence[Example]) -> Batch:
 def read_rollouts(
     lines: Iterable[str], plan_of: Callable[[int], FoldPlan], *, max_sequences: int | None = None
 ) -> list[Example]:
-    """Answers that were sampled before, whatever plan they were sampled under.
+    """Read answers that were sampled before, whatever plan they were sampled under.
 
     Args:
-        lines: of JSON, one `Rollout` each.
-        plan_of: the student's plan, given how many tokens are pinned.
-        max_sequences: reading stops there.
+        lines: lines of JSON that hold one `Rollout` each.
+        plan_of: returns the student's plan, given how many tokens are pinned.
+        max_sequences: how many examples are read at most; None: all.
 
     Returns:
-        Those that reach beyond their first fold.
+        The answers that reach beyond their first fold.
 
     Raises:
         ValueError: if a record is malformed.
@@ -84,14 +84,14 @@ def read_rollouts(
 
 
 def read_texts(source: str, *, split: str = "train", field: str = "text") -> Iterator[str]:
-    """Texts of a source, one document after the other.
+    """Yield the texts of a source, one document after the other.
 
     Args:
         source: a `.jsonl` file; a file of plain text, which is one document; a directory, whose
             plain-text files are read in order of their names; or else what
             `datasets.load_dataset` takes, a name or a path.
-        split: of a dataset.
-        field: that holds the text in a dataset or a `.jsonl` file.
+        split: which split of a data set is read.
+        field: the field that holds the text in a data set or a `.jsonl` file.
 
     Raises:
         ValueError: naming the field, if a record lacks it.
@@ -116,7 +116,7 @@ def read_texts(source: str, *, split: str = "train", field: str = "text") -> Ite
 
 
 def plain_files(directory: Path) -> list[Path]:
-    """Files of plain text below a directory, in order."""
+    """Return the files of plain text below a directory, in order of their names."""
     return sorted(p for p in directory.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES)
 
 
@@ -135,13 +135,16 @@ def pack(
     sequence_tokens: int,
     max_sequences: int | None = None,
 ) -> list[Example]:
-    """Documents one after the other, an end-of-text token after each, cut into equal sequences.
+    """Join documents, with an end-of-text token after each, and cut them into equal sequences.
 
     What remains at the end is dropped.
 
     Args:
-        plan: of every sequence; its `pin_tokens` are pinned whatever stands there.
-        max_sequences: reading stops there.
+        texts: the documents.
+        tokenizer: the base model's tokenizer.
+        plan: the plan of every sequence; its `pin_tokens` are pinned whatever stands there.
+        sequence_tokens: the length of a sequence, pinned tokens included.
+        max_sequences: how many sequences are made at most; None: all.
 
     Raises:
         ValueError: if a sequence would have no token beyond its first fold, or there is no text.
@@ -172,7 +175,7 @@ def pack(
 def batches(
     examples: Sequence[Example], batch_size: int, *, seed: int, start: int = 0
 ) -> Iterator[list[Example]]:
-    """Batches for ever, from step `start` on; every epoch in an order of its own.
+    """Yield batches for ever, from step `start` on; every epoch has an order of its own.
 
     The same seed gives the same batch at the same step, so a resumed run goes on as if it had never
     stopped. A batch may span two epochs.

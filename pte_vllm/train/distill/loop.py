@@ -1,8 +1,8 @@
-"""`pte-vllm train distill`: a warm start for an adapter, without rewards (see `distill_step`).
+"""`pte-vllm train distill`: a warm start for an adapter, without rewards (see `distill.step`).
 
     OUT/run.toml        every option, as resolved
     OUT/samples.jsonl   answers of the base model, with distill.data samples
-    OUT/checkpoints/    see `checkpoint`
+    OUT/checkpoints/    the newest ones (`run.checkpoint` says what they hold)
     OUT/metrics.jsonl   numbers by step, measurements on held-out sequences among them
     OUT/distill.png     KL by step
     OUT/adapter/        after the last step
@@ -24,13 +24,13 @@ from pte_vllm.adapter.sample_text import SAMPLE_TEXT
 from pte_vllm.train.distill.examples import Example, batches, pack, read_rollouts, read_texts
 from pte_vllm.train.distill.samples import sample_answers
 from pte_vllm.train.distill.step import Evaluation, evaluate, take_step
+from pte_vllm.train.options.runs import DistillRun
 from pte_vllm.train.run.checkpoint import (
     RunState,
 )
-from pte_vllm.train.run.config import DistillRun
 from pte_vllm.train.run.log import MetricsLog, ProgressBar, series
 from pte_vllm.train.run.resume import resumed
-from pte_vllm.train.run.start import ADAPTER, Start, learning_rate, load_tokenizer, start_run
+from pte_vllm.train.run.start import ADAPTER, StartedRun, learning_rate, load_tokenizer, start_run
 from pte_vllm.wire.client import ServerError
 
 SAMPLES_FILE, PLOT_FILE = "samples.jsonl", "distill.png"
@@ -47,7 +47,7 @@ def main(run: DistillRun) -> int:
 
 
 def load_examples(run: DistillRun, tokenizer: Any, console: Console) -> list[Example]:
-    """What the run is trained and measured on, in a fixed order.
+    """Load what the run is trained and measured on, in a fixed order.
 
     Raises:
         ValueError: naming the option, if there is too little of it.
@@ -89,7 +89,7 @@ def load_examples(run: DistillRun, tokenizer: Any, console: Console) -> list[Exa
 
 
 def hold_out(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, the latter spread over the whole.
+    """Split examples into those to train on and those held out, which are spread over the whole.
 
     Raises:
         ValueError: if nothing would be left to train on.
@@ -107,7 +107,7 @@ def hold_out(examples: Sequence[Example], count: int) -> tuple[list[Example], li
 
 
 def train(run: DistillRun) -> list[dict[str, float]]:
-    """Distil, from the newest checkpoint on if there is one; returns the records of `metrics`.
+    """Distil, from the newest checkpoint on if there is one; returns the metrics by step.
 
     Raises:
         ValueError: naming the option, if one does not fit.
@@ -140,7 +140,7 @@ def train(run: DistillRun) -> list[dict[str, float]]:
 
 def _run_steps(
     run: DistillRun,
-    start: Start,
+    start: StartedRun,
     examples: Sequence[Example],
     held_out: Sequence[Example],
     metrics: MetricsLog,
@@ -187,7 +187,7 @@ def _run_steps(
 
 
 def describe(found: Evaluation) -> str:
-    """One line."""
+    """Write a measurement in one line."""
     full, window, student = found.perplexities
     return (
         f"perplexity beyond the first fold: full {full:.3f}, window {window:.3f}, student "
@@ -197,7 +197,7 @@ def describe(found: Evaluation) -> str:
 
 
 def plot(records: Sequence[Mapping[str, float]], path: Path) -> None:
-    """KL of every step, and on held-out sequences that of window and student, as a PNG."""
+    """Plot the KL of every step, and that of window and student where held out, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Answers to distil on: the base model's own, sampled by a server under full attention."""
+"""Samples answers to distil on: the base model's own, by a server under full attention."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pte_vllm.train.data.questions import at_most, prompt_ids
 from pte_vllm.train.data.sources import open_stream
-from pte_vllm.train.grpo.loop import connect
-from pte_vllm.train.run.config import DistillRun
+from pte_vllm.train.options.runs import DistillRun
+from pte_vllm.train.run.connection import connect
 
 
 def sample_answers(run: DistillRun, tokenizer: Any, path: Path, console: Console) -> None:

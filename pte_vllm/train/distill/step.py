@@ -7,8 +7,8 @@ the adapter and the window. The loss of a step is forward KL, for the tokens bey
 
 without a factor T², so that it reads in nats at any temperature. Gradients come from the replay
 segment by segment: activations do not grow with the length of a sequence. The teacher's KV cache
-does, the student's evicted keys and values do (`replay.py`), and one hidden state is kept of each
-token (`teacher.py`).
+does, the student's evicted keys and values do (`replay.segments`), and one hidden state is kept of
+each token (`distill.teacher`).
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ from torch import Tensor
 
 from pte_vllm.train.distill.examples import Example, align
 from pte_vllm.train.distill.teacher import CHUNK_TOKENS, Teacher, ask_teacher
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One optimizer step."""
+    """What one optimizer step found."""
 
     kl: float
-    """Mean KL to the teacher, in nats, before the step: the loss."""
+    """The loss: the mean KL to the teacher before the step, in nats."""
     grad_norm: float
-    """Before clipping."""
+    """The gradient's norm before clipping."""
     wanted_tokens: int
-    """Tokens with a loss."""
+    """How many tokens have a loss."""
     tokens: int
-    """All tokens of the batch."""
+    """How many tokens the batch has."""
     folds: float
-    """Mean per sequence."""
+    """The mean number of folds of a sequence."""
 
     def as_metrics(self) -> dict[str, float]:
+        """Return the numbers by name."""
         return asdict(self)
 
 
@@ -56,11 +58,16 @@ def accumulate_gradient(
     teacher_top_k: int = 0,
     teacher_chunk_tokens: int = CHUNK_TOKENS,
 ) -> StepReport:
-    """Add the gradient of one batch's loss to the model's parameters; `grad_norm` is theirs.
+    """Add the gradient of one batch's loss to the gradients of the model's parameters.
 
     Args:
-        micro_batch_sequences: replayed at once; does not change the result.
-        teacher_top_k: see `Teacher.kl`; 0 is exact.
+        model: student and teacher.
+        examples: the batch.
+        micro_batch_sequences: how many sequences are replayed at once; does not change the result.
+        temperature: the temperature of both distributions.
+        teacher_top_k: how many of the teacher's best tokens are compared, as `Teacher.kl` says; 0:
+            the whole distribution.
+        teacher_chunk_tokens: most tokens of one forward pass of the teacher.
 
     Raises:
         ValueError: if no token of the batch lies beyond a first fold.
@@ -94,8 +101,8 @@ def accumulate_gradient(
     )
 
 
-def micro_batches(examples: Sequence[Example], size: int) -> Iterable[Batch]:
-    """At most `size` examples each, of like length, so that little is padded."""
+def micro_batches(examples: Sequence[Example], size: int) -> Iterable[AlignedBatch]:
+    """Align at most `size` examples at a time, of like length, so that little is padded."""
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     for first in range(0, len(ordered), size):
         yield align(ordered[first : first + size])
@@ -109,7 +116,7 @@ def take_step(
     max_grad_norm: float,
     **options: Any,
 ) -> StepReport:
-    """One optimizer step on a batch; `options` are `accumulate_gradient`'s.
+    """Take an optimizer step on a batch; `options` are `accumulate_gradient`'s.
 
     Raises:
         FloatingPointError: if the gradient is not finite; the adapter is then unchanged.
@@ -130,29 +137,34 @@ def take_step(
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Text beyond the first fold at temperature 1, means over `tokens` tokens, in nats."""
+    """How well text beyond the first fold is predicted at temperature 1.
+
+    Losses and KLs are means over `tokens` tokens, in nats.
+    """
 
     tokens: int
     loss_full: float
-    """Negative log-likelihood under full attention: the teacher."""
+    """The teacher's negative log-likelihood, under full attention."""
     loss_window: float
-    """The base model, which forgets what leaves the window."""
+    """That of the base model, which forgets what leaves the window."""
     loss_student: float
+    """That of the base model with the adapter, under the same window."""
     kl_window: float
     """KL(teacher ‖ base model under the window)."""
     kl_student: float
 
     @property
     def perplexities(self) -> tuple[float, float, float]:
-        """Full attention, window, student."""
+        """Perplexities under full attention, of the window, and of the student."""
         return math.exp(self.loss_full), math.exp(self.loss_window), math.exp(self.loss_student)
 
     @property
     def recovered(self) -> float:
-        """Part of the window's KL to the teacher that the adapter takes away; 1 is all of it."""
+        """Share of the window's KL to the teacher that the adapter takes away; 1 is all of it."""
         return 1.0 - self.kl_student / self.kl_window if self.kl_window else math.nan
 
     def as_metrics(self) -> dict[str, float]:
+        """Return the numbers by name, perplexities included."""
         full, window, student = self.perplexities
         return {
             **asdict(self),
@@ -171,10 +183,13 @@ def evaluate(
     micro_batch_sequences: int = 4,
     rule: str | None = None,
 ) -> Evaluation:
-    """Full attention, the window, and the window with the adapter on the same tokens.
+    """Measure full attention, the window, and the window with the adapter, on the same tokens.
 
     Args:
-        rule: overrides the adapter's.
+        model: student and teacher.
+        examples: the sequences to measure on.
+        micro_batch_sequences: how many sequences are replayed at once; does not change the result.
+        rule: the rule to fold by; None: the adapter's.
 
     Raises:
         ValueError: if no token lies beyond a first fold.

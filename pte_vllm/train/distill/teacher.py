@@ -16,9 +16,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 
 CHUNK_TOKENS = 512
 """Columns of one forward of the teacher; bounds its attention scores, not its KV cache."""
@@ -26,7 +27,7 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """What the teacher says of a batch's wanted tokens, in one form or the other."""
+    """What the teacher says of a batch's wanted tokens: exactly, or of its k best tokens only."""
 
     model: PTEModel
     temperature: float
@@ -38,18 +39,18 @@ class Teacher:
 
     @property
     def num_tokens(self) -> int:
-        """M."""
+        """How many tokens the teacher was asked for, M."""
         return int((self.index >= 0).sum())
 
     def kl(self, scores: Scores) -> Tensor:
-        """KL(teacher ‖ student) of each scored token, `[N]`, in nats.
+        """Compute KL(teacher ‖ student) of each scored token, `[N]`, in nats.
 
         With `top_k` the vocabulary has k + 1 classes, the teacher's k best and the rest as one, for
         both sides; nothing is renormalised. Merging classes can only lower a KL, so this is a lower
         bound of the exact one, and still 0 for a student that agrees.
 
         Args:
-            scores: of the student, at the teacher's temperature.
+            scores: the student's scores, at the teacher's temperature.
 
         Raises:
             ValueError: if the teacher was not asked for one of the tokens.
@@ -72,7 +73,7 @@ class Teacher:
 @torch.no_grad()
 def ask_teacher(
     model: PTEModel,
-    batch: Batch,
+    batch: AlignedBatch,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -83,9 +84,11 @@ def ask_teacher(
     Its KV cache holds the whole sequences and is gone on return.
 
     Args:
-        model: student and teacher; the adapter is off meanwhile.
-        batch: aligned for the student; its wanted tokens are the teacher's.
-        top_k: probabilities kept for each token; 0: the whole distribution.
+        model: student and teacher; its adapter is off meanwhile.
+        batch: sequences aligned for the student, whose wanted tokens the teacher is asked for.
+        temperature: the temperature of both distributions.
+        top_k: how many probabilities are kept for each token; 0: the whole distribution.
+        chunk_tokens: most tokens of one forward pass.
 
     Raises:
         ValueError: if an option is out of range.
@@ -134,21 +137,21 @@ def ask_teacher(
 
 
 def _output_layer(model: PTEModel) -> nn.Module:
-    """The base model's, also where a LoRA lies on it: the teacher has none."""
+    """Return the base model's output layer, without a LoRA that lies on it."""
     layer: nn.Module = model.base.get_output_embeddings()
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def merged_log_softmax(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probs `[N, k + 1]` of the tokens `ids: [N, k]`, then of all others together."""
+    """Compute log-probs `[N, k + 1]` of the tokens `ids: [N, k]`, then of all others together."""
     log_total = logits.logsumexp(-1, keepdim=True)
     rest = logits.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
     return torch.cat((logits.gather(-1, ids), rest), -1) - log_total
 
 
-def unbounded(batch: Batch) -> Batch:
-    """The same sequences and wanted tokens under full attention: token t in column t."""
-    return Batch(
+def unbounded(batch: AlignedBatch) -> AlignedBatch:
+    """Put the same sequences and wanted tokens under full attention: token t in column t."""
+    return AlignedBatch(
         ids=batch.by_token(batch.ids),
         left=torch.zeros_like(batch.left),
         lengths=batch.lengths,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pte_vllm.train.data.memory_tasks import TASKS
 
 if TYPE_CHECKING:
-    from pte_vllm.train.experiments.memory_arms import Arm, Budget
+    from pte_vllm.train.experiments.memory_arms import Budget, MemoryArm
     from pte_vllm.train.experiments.memory_plans import Plan
 
 
@@ -80,7 +80,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _plan(options: argparse.Namespace) -> tuple[Plan, str]:
-    """The run that the flags ask for, and the name of its files."""
+    """Return the run that the flags ask for, and the name of its files."""
     from pte_vllm.train.experiments import memory_plans as plans
 
     plan, name = plans.FULL_PLAN, "memory"
@@ -111,9 +111,10 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, str]:
 
 
 def run(plan: Plan, out: Path, *, jobs: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Train the base model if `out` lacks it, then every arm; returns both reports.
+    """Train the base model if `out` lacks it, then every arm.
 
-    Records are in the order of the plan: arm by arm, seed by seed.
+    Returns:
+        What the base model reached, and a record for each arm and seed, in the order of the plan.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -158,7 +159,7 @@ def run(plan: Plan, out: Path, *, jobs: int) -> tuple[dict[str, Any], list[dict[
 
 
 def _bytes(plan: Plan) -> dict[str, dict[str, int]]:
-    """What a sequence of each arm holds at most, in fp32."""
+    """Count the bytes that a sequence of each arm holds at most, in fp32."""
     from pte_vllm.train.experiments.memory_arms import longest_tokens
 
     base, longest = plan.base, longest_tokens(plan.budget)
@@ -171,13 +172,13 @@ def _bytes(plan: Plan) -> dict[str, dict[str, int]]:
     }
 
 
-def _seeds(plan: Plan, arm: Arm) -> tuple[int, ...]:
-    """What is not trained has no seed."""
+def _seeds(plan: Plan, arm: MemoryArm) -> tuple[int, ...]:
+    """Return the seeds of an arm: one where nothing is trained, as all would agree."""
     return plan.seeds if arm.trained else plan.seeds[:1]
 
 
-def _file(plan: Plan, out: Path, arm: Arm, seed: int) -> Path:
-    """Where the record of one run lies: named by everything that it depends on."""
+def _file(plan: Plan, out: Path, arm: MemoryArm, seed: int) -> Path:
+    """Return where the record of an arm and seed lies; its name is a hash of what it depends on."""
     budget = asdict(plan.budget) if arm.trained else {"eval": asdict(plan.budget)}
     text = json.dumps([plan.base.key(), asdict(arm), budget], sort_keys=True)
     return out / "runs" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}-{seed}.json"
@@ -200,8 +201,8 @@ def _base(plan: Plan, out: Path, progress: Any) -> tuple[Path, dict[str, Any]]:
     return base, report
 
 
-def _work(base: Path, arm: Arm, budget: Budget, seed: int) -> dict[str, Any]:
-    """One arm with one seed, in a worker process."""
+def _work(base: Path, arm: MemoryArm, budget: Budget, seed: int) -> dict[str, Any]:
+    """Train and score one arm with one seed, in a worker process."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 

@@ -17,11 +17,11 @@ from pte_vllm.adapter.format import Adapter
 from pte_vllm.adapter.init import init_adapter
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.data.memory_tasks import PIN_TOKENS, TASKS, Sample, sample_batch
+from pte_vllm.train.data.memory_tasks import PIN_TOKENS, TASKS, MemorySequence, sample_batch
 from pte_vllm.train.experiments.supervised import Schedule, score_answers, train_answers
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Backward
+from pte_vllm.train.replay.segments import Backward
 
 BLOCK_TOKENS = 8
 WINDOW_TOKENS = 16
@@ -30,40 +30,41 @@ _CALIBRATION_SAMPLES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to hold the past."""
+class MemoryArm:
+    """One way to hold the past, and how its adapter starts."""
 
     name: str
     adapter: Literal["none", "lora", "pte"] = "pte"
-    """`lora`: a plain LoRA, whose state is the identity."""
+    """What is trained; `lora` is a plain LoRA, whose state is the identity."""
     window_tokens: int = WINDOW_TOKENS
-    """0: full attention."""
+    """Tokens of the window; 0: full attention."""
     method: PTEConfig = field(default_factory=PTEConfig)
     target_modules: tuple[str, ...] = TARGET_MODULES
     gain: float = 1.0
-    """Times the calibrated one."""
+    """A factor on the calibrated gain."""
     value_start: float = 0.1
     """B of v_proj starts at this times W_Vᵀ: values come out where values go in; 0: B is zero."""
     backward: Backward = "segments"
 
     @property
     def trained(self) -> bool:
+        """Whether there is an adapter to train."""
         return self.adapter != "none"
 
     def state_bytes(self, layers: int) -> int:
-        """What a sequence holds besides its KV cache: S, and for `ridge` two sums; fp32."""
+        """Count the bytes a sequence holds beside its KV cache: S, with `ridge` two sums, fp32."""
         if self.adapter != "pte" or self.method.rule == "none":
             return 0
         numbers = self.method.global_tokens * self.method.rank
         return 4 * layers * numbers * (3 if self.method.rule == "ridge" else 1)
 
     def kv_bytes(self, layers: int, kv_size: int, longest: int) -> int:
-        """Most bytes of keys and values of one sequence, fp32.
+        """Count the most bytes that keys and values of one sequence take, fp32.
 
         Args:
-            layers: of the model.
+            layers: how many layers the model has.
             kv_size: KV heads × head size.
-            longest: tokens of the longest sequence, which full attention keeps.
+            longest: how many tokens the longest sequence has; full attention keeps them all.
         """
         plan = plan_of(self.window_tokens)
         tokens = plan.pin_tokens + plan.window_tokens if plan.bounded else longest
@@ -71,6 +72,7 @@ class Arm:
 
 
 def plan_of(window_tokens: int) -> FoldPlan:
+    """Return the plan of every sequence of an arm with this window."""
     return FoldPlan(
         pin_tokens=PIN_TOKENS,
         window_tokens=window_tokens,
@@ -81,25 +83,25 @@ def plan_of(window_tokens: int) -> FoldPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Training and scoring of one arm; the same for all."""
+    """How long an arm is trained, and on what it is scored; the same for all arms."""
 
     steps: int = 400
     batch_size: int = 32
     learning_rate: float = 3e-3
     gap_tokens: tuple[int, int] = (40, 72)
-    """Trained gaps, from and to."""
+    """Least and greatest gap that is trained."""
     facts: tuple[int, int] = (3, 9)
-    """Facts in a trained sequence, from and to."""
+    """Least and greatest number of facts in a trained sequence."""
     tasks: tuple[str, ...] = tuple(TASKS)
     eval_gaps: tuple[int, ...] = (40, 56, 72, 96, 128)
     eval_facts: tuple[int, ...] = (6,)
-    """The first one for the gaps; the others are scored at the second gap only."""
+    """Facts of scored sequences: the first number at every gap, the others at the second gap."""
     eval_size: int = 64
-    """Sequences of each task at each gap."""
+    """How many sequences of each task are scored at each gap."""
 
 
 def longest_tokens(budget: Budget) -> int:
-    """Of the sequences that are scored."""
+    """Return the length of the longest sequence that is scored."""
     first, *others = budget.eval_facts
     cells = [(max(budget.eval_gaps), first), *((budget.eval_gaps[1], facts) for facts in others)]
     return max(
@@ -111,8 +113,8 @@ def longest_tokens(budget: Budget) -> int:
     )
 
 
-def make_adapter(base: Any, arm: Arm, budget: Budget, seed: int) -> Adapter | None:
-    """A fresh adapter; starts that need sample text get sequences of the tasks themselves."""
+def make_adapter(base: Any, arm: MemoryArm, budget: Budget, seed: int) -> Adapter | None:
+    """Make a fresh adapter, calibrated on sequences of the tasks; None where none is trained."""
     if not arm.trained:
         return None
     rng = random.Random(f"calibration {seed}")
@@ -142,8 +144,9 @@ def make_adapter(base: Any, arm: Arm, budget: Budget, seed: int) -> Adapter | No
     return replace(adapter, encoders=encoders)
 
 
-def batch_of(samples: Sequence[Sample], window_tokens: int) -> Batch:
-    return Batch.align(
+def batch_of(samples: Sequence[MemorySequence], window_tokens: int) -> AlignedBatch:
+    """Align sequences; the tokens asked for are the answers."""
+    return AlignedBatch.align(
         [s.ids for s in samples],
         [plan_of(window_tokens)] * len(samples),
         [s.answers for s in samples],
@@ -151,9 +154,9 @@ def batch_of(samples: Sequence[Sample], window_tokens: int) -> Batch:
 
 
 def accuracy(
-    model: PTEModel, arm: Arm, task: str, *, gap_tokens: int, facts: int, size: int
+    model: PTEModel, arm: MemoryArm, task: str, *, gap_tokens: int, facts: int, size: int
 ) -> float:
-    """Share of right answers on sequences that no training saw; the same for every arm."""
+    """Compute the share of right answers on sequences no training saw, the same for all arms."""
     rng = random.Random(f"score {task} {gap_tokens} {facts}")
     gaps = (gap_tokens, gap_tokens)
     samples = sample_batch(rng, size, gap_tokens=gaps, tasks=[task], facts=facts)
@@ -161,16 +164,16 @@ def accuracy(
 
 
 Progress = Callable[[int, float], None]
-"""Called with the step and its loss."""
+"""A function that is called with each step and its loss."""
 
 
 def run_arm(
-    base: Any, arm: Arm, budget: Budget, seed: int, progress: Progress | None = None
+    base: Any, arm: MemoryArm, budget: Budget, seed: int, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Train an arm and score it: a record that goes into the results."""
+    """Train an arm and score it; returns a record for the results."""
     rng = random.Random(f"train {seed}")
 
-    def next_batch() -> Batch:
+    def next_batch() -> AlignedBatch:
         samples = sample_batch(
             rng,
             budget.batch_size,

@@ -25,7 +25,7 @@ from pte_vllm.train.data.memory_tasks import (
     NODES,
     TASKS,
     VOCABULARY,
-    Sample,
+    MemorySequence,
     fact_token,
     node_token,
     sample_batch,
@@ -34,7 +34,7 @@ from pte_vllm.train.data.memory_tasks import (
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """The model and its training."""
+    """The sizes of the model, and its training."""
 
     layers: int = 2
     hidden_size: int = 64
@@ -43,7 +43,7 @@ class BaseConfig:
     head_dim: int = 64
     rope_theta: float = 1000.0
     max_gap_tokens: int = 128
-    """Longest gap that it is trained on, and must solve."""
+    """The longest gap that the model is trained on, and must solve."""
     max_facts: int = 24
     steps: int = 3000
     batch_size: int = 32
@@ -54,13 +54,13 @@ class BaseConfig:
     seed: int = 0
 
     def key(self) -> str:
-        """A short name for these options."""
+        """Return a short name for these options, a hash of them."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def build(config: BaseConfig) -> Any:
-    """A LlamaForCausalLM with random weights.
+    """Make a LlamaForCausalLM with random weights.
 
     The embedding of a fact starts as the sum of two vectors, one for its key and one for its value,
     and so do the vectors of the nodes: facts about a node look alike from the start.
@@ -97,8 +97,8 @@ def build(config: BaseConfig) -> Any:
     return model
 
 
-def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Ids `[B, T]`, padded on the right with 0, and answers `[B, T]` as booleans."""
+def collate(samples: Sequence[MemorySequence]) -> tuple[Tensor, Tensor]:
+    """Return ids `[B, T]`, padded on the right with 0, and answers `[B, T]` as booleans."""
     length = max(len(sample.ids) for sample in samples)
     ids = torch.tensor([s.ids + [0] * (length - len(s.ids)) for s in samples])
     wanted = torch.tensor([s.answers + [False] * (length - len(s.ids)) for s in samples])
@@ -106,7 +106,7 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
 
 
 def answer_logits(model: Any, ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Full attention: logits `[N, V]` that predict the answers, and the answers `[N]`."""
+    """Compute with full attention logits `[N, V]` of the answers, and the right answers `[N]`."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, d]
     logits: Tensor = model.lm_head(hidden[:, :-1][wanted[:, 1:]])
     return logits, ids[:, 1:][wanted[:, 1:]]
@@ -116,7 +116,7 @@ def answer_logits(model: Any, ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tens
 def full_accuracy(
     model: Any, task: str, *, gap_tokens: int, facts: int = 6, size: int = 48, seed: int = 1
 ) -> float:
-    """Share of right answers under full attention."""
+    """Compute the share of right answers under full attention."""
     rng = random.Random(f"{seed} {task} {gap_tokens} {facts}")
     samples = sample_batch(
         rng, size, gap_tokens=(gap_tokens, gap_tokens), tasks=[task], facts=facts
@@ -126,7 +126,7 @@ def full_accuracy(
 
 
 Progress = Callable[[int, float, dict[str, float]], None]
-"""Called with the step, the loss and the last accuracies by task."""
+"""A function that is called with the step, its loss and the last accuracies by task."""
 
 
 def pretrain(config: BaseConfig, progress: Progress | None = None) -> tuple[Any, dict[str, Any]]:
@@ -137,7 +137,7 @@ def pretrain(config: BaseConfig, progress: Progress | None = None) -> tuple[Any,
     )
     rng = random.Random(config.seed)
     # Which of two facts is the later one is learned last: more of that.
-    mixture = (*config.tasks, *(task for task in config.tasks if task == "state")) * 1
+    mixture = (*config.tasks, *(task for task in config.tasks if task == "state"))
     began, solved, reached = time.monotonic(), 0, dict.fromkeys(config.tasks, 0.0)
     step, longest = 0, 16.0
     for step in range(1, config.steps + 1):
@@ -180,7 +180,7 @@ def pretrain(config: BaseConfig, progress: Progress | None = None) -> tuple[Any,
 
 
 def load(folder: Path) -> Any:
-    """The model that `ensure_base` left, frozen."""
+    """Load the model that `ensure_base` left, and freeze it."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -190,7 +190,11 @@ def load(folder: Path) -> Any:
 def ensure_base(
     config: BaseConfig, out: Path, progress: Progress | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """Folder of the base model of `config`, trained unless an earlier run left it; its report."""
+    """Train the base model of `config`, unless an earlier run left it.
+
+    Returns:
+        Its folder, and the report of its training.
+    """
     folder = out / f"base-{config.key()}"
     note = folder / "report.json"
     if not note.exists():  # it is written last: where it is, the rest is whole

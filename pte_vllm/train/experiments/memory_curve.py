@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: Sequence[str]) -> int:
+    """Measure every arm at every length; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(args)
     lengths = [int(part) for part in options.lengths.split(",")]
@@ -82,6 +83,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _in_child(args: Sequence[str], arm: str, length: int) -> dict[str, Any]:
+    """Measure one arm at one length in a process of its own; the row says if that failed."""
     command = [sys.executable, "-m", "pte_vllm.train.experiments.memory_curve", *args]
     command += ["--one", json.dumps([arm, length])]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -92,11 +94,13 @@ def _in_child(args: Sequence[str], arm: str, length: int) -> dict[str, Any]:
 
 
 def _measure(options: argparse.Namespace, arm: str, length: int) -> dict[str, Any]:
+    """Train a few steps, and return the peak of memory and the time of the fastest."""
     import torch
 
     from pte_vllm.method.plan import FoldPlan
-    from pte_vllm.train.replay.batch import Batch
-    from pte_vllm.train.replay.replay import Scores, replay
+    from pte_vllm.train.replay.aligned import AlignedBatch
+    from pte_vllm.train.replay.results import Scores
+    from pte_vllm.train.replay.segments import replay
 
     model = _model(options, encoder=ARMS[arm]["encoder"])
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-5)
@@ -110,7 +114,7 @@ def _measure(options: argparse.Namespace, arm: str, length: int) -> dict[str, An
     vocab = model.base.config.vocab_size
     ids = torch.randint(vocab, (options.batch, num_tokens), generator=generator).tolist()
     wanted = [[t >= options.prompt for t in range(num_tokens)]] * options.batch
-    batch = Batch.align(ids, [plan] * options.batch, wanted)
+    batch = AlignedBatch.align(ids, [plan] * options.batch, wanted)
 
     def loss(scores: Scores) -> torch.Tensor:
         return -scores.logprobs.mean()
@@ -132,7 +136,10 @@ def _measure(options: argparse.Namespace, arm: str, length: int) -> dict[str, An
 
 
 def _model(options: argparse.Namespace, *, encoder: bool) -> Any:
-    """Rank 32 on every linear of every layer; a random start costs what any other does."""
+    """Load the model with an adapter of rank 32 on every linear of every layer.
+
+    Its start is random, which costs in training what any other does.
+    """
     from dataclasses import replace
 
     import torch
@@ -158,7 +165,7 @@ def _peak_bytes(device: str) -> int:
 
 
 def _table(rows: list[dict[str, Any]], lengths: list[int]) -> str:
-    """Markdown: memory, its growth against the shortest length, and time per token."""
+    """Write a Markdown table of memory, its growth from the shortest length, and time per token."""
     by_key = {(row["arm"], row["tokens"]): row for row in rows}
     lines = [
         "| arm | " + " | ".join(f"{n:,} tokens" for n in lengths) + " | last / first |",
@@ -180,7 +187,7 @@ def _table(rows: list[dict[str, Any]], lengths: list[int]) -> str:
 
 
 def _cost(by_key: dict[tuple[str, int], dict[str, Any]], lengths: list[int]) -> str:
-    """What PTE costs per token against windowed LoRA, where both were measured."""
+    """Say what PTE costs per token against windowed LoRA, where both were measured."""
     pairs = [(by_key["window, PTE", n], by_key["window, LoRA", n]) for n in lengths]
     ratios = [
         f"{pte['ms_per_token'] / lora['ms_per_token']:.2f}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pte_vllm.method.options import PTEConfig
-from pte_vllm.train.experiments.memory_arms import Arm, Budget
+from pte_vllm.train.experiments.memory_arms import Budget, MemoryArm
 from pte_vllm.train.experiments.memory_base import BaseConfig
 
 
@@ -14,19 +14,19 @@ def _method(rule: str, **options: Any) -> PTEConfig:
     return PTEConfig(rule=rule, **options)
 
 
-_RIDGE = Arm(name="PTE ridge", method=_method("ridge"))
-_DELTA = Arm(name="PTE delta", method=_method("delta"))
-_RIDGE_SQUARED = Arm(name="PTE ridge squared", method=_method("ridge", features="squared"))
-_DELTA_SQUARED = Arm(name="PTE delta squared", method=_method("delta", features="squared"))
-_SUM = Arm(name="PTE sum", method=_method("sum"))
-_PAPER = Arm(name="PTE paper", method=_method("paper"))
+_RIDGE = MemoryArm(name="PTE ridge", method=_method("ridge"))
+_DELTA = MemoryArm(name="PTE delta", method=_method("delta"))
+_RIDGE_SQUARED = MemoryArm(name="PTE ridge squared", method=_method("ridge", features="squared"))
+_DELTA_SQUARED = MemoryArm(name="PTE delta squared", method=_method("delta", features="squared"))
+_SUM = MemoryArm(name="PTE sum", method=_method("sum"))
+_PAPER = MemoryArm(name="PTE paper", method=_method("paper"))
 
-FULL = Arm(name="full cache", adapter="none", window_tokens=0)
-WINDOW = Arm(name="window only", adapter="none")
-LORA = Arm(name="LoRA_c", adapter="lora", method=_method("paper", init="random"))
-GLOBAL = Arm(name="Global-Only", method=_method("none"))
+FULL = MemoryArm(name="full cache", adapter="none", window_tokens=0)
+WINDOW = MemoryArm(name="window only", adapter="none")
+LORA = MemoryArm(name="LoRA_c", adapter="lora", method=_method("paper", init="random"))
+GLOBAL = MemoryArm(name="Global-Only", method=_method("none"))
 
-ARMS: tuple[Arm, ...] = (
+ARMS: tuple[MemoryArm, ...] = (
     FULL,
     WINDOW,
     LORA,
@@ -40,21 +40,22 @@ ARMS: tuple[Arm, ...] = (
     _RIDGE_SQUARED,
     _DELTA_SQUARED,
 )
-"""At equal KV bytes, but for `full cache` and the wider windows of LoRA_c. They spend as many bytes
-more as a state takes: 24 that of `paper`, `sum` and `delta`, 40 that of `ridge`. Two layers see at
-most 39 and 71 tokens back then: 40 may relay what lies 40 tokens back."""
+"""The arms have equal KV bytes, but for `full cache` and wider windows of LoRA_c. These spend as
+many bytes more as a state takes: 24 that of `paper`, `sum` and `delta`, 40 that of `ridge`. With
+these windows two layers see at most 39 and 71 tokens back, so that a window of 40 may relay what
+lies 40 tokens back."""
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def _ablate(arm: Arm, what: str, **changes: Any) -> Arm:
-    """`arm` with fields of its method or its own replaced."""
-    own = {k: v for k, v in changes.items() if k in Arm.__dataclass_fields__}
+def _ablate(arm: MemoryArm, what: str, **changes: Any) -> MemoryArm:
+    """Return `arm` with fields of its method, or of its own, replaced."""
+    own = {k: v for k, v in changes.items() if k in MemoryArm.__dataclass_fields__}
     method = {k: v for k, v in changes.items() if k not in own}
     return replace(arm, name=f"{arm.name}: {what}", method=replace(arm.method, **method), **own)
 
 
-ABLATIONS: tuple[Arm, ...] = (
+ABLATIONS: tuple[MemoryArm, ...] = (
     _RIDGE,
     _ablate(_RIDGE, "init aligned_mean", init="aligned_mean"),
     _ablate(_RIDGE, "init aligned_key", init="aligned_key"),
@@ -100,11 +101,11 @@ ABLATIONS: tuple[Arm, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One run of the experiment."""
+    """What one run of the experiment compares."""
 
     base: BaseConfig = field(default_factory=BaseConfig)
     budget: Budget = field(default_factory=Budget)
-    arms: tuple[Arm, ...] = ARMS
+    arms: tuple[MemoryArm, ...] = ARMS
     seeds: tuple[int, ...] = (0, 1, 2)
 
 

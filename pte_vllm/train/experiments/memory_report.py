@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Key = tuple[str, int, int]
-"""Task, gap in tokens, facts."""
+"""A task, a gap in tokens, and a number of facts."""
 
 
 def write(result: dict[str, Any], out: Path, name: str) -> str:
@@ -34,7 +34,7 @@ def write(result: dict[str, Any], out: Path, name: str) -> str:
 
 
 def _by_arm(runs: list[dict[str, Any]]) -> dict[str, list[dict[Key, float]]]:
-    """By arm, for each seed its accuracies."""
+    """Return by arm the accuracies of each seed."""
     arms: dict[str, list[dict[Key, float]]] = {}
     for record in runs:
         scores = {(s["task"], s["gap_tokens"], s["facts"]): s["accuracy"] for s in record["scores"]}
@@ -49,7 +49,7 @@ def _summary(
     trained: tuple[int, int],
     held: dict[str, dict[str, int]],
 ) -> str:
-    """By task the mean over trained gaps, and the longest gap; means over seeds; bytes held."""
+    """Write a table of arms: by task the mean over trained gaps and the longest gap; bytes."""
     inside = [cell for cell in gaps if trained[0] <= cell[0] <= trained[1]]
     lines = [
         f"| arm | {' | '.join(f'{task}, trained gaps; gap {gaps[-1][0]}' for task in tasks)} "
@@ -70,7 +70,7 @@ def _summary(
 def _table(
     arms: dict[str, list[dict[Key, float]]], task: str, cells: list[tuple[int, int]], title: Any
 ) -> str:
-    """Mean over seeds, and half the range where there are several."""
+    """Write a table of one task: means over seeds, ± half the range where there are several."""
     lines = ["| arm | " + " | ".join(map(title, cells)) + " |", "|---" * (len(cells) + 1) + "|"]
     for arm, seeds in arms.items():
         row = []

@@ -1,7 +1,7 @@
 """`pte-vllm train experiment recall`: a real model learns to recall what left its window.
 
 Every arm starts from the same frozen model and trains its adapter with the same budget, on the
-digits of facts stated before the window (`recall_task`). Scored on held-out samples by distance.
+digits of facts stated before the window (`recall_task`). It is scored on held-out sequences.
 Results are written arm by arm, so an interrupted run goes on where it stopped.
 """
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS, EVICT_RATIO, PIN_TOKENS = 32, 0.5, 32
 TEXT_TOKENS, TEXT_SEQUENCES = 768, 16
-"""Of the ordinary text on which perplexity is measured."""
+"""Length and number of sequences of ordinary text on which perplexity is measured."""
 TRAIN_TEXT_TOKENS, TRAIN_TEXT_BATCH = 256, 4
-"""Of the ordinary text that is distilled in each step."""
+"""Length and number of sequences of ordinary text that are distilled in each step."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: Sequence[str]) -> int:
+    """Run the experiment; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(args)
     known = {**ARMS, **ABLATIONS}
@@ -139,9 +140,9 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     from pte_vllm.train.experiments.recall_arms import make_model
-    from pte_vllm.train.experiments.recall_task import RecallTask, Sample
+    from pte_vllm.train.experiments.recall_task import RecallSequence, RecallTask
     from pte_vllm.train.experiments.supervised import Schedule, score_answers, train_answers
-    from pte_vllm.train.replay.batch import Batch
+    from pte_vllm.train.replay.aligned import AlignedBatch
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -159,8 +160,8 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
 
     plan = _plan(arm.window_tokens)
 
-    def batch_of(samples: list[Sample]) -> Batch:
-        return Batch.align(
+    def batch_of(samples: list[RecallSequence]) -> AlignedBatch:
+        return AlignedBatch.align(
             [s.token_ids for s in samples], [plan] * len(samples), [s.wanted for s in samples]
         )
 
@@ -173,7 +174,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         for length in _ints(settings["train_tokens"])
     ]
 
-    def next_batch() -> Batch:
+    def next_batch() -> AlignedBatch:
         return batch_of(rng.choice(tasks).samples(settings["batch"], rng))
 
     began = time.monotonic()
@@ -212,7 +213,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _least_tokens(num_facts: int) -> int:
-    """Room for so many facts, their questions and a little filler."""
+    """Return a length with room for so many facts, their questions and a little filler."""
     return 48 + 18 * num_facts
 
 
@@ -226,7 +227,7 @@ def _plan(window_tokens: int) -> FoldPlan:
 
 
 def _training_text(tokenizer: Any, plan: FoldPlan, source: str) -> list[Example]:
-    """All of the text in short sequences; none without a source."""
+    """Pack all of the text into short sequences; none without a source."""
     from pte_vllm.train.distill.examples import pack, read_texts
 
     if not source:
@@ -239,13 +240,13 @@ def _training_text(tokenizer: Any, plan: FoldPlan, source: str) -> list[Example]
 
 
 def _perplexity(model: PTEModel, tokenizer: Any, plan: FoldPlan, source: str) -> float | None:
-    """On ordinary text, of the tokens beyond the first fold: the same ones for every arm."""
+    """Compute the perplexity of ordinary text beyond the first fold, the same for every arm."""
     if not source:
         return None
     from pte_vllm.train.distill.examples import pack, read_texts
     from pte_vllm.train.experiments.recall_arms import WINDOW_TOKENS
     from pte_vllm.train.experiments.supervised import score_answers
-    from pte_vllm.train.replay.batch import Batch
+    from pte_vllm.train.replay.aligned import AlignedBatch
 
     examples = pack(
         read_texts(source),
@@ -255,7 +256,7 @@ def _perplexity(model: PTEModel, tokenizer: Any, plan: FoldPlan, source: str) ->
         max_sequences=TEXT_SEQUENCES,
     )
     batches = (
-        Batch.align([e.tokens for e in part], [plan] * len(part), [e.wanted for e in part])
+        AlignedBatch.align([e.tokens for e in part], [plan] * len(part), [e.wanted for e in part])
         for part in (examples[i : i + 4] for i in range(0, len(examples), 4))
     )
     return math.exp(score_answers(model, batches).loss)

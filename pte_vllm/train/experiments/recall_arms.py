@@ -9,7 +9,7 @@ from pte_vllm.method.options import PTEConfig
 
 if TYPE_CHECKING:
     from pte_vllm.train.replay.modeling import PTEModel
-    from pte_vllm.train.replay.replay import Backward
+    from pte_vllm.train.replay.segments import Backward
 
 WINDOW_TOKENS = 64
 
@@ -20,21 +20,22 @@ def _pte(rule: str, **options: Any) -> PTEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecallArm:
-    """One way to hold the past."""
+    """One way to hold the past, and how its adapter starts."""
 
     title: str
     adapter: Literal["none", "lora", "pte"] = "pte"
     window_tokens: int = WINDOW_TOKENS
-    """0: full attention."""
+    """Tokens of the window; 0: full attention."""
     method: PTEConfig = field(default_factory=PTEConfig)
     layers: str | None = None
-    """None: the run's."""
+    """Layers that get an adapter; None: those that the run names."""
     value_start: float = 0.1
     """B of v_proj starts at this times W_Vᵀ: values come out where values go in; 0: B is zero."""
     backward: Backward = "segments"
 
     @property
     def trained(self) -> bool:
+        """Whether there is an adapter to train."""
         return self.adapter != "none"
 
 
@@ -90,7 +91,7 @@ ABLATIONS: dict[str, RecallArm] = {
 def make_model(
     arm: RecallArm, base: str, dtype: str, layers: list[int] | None, tokenizer: Any, seed: int
 ) -> PTEModel:
-    """The frozen model with the arm's untrained adapter, calibrated on ordinary text."""
+    """Load the frozen model, with the arm's untrained adapter calibrated on ordinary text."""
     from pte_vllm.adapter.calibration import sample_sequences
     from pte_vllm.adapter.init import init_adapter
     from pte_vllm.adapter.sample_text import SAMPLE_TEXT

@@ -1,4 +1,4 @@
-"""Tables and plot of the recall experiment."""
+"""Writes tables and plot of the recall experiment."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _values(runs: list[Record], kind: str, key: str, what: str) -> list[float]:
 
 
 def _table(arms: dict[str, list[Record]], kind: str, unit: str) -> str:
-    """Share of digits right and, in brackets, loss: mean over seeds, ± half the range."""
+    """Write a table of digits right and, in brackets, loss: means over seeds, ± half the range."""
     keys = [str(key) for key in next(iter(arms.values()))[0][kind]]
     lines = [
         "| arm | " + " | ".join(f"{key} {unit}" for key in keys) + " | seeds | s/step |",

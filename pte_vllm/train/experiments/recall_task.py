@@ -56,21 +56,21 @@ INSTRUCTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One sequence."""
+class RecallSequence:
+    """One sequence with facts, filler and questions."""
 
     token_ids: list[int]
     wanted: list[bool]
-    """The digits to recall."""
+    """By token, whether it is a digit to recall."""
     spans: list[tuple[int, int]]
-    """Of each answer, in the order asked: its tokens, half-open."""
+    """The tokens of each answer, in the order asked, as half-open intervals."""
     distances: list[int]
-    """Of each answer: tokens since the fact was stated."""
+    """For each answer, how many tokens before it the fact was stated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecallTask:
-    """Makes samples of one length.
+    """Makes sequences of one length.
 
     Raises:
         ValueError: if the length has no room for the facts.
@@ -82,7 +82,8 @@ class RecallTask:
     pin_tokens: int = 32
     _pieces: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
-    def sample(self, rng: random.Random) -> Sample:
+    def sample(self, rng: random.Random) -> RecallSequence:
+        """Make one sequence."""
         names = rng.sample(NAMES, self.num_facts)
         numbers = {name: rng.randint(10, 99) for name in names}
         pinned = self._encode(INSTRUCTION)[: self.pin_tokens]
@@ -115,14 +116,15 @@ class RecallTask:
             filler += self._encode(" " + rng.choice(FILLER))
         offset = len(head) + room
         spans = [(a + offset, b + offset) for a, b in spans]
-        return Sample(
+        return RecallSequence(
             token_ids=head + filler[:room] + tail,
             wanted=[False] * offset + marks,
             spans=spans,
             distances=[s[0] - stated[n] for s, n in zip(spans, asked, strict=True)],
         )
 
-    def samples(self, count: int, rng: random.Random) -> list[Sample]:
+    def samples(self, count: int, rng: random.Random) -> list[RecallSequence]:
+        """Make `count` sequences."""
         return [self.sample(rng) for _ in range(count)]
 
     def _encode(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Train an adapter on answers that are known, and score it: what the experiments share."""
+"""Trains an adapter on answers that are known, and scores it; the experiments share this."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from pte_vllm.train.distill.examples import Example
 from pte_vllm.train.distill.step import accumulate_gradient
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Backward, Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import Backward, replay
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """AdamW; the rate rises over the first steps, then falls linearly."""
+    """How AdamW is run: the rate rises over the first steps, then falls linearly."""
 
     steps: int
     learning_rate: float = 3e-3
@@ -26,25 +27,31 @@ class Schedule:
     max_grad_norm: float = 1.0
 
     def rate(self, step: int) -> float:
-        """Of step 1, 2, …"""
+        """Return the learning rate of step 1, 2, …"""
         decay = max(self.final_fraction, 1 - step / self.steps)
         return self.learning_rate * min(1.0, step / self.warmup_steps) * decay
 
 
 def train_answers(
     model: PTEModel,
-    next_batch: Callable[[], Batch],
+    next_batch: Callable[[], AlignedBatch],
     schedule: Schedule,
     *,
     backward: Backward = "segments",
     progress: Callable[[int, float], None] | None = None,
     next_text: Callable[[], Sequence[Example]] | None = None,
 ) -> list[float]:
-    """Cross-entropy on the wanted tokens, their mean over a batch; returns it by step.
+    """Train on the mean cross-entropy of a batch's wanted tokens; returns it by step.
 
     Args:
-        next_text: of ordinary text, on which the full cache's predictions are distilled as well:
-            the KL of `distill_step` is added to the loss, but not to what is returned.
+        model: the model whose adapter is trained.
+        next_batch: returns the batch of the next step.
+        schedule: how many steps are taken, and at what rate.
+        backward: how gradients flow between segments, as in `replay`.
+        progress: is called with each step and its loss.
+        next_text: returns examples of ordinary text, on which the full cache's predictions are
+            distilled as well: the KL of `distill.step` is added to the loss, but not to what is
+            returned. None: there is no such text.
     """
     parameters = model.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
@@ -72,16 +79,16 @@ def train_answers(
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerScore:
-    """Over all wanted tokens."""
+    """How well all wanted tokens are predicted."""
 
     accuracy: float
-    """Share whose most likely token is the right one."""
+    """Share of tokens for which the right one is the most likely."""
     loss: float
-    """Mean negative log-probability."""
+    """Mean negative log-probability of the right token."""
 
 
-def score_answers(model: PTEModel, batches: Iterable[Batch]) -> AnswerScore:
-    """Teacher-forced, without gradients."""
+def score_answers(model: PTEModel, batches: Iterable[AlignedBatch]) -> AnswerScore:
+    """Score known answers, each given the right tokens before it, without gradients."""
     right, lost, count = 0.0, 0.0, 0
     for batch in batches:
         ids = batch.ids.to(model.device)

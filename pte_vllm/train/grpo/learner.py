@@ -15,14 +15,15 @@ from pte_vllm.adapter.format import Adapter
 from pte_vllm.train.grpo.loss import (
     LossStats,
     PolicyLoss,
-    Sample,
+    ScoredRollout,
     check_drift,
     importance_weights,
 )
 from pte_vllm.train.grpo.micro_batches import MicroBatch, split
+from pte_vllm.train.options.runs import GrpoOptions
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import ReplayResult, Scores, replay
-from pte_vllm.train.run.config import GrpoOptions
+from pte_vllm.train.replay.results import ReplayResult, Scores
+from pte_vllm.train.replay.segments import replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,37 +31,38 @@ class StepResult:
     """What one step found. A mean over no tokens is NaN."""
 
     loss: float
-    """Of the first inner step, before any update."""
+    """The loss of the first inner step, before any update."""
     drift: float
-    """Mean |Δ log p| between sampler and replay over tokens of the learner's version."""
+    """The mean |Δ log p| between sampler and replay, over tokens of the learner's version."""
     drift_max: float
     drift_tokens: int
     importance_mean: float
     importance_max: float
-    """Of the weights as used, over tokens that carry loss."""
+    """Mean and largest importance weight as used, over tokens that carry loss."""
     ratio_mean: float
     ratio_off: float
-    """Largest |ratio - 1| over all inner steps."""
+    """The largest |ratio - 1| over all inner steps."""
     clipped_low: float
     clipped_high: float
-    """Parts of the tokens whose gradient the clip cut off."""
+    """The shares of tokens whose gradient the clip cut off, below and above."""
     kl: float
-    """k3 to the reference; NaN without one."""
+    """The estimate k3 of the KL to the reference; NaN without a reference."""
     entropy: float
-    """Of the policy, nats per sampled token."""
+    """The entropy of the policy, in nats per sampled token."""
     grad_norm: float
-    """Of the last inner step, before clipping."""
+    """The gradient's norm in the last inner step, before clipping."""
     rho: float
-    """‖ΔS‖ / ‖S‖, mean over folds and layers; NaN without folds."""
+    """The mean of ‖ΔS‖ / ‖S‖ over folds and layers; NaN without folds."""
     folds: float
-    """Mean per rollout."""
+    """The mean number of folds of a rollout."""
     trained_tokens: int
-    """Sampled tokens that carry loss."""
+    """How many sampled tokens carry loss."""
     replayed_tokens: int
-    """Tokens of all rollouts, questions included."""
+    """How many tokens all rollouts have, questions included."""
     seconds: float
 
     def to_dict(self) -> dict[str, float]:
+        """Return the numbers by name."""
         return asdict(self)
 
 
@@ -68,13 +70,13 @@ class Learner:
     """Owns the updates of a model's adapter.
 
     Args:
-        model: with an adapter.
-        optimizer: over `model.trainable_parameters()`.
-        options: of the algorithm.
-        temperature: that rollouts are sampled with.
-        max_drift: largest mean |Δ log p| between sampler and replay.
-        max_grad_norm: gradients are scaled down to it.
-        initial: adapter of the reference policy if `options.reference` is `initial`.
+        model: the model whose adapter learns.
+        optimizer: an optimizer over `model.trainable_parameters()`.
+        options: the options of the algorithm.
+        temperature: the temperature that rollouts are sampled with.
+        max_drift: the largest mean |Δ log p| that is allowed between sampler and replay.
+        max_grad_norm: the L2 norm to which gradients are scaled down.
+        initial: the reference policy's adapter, if `options.reference` is `initial`.
 
     Raises:
         ValueError: if the reference needs `initial` and there is none.
@@ -101,12 +103,12 @@ class Learner:
         self.updating = False
         """Whether a step has begun to change the adapter and has not returned."""
 
-    def step(self, samples: Sequence[Sample], version: int) -> StepResult:
+    def step(self, samples: Sequence[ScoredRollout], version: int) -> StepResult:
         """Learn from rollouts: `inner_steps` optimizer steps on all of them.
 
         Args:
-            samples: with advantages; none staler than the options allow.
-            version: of the adapter that the model now holds.
+            samples: scored rollouts with advantages, none staler than the options allow.
+            version: the version of the adapter that the model now holds.
 
         Raises:
             ValueError: if a rollout is staler than the bound or was sampled under another rule than
@@ -157,7 +159,7 @@ class Learner:
         self.updating = False
         return result
 
-    def _check_rules(self, samples: Sequence[Sample]) -> None:
+    def _check_rules(self, samples: Sequence[ScoredRollout]) -> None:
         """Refuse rollouts whose folds the replay would not repeat."""
         own = self.model.config.rule if self.model.config is not None else None
         for rollout in (sample.rollout for sample in samples):
@@ -179,7 +181,11 @@ class Learner:
     def _update(
         self, micros: Sequence[MicroBatch], stats: LossStats, done: int
     ) -> tuple[float, float]:
-        """One optimizer step, after `done` others on these rollouts; loss and gradient norm."""
+        """Take an optimizer step, after `done` others on these rollouts.
+
+        Returns:
+            The loss, and the gradient's norm before clipping.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for micro in micros:
@@ -212,7 +218,7 @@ class Learner:
 
     @contextmanager
     def _reference(self) -> Iterator[None]:
-        """The reference policy inside the block."""
+        """Let the model be the reference policy inside the block."""
         if self.options.reference == "base":
             with self.model.adapter_disabled():
                 yield
@@ -227,7 +233,7 @@ class Learner:
 
 
 class _Seen:
-    """What the replay before the first update shows; called with scores, as a loss is."""
+    """Collects what the replay before the first update shows; it is called as a loss is."""
 
     def __init__(self) -> None:
         self.entropy_sum = 0.0

@@ -2,7 +2,7 @@
 
     OUT/run.toml        every option, as resolved
     OUT/initial/        the adapter that the run started from
-    OUT/checkpoints/    see `checkpoint`
+    OUT/checkpoints/    the newest ones (`run.checkpoint` says what they hold)
     OUT/metrics.jsonl   numbers by step; OUT/tensorboard/ the same
     OUT/training.png    reward, length and drift
     OUT/adapter/        after the last step
@@ -14,7 +14,6 @@ step's adapter is pushed as a new version; versions only rise, also over a resum
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -23,18 +22,19 @@ from typing import Any
 from rich.console import Console
 
 from pte_vllm.adapter.format import Adapter
-from pte_vllm.train.data.questions import Problem, Stream, prompt_ids
+from pte_vllm.train.data.questions import Problem, QuestionStream, prompt_ids
 from pte_vllm.train.data.sources import open_stream
 from pte_vllm.train.grpo.learner import Learner, StepResult
 from pte_vllm.train.grpo.loss import DriftError
-from pte_vllm.train.grpo.sampling import Batch, Publisher, RolloutSource, Sampler, check_plan
+from pte_vllm.train.grpo.sampling import Publisher, RolloutSource, Sampler, StepRollouts, check_plan
+from pte_vllm.train.options.runs import GrpoRun
 from pte_vllm.train.run.checkpoint import RunState
-from pte_vllm.train.run.config import GrpoRun, ServerOptions
+from pte_vllm.train.run.connection import connect
 from pte_vllm.train.run.log import PLOT_FILE, MetricsLog, ProgressBar, plot_run
 from pte_vllm.train.run.resume import resumed
 from pte_vllm.train.run.signals import Interrupted, Signals
-from pte_vllm.train.run.start import ADAPTER, Start, learning_rate, load_tokenizer, start_run
-from pte_vllm.wire.client import RolloutClient, ServerError
+from pte_vllm.train.run.start import ADAPTER, StartedRun, learning_rate, load_tokenizer, start_run
+from pte_vllm.wire.client import ServerError
 
 INITIAL = "initial"
 
@@ -50,34 +50,13 @@ def main(options: GrpoRun) -> int:
         return 2
 
 
-def connect(options: ServerOptions) -> RolloutClient:
-    """A client of the run's server, with the keys from the environment.
-
-    Raises:
-        ValueError: if a variable that should hold a key is not set.
-    """
-
-    def key(flag: str, name: str | None) -> str | None:
-        if name is not None and not os.environ.get(name):
-            raise ValueError(f"--server.{flag} {name}: there is no such environment variable")
-        return os.environ[name] if name is not None else None
-
-    return RolloutClient(
-        options.url,
-        api_key=key("api_key_env", options.api_key_env),
-        admin_key=key("admin_key_env", options.admin_key_env),
-        timeout_s=options.timeout_s,
-        retry_s=options.retry_s,
-    )
-
-
-def train(run: GrpoRun, source: RolloutSource, *, stream: Stream | None = None) -> bool:
+def train(run: GrpoRun, source: RolloutSource, *, stream: QuestionStream | None = None) -> bool:
     """Train until the last step, from the newest checkpoint on if there is one.
 
     Args:
-        run: options.
-        source: the server.
-        stream: of questions; None: what `run.data` says.
+        run: the options of the run.
+        source: the server that samples.
+        stream: the questions; None: those that `run.data` names.
 
     Returns:
         Whether the last step was reached; False after SIGTERM or SIGINT.
@@ -131,9 +110,9 @@ class _Trainer:
         self,
         run: GrpoRun,
         source: RolloutSource,
-        stream: Stream,
+        stream: QuestionStream,
         tokenizer: Any,
-        start: Start,
+        start: StartedRun,
         metrics: MetricsLog,
     ) -> None:
         self._run, self._source, self._stream, self._tokenizer = run, source, stream, tokenizer
@@ -151,7 +130,7 @@ class _Trainer:
         )
 
     def run_steps(self, state: RunState, console: Console) -> bool:
-        """The remaining steps; whether all were done."""
+        """Do the remaining steps; returns whether all were done."""
         run, last = self._run, self._run.optimizer.steps
         check_plan(run, self._source.wait_ready(run.server.retry_s))
         publisher = Publisher(self._source, run.server.adapter_name, state.version)
@@ -210,7 +189,7 @@ class _Trainer:
         }
 
     def _has_pushed_last(self) -> bool:
-        """False where the push after the newest step that was logged is what ended the run."""
+        """Say whether the newest step that was logged was pushed, too."""
         records = self._metrics.records
         return not records or "version" in records[-1]
 
@@ -234,8 +213,8 @@ class _Trainer:
         self._checkpoints.save(state, self._model.adapter(), self._optimizer)
 
 
-def step_values(batch: Batch, result: StepResult | None) -> dict[str, float]:
-    """Numbers of one step; `reward` and `length` are over all answers, of dropped groups too."""
+def step_values(batch: StepRollouts, result: StepResult | None) -> dict[str, float]:
+    """Return the numbers of one step; `reward` and `length` count dropped groups, too."""
     count = max(len(batch.seen), 1)
     lengths = [len(sample.rollout.completion_ids) for sample in batch.seen]
     values = {

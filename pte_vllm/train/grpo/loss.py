@@ -24,8 +24,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pte_vllm.train.replay.replay import Scores
-from pte_vllm.train.run.config import GrpoOptions
+from pte_vllm.train.options.runs import GrpoOptions
+from pte_vllm.train.replay.results import Scores
 from pte_vllm.wire.rollout import Rollout
 
 _TINY = 1e-6
@@ -46,19 +46,20 @@ class DriftError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class ScoredRollout:
     """A rollout with what it earned."""
 
     rollout: Rollout
     reward: float
-    """Of the answer, without the penalty on its length."""
+    """The reward of the answer, without the penalty on its length."""
     shaped_reward: float
-    """With it: what advantages are made of."""
+    """The reward with that penalty, of which advantages are made."""
     advantage: float = 0.0
+    """How much better than its group it is; 0 until `with_advantages` says."""
 
 
 def overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int, penalty: float) -> float:
-    """DAPO's soft punishment, 0 up to `max_tokens - buffer_tokens`, then linear to `-penalty`."""
+    """Compute DAPO's soft penalty: 0 up to `max_tokens - buffer_tokens`, linear to `-penalty`."""
     if buffer_tokens <= 0:
         return 0.0
     over = num_tokens - (max_tokens - buffer_tokens)
@@ -66,7 +67,7 @@ def overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int, penal
 
 
 def group_advantages(rewards: Sequence[float], scale: str) -> list[float]:
-    """How much better than its group each answer is; all 0 where all are alike."""
+    """Compute how much better than its group each answer is; all 0 where all are alike."""
     mean = math.fsum(rewards) / len(rewards)
     centred = [reward - mean for reward in rewards]
     deviation = math.sqrt(math.fsum(c * c for c in centred) / len(rewards))
@@ -75,8 +76,8 @@ def group_advantages(rewards: Sequence[float], scale: str) -> list[float]:
     return [c / (deviation + _TINY) if scale == "group" else c for c in centred]
 
 
-def with_advantages(samples: Iterable[Sample], scale: str) -> list[Sample]:
-    """Samples, by group in order of appearance, with their advantages."""
+def with_advantages(samples: Iterable[ScoredRollout], scale: str) -> list[ScoredRollout]:
+    """Return the samples with their advantages, by group in order of appearance."""
     graded = []
     for members in groups(samples).values():
         advantages = group_advantages([s.shaped_reward for s in members], scale)
@@ -84,22 +85,22 @@ def with_advantages(samples: Iterable[Sample], scale: str) -> list[Sample]:
     return graded
 
 
-def groups(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
-    """By `group_id`, in order of appearance."""
-    found: dict[str, list[Sample]] = {}
+def groups(samples: Iterable[ScoredRollout]) -> dict[str, list[ScoredRollout]]:
+    """Put samples together by `group_id`, in order of appearance."""
+    found: dict[str, list[ScoredRollout]] = {}
     for sample in samples:
         found.setdefault(sample.rollout.group_id, []).append(sample)
     return found
 
 
-def teaches(group: Sequence[Sample]) -> bool:
-    """Whether the rewards of a group differ, so that it has an advantage to learn from."""
+def teaches(group: Sequence[ScoredRollout]) -> bool:
+    """Say whether the rewards of a group differ, so that there is something to learn."""
     rewards = [sample.shaped_reward for sample in group]
     return max(rewards) - min(rewards) > _TINY
 
 
 def staleness(rollout: Rollout, version: int) -> int:
-    """Versions between the oldest token and the learner; negative if the learner is behind."""
+    """Count versions from the oldest token to the learner; negative if the learner is behind."""
     return version - min((span.version for span in rollout.weight_versions), default=version)
 
 
@@ -107,14 +108,14 @@ def staleness(rollout: Rollout, version: int) -> int:
 
 
 def trained_marks(rollout: Rollout, options: GrpoOptions) -> list[bool]:
-    """By token of question and answer: whether it carries loss."""
+    """Mark by token of question and answer whether it carries loss."""
     cut_off = options.mask_truncated and rollout.finish_reason == "length"
     answer = [bool(m) and not cut_off for m in rollout.mask]
     return [False] * len(rollout.prompt_ids) + answer
 
 
 def version_marks(rollout: Rollout, version: int) -> list[bool]:
-    """By token of question and answer: whether this version of the adapter sampled it."""
+    """Mark by token of question and answer whether this version of the adapter sampled it."""
     answer = [False] * len(rollout.completion_ids)
     for span in rollout.weight_versions:
         if span.version == version:
@@ -123,7 +124,7 @@ def version_marks(rollout: Rollout, version: int) -> list[bool]:
 
 
 def token_weights(counts: Sequence[int], level: str) -> list[float]:
-    """Weight of one token of each sequence, from how many of its tokens carry loss.
+    """Compute the weight of a token of each sequence, from how many of its tokens carry loss.
 
     `token`: 1 / all tokens of the step. `sequence`: 1 / (sequences with a token · own tokens).
     """
@@ -134,14 +135,14 @@ def token_weights(counts: Sequence[int], level: str) -> list[float]:
 
 
 def log_ratio(logprobs: Tensor, others: Tensor) -> Tensor:
-    """`logprobs - others`, within ± `_MAX_LOG_RATIO`; beyond, its gradient is zero."""
+    """Compute `logprobs - others` within ± `_MAX_LOG_RATIO`; beyond, its gradient is zero."""
     return (logprobs - others).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
 
 def importance_weights(old: Tensor, sampler: Tensor, mode: str, cap: float) -> Tensor:
-    """w of each token: how much more likely the learner's policy makes it than the sampler's.
+    """Compute w of each token: its probability for the learner, divided by the sampler's.
 
-    A constant: `old` and `sampler` are log-probs without a graph.
+    `old` and `sampler` are log-probs without a graph, so w is a constant.
     """
     if mode == "none":
         return torch.ones_like(old)
@@ -152,21 +153,21 @@ def importance_weights(old: Tensor, sampler: Tensor, mode: str, cap: float) -> T
 
 
 def kl_k3(reference: Tensor, logprobs: Tensor) -> Tensor:
-    """Schulman's estimator of KL(π ‖ π_ref) from tokens of π: unbiased and never negative."""
+    """Estimate KL(π ‖ π_ref) from tokens of π, as Schulman does: unbiased and never negative."""
     difference = log_ratio(reference, logprobs)
     return difference.exp() - difference - 1.0
 
 
 @dataclass
 class LossStats:
-    """Sums over the tokens that carried loss."""
+    """Sums and counts over the tokens that carried loss."""
 
     tokens: int = 0
     clipped_low: int = 0
     clipped_high: int = 0
     ratio_sum: float = 0.0
     ratio_off: float = 0.0
-    """Largest |ratio - 1|."""
+    """The largest |ratio - 1|."""
     kl_sum: float = 0.0
 
 
@@ -218,8 +219,10 @@ def check_drift(drift: float, max_drift: float, version: int, *, tokens: int) ->
     """Refuse a sampler that does not compute the learner's policy.
 
     Args:
-        drift: mean |Δ log p| over tokens sampled by `version`, the learner's own.
-        tokens: how many those are; without any there is nothing to compare.
+        drift: the mean |Δ log p| over tokens that `version`, the learner's own, sampled.
+        max_drift: the largest drift that is allowed.
+        version: the learner's version of the adapter.
+        tokens: how many tokens the mean is over; without any there is nothing to compare.
 
     Raises:
         DriftError: if it exceeds `max_drift`, or is not a number.

@@ -12,31 +12,34 @@ import torch
 from torch import Tensor
 
 from pte_vllm.train.grpo.loss import (
-    Sample,
+    ScoredRollout,
     staleness,
     token_weights,
     trained_marks,
     version_marks,
 )
-from pte_vllm.train.replay.batch import Batch
-from pte_vllm.train.run.config import GrpoOptions
+from pte_vllm.train.options.runs import GrpoOptions
+from pte_vllm.train.replay.aligned import AlignedBatch
 
 
 @dataclass(kw_only=True)
 class MicroBatch:
-    """All tensors are `[B, T]`, by sequence and token, unless noted."""
+    """Rollouts that are replayed at once.
 
-    batch: Batch
-    samples: list[Sample]
+    All tensors are `[B, T]`, by sequence and token, unless noted.
+    """
+
+    batch: AlignedBatch
+    samples: list[ScoredRollout]
     sampler: Tensor  # log-probs of the sampler
     sampled: Tensor  # bool: tokens the policy sampled
     current: Tensor  # bool: those that the learner's own version sampled
     weights: Tensor  # of the loss; 0 where a token carries none
     advantages: Tensor  # [B]
     old: Tensor | None = None
-    """Log-probs of the learner before the step."""
+    """The learner's log-probs before the step."""
     reference: Tensor | None = None
-    """Log-probs of the reference policy."""
+    """The reference policy's log-probs."""
 
     @property
     def idle(self) -> bool:
@@ -45,7 +48,7 @@ class MicroBatch:
 
 
 def split(
-    samples: Sequence[Sample],
+    samples: Sequence[ScoredRollout],
     options: GrpoOptions,
     *,
     version: int,
@@ -54,8 +57,10 @@ def split(
     """Put rollouts into micro-batches; those that teach nothing are kept apart from the others.
 
     Args:
-        samples: with advantages.
-        version: the learner's.
+        samples: scored rollouts with advantages.
+        options: the options of the algorithm.
+        version: the learner's version of the adapter.
+        device: where the tensors are put.
 
     Raises:
         ValueError: if a rollout is staler than the options allow, or newer than the learner.
@@ -72,7 +77,7 @@ def split(
     weights = token_weights(counts, options.loss_level)
 
     def kind(i: int) -> tuple[int, float, int, bool]:
-        """What the rollouts of one micro-batch share."""
+        """Return what the rollouts of one micro-batch must share."""
         plan = samples[i].rollout.plan
         idle = options.kl_coef == 0 and (not counts[i] or samples[i].advantage == 0)
         return plan.window_tokens, plan.evict_ratio, plan.block_size, idle
@@ -90,15 +95,15 @@ def split(
     ]
 
 
-def _shape(sample: Sample) -> tuple[int, int]:
-    """Columns past the pinned part, which ends together for all; then columns before."""
+def _shape(sample: ScoredRollout) -> tuple[int, int]:
+    """Count the columns after the pinned part, which ends together for all, then those before."""
     plan = sample.rollout.plan
     pinned = plan.pinned_blocks * plan.block_size
     return len(sample.rollout.token_ids) - pinned, pinned
 
 
 def _micro(
-    samples: list[Sample],
+    samples: list[ScoredRollout],
     weights: list[float],
     options: GrpoOptions,
     version: int,
@@ -114,7 +119,7 @@ def _micro(
         sampled[b, first:end] = torch.tensor(rollout.mask, dtype=torch.bool)
         current[b, :end] = torch.tensor(version_marks(rollout, version))
         trained[b, :end] = torch.tensor(trained_marks(rollout, options))
-    batch = Batch.align(
+    batch = AlignedBatch.align(
         [rollout.token_ids for rollout in rollouts],
         [rollout.plan for rollout in rollouts],
         [sampled[b, : len(r.token_ids)].tolist() for b, r in enumerate(rollouts)],

@@ -1,4 +1,4 @@
-"""Where the loop's rollouts come from: questions asked of a server, answers scored, by group.
+"""Gets the loop's rollouts: asks questions of a server, and scores the answers by group.
 
 The server may restart in between: it then gets the current version of the adapter again, and what
 had not arrived is asked for again, provided that it still evicts as the run says.
@@ -13,28 +13,28 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from pte_vllm.adapter.format import Adapter
-from pte_vllm.train.data.questions import Problem, Stream, prompt_ids
+from pte_vllm.train.data.questions import Problem, QuestionStream, prompt_ids
 from pte_vllm.train.grpo.loss import (
-    Sample,
+    ScoredRollout,
     groups,
     overlong_penalty,
     staleness,
     teaches,
     with_advantages,
 )
+from pte_vllm.train.options.runs import GrpoRun
 from pte_vllm.train.rewards.functions import score
-from pte_vllm.train.run.config import GrpoRun
 from pte_vllm.wire.rollout import Rollout
 from pte_vllm.wire.transport import ServerError
 
 _UNKNOWN = (404, 409)
 """HTTP status of a server that lacks the adapter, or its version."""
 _MAX_RECOVERIES = 5
-"""Of one batch; a server that loses the adapter more often is not worth asking."""
+"""Most times that the adapter is pushed again for one batch; then the run gives up."""
 
 
 class RolloutSource(Protocol):
-    """What the loop needs of `client.RolloutClient`."""
+    """What the loop needs of `wire.client.RolloutClient`."""
 
     def wait_ready(self, timeout_s: float = ...) -> dict[str, Any]: ...
 
@@ -59,9 +59,9 @@ class Publisher:
     """Keeps the server at the learner's adapter, under versions that only rise.
 
     Args:
-        source: the server.
-        name: of the adapter there.
-        version: newest version that an earlier run of this one pushed; 0: none.
+        source: the server that samples.
+        name: the adapter's name there.
+        version: the newest version that was pushed before this run was resumed; 0: none.
     """
 
     def __init__(self, source: RolloutSource, name: str, version: int = 0) -> None:
@@ -72,10 +72,11 @@ class Publisher:
 
     @property
     def engine_name(self) -> str:
+        """The name of the current version, as requests give it."""
         return f"{self.name}@{self.version}"
 
     def publish(self, adapter: Adapter) -> int:
-        """Push a new version: above ours, and above what the server has meanwhile; returns it."""
+        """Push a new version, above ours and above what the server has; returns its number."""
         self._adapter = adapter
         self.version = self._source.push(adapter, self.name, self._above(self.version))
         self._same = {self.version}
@@ -95,7 +96,7 @@ class Publisher:
         self._same.add(self.version)
 
     def as_current(self, rollout: Rollout) -> Rollout:
-        """The rollout with the current version in place of earlier ones of the same weights."""
+        """Return the rollout with the current version in place of others of the same weights."""
         spans = tuple(
             replace(span, version=self.version) if span.version in self._same else span
             for span in rollout.weight_versions
@@ -113,29 +114,30 @@ class Publisher:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Rollouts of one step."""
+class StepRollouts:
+    """The scored rollouts of one step."""
 
-    samples: list[Sample]
-    """To learn from, with advantages; may be empty if groups or samples were dropped."""
-    seen: list[Sample]
+    samples: list[ScoredRollout]
+    """Those to learn from, with advantages; empty if all groups or samples were dropped."""
+    seen: list[ScoredRollout]
     """All that were scored: those of dropped groups too."""
     dropped_groups: int
-    """Whose rewards were all equal (dynamic sampling)."""
+    """How many groups were dropped because their rewards were all equal (dynamic sampling)."""
     stale_samples: int
-    """Dropped for their age."""
+    """How many samples were dropped for their age."""
     rounds: int
+    """How often the server was asked."""
 
 
 class Sampler:
-    """Asks questions, and makes samples of the answers.
+    """Asks questions, and scores the answers.
 
     Args:
-        run: options.
-        source: the server.
-        publisher: of the adapter.
-        tokenizer: None where all prompts are token ids.
-        note: receives a line on what is out of the ordinary.
+        run: the options of the run.
+        source: the server that samples.
+        publisher: keeps the server at the learner's adapter.
+        tokenizer: the base model's tokenizer; None where all prompts are token ids.
+        note: is called with a line on what is out of the ordinary.
     """
 
     def __init__(
@@ -150,8 +152,8 @@ class Sampler:
         self._run, self._source, self._publisher = run, source, publisher
         self._tokenizer, self._note = tokenizer, note
 
-    def batch(self, stream: Stream, step: int) -> Batch:
-        """The rollouts of a step, `groups_per_step` groups if dynamic sampling finds them.
+    def batch(self, stream: QuestionStream, step: int) -> StepRollouts:
+        """Sample the rollouts of a step: `groups_per_step` groups, if dynamic sampling finds them.
 
         Raises:
             ServerError: if the server refuses, or stays away.
@@ -159,8 +161,8 @@ class Sampler:
             ValueError: if the server came back with another plan.
         """
         options, wanted = self._run.grpo, self._run.sampling.groups_per_step
-        kept: list[Sample] = []
-        seen: list[Sample] = []
+        kept: list[ScoredRollout] = []
+        seen: list[ScoredRollout] = []
         found, dropped, stale, rounds = 0, 0, 0, 0
         while found < wanted:
             rounds += 1
@@ -180,7 +182,7 @@ class Sampler:
                 found += 1
             if not options.dynamic_sampling or rounds == options.dynamic_sampling_max_tries:
                 break
-        return Batch(
+        return StepRollouts(
             samples=with_advantages(self._current(kept), options.scale_rewards),
             seen=self._current(seen),
             dropped_groups=dropped,
@@ -188,15 +190,15 @@ class Sampler:
             rounds=rounds,
         )
 
-    def _current(self, samples: Sequence[Sample]) -> list[Sample]:
-        """As `Publisher.as_current`: a later answer may have met a server that lost the version."""
+    def _current(self, samples: Sequence[ScoredRollout]) -> list[ScoredRollout]:
+        """Give samples the current version, as a later answer may have met a restarted server."""
         return [replace(s, rollout=self._publisher.as_current(s.rollout)) for s in samples]
 
-    def _ask(self, problems: Sequence[Problem], label: str) -> list[Sample]:
-        """All samples of some questions, group by group."""
+    def _ask(self, problems: Sequence[Problem], label: str) -> list[ScoredRollout]:
+        """Return all samples of some questions, group by group."""
         open_groups = {f"{label}.{i}": problem for i, problem in enumerate(problems)}
         order = list(open_groups)
-        done: dict[str, list[Sample]] = {}
+        done: dict[str, list[ScoredRollout]] = {}
         for attempt in range(_MAX_RECOVERIES + 1):
             try:
                 for group_id, members in self._complete_groups(open_groups, label):
@@ -214,7 +216,7 @@ class Sampler:
     def _complete_groups(
         self, problems: Mapping[str, Problem], label: str
     ) -> Iterator[tuple[str, list[Rollout]]]:
-        """Groups as they are complete, samples in their order."""
+        """Yield groups as they are complete, with their rollouts in order."""
         sampling, size = self._run.sampling, self._run.sampling.group_size
 
         def pinned(item: tuple[str, Problem]) -> int:
@@ -242,7 +244,7 @@ class Sampler:
                     whole = [r for r in members if r.finish_reason != "abort"]
                     yield rollout.group_id, sorted(whole, key=lambda r: r.index)
 
-    def _sample(self, problem: Problem, rollout: Rollout) -> Sample:
+    def _sample(self, problem: Problem, rollout: Rollout) -> ScoredRollout:
         text = ""
         if self._tokenizer is not None:
             text = self._tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
@@ -255,7 +257,7 @@ class Sampler:
             options.overlong_tokens,
             options.overlong_penalty,
         )
-        return Sample(rollout=rollout, reward=reward, shaped_reward=reward + penalty)
+        return ScoredRollout(rollout=rollout, reward=reward, shaped_reward=reward + penalty)
 
 
 def check_plan(run: GrpoRun, info: dict[str, Any]) -> None:
@@ -271,5 +273,5 @@ def check_plan(run: GrpoRun, info: dict[str, Any]) -> None:
 
 
 def step_seed(seed: int, label: str) -> int:
-    """Seed of one request: the same when a run is resumed, different for every request."""
+    """Return the seed of one request: the same in a resumed run, another for each request."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{label}".encode()).digest()[:4], "big") >> 1

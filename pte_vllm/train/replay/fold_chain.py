@@ -1,7 +1,7 @@
 """The thought states of a batch while it is replayed: the chain of folds.
 
 Shapes: L layers with an encoder, B sequences, H KV heads, D head size; G, r, m and d_kv as in
-`ops.reference`.
+`method.reference`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pte_vllm.method.options import PTEConfig, check_rule_fits
 from pte_vllm.method.reference import RULES, LayerEncoder, Sums
 
 Encoded = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Cached keys and values `[L, B, m, H, D]` → `K_e, V_e: [L, B, m, d_kv]`, fp32."""
+"""Turns cached keys and values `[L, B, m, H, D]` into `K_e, V_e: [L, B, m, d_kv]`, fp32."""
 
 
-class Memory:
-    """Sums and states from S_0 on; one fold serves all layers and sequences at once.
+class ThoughtStates:
+    """States of all layers and sequences from S_0 on, and the sums from which a rule reads them.
 
     Args:
         encoder: every tensor `[L, ...]`; gradients flow into it if the caller leaves them on.
-        config: of the adapter.
-        rule: overrides the adapter's.
-        batch_size: B.
+        config: the adapter's method.
+        rule: the rule to fold by; None: the adapter's.
+        batch_size: how many sequences are replayed, B.
 
     Raises:
         ValueError: on an unknown rule, or one that does not fit the adapter.
@@ -45,13 +45,16 @@ class Memory:
         self._sums: Sums = self._rule.start(self._encoder, self._how)
         start = self._rule.read(self._sums, self._encoder, self._how)
         self.states: Tensor = start.expand(-1, batch_size, -1, -1)
-        """`[L, B, G, r]`"""
+        """The states after the last fold, `[L, B, G, r]`."""
 
     def fold(self, k: Tensor, v: Tensor, encoded: Encoded) -> Tensor:
-        """Fold what left the cache; how far each state moved, ‖ΔS‖ / ‖S‖, `[L, B]`.
+        """Fold what left the cache into all states.
 
         Until the backward pass k and v stay as they are, in the cache's dtype: `encoded` is called
         a second time then, and must say the same.
+
+        Returns:
+            How far each state moved, ‖ΔS‖ / ‖S‖, `[L, B]`.
         """
         before = self.states.detach()
         self._sums, states = checkpoint(
@@ -67,13 +70,13 @@ class Memory:
         return reference.relative_update(before, self.states.detach() - before)
 
     def _folded(self, sums: Sums, k: Tensor, v: Tensor, encoded: Encoded) -> tuple[Sums, Tensor]:
-        """The sums after a fold, and the states as read from them."""
+        """Compute the sums after a fold, and the states as read from them."""
         sums = self._rule.fold(sums, self._encoder, *encoded(k, v), self._how)
         return sums, self._rule.read(sums, self._encoder, self._how)
 
 
 class FoldChain:
-    """Gradients that segments sent to the states they used, to be sent on through the folds.
+    """Collects the gradients of the states that segments used, and sends them through the folds.
 
     A segment runs on a copy of the state cut from its history, so that its activations can go as
     soon as it has back-propagated. Of the folds' own graph stays until `backward` what a fold needs
@@ -85,7 +88,7 @@ class FoldChain:
         self._leaves: list[Tensor] = []
 
     def cut(self, states: Tensor) -> Tensor:
-        """The states as a leaf for one segment."""
+        """Return the states cut from their history, as a leaf for one segment."""
         if not states.requires_grad:
             return states
         if self._states and self._states[-1] is states:  # no fold in between

@@ -15,13 +15,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pte_vllm.train.replay.batch import Batch
+from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.replay import Scores, replay
+from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.segments import replay
 
 
 class TokenScores(NamedTuple):
-    """Of the wanted tokens, given those before them; 0 elsewhere."""
+    """What a replay says of each wanted token, given those before it; 0 elsewhere."""
 
     logprobs: Tensor  # [B, longest] fp32
     entropies: Tensor  # [B, longest] of the distribution each token came from, in nats
@@ -29,19 +30,21 @@ class TokenScores(NamedTuple):
 
 def differentiable_log_probs(
     model: PTEModel,
-    batch: Batch,
+    batch: AlignedBatch,
     *,
     rule: str | None = None,
     temperature: float = 1.0,
     backward: Literal["segments", "full"] = "segments",
 ) -> TokenScores:
-    """Log-probs and entropies of a batch; gradients reach the model's trainable parameters.
+    """Compute log-probs and entropies whose gradients reach the model's trainable parameters.
 
     The parameters must not change between this call and `backward` of what is made of its result:
     the backward pass computes everything again.
 
     Args:
-        rule, temperature, backward: as in `replay`.
+        rule: the rule to fold by; None: the adapter's.
+        temperature: the temperature of the sampler whose log-probs are wanted.
+        backward: how gradients flow between segments, as in `replay`.
 
     Raises:
         ValueError: if an option does not fit the model.
@@ -55,13 +58,16 @@ def differentiable_log_probs(
 
 
 class _LogProbs(torch.autograd.Function):
-    """Parameters are inputs, so that autograd asks for their gradients and adds them up itself."""
+    """A replay as one node of the graph.
+
+    Parameters are its inputs, so that autograd asks for their gradients and adds them up itself.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         model: PTEModel,
-        batch: Batch,
+        batch: AlignedBatch,
         options: dict[str, Any],
         backward: Literal["segments", "full"],
         *parameters: Tensor,
@@ -96,7 +102,8 @@ class _LogProbs(torch.autograd.Function):
         return (None, None, None, None, *found)
 
 
-def _scores(model: PTEModel, batch: Batch, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _scores(model: PTEModel, batch: AlignedBatch, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Replay without gradients: log-probs and entropies, each `[B, longest]`."""
     entropies = torch.zeros(
         len(batch.ids), int(batch.lengths.max()), device=model.device, dtype=torch.float32
     )
@@ -110,6 +117,6 @@ def _scores(model: PTEModel, batch: Batch, options: dict[str, Any]) -> tuple[Ten
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """`[N, V]` → `[N]`."""
+    """Compute the entropies `[N]`, in nats, of distributions given as logits `[N, V]`."""
     logprobs = logits.log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)

@@ -1,11 +1,12 @@
 """A frozen transformers model with a trainable adapter: a PEFT LoRA modulated by thought states.
 
-The LoRA is PEFT's own; a forward hook on each `lora_A` multiplies its output by the layer's state,
-so that a linear computes `W x + (alpha/r) B (Sᵀ φ(A x))`. States are set by the replay, segment by
-segment; the encoder that writes them is held here as parameters, all layers stacked.
+The LoRA is PEFT's own, but for its A: ours has G rows and multiplies what it computes by the
+layer's state, so that a linear computes `W x + (alpha/r) B (Sᵀ φ(A x))`. The replay sets the
+states, segment by segment. The encoder that writes them is held here as parameters, all layers
+stacked.
 
 Shapes: B sequences, n tokens of a segment, L layers with an encoder; G, r and d_kv as in
-`ops.reference`.
+`method.reference`.
 """
 
 from __future__ import annotations
@@ -28,19 +29,20 @@ from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.method import reference
 from pte_vllm.method.reference import TENSORS, LayerEncoder
 from pte_vllm.models.rope_check import check_unrotation
-from pte_vllm.train.replay.backends import resolve_attention
+from pte_vllm.train.replay.attention_kernels import resolve_attention
+from pte_vllm.train.replay.supported import check_model
 
 _NAME = "default"
 
 
 class PTEModel(nn.Module):
-    """A causal LM, its weights frozen, and an adapter in fp32.
+    """A causal LM whose weights are frozen, and an adapter in fp32 that may learn.
 
     Args:
         base: a transformers causal LM built like Llama or Qwen; changed in place until `detach`.
-        adapter: None for the bare model, a plain LoRA (S = identity), or a PTE adapter.
-        gradient_checkpointing: recompute decoder layers in the backward pass. Works with the
-            replay's constant-memory mode only.
+        adapter: a PTE adapter, or a plain LoRA, whose state is the identity; None: the bare model.
+        gradient_checkpointing: whether the backward pass computes decoder layers again instead of
+            keeping their activations; works with the replay's constant-memory mode only.
 
     Raises:
         ValueError: if the model cannot be replayed, lacks a module of the adapter, or has keys
@@ -57,7 +59,7 @@ class PTEModel(nn.Module):
         self.config = adapter.pte if adapter is not None else None
         self.layers = adapter.layers if adapter is not None else []
         self.states: Tensor | None = None
-        """`[L, B, G, r]` of the segment that runs; the replay sets it."""
+        """The states `[L, B, G, r]` of the segment that runs; the replay sets them."""
         self.gradient_checkpointing = gradient_checkpointing
         self._peft = adapter.peft if adapter is not None else {}
         self._form = adapter.form if adapter is not None else {}
@@ -81,7 +83,7 @@ class PTEModel(nn.Module):
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
     ) -> Self:
-        """Load a model and an adapter from directories, or an adapter that is at hand.
+        """Load a base model, and put on it an adapter from a directory or from memory.
 
         Raises:
             ValueError: naming the option, if one does not fit.
@@ -121,13 +123,14 @@ class PTEModel(nn.Module):
         self._lora = {name: self.base.get_submodule(name) for name in used}
         for name, linear in self._lora.items():
             a, b = adapter.lora_a[name], adapter.lora_b[name]
-            linear.lora_A[_NAME].weight = self._parameter(a)  # [G, d_in]; PEFT's own is [r, d_in]
             linear.lora_B[_NAME].weight = self._parameter(b)
-            layer = layer_of(name)
-            if adapter.pte is not None:
+            if adapter.pte is None:
+                linear.lora_A[_NAME].weight = self._parameter(a)
+            else:
+                layer = layer_of(name)
                 assert layer is not None
-                index = self.layers.index(layer)
-                linear.lora_A[_NAME].register_forward_hook(partial(self._modulate, index))
+                modulate = partial(self._modulate, self.layers.index(layer))
+                linear.lora_A[_NAME] = _ModulatedA(self._parameter(a), modulate)
         if adapter.pte is not None:
             stacked = adapter.stacked_encoder()
             for field in TENSORS:
@@ -137,11 +140,11 @@ class PTEModel(nn.Module):
         # A copy: several models may start from one adapter.
         return nn.Parameter(value.detach().to(self.device, torch.float32, copy=True))
 
-    def _modulate(self, index: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """What stands between A and B; `output: [B, n, G]`."""
+    def _modulate(self, index: int, asked: Tensor) -> Tensor:
+        """Multiply `A x: [B, n, G]` by the state of the layer with this index: `[B, n, r]`."""
         assert self.states is not None and self.config is not None, "run the model by `replay`"
         config = self.config
-        return reference.modulate(output, self.states[index], config.read, config.features)
+        return reference.modulate(asked, self.states[index], config.read, config.features)
 
     def _checkpoint_layers(self) -> None:
         # transformers' own checkpointing drops the KV cache; ours may be written twice.
@@ -150,7 +153,7 @@ class PTEModel(nn.Module):
             layer.forward = _checkpointed(layer.forward)
 
     def detach(self) -> None:
-        """Give the base model back as it was, its parameters frozen."""
+        """Give the base model back as it was, but with its parameters frozen."""
         if self._tuner is not None:
             self._tuner.unload()
             self._tuner, self._lora = None, {}
@@ -167,13 +170,16 @@ class PTEModel(nn.Module):
 
     @property
     def encoder(self) -> LayerEncoder:
-        """The encoder of every layer, `[L, ...]`, gradients and all; only with a PTE adapter."""
+        """The encoders of all layers stacked, `[L, ...]`, the parameters themselves.
+
+        Only a model with a PTE adapter has them.
+        """
         assert self.config is not None
         tensors = {name: self._encoder[name] for name in TENSORS}
         return LayerEncoder(**tensors, features=self.config.features)
 
     def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters that training may change: A and B by module, and the stacked encoder."""
+        """Yield what training may change: A and B by module, and the stacked encoder."""
         for name, linear in self._lora.items():
             yield f"{name}.lora_A", linear.lora_A[_NAME].weight
             yield f"{name}.lora_B", linear.lora_B[_NAME].weight
@@ -181,11 +187,12 @@ class PTEModel(nn.Module):
             yield f"encoder.{field}", self._encoder[field]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return what `named_trainable` yields, in the same order, without names."""
         return [parameter for _, parameter in self.named_trainable()]
 
     @torch.no_grad()
     def adapter(self) -> Adapter:
-        """A copy of the current weights, on the CPU.
+        """Return a copy of the adapter with its current weights, on the CPU.
 
         Raises:
             ValueError: if the model has no adapter.
@@ -243,12 +250,12 @@ class PTEModel(nn.Module):
             raise ValueError(f"the adapter has another form than the model's: {'; '.join(differ)}")
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the adapter (`pte_vllm.adapter.format`), as a server loads it."""
+        """Write the adapter as a server loads it (see `adapter.format`)."""
         self.adapter().save(path)
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """The base model inside the block; a window then only forgets."""
+        """Switch the adapter off inside the block: what leaves the window is then forgotten."""
         layers, self.layers = self.layers, []
         for linear in self._lora.values():
             linear.enable_adapters(False)
@@ -260,37 +267,28 @@ class PTEModel(nn.Module):
                 linear.enable_adapters(True)
 
 
+class _ModulatedA(nn.Linear):
+    """LoRA's A `[G, d_in]` with a thought state after it: turns `[B, n, d_in]` into `[B, n, r]`."""
+
+    def __init__(self, weight: nn.Parameter, modulate: Callable[[Tensor], Tensor]) -> None:
+        rows, d_in = weight.shape
+        super().__init__(d_in, rows, bias=False, device="meta")
+        self.weight = weight
+        self._modulate = modulate
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._modulate(super().forward(input))
+
+
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a layer's forward so that the backward pass computes it again."""
+
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return run
-
-
-def check_model(model: Any) -> None:
-    """Refuse what a replay would get wrong.
-
-    Raises:
-        ValueError: naming the reason.
-    """
-    rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
-    if rotary is None:
-        raise ValueError(
-            f"{type(model).__name__} has no model.rotary_emb; replay supports models built like "
-            "Llama and Qwen"
-        )
-    rope_type = rotary.rope_type
-    if not isinstance(rope_type, str) or "dynamic" in rope_type or rope_type == "longrope":
-        raise ValueError(f"rope type {rope_type!r}: frequencies that vary cannot be undone")
-    layer_types = getattr(model.config, "layer_types", None)
-    window = getattr(model.config, "sliding_window", None)
-    if set(layer_types) != {"full_attention"} if layer_types else window is not None:
-        raise ValueError("replay supports models with plain full attention only")
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"{name}: replay supports models whose logits are lm_head's output")
 
 
 def _submodule(model: Any, name: str) -> nn.Module:

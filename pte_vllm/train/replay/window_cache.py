@@ -26,7 +26,7 @@ class WindowLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Past and new tokens together; replaces what an earlier, uncommitted call returned."""
+        """Return past and new tokens together; an earlier call that was not committed is undone."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.past is None:
@@ -38,7 +38,7 @@ class WindowLayer(DynamicLayer):
 
 
 class WindowCache(Cache):
-    """All layers; made anew for each replay."""
+    """The KV cache of all layers; a replay makes its own."""
 
     layers: list[Any]  # of WindowLayer; the parent's declaration allows any kind
 
@@ -47,7 +47,7 @@ class WindowCache(Cache):
 
     @property
     def num_tokens(self) -> int:
-        """Committed tokens, t."""
+        """How many committed tokens each layer holds, t."""
         past = self.layers[0].past if self.layers else None
         return past[0].shape[-2] if past is not None else 0
 

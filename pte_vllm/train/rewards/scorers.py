@@ -10,9 +10,9 @@ from pte_vllm.train.data.gym_tasks import dodges, gym_dataset, may_be_evaluated
 
 
 def math_scorer() -> Callable[[str, str], bool]:
-    """Whether an answer equals the right one as mathematics, by `math-verify`.
+    """Make a scorer that says whether an answer equals the right one as mathematics.
 
-    Both are LaTeX or plain, without dollars or box.
+    `math-verify` decides. Both answers are LaTeX or plain text, without dollars or box.
 
     Raises:
         ModuleNotFoundError: if math-verify is not installed.
@@ -33,11 +33,11 @@ def math_scorer() -> Callable[[str, str], bool]:
 
 
 def gym_scorer(task: str, task_options: str) -> Callable[[str, Mapping[str, Any]], float]:
-    """What a task of reasoning-gym gives for an answer to one of its entries.
+    """Make a scorer that gives what a task of reasoning-gym gives for an answer to an entry.
 
     Args:
-        task: its name.
-        task_options: JSON.
+        task: the name of the task.
+        task_options: the task's options, as a JSON object.
     """
     made = gym_dataset(task, json.loads(task_options), seed=0, size=1)
 

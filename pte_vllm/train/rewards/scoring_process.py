@@ -8,8 +8,8 @@ Once the first scorer is made, these hold until the process ends:
   imports late.
 
 That is no sandbox. The hook sees what Python chooses to report, and code that runs here can get
-around it; it reads every file that the user may read. It keeps an accident small, and what a model
-stumbles upon; what answers may say at all is limited before (`gym_tasks.may_be_evaluated`).
+around it; it reads every file that the user may read. It keeps accidents small, and what a model
+finds by chance; what answers may say at all is limited before (`gym_tasks.may_be_evaluated`).
 Who trains on answers of people with bad intent needs a container around the trainer.
 
 A request is a pickle `(timeout_s, setup, answer)`. To each the process says READY, once it has the
@@ -46,12 +46,12 @@ _ALLOWED = {
     "ctypes.dlopen",  # importing ctypes opens the program itself
     "os.putenv", "os.unsetenv",  # importing numpy sets variables for OpenBLAS
 }
-"""Of those, the ones that read, or that imports need."""
+"""Events of that kind that only read, or that imports need."""
 # fmt: on
 
 
 def _guard(event: str, args: tuple[Any, ...]) -> None:
-    """An audit hook.
+    """Refuse, as an audit hook, what a scorer should not do.
 
     Raises:
         PermissionError: for what no scorer needs; code that can do without catches it as OSError.
@@ -74,7 +74,7 @@ def _restrict() -> None:
 
 
 def _score(scorer: Callable[..., float], answer: tuple[Any, ...], timeout_s: float) -> float:
-    """From 0 to 1; 0 whatever is raised, `SystemExit` and the lack of memory included."""
+    """Score from 0 to 1; 0 whatever is raised, `SystemExit` and the lack of memory included."""
     # The trainer keeps the time; the alarm ends a worker whose trainer is gone.
     signal.setitimer(signal.ITIMER_REAL, timeout_s + 1)
     try:

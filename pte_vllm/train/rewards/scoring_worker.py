@@ -36,8 +36,8 @@ class ScoringWorker:
     """Owns the worker; starts it when first asked, again after it ended. Thread-safe.
 
     Args:
-        work: makes the scorers, in the worker, which keeps them.
-        timeout_s: longest time for one decision; what takes longer earns 0.
+        work: the function that makes the scorers, called in the worker, which keeps them.
+        timeout_s: the longest time for one decision; what takes longer earns 0.
     """
 
     def __init__(self, work: Work, *, timeout_s: float = 5.0) -> None:
@@ -48,11 +48,13 @@ class ScoringWorker:
 
     @property
     def pid(self) -> int | None:
-        """Of the worker; None if none was started."""
+        """The process id of the worker; None if none was started."""
         return None if self._running is None else self._running.process.pid
 
     def score(self, setup: tuple[object, ...], answer: tuple[object, ...]) -> float:
-        """`work(*setup)(*answer)`, from 0 to 1; 0 if that raises, takes too long or ends it all.
+        """Ask the worker for `work(*setup)(*answer)`, from 0 to 1.
+
+        It is 0 if that raises, takes too long, or ends the worker.
 
         Raises:
             OSError: if the worker does not start, or cannot make the scorer.
@@ -73,7 +75,7 @@ class ScoringWorker:
             self._stop()
 
     def _asked(self, request: bytes) -> _Running:
-        """The worker, once it has a scorer for the request and begins to use it."""
+        """Return the worker, once it has a scorer for the request and begins to use it."""
         for _ in range(2):  # the first may have been killed from outside
             if self._running is None or self._running.process.poll() is not None:
                 self._stop()
@@ -115,7 +117,7 @@ class _Running:
         return cls(process, home)
 
     def send(self, request: bytes) -> bytes:
-        """What the worker says to a request before it scores; empty if it ended or hangs."""
+        """Return what the worker says to a request before it scores; empty if it ended or hangs."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(request)
@@ -125,7 +127,7 @@ class _Running:
         return self.read_line(_START_S)
 
     def read_line(self, timeout_s: float) -> bytes:
-        """A line of the worker's; empty if it takes longer or ends."""
+        """Return a line of the worker's; empty if it takes longer or ends."""
         assert self.process.stdout is not None
         file, line = self.process.stdout.fileno(), b""
         end = time.monotonic() + timeout_s
@@ -152,7 +154,7 @@ class _Running:
 
 
 def _environment(home: str) -> dict[str, str]:
-    """All variables that the worker gets: no tokens, no proxies, the trainer's import path."""
+    """Return the worker's variables: no tokens, no proxies, and the trainer's import path."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     return kept | {
         "HOME": home,

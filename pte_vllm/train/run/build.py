@@ -15,8 +15,8 @@ from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.adapter.init import init_adapter
 from pte_vllm.adapter.sample_text import SAMPLE_TEXT
 from pte_vllm.method.options import PTEConfig
+from pte_vllm.train.options.sections import AdapterOptions, ModelOptions
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.run.config_sections import AdapterOptions, ModelOptions
 
 
 def build_model(
@@ -29,8 +29,11 @@ def build_model(
     """Load the base and put an adapter on it.
 
     Args:
-        start: the adapter, of a checkpoint for example; None: the one that `model.adapter` names,
-            or else a new one as `adapter` says.
+        model: what base to load, and how.
+        adapter: what a new adapter is like.
+        seed: the seed of a new adapter.
+        start: the adapter to put on the base, such as a checkpoint's; None: the one that
+            `model.adapter` names, or else a new one.
 
     Raises:
         ValueError: naming the option, if one does not fit.
@@ -49,7 +52,7 @@ def build_model(
 
 
 def new_adapter(base: Any, tokenizer: Any, options: AdapterOptions, *, seed: int = 0) -> Adapter:
-    """An untrained adapter for a transformers model, calibrated on sample text.
+    """Make an untrained adapter for a transformers model, calibrated on sample text.
 
     Raises:
         ValueError: naming the option, if one does not fit.

@@ -36,26 +36,26 @@ class RunState:
     """Where a run stands."""
 
     step: int
-    """Steps done."""
+    """How many steps are done."""
     version: int
-    """Newest version of the adapter that was pushed; 0: none."""
+    """The newest version of the adapter that was pushed; 0: none was."""
     stream: dict[str, int]
-    """Position in the data, `data.Stream.state`."""
+    """The position in the data, as `QuestionStream.state` returns it; empty without a stream."""
 
 
 class Checkpoints:
-    """Checkpoints below one directory.
+    """The checkpoints of one run.
 
     Args:
-        directory: of the run.
-        keep: newest ones that stay.
+        directory: the run's directory; checkpoints lie in `checkpoints` below it.
+        keep: how many of the newest stay.
     """
 
     def __init__(self, directory: Path, *, keep: int) -> None:
         self._root, self._keep = directory / "checkpoints", keep
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint."""
+        """Return the directory of the newest whole checkpoint; None if there is none."""
         found = self._all()
         return found[-1] if found else None
 
@@ -96,25 +96,25 @@ class Checkpoints:
         return target
 
     def _remove(self, path: Path) -> None:
-        """By a rename first: half of a checkpoint must not look like one."""
+        """Remove a checkpoint, renamed first: half of one must not look like a whole one."""
         gone = path.rename(self._root / f"{_DRAFT}{path.name}")
         shutil.rmtree(gone)
 
     def _all(self) -> list[Path]:
-        """From old to new."""
+        """Return the directories of all whole checkpoints, from old to new."""
         found = self._root.glob("step-*")
         return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_order)
 
 
 def _order(path: Path) -> tuple[int, int]:
-    """Step, and which checkpoint of that step."""
+    """Return the step of a checkpoint, and which checkpoint of that step it is."""
     name = _NAME.fullmatch(path.name)
     assert name is not None, path
     return int(name[1]), int(name[2] or 0)
 
 
 def read_state(path: Path) -> RunState:
-    """Where the run stood.
+    """Read where the run stood.
 
     Raises:
         ValueError: if the checkpoint is of another format.
@@ -126,7 +126,7 @@ def read_state(path: Path) -> RunState:
 
 
 def adapter_directory(path: Path) -> Path:
-    """Directory of a checkpoint's adapter."""
+    """Return the directory of a checkpoint's adapter."""
     return path / _ADAPTER
 
 
@@ -134,8 +134,9 @@ def restore(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Give the optimizer and torch's generators their states back.
 
     Args:
-        path: of the checkpoint.
-        optimizer: over the same parameters, which hold the checkpoint's adapter already.
+        path: the checkpoint's directory.
+        optimizer: an optimizer over the same parameters, which hold the checkpoint's adapter
+            already.
     """
     optimizer.load_state_dict(torch.load(path / _OPTIMIZER, weights_only=True))
     states = load_file(path / _RNG)
@@ -146,6 +147,7 @@ def restore(path: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _rng_states() -> dict[str, torch.Tensor]:
+    """Return the states of torch's generators: `cpu`, and `cuda.00` and so on."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda.{i:02d}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
@@ -153,7 +155,7 @@ def _rng_states() -> dict[str, torch.Tensor]:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold it before what comes next."""
+    """Wait until the disk holds a file or directory."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

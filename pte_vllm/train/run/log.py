@@ -1,4 +1,4 @@
-"""Numbers of a run by step: JSON lines, TensorBoard, a progress bar, and a plot at the end."""
+"""Shows and keeps the numbers of a run by step: JSON lines, TensorBoard, a progress bar, a plot."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ _SHOWN = (
     ("drift", "drift {:.0e}"),
     ("tokens_per_s", "{:.0f} tok/s"),
 )
-"""What the progress bar says; numbers that are not there are left out."""
+"""What the progress bar says, and how; numbers that a step does not have are left out."""
 
 
 class MetricsLog:
-    """Numbers by step, on disk.
+    """Keeps numbers by step on disk.
 
     Args:
-        directory: of the run; `metrics.jsonl` holds an object a step, without what is not finite.
-        step: steps done; records of later ones, from before an interruption, are dropped.
-        tensorboard: also write events, below `tensorboard/`.
+        directory: the run's directory; its `metrics.jsonl` holds an object a step, without numbers
+            that are not finite.
+        step: how many steps are done; records of later ones, from before an interruption, are
+            dropped.
+        tensorboard: whether to write events too, below `tensorboard/`.
     """
 
     def __init__(self, directory: Path, *, step: int, tensorboard: bool) -> None:
@@ -55,6 +57,7 @@ class MetricsLog:
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the numbers of a step."""
         record = {"step": step, **{k: v for k, v in values.items() if math.isfinite(v)}}
         self.records.append(record)
         with self._path.open("a", encoding="utf-8") as file:
@@ -65,12 +68,13 @@ class MetricsLog:
                     self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Write what TensorBoard has not written yet."""
         if self._writer is not None:
             self._writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Records of a `metrics.jsonl`; [] if there is none. A line cut off by a crash is left out."""
+    """Read a `metrics.jsonl`; [] if there is none. A line cut off by a crash is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -82,7 +86,7 @@ def _line(record: Mapping[str, float]) -> str:
 
 
 class ProgressBar:
-    """Steps done and left, with the last step's numbers; one line a step where no terminal is."""
+    """Shows steps done and left, and the last step's numbers; a line a step without a terminal."""
 
     def __init__(self, console: Console, *, title: str, done: int, total: int) -> None:
         self._console, self._total = console, total
@@ -110,18 +114,19 @@ class ProgressBar:
         self._progress.stop()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Show that `step` is done, and its numbers."""
         shown = summary(values)
         self._progress.update(self._task, completed=step, shown=shown)
         if not self._console.is_terminal:
             self._console.print(f"step {step}/{self._total}: {shown}", soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self._console.print(text, soft_wrap=True)
 
 
 def summary(values: Mapping[str, float]) -> str:
-    """One line of a step's numbers."""
+    """Write a step's numbers in one line."""
     return " · ".join(
         form.format(values[name])
         for name, form in _SHOWN
@@ -130,7 +135,7 @@ def summary(values: Mapping[str, float]) -> str:
 
 
 def plot_run(records: Sequence[Mapping[str, float]], path: Path, *, title: str = "") -> None:
-    """Reward, length and drift by step, as a PNG."""
+    """Plot reward, length and drift by step, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,13 +165,13 @@ def plot_run(records: Sequence[Mapping[str, float]], path: Path, *, title: str =
 
 
 def series(records: Sequence[Mapping[str, float]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one number, where it is there."""
+    """Return steps and values of one number, from the records that have it."""
     pairs = [(int(r["step"]), r[name]) for r in records if name in r]
     return [s for s, _ in pairs], [v for _, v in pairs]
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, started without bias."""
+    """Compute the exponential moving average, corrected for its start."""
     found, total, norm = [], 0.0, 0.0
     for value in values:
         total = weight * total + (1 - weight) * value

@@ -1,4 +1,4 @@
-"""Going on with a run: what was not given this time is as it was, and some of it cannot change."""
+"""Options with which a run goes on: what is not given again stays, and some of it cannot change."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pte_vllm.adapter.files import read_pte_config
+from pte_vllm.train.options.parsing import options_of, read_toml
+from pte_vllm.train.options.runs import DistillRun, GrpoRun
 from pte_vllm.train.run.checkpoint import Checkpoints, adapter_directory
-from pte_vllm.train.run.config import DistillRun, GrpoRun
-from pte_vllm.train.run.config_io import options_of, read_toml
 
 OPTIONS_FILE = "run.toml"
 
 Run = TypeVar("Run", GrpoRun, DistillRun)
 
 _FIXED = ("model.base", "model.adapter", "adapter.", "plan.")
-"""Begin the names of what cannot change within a run: checkpoints are of these."""
+"""Names, or their beginnings, of options that cannot change within a run."""
 _PATHS = ("model.base", "model.adapter", "adapter.text")
 _OF_THIS_START = ("run.out", "run.resume")
 _ALGORITHMS = ("grpo", "distill")
 
 
 def resumed(run: Run) -> Run:
-    """The options with which a run goes on from the newest checkpoint below `run.out`.
+    """Return the options with which a run goes on from the newest checkpoint below `run.out`.
 
     Those that were not given are what they were, also where a default has changed since. A new
     run's are returned unchanged.
@@ -57,7 +57,7 @@ def save_options(run: GrpoRun | DistillRun) -> None:
 
 
 def _as_made(stored: Mapping[str, Any], adapter: Path) -> dict[str, Any]:
-    """What was stored, with what the run's adapter says of itself.
+    """Return what was stored, corrected by what the run's adapter says of itself.
 
     A file of an earlier version lacks options that came later, and may hold defaults that were
     never this run's.
@@ -73,7 +73,11 @@ def _as_made(stored: Mapping[str, Any], adapter: Path) -> dict[str, Any]:
 
 
 def _that_count(given: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the options of an adapter's making where it was not made, or leaves them open."""
+    """Drop given options of a new adapter that say nothing.
+
+    They say nothing where the run started from an adapter that it did not make, or where they are
+    unset.
+    """
     named = "model.adapter" in stored
     return {
         name: value

@@ -1,4 +1,4 @@
-"""Ending a run when told to, without losing what it did."""
+"""Ends a run when told to, without losing what it did."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.came = False
-        """Whether one of them came."""
+        """Whether one of the signals came."""
         self._interrupting = False
         self._before: dict[int, Any] = {}
 
@@ -40,7 +40,7 @@ class Signals:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """A signal inside the block raises Interrupted."""
+        """Let a signal inside the block raise Interrupted, and at once if one came before."""
         if self.came:
             raise Interrupted
         self._interrupting = True

@@ -1,7 +1,7 @@
 """What every run starts with: its newest checkpoint, its model, its optimizer.
 
 OUT/run.toml        every option, as resolved
-OUT/checkpoints/    see `checkpoint`
+OUT/checkpoints/    the newest ones (`run.checkpoint` says what they hold)
 OUT/adapter/        after the last step
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from pte_vllm.train.options.runs import DistillRun, GrpoRun
+from pte_vllm.train.options.sections import OptimizerOptions
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.run.build import build_model
 from pte_vllm.train.run.checkpoint import (
@@ -24,30 +26,28 @@ from pte_vllm.train.run.checkpoint import (
     read_state,
     restore,
 )
-from pte_vllm.train.run.config import DistillRun, GrpoRun
-from pte_vllm.train.run.config_sections import OptimizerOptions
 from pte_vllm.train.run.resume import save_options
 
 ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """A run before its next step."""
+class StartedRun:
+    """A run that is ready for its next step."""
 
     checkpoints: Checkpoints
     state: RunState
-    """Of the newest checkpoint; step 0 where there is none."""
+    """Where the newest checkpoint stood; step 0 where there is none."""
     resumed: bool
     model: PTEModel
     optimizer: torch.optim.Optimizer
 
 
-def start_run(run: GrpoRun | DistillRun) -> Start:
+def start_run(run: GrpoRun | DistillRun) -> StartedRun:
     """Begin a run, or go on after its newest checkpoint; writes OUT/run.toml.
 
     Args:
-        run: options, as `resume.resumed` returns them.
+        run: the options, as `resumed` returns them.
 
     Raises:
         ValueError: naming the option, if one does not fit.
@@ -77,7 +77,7 @@ def start_run(run: GrpoRun | DistillRun) -> Start:
         restore(newest, optimizer)
         for group in optimizer.param_groups:  # whose options came from the checkpoint, too
             group |= {"betas": run.optimizer.betas, "weight_decay": run.optimizer.weight_decay}
-    return Start(
+    return StartedRun(
         checkpoints=checkpoints,
         state=read_state(newest) if newest else RunState(step=0, version=0, stream={}),
         resumed=newest is not None,
@@ -87,14 +87,14 @@ def start_run(run: GrpoRun | DistillRun) -> Start:
 
 
 def load_tokenizer(base: str) -> Any:
-    """The base model's tokenizer; None for a directory that holds none, as of generated models."""
+    """Load the base model's tokenizer; None if its directory holds none, as generated models do."""
     if Path(base).is_dir() and not any(Path(base).glob("*token*")):
         return None
     return AutoTokenizer.from_pretrained(base)
 
 
 def learning_rate(options: OptimizerOptions, steps_done: int) -> float:
-    """Of the next step: a linear warm-up, then the schedule."""
+    """Return the learning rate of the next step: a linear warm-up, then the schedule."""
     if steps_done < options.warmup_steps:
         return options.lr * (steps_done + 1) / options.warmup_steps
     part = (steps_done - options.warmup_steps) / max(options.steps - options.warmup_steps, 1)

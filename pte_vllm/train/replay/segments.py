@@ -1,8 +1,8 @@
-"""Replay: log-probs of given tokens under a plan, in plain transformers, and their gradients.
+"""The replay: log-probs of given tokens under a plan, in plain transformers, and their gradients.
 
-Independent of vLLM, and the measure of everything else: sequences are cut at the plan's boundaries;
-at each of them the oldest blocks of the window are folded into the thought states (`ops.reference`)
-and dropped from the KV cache.
+It does not know vLLM, and everything else is measured by it. Sequences are cut at the plan's
+boundaries; at each of them the oldest blocks of the window are folded into the thought states
+(`method.reference`) and dropped from the KV cache.
 
 Two ways to back-propagate a loss that adds up over tokens:
 
@@ -12,13 +12,13 @@ Two ways to back-propagate a loss that adds up over tokens:
               keys and values, 2 d_kv numbers of the cache's dtype a token and layer with an encoder
     full      through everything, keys and values included; memory grows with the length
 
-Shapes: B sequences in T columns (`batch.Batch`), n columns of a segment, N tokens that are scored
+Shapes: B sequences in T columns (`AlignedBatch`), n columns of a segment, N tokens that are scored
 at once, V vocabulary, L layers with an encoder, H KV heads, D head size, m evicted tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,10 +27,11 @@ from torch import Tensor
 
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.models.rope_check import undo_rope
-from pte_vllm.train.replay.backends import attention_mask
-from pte_vllm.train.replay.batch import Batch
-from pte_vllm.train.replay.fold_chain import FoldChain, Memory
+from pte_vllm.train.replay.aligned import AlignedBatch
+from pte_vllm.train.replay.attention_kernels import attention_mask
+from pte_vllm.train.replay.fold_chain import FoldChain, ThoughtStates
 from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.train.replay.results import Fold, ReplayResult, Scores, TokenLoss
 from pte_vllm.train.replay.window_cache import WindowCache
 
 Backward = Literal["none", "segments", "full"]
@@ -38,52 +39,16 @@ SCORED_AT_ONCE = 1024
 """Most tokens whose logits are held at once, unless the backward is `full`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Tokens of one segment whose log-probs were asked for."""
-
-    logits: Tensor  # [N, V] fp32, divided by the temperature
-    logprobs: Tensor  # [N]
-    rows: Tensor  # [N] which sequence
-    tokens: Tensor  # [N] which token of it is scored
-
-
-TokenLoss = Callable[[Scores], Tensor]
-"""A scalar; the losses of all calls add up. Must not depend on which tokens come together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fold:
-    """One fold of one sequence."""
-
-    at: int
-    """Position of the first token computed after it."""
-    blocks: tuple[int, int]
-    """Logical blocks folded, half-open."""
-    rho: Tensor  # [L] ‖ΔS‖ / ‖S‖ of each layer with an encoder
-
-
-@dataclass(kw_only=True)
-class ReplayResult:
-    """What a replay found."""
-
-    logprobs: Tensor  # [B, longest] fp32: of token t given those before it; 0 where not asked for
-    states: Tensor | None  # [L, B, G, r] after each sequence's last fold; None without an encoder
-    folds: list[list[Fold]]
-    """By sequence."""
-    loss: float = 0.0
-
-
 @dataclass(kw_only=True)
 class _Run:
-    """One replay under way."""
+    """Everything that the parts of one replay share while it is under way."""
 
     model: PTEModel
-    batch: Batch
+    batch: AlignedBatch
     backward: Backward
     temperature: float
     loss: TokenLoss | None
-    memory: Memory | None
+    memory: ThoughtStates | None
     cache: WindowCache = field(default_factory=WindowCache)
     chain: FoldChain = field(default_factory=FoldChain)
     total: Tensor | None = None  # of the losses: with a graph in mode full
@@ -91,7 +56,7 @@ class _Run:
 
 def replay(
     model: PTEModel,
-    batch: Batch,
+    batch: AlignedBatch,
     *,
     rule: str | None = None,
     temperature: float = 1.0,
@@ -102,12 +67,13 @@ def replay(
     """Replay a batch; gradients are added to the model's trainable parameters.
 
     Args:
-        rule: overrides the adapter's; without an encoder it has no effect.
-        temperature: of the sampler whose log-probs are wanted; logits are divided by it.
-        backward: see above; `none` keeps no graph.
-        loss: called with the scored tokens of each segment, or parts of it.
-        chunk_tokens: most columns of one forward, with `none` only; None: whole segments. Does not
-            change the result.
+        rule: the rule to fold by; None: the adapter's. Without an encoder it has no effect.
+        temperature: the temperature of the sampler whose log-probs are wanted; logits are divided
+            by it.
+        backward: how the loss is back-propagated, as the module says; `none` keeps no graph.
+        loss: a function of scored tokens, called for each segment or for parts of it.
+        chunk_tokens: most columns of one forward, with backward `none` only; None: whole segments.
+            It bounds memory and does not change the result.
 
     Raises:
         ValueError: if an option does not fit the model or another option.
@@ -125,7 +91,7 @@ def replay(
         memory = None
         if model.layers:
             assert model.config is not None
-            memory = Memory(model.encoder, model.config, rule, len(batch.ids))
+            memory = ThoughtStates(model.encoder, model.config, rule, len(batch.ids))
         run = _Run(
             model=model,
             batch=batch,
@@ -143,11 +109,12 @@ def replay(
 def log_probs(
     model: PTEModel, tokens: Sequence[int], plan: FoldPlan, **options: Any
 ) -> ReplayResult:
-    """One sequence without gradients; `options` are `replay`'s."""
-    return replay(model, Batch.align([tokens], [plan]), **options)
+    """Replay one sequence without gradients; `options` are `replay`'s."""
+    return replay(model, AlignedBatch.align([tokens], [plan]), **options)
 
 
 def _replay(run: _Run, chunk_tokens: int | None) -> ReplayResult:
+    """Fold and run segment after segment, then send gradients through the folds."""
     batch, plan = run.batch, run.batch.plan
     columns = torch.zeros(batch.ids.shape, device=batch.ids.device)
     folds: list[list[Fold]] = [[] for _ in range(len(batch.ids))]
@@ -198,7 +165,10 @@ def _segment(run: _Run, logprobs: Tensor, start: int, end: int, folded_tokens: i
 
 
 def _forward(run: _Run, start: int, end: int, folded_tokens: int) -> Tensor:
-    """Last hidden states `[B, n, d]`; a token sees what the cache holds of its sequence."""
+    """Compute the last hidden states `[B, n, d]` of columns `[start, end)`.
+
+    A token sees what the cache holds of its own sequence.
+    """
     batch, base = run.batch, run.model.base
     device = batch.ids.device
     columns = torch.arange(start, end, device=device)
@@ -228,7 +198,7 @@ def _forward(run: _Run, start: int, end: int, folded_tokens: int) -> Tensor:
 
 
 def _score(run: _Run, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """Log-probs `[N]` of the tokens in columns `targets`; adds up the loss, and backs it through.
+    """Compute the log-probs `[N]` of the tokens in columns `targets`, and the loss on them.
 
     In mode `segments` the output layer runs on parts, each of which back-propagates at once to the
     hidden states `[N, d]`; from there on they go back together.
@@ -257,7 +227,7 @@ def _score(run: _Run, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
 
 
 def _fold(run: _Run, folded: int, due: int) -> Tensor:
-    """Fold blocks `[folded, due)` of the thoughts, the oldest, and drop them; rho `[L, B]`."""
+    """Fold the oldest blocks of thoughts, `[folded, due)`, and drop them; returns ρ `[L, B]`."""
     batch, plan = run.batch, run.batch.plan
     m = (due - folded) * plan.block_size
     evicted = run.cache.evict(plan.pin_tokens, m, run.model.layers)
@@ -273,20 +243,22 @@ def _fold(run: _Run, folded: int, due: int) -> Tensor:
 
 
 def _as_encoded(model: PTEModel, k: Tensor, positions: Tensor) -> Tensor:
-    """Cached keys `[L, B, m, H, D]` at `positions: [B, m]` as encoded: `[L, B, m, d_kv]`, fp32."""
+    """Turn cached keys `[L, B, m, H, D]` at `positions: [B, m]` into K_e `[L, B, m, d_kv]`."""
     assert model.config is not None
     if model.config.keys == "rotated":
         return k.float().flatten(-2)
     return undo_rope(model.base, k, positions).flatten(-2)
 
 
-def _record(batch: Batch, b: int, start: int, folded: int, due: int, rho: Tensor) -> Fold:
+def _record(batch: AlignedBatch, b: int, start: int, folded: int, due: int, rho: Tensor) -> Fold:
+    """Say what a fold before column `start` was for sequence `b`, in its own positions."""
     shift = int(batch.left[b])
     first = batch.plan.pinned_blocks - shift // batch.plan.block_size
     return Fold(at=start - shift, blocks=(first + folded, first + due), rho=rho)
 
 
 def _chunks(start: int, end: int, size: int | None) -> Iterator[tuple[int, int]]:
+    """Cut `[start, end)` into half-open parts of at most `size`; None: one part."""
     step = end - start if size is None else size
     for first in range(start, end, step):
         yield first, min(first + step, end)

@@ -12,7 +12,7 @@ _XFORMERS = "pte_xformers"
 
 
 def resolve_attention(name: str, device: torch.device) -> str:
-    """The name under which transformers knows an implementation; registers xformers' if asked for.
+    """Return the name by which transformers knows an implementation; registers xformers' if named.
 
     Raises:
         ValueError: on an unknown name, or where xformers cannot run.
@@ -46,9 +46,12 @@ def _xformers_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`query: [B, heads, n, D]`, `key, value: [B, KV heads, t, D]`, mask `[B, 1, n, t]`, added.
+    """Compute attention as transformers asks for it: the result is `[B, n, heads, D]`, no weights.
 
-    Without a mask every query sees every key.
+    Args:
+        query: `[B, heads, n, D]`.
+        key: `[B, KV heads, t, D]`, and `value` likewise.
+        attention_mask: `[B, 1, n, t]`, added to the scores; without it every query sees every key.
     """
     from xformers.ops import memory_efficient_attention
 
@@ -68,7 +71,7 @@ def _xformers_attention(
 
 
 def attention_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """`visible: [B, n, t]` bool in the form an implementation takes: `[B, 1, n, t]`."""
+    """Turn `visible: [B, n, t]`, bool, into an implementation's own mask, `[B, 1, n, t]`."""
     if implementation == "sdpa":
         return visible[:, None]
     zero = torch.zeros((), dtype=dtype, device=visible.device)

@@ -17,15 +17,15 @@ from pte_vllm.method.plan import FoldPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """B sequences in T columns."""
+class AlignedBatch:
+    """B sequences side by side in T columns, with the one plan that they then share."""
 
     ids: Tensor  # [B, T] int64, 0 where there is no token
     left: Tensor  # [B] columns before each sequence, a multiple of the block size
     lengths: Tensor  # [B] tokens of each sequence
     wanted: Tensor  # [B, T] bool: the log-prob of this token is asked for
     plan: FoldPlan
-    """In columns."""
+    """The plan of every sequence, its positions counted in columns."""
 
     @classmethod
     def align(
@@ -33,12 +33,12 @@ class Batch:
         sequences: Sequence[Sequence[int]],
         plans: Sequence[FoldPlan],
         wanted: Sequence[Sequence[bool]] | None = None,
-    ) -> Batch:
+    ) -> AlignedBatch:
         """Put sequences side by side.
 
         Args:
-            sequences: token ids, question and thoughts.
-            plans: one for each; they may differ in `pin_tokens` only.
+            sequences: token ids of question and thoughts.
+            plans: one plan for each sequence; they may differ in `pin_tokens` only.
             wanted: which tokens' log-probs are asked for; None: all but the first.
 
         Raises:
@@ -81,8 +81,9 @@ class Batch:
             plan=plan,
         )
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(
+    def to(self, device: torch.device) -> AlignedBatch:
+        """Return the batch with its tensors on `device`."""
+        return AlignedBatch(
             ids=self.ids.to(device),
             left=self.left.to(device),
             lengths=self.lengths.to(device),
@@ -91,7 +92,7 @@ class Batch:
         )
 
     def by_token(self, values: Tensor) -> Tensor:
-        """`values: [B, T]` by column → `[B, longest]` by token, 0 past the end of a sequence."""
+        """Turn `values: [B, T]` by column into `[B, longest]` by token, 0 past a sequence's end."""
         token = torch.arange(int(self.lengths.max()), device=values.device)[None]
         column = (token + self.left[:, None]).clamp(max=values.shape[1] - 1)
         return torch.where(token < self.lengths[:, None], values.gather(1, column), 0)

@@ -1,8 +1,8 @@
 """Options of one training run: a TOML file, with dotted overrides on the command line.
 
 `GrpoRun` and `DistillRun` are what a run is given; each section is a table of the file and a prefix
-of flags (`[optimizer] lr = 1e-5` is `--optimizer.lr 1e-5`). Reading, writing and errors are in
-`config_io`. Imports neither torch nor transformers, so that `--help` answers at once.
+of flags (`[optimizer] lr = 1e-5` is `--optimizer.lr 1e-5`). `options.parsing` reads and writes them
+and words the errors.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pte_vllm.train.run.config_io import RunOptions, Section
-from pte_vllm.train.run.config_sections import (
+from pte_vllm.train.options.parsing import Options, RunOptions
+from pte_vllm.train.options.sections import (
     AdapterOptions,
     Count,
     CountOrZero,
@@ -34,10 +34,10 @@ REWARD_NAMES = Literal["auto", "math", "reasoning-gym", "exact", "memory"]
 # differ by 2e-2 to 7.3e-2 in the mean, most with squared features under rules paper and sum
 # (tests/parity/test_rules.py). An error that moves them by less shows in float32 only.
 DRIFT_LIMITS: dict[str, float] = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1.5e-1}
-"""`grpo.max_logprob_drift = "auto"`, by dtype of the base model."""
+"""What `grpo.max_logprob_drift = "auto"` stands for, by dtype of the base model."""
 
 
-class SamplingOptions(Section):
+class SamplingOptions(Options):
     temperature: Positive = 1.0
     """Of sampling and, equally, of the log-probs that are trained."""
     max_tokens: Count = 2048
@@ -48,7 +48,7 @@ class SamplingOptions(Section):
     """Questions in one step."""
 
 
-class ServerOptions(Section):
+class ServerOptions(Options):
     url: str = "http://127.0.0.1:8000"
     """Base URL of `pte-vllm serve`."""
     api_key_env: str | None = None
@@ -69,8 +69,8 @@ class ServerOptions(Section):
         return self
 
 
-class GrpoOptions(Section):
-    """Cache-aware GRPO with DAPO's options (arXiv 2503.14476)."""
+class GrpoOptions(Options):
+    """Options of cache-aware GRPO, with those that DAPO added (arXiv 2503.14476)."""
 
     clip_low: Fraction = 0.2
     """The ratio is clipped at 1 - clip_low."""
@@ -109,14 +109,18 @@ class GrpoOptions(Section):
     """Sequences replayed at once; bounds memory, not the result."""
 
     def drift_limit(self, dtype: str) -> float:
-        """`max_logprob_drift` as a number, for a base model of `dtype`."""
+        """Return `max_logprob_drift` as a number, for a base model of `dtype`."""
         if self.max_logprob_drift == "auto":
             return DRIFT_LIMITS[dtype]
         return self.max_logprob_drift
 
 
-class DistillOptions(Section):
-    """Forward KL from the base model under full attention to the same model under the window."""
+class DistillOptions(Options):
+    """Options of distillation.
+
+    The loss is the forward KL from the base model under full attention to the same model under the
+    window.
+    """
 
     data: Literal["text", "samples", "rollouts"] = "text"
     """text: running text; samples: answers that the base model, with full attention, gives to the
@@ -161,7 +165,7 @@ class DistillOptions(Section):
         return self
 
 
-class DataOptions(Section):
+class DataOptions(Options):
     """Where questions come from; see docs/training.md."""
 
     source: DATA_SOURCES

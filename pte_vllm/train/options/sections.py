@@ -1,4 +1,4 @@
-"""Options that every training run has: model, adapter, plan, optimizer, output; see `config`."""
+"""Tables of options that every training run has: model, adapter, plan, optimizer, output."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pte_vllm.adapter.defaults import NEW_RULE, TARGET_MODULES, new_config, parse_layers
-from pte_vllm.method.names import Features, Init, Keys, Normalize, Read, Rule
+from pte_vllm.adapter.defaults import OPTIONS, NewAdapter
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.run.config_io import Section
+from pte_vllm.train.options.parsing import Options
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -20,7 +19,7 @@ PositiveOrZero = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-class ModelOptions(Section):
+class ModelOptions(Options):
     base: str
     """Name or directory of the base model; the server must serve the same."""
     adapter: str | None = None
@@ -35,7 +34,7 @@ class ModelOptions(Section):
     """Recompute a segment's activations in the backward pass: less memory, more time."""
 
     def resolve(self, *, cuda: bool) -> Self:
-        """The same options with `auto` replaced, given whether CUDA is there."""
+        """Return the same options with `auto` replaced, given whether CUDA is there."""
         device = ("cuda" if cuda else "cpu") if self.device == "auto" else self.device
         dtype = self.dtype
         if dtype == "auto":
@@ -43,55 +42,39 @@ class ModelOptions(Section):
         return self.model_copy(update={"device": device, "dtype": dtype})
 
 
-class AdapterOptions(Section):
+class AdapterOptions(Options, NewAdapter):  # type: ignore[misc]  # models are frozen by their config
     """How an adapter is made where `model.adapter` names none; see docs/method.md."""
 
     plain: bool = False
     """A plain LoRA without thought state: under a window, the paper's baseline LoRA_c; ignores
     global_tokens, rule, read, normalize, keys, features and init."""
-    rank: Count = PTEConfig.rank
-    """r: columns of B."""
-    global_tokens: Count | None = None
-    """G: rows of A and of the state; without it, the rank, which rules ridge and delta and read
-    value need."""
-    rule: Rule = NEW_RULE
-    """How folds add up."""
-    read: Read = "key"
-    """Side of the state that A x meets."""
-    normalize: Normalize = "matrix"
-    """How the state is normalised; nothing with rules ridge and delta."""
-    keys: Keys = "unrotated"
-    """Whether RoPE is undone before a key is encoded."""
-    features: Features | None = None
-    """Of keys, and of A x; without it, squared with rules ridge and delta, read key and an aligned
-    or aligned_mean start, else linear."""
-    init: Init = "aligned"
-    """Start of A and of the encoder's projections."""
-    b: Literal["zero", "random"] = "zero"
-    """Start of B; zero leaves the base model as it is."""
-    layers: str = "all"
-    """Layers that get a state, such as 0-29, or 17,18,20-24, or all."""
-    target_modules: tuple[str, ...] = TARGET_MODULES
-    """Linears that get A and B."""
-    alpha: Positive | None = None
-    """The adapter is scaled by alpha / rank; without it, by 1."""
-    text: str | None = None
-    """File with sample text for calibration; without it, the package's own."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
-            parse_layers(self.layers)
+            self.check()
         except ValueError as error:
-            raise ValueError(str(error).replace("--layers", "--adapter.layers", 1)) from error
-        if not self.target_modules:
-            raise ValueError("--adapter.target_modules needs at least one name")
+            # It begins with the option's name; where it is the layers, with their flag.
+            raise ValueError(f"--adapter.{str(error).removeprefix('--')}") from error
         if not self.plain:
             self.pte()
         return self
 
+    def pte(self) -> PTEConfig:
+        """Return the method's options, as the adapter's file stores them.
+
+        Raises:
+            ValueError: naming the flags, if they do not go together.
+        """
+        try:
+            return super().pte()
+        except ValueError as error:
+            raise ValueError(
+                f"--adapter.rule, --adapter.read, --adapter.features: {error}"
+            ) from error
+
     def resolve(self) -> Self:
-        """The same options, those filled in that follow from others."""
+        """Return the same options, with those filled in that follow from others."""
         if self.plain:
             return self
         made = self.pte()
@@ -99,26 +82,12 @@ class AdapterOptions(Section):
             update={"global_tokens": made.global_tokens, "features": made.features}
         )
 
-    def pte(self) -> PTEConfig:
-        """The method's options as an adapter stores them."""
-        try:
-            return new_config(
-                rank=self.rank,
-                global_tokens=self.global_tokens,
-                rule=self.rule,
-                read=self.read,
-                normalize=self.normalize,
-                keys=self.keys,
-                features=self.features,
-                init=self.init,
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"--adapter.rule, --adapter.read, --adapter.features: {error}"
-            ) from error
+
+for _name, _option in OPTIONS.items():  # these have no docstrings that pydantic would find
+    AdapterOptions.model_fields[_name].description = _option.metadata["about"]
 
 
-class PlanOptions(Section):
+class PlanOptions(Options):
     window_tokens: CountOrZero = 1024
     """KV room for the thoughts of one sequence, a multiple of block_size; 0 is full attention."""
     evict_ratio: Fraction = 0.25
@@ -135,7 +104,7 @@ class PlanOptions(Section):
         return self
 
     def fold_plan(self, *, pin_tokens: int) -> FoldPlan:
-        """The plan of a sequence that pins its first `pin_tokens`."""
+        """Return the plan of a sequence that pins its first `pin_tokens`."""
         return FoldPlan(
             pin_tokens=pin_tokens,
             window_tokens=self.window_tokens,
@@ -144,8 +113,8 @@ class PlanOptions(Section):
         )
 
 
-class OptimizerOptions(Section):
-    """AdamW."""
+class OptimizerOptions(Options):
+    """Options of AdamW and of its learning rate over the run."""
 
     lr: PositiveOrZero = 1e-5
     """Highest learning rate, reached after warmup_steps."""
@@ -180,7 +149,7 @@ class DistillOptimizerOptions(OptimizerOptions):
     """Highest learning rate, reached after warmup_steps."""
 
 
-class OutputOptions(Section):
+class OutputOptions(Options):
     out: str
     """Directory for checkpoints, metrics and the resolved options."""
     seed: CountOrZero = 0

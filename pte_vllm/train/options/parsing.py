@@ -22,19 +22,19 @@ _UNSET = (
 )
 
 _WORDING = {"missing": "needs more values", "model_type": "must be a table of options"}
-"""Where pydantic's message would puzzle a user."""
+"""What is said instead of a message of pydantic's that would puzzle a user."""
 
 
-class Section(BaseModel):
-    """One table of the file; immutable."""
+class Options(BaseModel):
+    """One table of the file of options; immutable."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
-class RunOptions(Section):
-    """All tables of one run."""
+class RunOptions(Options):
+    """All options of one run: a table of the file for each field."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str], *, prog: str) -> Self:
@@ -92,7 +92,7 @@ class RunOptions(Section):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], file: str | Path | None = None) -> Self:
-        """Of options by dotted name, such as `given` returns; `file` is named in errors.
+        """Make a run of options by dotted name, such as `given` returns; errors name `file`.
 
         Raises:
             ValueError: in one line, if an option is wrong.
@@ -104,15 +104,15 @@ class RunOptions(Section):
         return cls._validate(tables, file)
 
     def given(self) -> dict[str, Any]:
-        """By dotted name, what was given rather than left at its default; unset is None."""
+        """Return by dotted name what was given, not left at its default; unset options are None."""
         return options_of(type(self), self.model_dump(mode="json", exclude_unset=True))
 
     def save(self, path: str | Path, *, without: Collection[str] = ()) -> None:
         """Write every option, defaults included; replaces the file at once or not at all.
 
         Args:
-            path: of the file.
-            without: sections that are left out.
+            path: the file to write.
+            without: names of tables that are left out.
         """
         import tomli_w
 
@@ -124,7 +124,7 @@ class RunOptions(Section):
         draft.replace(path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values; options that are unset are absent, as TOML has no null."""
+        """Return nested plain values; options that are unset are absent, as TOML has no null."""
         return self.model_dump(mode="json", exclude_none=True)
 
     @classmethod
@@ -139,7 +139,7 @@ class RunOptions(Section):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises instead of exiting, and knows which flags there are."""
+    """A parser that raises instead of exiting, and suggests the flag that was meant."""
 
     flags: Sequence[str] = ()
 
@@ -166,7 +166,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def options_of(cls: type[BaseModel], tables: Mapping[str, Any]) -> dict[str, Any]:
-    """By dotted name, the options that `tables` hold; what is unknown is left out."""
+    """Return by dotted name the options that `tables` hold; what is unknown is left out."""
     found = {}
     for name in _option_names(cls):
         section, _, option = name.partition(".")
@@ -177,7 +177,7 @@ def options_of(cls: type[BaseModel], tables: Mapping[str, Any]) -> dict[str, Any
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Tables of a file.
+    """Read the tables of a file.
 
     Raises:
         ValueError: if it is no TOML.
@@ -192,7 +192,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables merge, everything else is replaced."""
+    """Put `above` over `below`: tables merge, everything else is replaced."""
     merged = dict(below)
     for name, value in above.items():
         old = merged.get(name)
@@ -202,7 +202,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _typed_tables(cls: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables of free form from the command line, `a=1,b=x`, with numbers as numbers.
+    """Turn numbers into numbers in free tables from the command line, such as `a=1,b=x`.
 
     Where an option has a type, pydantic reads the text; here nothing says what it should be.
     """
@@ -229,7 +229,7 @@ def _read_json(value: Any) -> Any:
 
 
 def _option_names(cls: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all options."""
+    """Yield the dotted names of all options."""
     for name, field in cls.model_fields.items():
         section = _section_of(field.annotation)
         if section is None:
@@ -239,7 +239,7 @@ def _option_names(cls: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The model in `Model` or `Model | None`."""
+    """Return `Model` if the annotation is `Model` or `Model | None`, else None."""
     for part in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(part, type) and issubclass(part, BaseModel):
             return part
@@ -249,7 +249,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 def _describe_all(
     cls: type[BaseModel], errors: Sequence[ErrorDetails], file: str | Path | None
 ) -> list[str]:
-    """A line for each option that is wrong: the flag, what is wrong, the value, the fix."""
+    """Write a line for each option that is wrong: the flag, what is wrong, the value, the fix."""
     known = list(_option_names(cls))
     lines: list[str] = []
     wrong: dict[str, tuple[list[str], Any]] = {}  # flag → what it should be, what it is
