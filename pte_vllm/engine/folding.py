@@ -7,7 +7,6 @@ Compiled code goes from the paged cache to the sums that a fold adds: `ops.fold_
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,6 +19,7 @@ from vllm.logger import init_logger
 from pte_vllm.engine.state import LoadedEncoder, Sequence, StatePool
 from pte_vllm.kernels import native
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable, read_evicted
+from pte_vllm.kernels.choice import use_kernels
 from pte_vllm.kernels.fold_cpu import can_fold, moments_cpu
 from pte_vllm.method.reference import RULES, Moments
 
@@ -30,11 +30,6 @@ logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form i
 
 _MAX_COPY_BYTES = 2**29
 """Of keys and values in fp32 at once, on a GPU without the kernel."""
-
-
-def use_kernels(device: torch.device) -> bool:
-    """Whether Triton kernels run: on a GPU, unless PTE_NATIVE=0 asks for PyTorch."""
-    return device.type == "cuda" and os.environ.get(native.DISABLE, "1") != "0"
 
 
 @cache

@@ -25,7 +25,9 @@ from vllm.v1.worker import lora_model_runner_mixin
 from pte_vllm.adapter.files import layer_of
 from pte_vllm.engine.attention import Gaps, set_gaps
 from pte_vllm.engine.folding import EvictedBlocks
-from pte_vllm.engine.lora.manager import PTELoRAManager, TokenSlots, install_views
+from pte_vllm.engine.lora.install import install_views
+from pte_vllm.engine.lora.manager import PTELoRAManager
+from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.queries import QueriesMixin
 from pte_vllm.engine.refusals import check_vllm_config
 from pte_vllm.engine.state import Sequence, Snapshot, StatePool
@@ -77,8 +79,12 @@ class PTERunnerMixin(QueriesMixin, ABC):
         finally:
             lora_model_runner_mixin.LRUCacheWorkerLoRAManager = upstream
         assert isinstance(self.lora_manager, PTELoRAManager)
-        compiled = self.compilation_config.mode != CompilationMode.NONE
-        install_views(model, self.lora_manager, self.pte_pool, self.pte_tokens, compiled=compiled)
+        compilation = self.compilation_config
+        compiled = compilation.mode != CompilationMode.NONE
+        install_views(
+            *(model, self.lora_manager, self.pte_pool, self.pte_tokens),
+            traced_layers=compilation.static_forward_context if compiled else None,
+        )
         return model
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:

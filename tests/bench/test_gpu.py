@@ -92,7 +92,7 @@ def _reference(
 
 
 def test_modulation_in_a_captured_graph_follows_states_and_slots() -> None:
-    from pte_vllm.engine.lora.manager import TokenSlots
+    from pte_vllm.engine.lora.slots import TokenSlots
     from pte_vllm.kernels.modulate_triton import modulate_slices_
     from pte_vllm.method import reference
 

@@ -20,15 +20,13 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from pte_vllm.engine.huge_pages import Arena
-from pte_vllm.engine.lora.operators import LayerOperators
+from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.lora.view import PunicaView
 from pte_vllm.kernels import native
 from pte_vllm.kernels.modulate import modulate_segments, modulate_tokens
 
 if TYPE_CHECKING:
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-
-    from pte_vllm.engine.lora.manager import TokenSlots
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
@@ -118,7 +116,6 @@ class CPULayerPunica(PunicaView):
         loaded: what is in one of vLLM's adapter slots; changes whenever its weights do.
         library: the compiled code, if there is any.
         arena: for packed weights.
-        operators: where torch.compile traces the layer.
     """
 
     def __init__(
@@ -130,12 +127,9 @@ class CPULayerPunica(PunicaView):
         loaded: Callable[[int], object],
         library: ctypes.CDLL | None,
         arena: Arena,
-        operators: LayerOperators | None,
     ) -> None:
         super().__init__(module.punica_wrapper)
         self._a_stacked, self._b_stacked = module.lora_a_stacked, module.lora_b_stacked
-        self._operators = operators  # which live as long as one of their layers
-        self._apply = self._add if operators is None else operators.wrap(self._add)
         self._states, self._squared = states, squared
         self._tokens = tokens
         self._loaded = loaded
@@ -160,9 +154,10 @@ class CPULayerPunica(PunicaView):
         `y: [T, D]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
         """
         assert scale == 1.0 and add_inputs, "vLLM merges the scale into B, and adds in place"
-        self._apply(y, x)
+        self.apply(y, x)
 
-    def _add(self, y: Tensor, x: Tensor) -> None:
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Do the work of `add_lora_linear`; torch.compile does not look into it."""
         tokens = self._tokens
         if tokens.groups is None:
             tokens.groups = _group_by_adapter(self._wrapper.token_lora_indices)

@@ -8,18 +8,16 @@ Letters in shapes: T tokens, n slices of a merged linear (such as gate and up), 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pte_vllm.engine.folding import use_kernels
 from pte_vllm.engine.lora import operators
+from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.lora.view import PunicaView
+from pte_vllm.kernels.choice import use_kernels
 from pte_vllm.kernels.modulate import modulate_slices, modulate_tokens
-
-if TYPE_CHECKING:
-    from pte_vllm.engine.lora.manager import TokenSlots
 
 
 def _modulate(
