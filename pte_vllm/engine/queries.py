@@ -8,8 +8,8 @@ from pte_vllm.engine.state import IDENTITY_SLOT
 from pte_vllm.engine.thoughts import Thoughts
 
 if TYPE_CHECKING:
+    from pte_vllm.engine.messages import PoolReport
     from pte_vllm.engine.state import Snapshot, StatePool
-    from pte_vllm.method.names import PoolReport
 
 
 class QueriesMixin:

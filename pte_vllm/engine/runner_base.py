@@ -28,12 +28,12 @@ from pte_vllm.engine.folding import EvictedBlocks
 from pte_vllm.engine.lora.install import install_views
 from pte_vllm.engine.lora.manager import PTELoRAManager
 from pte_vllm.engine.lora.slots import TokenSlots
+from pte_vllm.engine.messages import PoolReport, SnapshotOrders
 from pte_vllm.engine.queries import QueriesMixin
 from pte_vllm.engine.refusals import check_vllm_config
 from pte_vllm.engine.state import Sequence, Snapshot, StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable
-from pte_vllm.method.names import PoolReport, SnapshotOrders
 from pte_vllm.method.options import EngineConfig, RequestOptions
 from pte_vllm.method.plan import FoldPlan
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    from pte_vllm.method.names import SnapshotOrders
+    from pte_vllm.engine.messages import SnapshotOrders
 
 
 class PTERunnerV1Mixin(PTERunnerMixin):

@@ -18,8 +18,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from pte_vllm.engine.messages import SnapshotOrders
 from pte_vllm.engine.runner_base import PTERunnerMixin
-from pte_vllm.method.names import SnapshotOrders
 from pte_vllm.method.options import request_plan
 
 if TYPE_CHECKING:

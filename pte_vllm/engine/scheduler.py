@@ -12,9 +12,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from pte_vllm.engine.cache import PTEManager
+from pte_vllm.engine.messages import PoolReport
 from pte_vllm.engine.orphans import end_with_parent
 from pte_vllm.engine.snapshots import SnapshotIndex
-from pte_vllm.method.names import PoolReport
 from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, request_plan
 
 if TYPE_CHECKING:

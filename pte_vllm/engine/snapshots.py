@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
-from pte_vllm.method.names import SnapshotOrders
+from pte_vllm.engine.messages import SnapshotOrders
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
