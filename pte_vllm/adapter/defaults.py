@@ -6,12 +6,12 @@ name an option, it is the paper's instead (`PTEConfig`).
 
 from __future__ import annotations
 
-from pte_vllm.method.names import Features, Rule
+from pte_vllm.method.names import Features, RuleName
 from pte_vllm.method.options import PTEConfig
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 B_STARTS = ("zero", "random")
-NEW_RULE: Rule = "ridge"
+NEW_RULE: RuleName = "ridge"
 """What learns to remember best (docs/benchmarks.md)."""
 _SQUARED_RULES = ("ridge", "delta")
 """`paper` learned nothing with squares (docs/benchmarks.md)."""

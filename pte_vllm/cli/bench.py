@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pte_vllm.adapter.defaults import NEW_RULE, new_features
-from pte_vllm.method.names import FEATURES, RULES, Features
+from pte_vllm.method.names import FEATURES, RULE_NAMES, Features
 from pte_vllm.preload import DEFAULT, LIBRARIES, parse_names
 
 _ABOUT = {
@@ -121,7 +121,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
 def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     """What the adapters of a benchmark are like."""
     parser.add_argument(
-        "--rule", choices=RULES, default=NEW_RULE, help="update rule of the PTE arm"
+        "--rule", choices=RULE_NAMES, default=NEW_RULE, help="update rule of the PTE arm"
     )
     parser.add_argument(
         "--features",

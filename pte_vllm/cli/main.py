@@ -22,7 +22,7 @@ from pte_vllm.adapter.defaults import (
     new_config,
     parse_layers,
 )
-from pte_vllm.method.names import FEATURES, INITS, KEYS, NORMALIZES, READS, RULES
+from pte_vllm.method.names import FEATURES, INITS, KEYS, NORMALIZES, READS, RULE_NAMES
 from pte_vllm.method.options import PTEConfig
 
 _OWN_PARSERS = {
@@ -113,7 +113,7 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="linears that get A and B",
     )
     parser.add_argument("--layers", default="all", help="such as 0-29, or 17,18,20-24, or all")
-    parser.add_argument("--rule", choices=RULES, default=NEW_RULE, help="how folds add up")
+    parser.add_argument("--rule", choices=RULE_NAMES, default=NEW_RULE, help="how folds add up")
     parser.add_argument("--init", choices=INITS, default=PTEConfig.init, help="start of A and W")
     parser.add_argument("--b", choices=B_STARTS, default="zero", help="start of B")
     parser.add_argument("--read", choices=READS, default=PTEConfig.read, help="side of S A meets")
@@ -237,7 +237,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--window", default="1k,2k,4k", metavar="N,...", help="windows to compare")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--rank", type=int, default=PTEConfig.rank)
-    parser.add_argument("--rule", choices=RULES, default="ridge")
+    parser.add_argument("--rule", choices=RULE_NAMES, default="ridge")
     parser.add_argument("--itemsize", type=float, default=2, help="bytes of a weight")
     parser.add_argument("--kv-gb", type=float, help="KV pool, if it is known")
     parser.add_argument("--max-num-seqs", type=int, help="the server's bound, if there is one")

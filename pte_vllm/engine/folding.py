@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
-from pte_vllm.engine.state import LoadedEncoder, Sequence, StatePool
+from pte_vllm.engine.state import FoldingSequence, LoadedEncoder, StatePool
 from pte_vllm.kernels import native
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable, read_evicted
 from pte_vllm.kernels.choice import use_kernels
 from pte_vllm.kernels.fold_cpu import can_fold, moments_cpu
-from pte_vllm.method.reference import RULES, Moments
+from pte_vllm.method.reference import UPDATE_RULES, Moments
 
 if TYPE_CHECKING:
     from pte_vllm.kernels.fold_triton import CacheTable
@@ -57,7 +57,7 @@ class EvictedBlocks:
     def fold_into(
         self,
         pool: StatePool,
-        sequences: list[Sequence],
+        sequences: list[FoldingSequence],
         block_ids: Tensor,
         first_positions: Tensor,
     ) -> None:
@@ -92,7 +92,7 @@ class EvictedBlocks:
         self, loaded: LoadedEncoder, rule: str, block_ids: Tensor, first_positions: Tensor
     ) -> Moments | None:
         """By compiled code, `[L, S, r, r]`; None where there is none that applies."""
-        rope, with_kk = self._rope_for(loaded), RULES[rule].reads_kk
+        rope, with_kk = self._rope_for(loaded), UPDATE_RULES[rule].reads_kk
         table = self._table(loaded)
         if table is not None:
             from pte_vllm.kernels.fold_triton import evicted_moments
@@ -114,7 +114,7 @@ class EvictedBlocks:
 
     def warm_up(self, loaded: LoadedEncoder, rule: str) -> None:
         """Compile the kernel for an adapter before its first fold, which would wait seconds."""
-        reads_kk, rope = RULES[rule].reads_kk, self._rope_for(loaded)
+        reads_kk, rope = UPDATE_RULES[rule].reads_kk, self._rope_for(loaded)
         kind = loaded.config.rank, loaded.config.features, reads_kk, rope is None
         if rule == "none" or kind in self._warm:
             return

@@ -31,7 +31,7 @@ from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.messages import PoolReport, SnapshotOrders
 from pte_vllm.engine.queries import QueriesMixin
 from pte_vllm.engine.refusals import check_vllm_config
-from pte_vllm.engine.state import Sequence, Snapshot, StatePool
+from pte_vllm.engine.state import FoldingSequence, Snapshot, StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable
 from pte_vllm.method.options import EngineConfig, RequestOptions
@@ -173,9 +173,9 @@ class PTERunnerMixin(QueriesMixin, ABC):
                 return
             self._fold_once({request_id: sequences[request_id] for request_id, _ in behind})
 
-    def _fold_once(self, due: dict[str, Sequence]) -> None:
+    def _fold_once(self, due: dict[str, FoldingSequence]) -> None:
         """One fold of each sequence; those that are alike fold together."""
-        alike: dict[tuple[int, str, int], dict[str, Sequence]] = {}
+        alike: dict[tuple[int, str, int], dict[str, FoldingSequence]] = {}
         for request_id, sequence in due.items():
             if sequence.loaded is not None and sequence.rule not in (None, "none"):
                 key = (id(sequence.loaded), sequence.rule, sequence.plan.evict_blocks)
@@ -189,7 +189,7 @@ class PTERunnerMixin(QueriesMixin, ABC):
                 sequence.rule, num_blocks=plan.evict_blocks, block_size=plan.block_size
             )
 
-    def _fold(self, group: dict[str, Sequence]) -> None:
+    def _fold(self, group: dict[str, FoldingSequence]) -> None:
         sequences = list(group.values())
         first = [s.plan.pinned_blocks + s.folded_blocks for s in sequences]
         positions = [block * self.pte_block_size for block in first]

@@ -20,7 +20,7 @@ from pte_vllm.engine.thoughts import Thoughts, ThoughtStore, find_id, to_host
 from pte_vllm.method.options import PTEConfig, check_rule_fits
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.reference import (
-    RULES,
+    UPDATE_RULES,
     LayerEncoder,
     Moments,
     Sums,
@@ -46,7 +46,7 @@ class LoadedEncoder:
 
 
 @dataclass(kw_only=True)
-class Sequence:
+class FoldingSequence:
     """One request on the worker."""
 
     plan: FoldPlan
@@ -128,7 +128,7 @@ class StatePool:
         self.states[:, IDENTITY_SLOT] = torch.eye(max_rank, device=device)
         self.squared = torch.zeros(max_num_seqs + 1, dtype=torch.bool, device=device)
         self.free_slots = list(range(max_num_seqs, 0, -1))
-        self.sequences: dict[str, Sequence] = {}
+        self.sequences: dict[str, FoldingSequence] = {}
         self.kept = kept
         # Without states; enough that a rollout still finds its own when many end at once.
         self.finished: deque[Thoughts] = deque(maxlen=max(self.SHOWN_FINISHED, 4 * max_num_seqs))
@@ -142,24 +142,26 @@ class StatePool:
         adapter: str | None = None,
         rule: str | None = None,
         loaded: LoadedEncoder | None = None,
-    ) -> Sequence:
+    ) -> FoldingSequence:
         """(Re)start a sequence from S_0, with a slot if it has a thought state."""
         previous = self.sequences.get(request_id)
         peak = previous.peak_blocks if previous is not None else 0
         self.stop(request_id)
-        sequence = Sequence(plan=plan, adapter=adapter, peak_blocks=peak)
+        sequence = FoldingSequence(plan=plan, adapter=adapter, peak_blocks=peak)
         if loaded is not None:
             sequence.loaded, sequence.rule = loaded, rule or loaded.config.rule
             check_rule_fits(sequence.rule, loaded.config.rank, loaded.config.global_tokens)
             sequence.slot = self.free_slots.pop()
             self.states[:, sequence.slot] = 0.0
             self.squared[sequence.slot] = loaded.config.features == "squared"
-            sequence.sums = RULES[sequence.rule].start(loaded.encoder, loaded.config.normalize)
+            sequence.sums = UPDATE_RULES[sequence.rule].start(
+                loaded.encoder, loaded.config.normalize
+            )
             self._write_own(sequence)
         self.sequences[request_id] = sequence
         return sequence
 
-    def stop(self, request_id: str) -> Sequence | None:
+    def stop(self, request_id: str) -> FoldingSequence | None:
         """Give the slot back; unknown requests are ignored, as aborts may come before any step."""
         sequence = self.sequences.pop(request_id, None)
         if sequence is not None and sequence.slot != IDENTITY_SLOT:
@@ -185,7 +187,7 @@ class StatePool:
             rho=to_host(torch.stack(sequence.rho)) if sequence.rho else None,
         )
 
-    def restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
+    def restore(self, sequence: FoldingSequence, snapshot: Snapshot) -> None:
         """Let a sequence that has just started go on from an earlier one's memory."""
         assert sequence.rule == snapshot.rule and not sequence.folded_blocks
         device = self.states.device
@@ -212,15 +214,15 @@ class StatePool:
         request_id = find_id(name, finished)
         return None if request_id is None else finished[request_id].rho_list()
 
-    def fold(self, sequences: list[Sequence], k_e: Tensor, v_e: Tensor) -> None:
+    def fold(self, sequences: list[FoldingSequence], k_e: Tensor, v_e: Tensor) -> None:
         """Fold `K_e, V_e: [L, S, m, d_kv]` into S sequences of one adapter and one rule."""
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
         encoder = loaded.encoder.map(lambda t: t[:, None])  # [L, 1, ...], over sequences
-        evicted = moments(encoder, k_e, v_e, with_kk=RULES[rule].reads_kk)
+        evicted = moments(encoder, k_e, v_e, with_kk=UPDATE_RULES[rule].reads_kk)
         self.fold_moments(sequences, evicted)
 
-    def fold_moments(self, sequences: list[Sequence], evicted: Moments) -> None:
+    def fold_moments(self, sequences: list[FoldingSequence], evicted: Moments) -> None:
         """The same from sums over the keys and values, `[L, S, r, r]`."""
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
@@ -229,7 +231,7 @@ class StatePool:
         sums = {
             name: torch.stack([s.sums[name] for s in sequences], 1) for name in sequences[0].sums
         }
-        sums = RULES[rule].add(sums, encoder, evicted, loaded.config.normalize)
+        sums = UPDATE_RULES[rule].add(sums, encoder, evicted, loaded.config.normalize)
         for i, sequence in enumerate(sequences):
             # A copy of its own: a view would keep the others' alive.
             sequence.sums = {name: both[:, i].contiguous() for name, both in sums.items()}
@@ -240,7 +242,7 @@ class StatePool:
         for sequence, own in zip(sequences, rho.mean(0), strict=True):
             sequence.rho.append(own)
 
-    def _write(self, sequences: list[Sequence], sums: Sums) -> Tensor:
+    def _write(self, sequences: list[FoldingSequence], sums: Sums) -> Tensor:
         """Put what the rule reads from `sums`, `[L, S, ...]`, into the slots; returns the states.
 
         States are `[L, S, G, r]`; every sequence gets its own, `[L, G, r]`.
@@ -248,7 +250,7 @@ class StatePool:
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
         encoder = loaded.encoder.map(lambda t: t[:, None])
-        states = RULES[rule].read(sums, encoder, loaded.config.normalize)
+        states = UPDATE_RULES[rule].read(sums, encoder, loaded.config.normalize)
         states = states.expand(-1, len(sequences), -1, -1)  # the rule `none` knows no sequences
         stored = states if loaded.config.read == "key" else states.mT
         rows, columns = stored.shape[-2:]
@@ -260,7 +262,7 @@ class StatePool:
             sequence.state = states[:, i].contiguous()
         return states
 
-    def _write_own(self, sequence: Sequence) -> None:
+    def _write_own(self, sequence: FoldingSequence) -> None:
         """`_write` of one sequence, from its own sums."""
         self._write([sequence], {name: own[:, None] for name, own in sequence.sums.items()})
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Rule = Literal["paper", "sum", "none", "ridge", "delta"]
+RuleName = Literal["paper", "sum", "none", "ridge", "delta"]
 Read = Literal["key", "value"]
 Normalize = Literal["matrix", "row"]
 Keys = Literal["unrotated", "rotated"]
 Features = Literal["linear", "squared"]
 Init = Literal["aligned", "aligned_mean", "aligned_key", "random"]
 
-RULES: tuple[str, ...] = get_args(Rule)
+RULE_NAMES: tuple[str, ...] = get_args(RuleName)
 READS: tuple[str, ...] = get_args(Read)
 NORMALIZES: tuple[str, ...] = get_args(Normalize)
 KEYS: tuple[str, ...] = get_args(Keys)

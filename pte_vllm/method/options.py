@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from pte_vllm.method.names import FEATURES, INITS, KEYS, NORMALIZES, READS, RULES
+from pte_vllm.method.names import FEATURES, INITS, KEYS, NORMALIZES, READS, RULE_NAMES
 from pte_vllm.method.plan import FoldPlan
 
 FORMAT_VERSION = 1
@@ -41,7 +41,7 @@ class PTEConfig:
     global_tokens: int = 32
     """G: rows of the query q_g, rows of A."""
     rule: str = "paper"
-    """How folds accumulate: see `ops.reference.RULES`."""
+    """How folds accumulate: see `method.reference.UPDATE_RULES`."""
     read: str = "key"
     """`key`: A x meets the stored keys, values come out (B Sᵀ A x). `value`: B S A x."""
     normalize: str = "matrix"
@@ -62,7 +62,7 @@ class PTEConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        _check_choice("rule", self.rule, RULES)
+        _check_choice("rule", self.rule, RULE_NAMES)
         _check_choice("read", self.read, READS)
         _check_choice("normalize", self.normalize, NORMALIZES)
         _check_choice("keys", self.keys, KEYS)
@@ -196,7 +196,7 @@ class RequestOptions:
                     f"pte_pin_tokens must not be negative, got {given['pte_pin_tokens']}"
                 )
         if given.get("pte_update") is not None:
-            _check_choice("pte_update", given["pte_update"], RULES)
+            _check_choice("pte_update", given["pte_update"], RULE_NAMES)
             options["rule"] = given["pte_update"]
         if given.get("pte_state_id") is not None:
             state_id = given["pte_state_id"]
@@ -226,11 +226,11 @@ class RequestOptions:
             raise ValueError(
                 f"pte_pin_tokens is {pin_tokens}, beyond the prompt of {num_prompt_tokens} tokens"
             )
-        window = engine.window_tokens if self.window_tokens is None else self.window_tokens
+        window_tokens = engine.window_tokens if self.window_tokens is None else self.window_tokens
         try:
             plan = FoldPlan(
                 pin_tokens=pin_tokens,
-                window_tokens=window,
+                window_tokens=window_tokens,
                 evict_ratio=engine.evict_ratio,
                 block_size=block_size,
             )

@@ -149,7 +149,7 @@ def relative_update(s: Tensor, update: Tensor) -> Tensor:
     return torch.where(norm > EPS, ratio, torch.ones_like(ratio))
 
 
-class Rule(ABC):
+class UpdateRule(ABC):
     """What a sequence keeps between folds, and how its state is read from that."""
 
     reads_kk = False
@@ -172,7 +172,7 @@ class Rule(ABC):
         """S, `[*, G, r]`."""
 
 
-class PaperRule(Rule):
+class PaperRule(UpdateRule):
     """S ← Normalize(S + S') after each fold."""
 
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
@@ -222,7 +222,7 @@ def solve_damped(c: Tensor, damp: Tensor, right: Tensor) -> Tensor:
     return solution
 
 
-class RidgeRule(Rule):
+class RidgeRule(UpdateRule):
     """S = (C/n + (λ + ε)·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv; zero at first."""
 
     reads_kk = True
@@ -249,7 +249,7 @@ class RidgeRule(Rule):
         return solve_damped(mean_c, damp, mean_m)
 
 
-class DeltaRule(Rule):
+class DeltaRule(UpdateRule):
     """S ← argmin_X ‖K X − V‖² + μ ‖X − S‖²: what this fold's keys lead to is overwritten.
 
     In closed form S ← (Σ kᵀk + μ I)⁻¹ (Σ kᵀv + μ S), zero before any fold, with μ = λ + ε times
@@ -277,7 +277,7 @@ class DeltaRule(Rule):
         return sums["S"]
 
 
-RULES: dict[str, Rule] = {
+UPDATE_RULES: dict[str, UpdateRule] = {
     "paper": PaperRule(),
     "sum": SumRule(),
     "none": NoneRule(),

@@ -15,11 +15,11 @@ import torch
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.bench.gpu.engine import Spec, build
 from pte_vllm.bench.gpu.setup import TINY, random_adapter, write_model
-from pte_vllm.method.names import RULES
+from pte_vllm.method.names import RULE_NAMES
 from pte_vllm.method.plan import FoldPlan
 
 TOLERANCE = 2e-4
-_ARMS = {**{rule: (rule, "linear") for rule in RULES}, "ridge squared": ("ridge", "squared")}
+_ARMS = {**{rule: (rule, "linear") for rule in RULE_NAMES}, "ridge squared": ("ridge", "squared")}
 """Rule and features of each adapter."""
 
 
@@ -45,13 +45,13 @@ def parity(spec: Spec) -> dict[str, Any]:
         for i, (name, (rule, features)) in enumerate(_ARMS.items())
     }
     window_blocks, num_folds = (2, 2) if spec.dry_run else (4, 9)
-    window = window_blocks * size
-    sampled = _generate(spec, model, adapters, window, window + num_folds * size + 7)
+    window_tokens = window_blocks * size
+    sampled = _generate(spec, model, adapters, window_tokens, window_tokens + num_folds * size + 7)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     worst: dict[str, float] = {}
     folds: dict[str, int] = {}
     for name, (prompt, tokens, logprobs) in sampled.items():
-        plan = FoldPlan(pin_tokens=len(prompt), window_tokens=window, block_size=size)
+        plan = FoldPlan(pin_tokens=len(prompt), window_tokens=window_tokens, block_size=size)
         attached = PTEModel(network, Adapter.load(adapters[name]))
         with torch.no_grad():
             scores = log_probs(attached, prompt + tokens, plan).logprobs[0, len(prompt) :]
@@ -63,7 +63,7 @@ def parity(spec: Spec) -> dict[str, Any]:
 
 
 def _generate(
-    spec: Spec, model: str, adapters: dict[str, str], window: int, num_tokens: int
+    spec: Spec, model: str, adapters: dict[str, str], window_tokens: int, num_tokens: int
 ) -> dict[str, tuple[list[int], list[int], list[float]]]:
     """By adapter the prompt, the tokens sampled in one mixed batch, and their log-probs."""
     from dataclasses import replace
@@ -76,7 +76,7 @@ def _generate(
             spec,
             model=model,
             adapter=adapters["paper"],
-            window_tokens=window,
+            window_tokens=window_tokens,
             rollouts=[2048],
             dtype="float32",
             rank=8,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pte_vllm.adapter.defaults import NEW_RULE, TARGET_MODULES, new_config, parse_layers
-from pte_vllm.method.names import Features, Init, Keys, Normalize, Read, Rule
+from pte_vllm.method.names import Features, Init, Keys, Normalize, Read, RuleName
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.run.config_io import Section
@@ -54,7 +54,7 @@ class AdapterOptions(Section):
     global_tokens: Count | None = None
     """G: rows of A and of the state; without it, the rank, which rules ridge and delta and read
     value need."""
-    rule: Rule = NEW_RULE
+    rule: RuleName = NEW_RULE
     """How folds add up."""
     read: Read = "key"
     """Side of the state that A x meets."""
