@@ -6,17 +6,15 @@ need not know the numbers. The thoughts themselves are the client's to send, as 
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pte_vllm.engine.request_ids import find_external
 from pte_vllm.method.options import RequestOptions
 
 MAX_EARLIER = 4096
 """Requests remembered; a few hundred bytes each."""
-
-_ENDING = re.compile(r"-([0-9a-f]{8}|\d+)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,22 +141,8 @@ class EarlierRequests:
             del self._by_id[request_id]
 
     def _find(self, name: str) -> str | None:
-        """The id under which `name` was added: without choice and random suffix, with a prompt."""
-        candidate, choice = name, 0
-        while True:
-            for request_id in (candidate, f"{candidate}-0"):
-                found = self._by_id.get(request_id)
-                if found is not None:
-                    return request_id if choice < found.choices else None
-            ending = _ENDING.search(candidate)
-            if ending is None:
-                child = re.match(r"\d+_", candidate)
-                if child is None:
-                    return None
-                candidate = candidate[child.end() :]
-                continue
-            choice = int(ending[1]) if ending[1].isdigit() and len(ending[1]) < 8 else 0
-            candidate = candidate[: ending.start()]
+        newest_first = reversed(self._by_id.items())
+        return find_external(name, ((sent, request.choices) for sent, request in newest_first))
 
 
 EARLIER = EarlierRequests()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -14,6 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from pte_vllm.engine.cache import PTEManager
 from pte_vllm.engine.messages import PoolReport
 from pte_vllm.engine.orphans import end_with_parent
+from pte_vllm.engine.request_ids import RequestId
 from pte_vllm.engine.snapshots import SnapshotIndex
 from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, request_plan
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
-
-
-_CHOICE = re.compile(r"\d+_")
-"""How vLLM begins the id of one of several choices."""
 
 
 class PTESchedulerMixin:
@@ -66,8 +62,8 @@ class PTESchedulerMixin:
         given = getattr(request.sampling_params, "extra_args", None) or {}
         if not any(name in given for name in REQUEST_OPTIONS):
             return None
-        if _CHOICE.match(request.request_id):  # the response has one dict for all its choices
-            return None
+        if RequestId.parse(request.request_id).choice is not None:
+            return None  # the response has one dict for all its choices
         plan = self.pte_plans[request.request_id]
         folded = plan.folded_blocks(max(0, request.num_tokens - 2))  # the last was never computed
         return {

@@ -16,7 +16,8 @@ from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from pte_vllm.engine.counters import FoldCounters
-from pte_vllm.engine.thoughts import Thoughts, ThoughtStore, find_id, to_host
+from pte_vllm.engine.request_ids import find_id
+from pte_vllm.engine.thoughts import Thoughts, ThoughtStore, to_host
 from pte_vllm.method.options import PTEConfig, check_rule_fits
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.reference import (

@@ -6,9 +6,7 @@ Shapes: L layers with a state, `state: [L, G, r]` fp32.
 from __future__ import annotations
 
 import json
-import re
 from collections import OrderedDict
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,45 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from pte_vllm.engine.request_ids import find_id
 from pte_vllm.method.plan import FoldPlan
-
-_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
-_CHILD = re.compile(r"^(\d+)_(.+)$", re.DOTALL)
-_NUMBERS = re.compile(r"(-\d+){0,2}$")
-_PROMPT = re.compile(r"^(cmpl-.+)-(\d+)$", re.DOTALL)
-
-
-def names_of(request_id: str) -> set[str]:
-    """What a client may call the engine's request `request_id`.
-
-    The engine's id is `[{choice}_]{external}[-{8 hex digits}]`, with a choice where n > 1. The
-    external id is the response's; for completions it is `{response}-{prompt}`. Choice c is
-    `{response}-{c}`, the first also `{response}`, and of prompt p > 0 `{response}-{p}-{c}`.
-    """
-    names = {request_id}
-    for whole in (request_id, _SUFFIX.sub("", request_id)):
-        child = _CHILD.match(whole)
-        choice, external = (child[1], child[2]) if child else ("0", whole)
-        names.add(f"{external}-{choice}")
-        prompt = _PROMPT.match(external)
-        if prompt is not None and prompt[2] == "0":
-            names.add(f"{prompt[1]}-{choice}")
-            if choice == "0":
-                names.add(prompt[1])
-        elif choice == "0" and (prompt is None or child is None):
-            names.add(external)
-    return names
-
-
-def find_id(name: str, request_ids: Collection[str]) -> str | None:
-    """The engine's id of the newest request called `name`; `request_ids` run from old to new."""
-    if name in request_ids:
-        return name
-    stem = _NUMBERS.sub("", name)  # in the engine's id whatever is numbered; rules most out fast
-    for known in reversed(list(request_ids)):
-        if stem in known and name in names_of(known):
-            return known
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +159,7 @@ class ThoughtStore:
             self.forget(next(iter(self._kept)))
 
     def find(self, name: str) -> Thoughts | None:
-        """Of the newest finished request called `name`; see `names_of`."""
+        """Return the thoughts of the newest finished request that is called `name`, or None."""
         request_id = find_id(name, self._kept)
         return None if request_id is None else self._kept[request_id]
 
