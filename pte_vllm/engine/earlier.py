@@ -16,6 +16,9 @@ from pte_vllm.method.options import RequestOptions
 MAX_EARLIER = 4096
 """Requests remembered; a few hundred bytes each."""
 
+ONLY_CHECKED = "pte-validation"
+"""The id of requests that are checked and never run; none of them is remembered."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EarlierRequest:
@@ -115,6 +118,9 @@ class EarlierRequests:
         self._by_id: OrderedDict[str, EarlierRequest] = OrderedDict()
 
     def add(self, request_id: str, request: EarlierRequest) -> None:
+        """Remember a request that was accepted, unless it was only to be checked."""
+        if request_id == ONLY_CHECKED:
+            return
         self._by_id[request_id] = request
         self._by_id.move_to_end(request_id)
         if len(self._by_id) > MAX_EARLIER:
