@@ -26,7 +26,7 @@ def check_request(vllm_config: Any, request: EngineCoreRequest) -> None:
     The options of an earlier request that it continues take the place of `pte_state_id`.
 
     Raises:
-        VLLMValidationError: naming the option; the server answers HTTP 400.
+        VLLMValidationError: If an option does not fit; the server answers HTTP 400 and names it.
     """
     engine = EngineConfig.from_vllm(vllm_config)
     params = request.sampling_params

@@ -16,13 +16,13 @@ UNBOUNDED = 2**62
 
 @dataclass(frozen=True, kw_only=True)
 class FoldPlan:
-    """Eviction of one sequence.
+    """How one sequence evicts: what is pinned, how large its window is, how much a fold frees.
 
     The token at position `pos` attends to `[0, pinned_blocks * bs)` and to
     `[(pinned_blocks + folded_blocks(pos)) * bs, pos]`; the thought state holds what lies between.
 
     Raises:
-        ValueError: naming the option, if a value is out of range.
+        ValueError: If a value is out of range; the message names the option.
     """
 
     pin_tokens: int
@@ -64,6 +64,7 @@ class FoldPlan:
 
     @property
     def window_blocks(self) -> int:
+        """Blocks of the window."""
         return self.window_tokens // self.block_size
 
     @property
