@@ -14,7 +14,7 @@ from pte_vllm.engine.request_ids import find_external
 from pte_vllm.method.options import RequestOptions
 
 MAX_EARLIER = 4096
-"""Requests remembered; a few hundred bytes each."""
+"""How many requests are remembered; each takes a few hundred bytes."""
 
 ONLY_CHECKED = "pte-validation"
 """The id of requests that are checked and never run; none of them is remembered."""
@@ -27,7 +27,7 @@ class EarlierRequest:
     pin_tokens: int
     window_tokens: int
     rule: str | None
-    """As the request gave it; None: the adapter's."""
+    """The rule that the request gave; None is the adapter's."""
     adapter: str | None
     """Name in the engine, version included."""
     adapter_path: str | None
@@ -46,7 +46,7 @@ class EarlierRequest:
         choices: int,
         prompt: Sequence[int],
     ) -> EarlierRequest:
-        """Of a request that was accepted; `adapter` is its name and path."""
+        """Make what is remembered of a request that was accepted; `adapter` is name and path."""
         return cls(
             pin_tokens=pin_tokens,
             window_tokens=window_tokens,
@@ -69,13 +69,13 @@ class EarlierRequest:
         """Refuse a continuation that contradicts it.
 
         Args:
-            options: what the continuation sends.
-            adapter: its adapter's name and path.
-            adapter_rule: the rule of that adapter; None without a thought state.
-            prompt: its tokens.
+            options: The options that the continuation sends.
+            adapter: The name and path of the continuation's adapter.
+            adapter_rule: The rule of that adapter; None without a thought state.
+            prompt: The tokens of the continuation's prompt.
 
         Raises:
-            ValueError: naming what differs.
+            ValueError: If something differs; the message names it.
         """
         name, path = adapter if adapter is not None else (None, None)
         if (name, path) != (self.adapter, self.adapter_path):
@@ -101,7 +101,7 @@ class EarlierRequest:
             )
 
     def apply(self, options: RequestOptions) -> RequestOptions:
-        """The continuation's options, spelled out."""
+        """Return the continuation's options with the plan of this request spelled out."""
         return replace(
             options,
             state_id=None,
@@ -127,10 +127,10 @@ class EarlierRequests:
             self._by_id.popitem(last=False)
 
     def get(self, name: str) -> EarlierRequest:
-        """The request called `name`, as in `/pte/v1/thoughts`.
+        """Return the request that a client calls `name`, as in `/pte/v1/thoughts`.
 
         Raises:
-            ValueError: if it is unknown or forgotten, with what to send instead.
+            ValueError: If it is unknown or forgotten, with what to send instead.
         """
         request_id = self._find(name)
         if request_id is None:
@@ -142,6 +142,7 @@ class EarlierRequests:
         return self._by_id[request_id]
 
     def forget(self, name: str) -> None:
+        """Forget the request that a client calls `name`; does nothing if there is none."""
         request_id = self._find(name)
         if request_id is not None:
             del self._by_id[request_id]
@@ -152,4 +153,4 @@ class EarlierRequests:
 
 
 EARLIER = EarlierRequests()
-"""Of this process, the API server."""
+"""The one table of this process, the API server: its routes and its checks share it."""

@@ -57,7 +57,7 @@ _FOLD_ARGUMENTS = [
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Return the library, compiled first if this machine has not done so yet.
+    """Return the compiled code, which is compiled first if this machine has not done so yet.
 
     Raises:
         NativeError: If it is switched off, no compiler is found, or it fails.

@@ -47,10 +47,10 @@ class LayerEncoder:
 
     @classmethod
     def stack(cls, encoders: Sequence[LayerEncoder]) -> LayerEncoder:
-        """All layers as one encoder with a leading dimension of layers.
+        """Return all layers as one encoder whose tensors have a leading dimension of layers.
 
         Raises:
-            ValueError: if their features differ.
+            ValueError: If their features differ.
         """
         kinds = {encoder.features for encoder in encoders}
         if len(kinds) > 1:
@@ -59,7 +59,7 @@ class LayerEncoder:
         return cls(**stacked, features=encoders[0].features)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerEncoder:
-        """Apply `function` to every tensor, such as a move to a device."""
+        """Return an encoder of `function(t)` for every tensor t, such as a move to a device."""
         tensors = {name: function(getattr(self, name)) for name in TENSORS}
         return LayerEncoder(**tensors, features=self.features)
 
@@ -69,14 +69,14 @@ TENSORS = tuple(f.name for f in fields(LayerEncoder) if f.name != "features")
 
 
 def feature_map(x: Tensor, features: str) -> Tensor:
-    """φ(x): x itself, or its numbers `squared`.
+    """Return φ(x): x itself, or with features `squared` the square of each number.
 
     With linear features the state answers with a sum over all keys, each by its inner product with
     A x. Squares of the numbers are a sketch of a kernel of degree two: what is most alike weighs
     more against the rest, as under softmax, and a weight is never negative.
 
     Raises:
-        ValueError: on a name that it does not know.
+        ValueError: On a name that it does not know.
     """
     if features not in FEATURES:
         raise ValueError(f"features must be one of {', '.join(FEATURES)}, got {features!r}")
@@ -150,7 +150,7 @@ def relative_update(s: Tensor, update: Tensor) -> Tensor:
 
 
 class UpdateRule(ABC):
-    """What a sequence keeps between folds, and how its state is read from that."""
+    """A rule says what a sequence keeps between folds, and how its state is read from that."""
 
     reads_kk = False
     """Whether `add` needs Σ kᵀk."""
@@ -173,7 +173,7 @@ class UpdateRule(ABC):
 
 
 class PaperRule(UpdateRule):
-    """S ← Normalize(S + S') after each fold."""
+    """The paper's rule sets S ← Normalize(S + S') after each fold."""
 
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
         return {"S": initial_state(encoder, how)}
@@ -186,7 +186,7 @@ class PaperRule(UpdateRule):
 
 
 class SumRule(PaperRule):
-    """S ← S + S'; normalised when read, so that no fold fades."""
+    """This rule sets S ← S + S' and normalises only what is read, so that no fold fades."""
 
     def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
         return {"S": sums["S"] + contribution_of(encoder, evicted)}
@@ -196,7 +196,7 @@ class SumRule(PaperRule):
 
 
 class NoneRule(PaperRule):
-    """S stays S_0: the paper's "Global-Only" control; nothing is encoded."""
+    """This rule keeps S at S_0, the paper's "Global-Only" control; nothing is encoded."""
 
     def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
         return sums
@@ -223,7 +223,10 @@ def solve_damped(c: Tensor, damp: Tensor, right: Tensor) -> Tensor:
 
 
 class RidgeRule(UpdateRule):
-    """S = (C/n + (λ + ε)·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv; zero at first."""
+    """This rule fits S to all folded pairs by ridge regression; S is zero before any fold.
+
+    S = (C/n + (λ + ε)·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv over n tokens.
+    """
 
     reads_kk = True
 
@@ -250,7 +253,7 @@ class RidgeRule(UpdateRule):
 
 
 class DeltaRule(UpdateRule):
-    """S ← argmin_X ‖K X − V‖² + μ ‖X − S‖²: what this fold's keys lead to is overwritten.
+    """This rule overwrites what a fold's keys lead to: S ← argmin_X ‖K X − V‖² + μ ‖X − S‖².
 
     In closed form S ← (Σ kᵀk + μ I)⁻¹ (Σ kᵀv + μ S), zero before any fold, with μ = λ + ε times
     the mean |k|² of all tokens folded so far. For a single token it is the delta rule with the

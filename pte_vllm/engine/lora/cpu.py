@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
-_LANES, _TILE = 16, 64  # as lora_cpu.cpp
+_LANES, _TILE = 16, 64  # as kernels/lora_cpu.cpp
 
 
 class NativeLoRA:
     """One adapter's share of one linear, packed for the compiled code.
 
     Args:
-        library: of `ops.native.load`.
-        a, b: of each slice A `[R, d_in]` and B `[d, R]`, fp32 or bf16; slices of zeros are
-            left out.
-        arena: where the packed weights lie.
+        library: The compiled code, from `native.load`.
+        a: A of each slice, `[R, d_in]`, fp32 or bf16.
+        b: B of each slice, `[d, R]`, of the same type; slices of zeros are left out.
+        arena: The memory that the packed weights go to.
     """
 
     def __init__(
@@ -84,13 +84,15 @@ class NativeLoRA:
     def add(
         self, y: Tensor, x: Tensor, states: Tensor | None, squared: Tensor, slots: Tensor
     ) -> None:
-        """`y: [T, D]` += B Sᵀ φ(A x), in place.
+        """Add B Sᵀ φ(A x) to y, in place.
 
         Args:
-            x: `[T, d_in]`; rows of x and y may be apart, the numbers of a row may not.
-            states: `[slots, R, R]`; None: all the identity.
-            squared: `[slots]` bool, whether φ squares.
-            slots: `[T]` int64, the state of each token.
+            y: The layer's output, `[T, D]`.
+            x: The layer's input, `[T, d_in]`; rows of x and y may be apart, the numbers of a row
+                may not.
+            states: The state in each slot, `[slots, R, R]`; None if all are the identity.
+            squared: Whether φ squares for a slot, `[slots]` bool.
+            slots: The slot of each token, `[T]` int64.
         """
         self._function(
             *self._packed,
@@ -106,16 +108,17 @@ class NativeLoRA:
 
 
 class CPULayerPunica(PunicaView):
-    """vLLM's punica wrapper as one linear of the decoder sees it.
+    """A view of vLLM's punica wrapper for one linear of the decoder, on a CPU.
 
     Args:
-        module: of the linear; its adapters' weights stay where they are.
-        states: of the layer, `[slots, R, R]`, as they are multiplied from the right.
-        squared: `[slots]`, whether A x is squared before; see `ops.modulate`.
-        tokens: of the step.
-        loaded: what is in one of vLLM's adapter slots; changes whenever its weights do.
-        library: the compiled code, if there is any.
-        arena: for packed weights.
+        module: vLLM's LoRA layer around the linear; its adapters' weights stay where they are.
+        states: The states of the layer, `[slots, R, R]`, as they are multiplied from the right.
+        squared: Whether A x is squared first for a slot, `[slots]` bool; see `kernels.modulate`.
+        tokens: Which state each token of the step uses.
+        loaded: Says what is in one of vLLM's adapter slots; the answer changes whenever the weights
+            there do.
+        library: The compiled code, if there is any.
+        arena: The memory that packed weights go to.
     """
 
     def __init__(
@@ -149,7 +152,7 @@ class CPULayerPunica(PunicaView):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """y[:, slice] += B_slice (Sᵀ φ(A_slice x)); alpha/r is already merged into B.
+        """Set y[:, slice] += B_slice (Sᵀ φ(A_slice x)); alpha/r is already merged into B.
 
         `y: [T, D]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
         """
@@ -178,7 +181,7 @@ class CPULayerPunica(PunicaView):
                 y[rows] = part
 
     def _weights(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
-        """A `[R, d_in]` and B `[d, R]` of each slice, of the adapter in one of vLLM's slots."""
+        """Return A `[R, d_in]` and B `[d, R]` of each slice, of the adapter in a slot of vLLM's."""
         return [a[index, 0] for a in self._a_stacked], [b[index, 0] for b in self._b_stacked]
 
     def _pack(self, index: int) -> NativeLoRA:
@@ -205,7 +208,7 @@ class CPULayerPunica(PunicaView):
             offset += len(b_slice)
 
     def _modulate(self, a: Tensor, rows: Tensor | None) -> Tensor:
-        """`a: [T, R]`, every token by its state."""
+        """Multiply `a: [T, R]`, every token by its state."""
         tokens = self._tokens
         if not tokens.any:
             return a
@@ -216,7 +219,7 @@ class CPULayerPunica(PunicaView):
 
 
 def load_native(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled code; None, with a line in the log, where there is none."""
+    """Return the compiled code for a type of LoRA; None, with a line in the log, without any."""
     if dtype not in (torch.float32, torch.bfloat16):
         logger.info("LoRA on CPU: through torch, as there is no compiled code for %s", dtype)
         return None
@@ -230,7 +233,7 @@ def load_native(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 
 def _group_by_adapter(indices: Tensor) -> list[tuple[int, Tensor | None]]:
-    """Tokens of each adapter; `indices: [T]`, -1 for no adapter."""
+    """Return the tokens of each adapter; `indices: [T]`, -1 for no adapter."""
     present = indices.unique().tolist()
     if len(present) == 1:
         return [(present[0], None)] if present[0] >= 0 else []

@@ -29,7 +29,7 @@ from pte_vllm.engine.state import StatePool
 
 
 class VocabularyPunica(PunicaView):
-    """vLLM's punica wrapper as the embedding and the output layer see it on CPU, and in fp32.
+    """A view of vLLM's punica wrapper for embedding and output layer, on CPU and in fp32.
 
     vLLM multiplies the vectors and the logits of every token by an all-zero LoRA where no adapter
     targets these layers; with a large vocabulary that is a good part of a step. This view skips it

@@ -32,7 +32,7 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         """Linears, such as q_proj or lm_head, that any adapter loaded so far has weights for."""
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """vLLM's, which may unload others to make room; their encoders go with them.
+        """Load an adapter as vLLM does; where that unloads others, their encoders go too.
 
         A sequence that runs holds its own reference.
         """
@@ -44,7 +44,7 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         return added
 
     def loaded_in(self, index: int) -> tuple[int | None, int | None]:
-        """What vLLM's adapter slot `index` holds: the adapter, and which loading of it."""
+        """Return which adapter vLLM's adapter slot `index` holds, and which loading of it."""
         adapter_id = self._adapter_manager.lora_index_to_id[index]
         return adapter_id, None if adapter_id is None else self._loads.get(adapter_id)
 
@@ -85,7 +85,7 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         return fp32 and torch.device(self.device).type != "cpu"
 
     def encoder_of(self, lora_request: LoRARequest) -> LoadedEncoder | None:
-        """The adapter's encoder, loading the adapter if need be; None for a plain LoRA."""
+        """Return the adapter's encoder, loading the adapter if need be; None for a plain LoRA."""
         adapter_id = lora_request.lora_int_id
         if adapter_id not in self._encoders and adapter_id not in self._plain:
             self.add_adapter(lora_request)

@@ -14,7 +14,7 @@ from pte_vllm.kernels.modulate import Segment
 
 @dataclass
 class TokenSlots:
-    """Which state modulates which token of the step; written by the runner before the forward."""
+    """The slot of each token of the step; the runner writes it before the forward pass."""
 
     slots: Tensor  # [max_num_batched_tokens] int64, persistent: graphs replay over it
     segments: list[Segment] = field(default_factory=list)
