@@ -1,6 +1,7 @@
 """Changes to vLLM that no plugin point reaches; installed as `pte_vllm.patches`.
 
-`README.md` is the ledger.
+Each patch has a module of its own, and `README.md` says why it is there and when it can go.
+`pte_vllm.plugin` and the doctor import this folder; it imports the engine and what is below.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def all_patches() -> list[Patch]:
-    """Every patch, in the order of application."""
+    """Return every patch, in the order of application."""
     from pte_vllm.patches import p01_request_options
 
     return [p01_request_options.PATCH]

@@ -24,13 +24,13 @@ class Patch:
 
     name: str
     target: str
-    """`module.Class.function`."""
+    """The function, as `module.Class.function`."""
     upstream: str
-    """Path at the version that `sha256` was taken from."""
+    """The path of its file, at the version that `sha256` was taken from."""
     why: str
     remove_when: str
     sha256: str
-    """Of the upstream function's source, without comments (`pte_vllm/compat/upstream.py`)."""
+    """The hash of the function's source without comments (`pte_vllm/compat/upstream.py`)."""
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def _owner(self) -> tuple[Any, str]:
@@ -43,7 +43,7 @@ class Patch:
         return getattr(owner, attribute)
 
     def source_sha256(self) -> str:
-        """SHA-256 of the source that is installed, patched or not."""
+        """Return the SHA-256 of the source that is installed, patched or not."""
         original = getattr(self._live(), MARK, self._live())
         return source_sha256(inspect.getsource(original))
 

@@ -21,12 +21,13 @@ from pte_vllm.patches.base import Patch
 
 
 def check_request(vllm_config: Any, request: EngineCoreRequest) -> None:
-    """Validate the PTE options of a request, and keep its prefix blocks apart where they differ.
+    """Check the PTE options of a request, and remember it for those that continue it.
 
-    The options of an earlier request that it continues take the place of `pte_state_id`.
+    Its prefix blocks are kept apart where its options change what they hold. The options of an
+    earlier request that it continues take the place of `pte_state_id`.
 
     Raises:
-        VLLMValidationError: naming the option; the server answers HTTP 400.
+        VLLMValidationError: If an option does not fit; the server answers HTTP 400 and names it.
     """
     engine = EngineConfig.from_vllm(vllm_config)
     params = request.sampling_params

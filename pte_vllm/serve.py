@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pte_vllm.method.options import EngineConfig, ServiceConfig
+from pte_vllm.method.options import EngineConfig
 from pte_vllm.preload import DEFAULT, preload
+from pte_vllm.server.options import ServiceConfig
 
 SCHEDULER_CLS = "pte_vllm.engine.scheduler.make_scheduler"
 

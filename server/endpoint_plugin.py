@@ -20,8 +20,8 @@ from vllm.lora.utils import get_adapter_absolute_path
 from pte_vllm import __version__
 from pte_vllm.adapter.files import AdapterError
 from pte_vllm.adapter.format import ModelShape, load_for_engine
-from pte_vllm.method.names import FEATURES, RULES
-from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, ServiceConfig
+from pte_vllm.method.names import FEATURES, RULE_NAMES
+from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig
 from pte_vllm.server import page
 from pte_vllm.server import thought_routes as thoughts
 from pte_vllm.server.access.auth import Keys, admit_admin, may_change, may_use
@@ -29,6 +29,7 @@ from pte_vllm.server.access.limits import BodyLimit
 from pte_vllm.server.adapters import routes as adapter_routes
 from pte_vllm.server.ending import answer_at_shutdown
 from pte_vllm.server.metrics import COLLECTOR, RefreshOnScrape, timed_load
+from pte_vllm.server.options import ServiceConfig
 from pte_vllm.server.rollouts import routes as rollouts
 from pte_vllm.server.service import make_service, service
 from pte_vllm.server.trainers import control
@@ -59,7 +60,7 @@ async def info(request: Request) -> dict[str, Any]:
         "keep_thoughts": engine.keep_thoughts,
         "keep_thoughts_mib": engine.keep_thoughts_mib,
         "request_options": list(REQUEST_OPTIONS),
-        "rules": list(RULES),
+        "rules": list(RULE_NAMES),
         "features": list(FEATURES),
         "logprobs_mode": config.model_config.logprobs_mode,
         "adapters": {

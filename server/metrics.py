@@ -29,7 +29,7 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.logger import init_logger
 
 from pte_vllm.engine.counters import RHO_EDGES
-from pte_vllm.method.names import RULES
+from pte_vllm.method.names import RULE_NAMES
 
 if TYPE_CHECKING:
     from pte_vllm.server.service import Service
@@ -182,7 +182,7 @@ class ServiceCollector(Collector):
             "Folds, replays after a preemption included; rule none: nothing was kept",
             labels=["rule"],
         )
-        for rule in RULES:
+        for rule in RULE_NAMES:
             folds.add_metric([rule], totals["folds"].get(rule, 0))
         yield folds
         yield CounterMetricFamily(

@@ -12,10 +12,11 @@ from fastapi import HTTPException, Request
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
-from pte_vllm.method.options import EngineConfig, ServiceConfig
+from pte_vllm.method.options import EngineConfig
 from pte_vllm.server.access.admission import Admission
 from pte_vllm.server.adapters.registry import AdapterRegistry
 from pte_vllm.server.adapters.spool import Spool, default_root
+from pte_vllm.server.options import ServiceConfig
 
 
 @dataclass

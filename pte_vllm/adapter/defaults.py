@@ -13,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from pte_vllm.method.names import Features, Init, Keys, Normalize, Read, Rule
+from pte_vllm.method.names import Features, Init, Keys, Normalize, Read, RuleName
 from pte_vllm.method.options import PTEConfig
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BStart = Literal["zero", "random"]
 B_STARTS: tuple[str, ...] = get_args(BStart)
-NEW_RULE: Rule = "ridge"
+NEW_RULE: RuleName = "ridge"
 """The rule that learns to remember best (docs/benchmarks.md)."""
 _SQUARED_RULES = ("ridge", "delta")
 """The rule `paper` learned nothing with squares (docs/benchmarks.md)."""
@@ -48,7 +48,7 @@ class NewAdapter:
         "value need",
         metavar="G",
     )
-    rule: Rule = _option(NEW_RULE, "How folds add up")
+    rule: RuleName = _option(NEW_RULE, "How folds add up")
     read: Read = _option("key", "Side of the state that A x meets")
     normalize: Normalize = _option(
         "matrix", "How the state is normalised; nothing with rules ridge and delta"

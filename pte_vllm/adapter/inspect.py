@@ -13,7 +13,7 @@ from rich.table import Table
 from pte_vllm.adapter.files import layer_of
 from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.adapter.hashes import file_hashes
-from pte_vllm.method.reference import RULES, TENSORS
+from pte_vllm.method.reference import TENSORS, UPDATE_RULES
 
 
 def inspect(path: str | Path, *, model: str | None = None, as_json: bool = False) -> None:
@@ -66,7 +66,9 @@ def describe(path: str | Path, model: ModelShape | None = None) -> dict[str, Any
         tensors = [getattr(e, name) for e in adapter.encoders.values() for name in TENSORS]
         summary["encoder_parameters"] = sum(tensor.numel() for tensor in tensors)
         # What the rule keeps between folds, as the rule itself says.
-        kept = RULES[adapter.pte.rule].start(adapter.stacked_encoder(), adapter.pte.normalize)
+        kept = UPDATE_RULES[adapter.pte.rule].start(
+            adapter.stacked_encoder(), adapter.pte.normalize
+        )
         summary["state_bytes_per_sequence"] = sum(t.numel() * 4 for t in kept.values())
     summary["layers"] = _layers(adapter)
     summary["sha256"] = file_hashes(path)

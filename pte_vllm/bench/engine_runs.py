@@ -74,13 +74,13 @@ def _throughput(args: argparse.Namespace, turns: Turns) -> None:
 
 def _lora(args: argparse.Namespace, turns: Turns) -> None:
     common: dict[str, Any] = {"max_num_seqs": args.seqs}
-    window = {"window_tokens": args.window, **common}
+    bounded = {"window_tokens": args.window, **common}
     specs = [
         turns.spec("vLLM, base model", **common),
         # vLLM compiles no LoRA on a CPU; told so, it takes the operators that are fast without.
         turns.spec("vLLM, its LoRA", adapter=turns.plain, compiled=False, **common),
-        turns.spec("window, base model", **window),
-        turns.spec("window, plain LoRA", adapter=turns.plain, **window),
+        turns.spec("window, base model", **bounded),
+        turns.spec("window, plain LoRA", adapter=turns.plain, **bounded),
         turns.pte(**common),
     ]
     results = _batch(args, turns, specs)

@@ -52,7 +52,7 @@ def time_engine() -> Parts:
         (PTECPUModelRunner, "_model_forward", "model: linears, norms, activations"),
         (CPUAttentionBackendImpl, "forward", "attention"),
         (CPUAttentionBackendImpl, "do_kv_cache_update", "keys and values into the cache"),
-        (CPULayerPunica, "_add", "LoRA and states"),
+        (CPULayerPunica, "add", "LoRA and states"),
         (PTECPUModelRunner, "_fold_due", "folds"),
         (PTECPUModelRunner, "_publish", "gaps and slots of the step"),
         (LogitsProcessor, "forward", "output layer"),

@@ -185,9 +185,11 @@ def plan_rows(
         )
     per_token = model.kv_bytes(itemsize)
 
-    def row(window: int) -> Row:
-        if window:
-            plan = FoldPlan(pin_tokens=prompt_tokens, window_tokens=window, block_size=block_size)
+    def row(window_tokens: int) -> Row:
+        if window_tokens:
+            plan = FoldPlan(
+                pin_tokens=prompt_tokens, window_tokens=window_tokens, block_size=block_size
+            )
             blocks = plan.pinned_blocks + plan.window_blocks + 1
             tokens = min(float(blocks * block_size), prompt_tokens + float(rollout_tokens))
             state = model.state_bytes(rank, rule)
@@ -201,7 +203,7 @@ def plan_rows(
         compute_s = count * 2 * model.parameters / hardware.peak
         step = max(memory_s, compute_s)
         return Row(
-            window_tokens=window,
+            window_tokens=window_tokens,
             kv_tokens=tokens,
             sequences=count,
             step_s=step,
@@ -209,7 +211,7 @@ def plan_rows(
             limit="compute" if compute_s > memory_s else "memory",
         )
 
-    rows = [row(window) for window in (0, *windows)]
+    rows = [row(window_tokens) for window_tokens in (0, *windows)]
     base = rows[0].tokens_per_s
     return [Row(**{**asdict(r), "ratio": r.tokens_per_s / base}) for r in rows]
 

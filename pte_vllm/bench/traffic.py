@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from pte_vllm.bench.turns import BLOCK_TOKENS
-from pte_vllm.method.names import RULES
+from pte_vllm.method.names import RULE_NAMES
 from pte_vllm.wire.client import RolloutClient
 from pte_vllm.wire.rollout import Rollout
 from pte_vllm.wire.transport import ServerError
@@ -200,13 +200,14 @@ class Traffic:
 
     async def _rollout(self, client: httpx.AsyncClient) -> None:
         rng, began = self._rng, time.monotonic()
-        length, n, window = self._length(), rng.choice([1, 1, 2, 4]), rng.choice(self._windows)
+        length, n = self._length(), rng.choice([1, 1, 2, 4])
+        window_tokens = rng.choice(self._windows)
         prompt = [rng.randrange(10, 500) for _ in range(rng.randrange(1, MAX_PROMPT_TOKENS))]
         body = {
             "token_ids": [prompt],
             "n": n,
             "adapter": NAME,
-            "window_tokens": window,
+            "window_tokens": window_tokens,
             "sampling": {"max_tokens": length, "ignore_eos": True, "seed": rng.randrange(2**31)},
             "in_flight": rng.choice(["pin", "switch_rebuild"]),
         }
@@ -285,7 +286,7 @@ class Traffic:
         return self._rng.randrange(1, self._tokens + 1)
 
     def _rule(self) -> str | None:
-        return self._rng.choice([None, None, *RULES])
+        return self._rng.choice([None, None, *RULE_NAMES])
 
     def _leave_after(self, most: int) -> int | None:
         return self._rng.randrange(1, most + 1) if self._rng.random() < _LEFT else None

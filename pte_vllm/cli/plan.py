@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from pte_vllm.method.names import RULES
+from pte_vllm.method.names import RULE_NAMES
 from pte_vllm.method.options import PTEConfig
 
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", default="1k,2k,4k", metavar="N,...", help="windows to compare")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--rank", type=int, default=PTEConfig.rank)
-    parser.add_argument("--rule", choices=RULES, default="ridge")
+    parser.add_argument("--rule", choices=RULE_NAMES, default="ridge")
     parser.add_argument("--itemsize", type=float, default=2, help="bytes of a weight")
     parser.add_argument("--kv-gb", type=float, help="KV pool, if it is known")
     parser.add_argument("--max-num-seqs", type=int, help="the server's bound, if there is one")

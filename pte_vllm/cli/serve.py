@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 
-from pte_vllm.method.options import EngineConfig, ServiceConfig
+from pte_vllm.method.options import EngineConfig
 from pte_vllm.preload import DEFAULT as PRELOADED
 from pte_vllm.preload import LIBRARIES, parse_names
+from pte_vllm.server.options import ServiceConfig
 
 _EPILOG = """\
 Every other flag is handed to `vllm serve` as it stands. To see those:

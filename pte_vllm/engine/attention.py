@@ -1,8 +1,8 @@
 """Attention backend: the platform's own, over a block table without the gap.
 
 Physical position = logical position − folded tokens. Kernels need no change, and the work per
-token is O(pinned + window). The runner publishes the gaps of the step in `StepInfo`; here they are
-cut out of the metadata.
+token is O(pinned + window). The runner publishes the gaps of the step in `Gaps`; here they are cut
+out of the metadata.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pte_vllm.method.options import EngineConfig
 
 @dataclass
 class Gaps:
-    """Gaps of the rows of the running batch, in blocks; written by the runner before each step.
+    """The gaps of the rows of the running batch, in blocks; the runner writes them at each step.
 
     Persistent tensors on the model's device, so that CUDA graphs replay over them.
     """
@@ -55,7 +55,7 @@ class Gaps:
             async_tensor_h2d(first, out=self.first[:num_rows])
 
     def clear(self) -> None:
-        """No gaps, as for profiling and graph capture."""
+        """Publish that there are no gaps, as for profiling and graph capture."""
         self.publish([], [])
 
 
@@ -74,13 +74,14 @@ def cut_gaps(
     block_size: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> CommonAttentionMetadata:
-    """Metadata of the same queries over physical positions.
+    """Return metadata of the same queries over physical positions.
 
     Args:
-        common: the step's metadata over logical positions, `num_reqs` rows.
-        gaps: `first` and `length` per row.
-        block_size: tokens per block.
-        out: persistent `(block_table [max_reqs, blocks], seq_lens [max_reqs])` to write into.
+        common: The step's metadata over logical positions, of `num_reqs` rows.
+        gaps: The gap of each row.
+        block_size: The number of tokens in a block.
+        out: Persistent `(block_table [max_reqs, blocks], seq_lens [max_reqs])` to write into, where
+            captured graphs hold on to addresses; None makes new tensors.
     """
     rows = common.num_reqs
     table, seq_lens = common.block_table_tensor[:rows], common.seq_lens[:rows]
@@ -115,7 +116,7 @@ def cut_gaps(
 
 
 class GapCuttingBuilder:
-    """Mixin over a platform's metadata builder: `build` sees physical positions."""
+    """A mixin over a platform's metadata builder that makes `build` see physical positions."""
 
     _persistent: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -151,7 +152,7 @@ class GapCuttingBuilder:
 
 
 class PTEBackend:
-    """Mixin over a platform's attention backend: our spec and our builder."""
+    """A mixin over a platform's attention backend that brings our spec and our builder."""
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -173,7 +174,7 @@ def _with_gap_cutting(builder: type) -> type:
 
 
 class PTECPUAttentionBackend(PTEBackend, CPUAttentionBackend):
-    """vLLM's CPU backend; keeps the name CPU_ATTN, under which it is registered."""
+    """vLLM's CPU backend with gaps cut out; it keeps the name CPU_ATTN of its registration."""
 
 
 _CUDA_BACKENDS = {
@@ -192,7 +193,7 @@ def __getattr__(name: str) -> type[AttentionBackend]:
 
 
 def cuda_backend() -> str:
-    """FlashAttention where vLLM was built with it; Triton elsewhere, and for models in fp32."""
+    """Choose FlashAttention where vLLM was built with it, else Triton, as for models in fp32."""
     config = get_current_vllm_config_or_none()  # set whenever vLLM chooses a backend
     in_fp32 = config is not None and config.model_config.dtype == torch.float32
     use_flash = _has_flash_attention() and not in_fp32

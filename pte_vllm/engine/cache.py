@@ -49,14 +49,14 @@ class PTESpec(FullAttentionSpec):
         )
 
     def max_blocks_per_sequence(self, max_model_len: int) -> int:
-        """Most blocks that one sequence under the default plan holds."""
+        """Return the most blocks that one sequence under the default plan holds."""
         engine = EngineConfig(**{name: getattr(self, name) for name in _OURS})
         pin_tokens = min(self.max_prompt_tokens or max_model_len, max_model_len)
         plan = engine.plan(pin_tokens=pin_tokens, block_size=self.block_size)
         return plan.peak_blocks(max_model_len)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """What vLLM's start-up check and its "maximum concurrency" line count for a sequence."""
+        """Return what vLLM's start-up check and its "maximum concurrency" line count a sequence."""
         max_model_len = vllm_config.model_config.max_model_len
         return self.max_blocks_per_sequence(max_model_len) * self.page_size_bytes
 
@@ -65,7 +65,7 @@ _OURS = ("window_tokens", "evict_ratio", "max_prompt_tokens")
 
 
 class PTEManager(FullAttentionManager):
-    """Nulls the gap of a sequence and never shares a block that depends on what was folded.
+    """A manager that nulls gaps and never shares a block that depends on what was folded.
 
     `plans` is owned by the scheduler, which enters a request when it arrives and removes it when
     its blocks are freed for good; a preempted request keeps its plan.
@@ -133,7 +133,7 @@ class PTEManager(FullAttentionManager):
         )
 
     def num_held_blocks(self, request_id: str) -> int:
-        """Blocks of the pool that the request holds now."""
+        """Return how many blocks of the pool the request holds now."""
         return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
 
     def check_integrity(self) -> None:

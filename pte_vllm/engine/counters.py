@@ -13,13 +13,13 @@ RHO_EDGES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 
 
 
 class FoldCounters:
-    """Folds by rule, what they freed, and a histogram of ρ = ‖ΔS‖/‖S‖.
+    """Counts of folds by rule and of what they freed, and a histogram of ρ = ‖ΔS‖/‖S‖.
 
     The histogram lives on the device and has a fixed size: a fold queues a few small kernels,
     and only `snapshot` waits.
 
     Args:
-        device: where ρ is computed.
+        device: The device on which ρ is computed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,19 +31,19 @@ class FoldCounters:
         self._rho_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def add_fold(self, rule: str | None, *, num_blocks: int, block_size: int) -> None:
-        """A fold left `num_blocks` blocks of a sequence; `rule` None: without a thought state."""
+        """Count a fold of `num_blocks` blocks; `rule` is None for a sequence without a state."""
         self.folds[rule or "none"] += 1
         self.freed_blocks += num_blocks
         self.folded_tokens += num_blocks * block_size
 
     def add_rho(self, rho: Tensor) -> None:
-        """`rho: [n]`, of each layer of one or several folds."""
+        """Add `rho: [n]`, the ρ of each layer of one or several folds, to the histogram."""
         bins = torch.bucketize(rho, self._edges)  # an edge belongs to the bin below it
         self._rho_bins.index_add_(0, bins, torch.ones_like(bins))
         self._rho_sum += rho.nan_to_num(posinf=0.0).sum()
 
     def snapshot(self) -> dict[str, Any]:
-        """Plain numbers, all of them since the start."""
+        """Return all counts since the start as plain numbers; waits for the device."""
         return {
             "folds": dict(self.folds),
             "folded_tokens": self.folded_tokens,

@@ -6,17 +6,18 @@ need not know the numbers. The thoughts themselves are the client's to send, as 
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pte_vllm.engine.request_ids import find_external
 from pte_vllm.method.options import RequestOptions
 
 MAX_EARLIER = 4096
-"""Requests remembered; a few hundred bytes each."""
+"""How many requests are remembered; each takes a few hundred bytes."""
 
-_ENDING = re.compile(r"-([0-9a-f]{8}|\d+)$")
+ONLY_CHECKED = "pte-validation"
+"""The id of requests that are checked and never run; none of them is remembered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class EarlierRequest:
     pin_tokens: int
     window_tokens: int
     rule: str | None
-    """As the request gave it; None: the adapter's."""
+    """The rule that the request gave; None is the adapter's."""
     adapter: str | None
     """Name in the engine, version included."""
     adapter_path: str | None
@@ -45,7 +46,7 @@ class EarlierRequest:
         choices: int,
         prompt: Sequence[int],
     ) -> EarlierRequest:
-        """Of a request that was accepted; `adapter` is its name and path."""
+        """Make what is remembered of a request that was accepted; `adapter` is name and path."""
         return cls(
             pin_tokens=pin_tokens,
             window_tokens=window_tokens,
@@ -68,13 +69,13 @@ class EarlierRequest:
         """Refuse a continuation that contradicts it.
 
         Args:
-            options: what the continuation sends.
-            adapter: its adapter's name and path.
-            adapter_rule: the rule of that adapter; None without a thought state.
-            prompt: its tokens.
+            options: The options that the continuation sends.
+            adapter: The name and path of the continuation's adapter.
+            adapter_rule: The rule of that adapter; None without a thought state.
+            prompt: The tokens of the continuation's prompt.
 
         Raises:
-            ValueError: naming what differs.
+            ValueError: If something differs; the message names it.
         """
         name, path = adapter if adapter is not None else (None, None)
         if (name, path) != (self.adapter, self.adapter_path):
@@ -100,7 +101,7 @@ class EarlierRequest:
             )
 
     def apply(self, options: RequestOptions) -> RequestOptions:
-        """The continuation's options, spelled out."""
+        """Return the continuation's options with the plan of this request spelled out."""
         return replace(
             options,
             state_id=None,
@@ -117,16 +118,19 @@ class EarlierRequests:
         self._by_id: OrderedDict[str, EarlierRequest] = OrderedDict()
 
     def add(self, request_id: str, request: EarlierRequest) -> None:
+        """Remember a request that was accepted, unless it was only to be checked."""
+        if request_id == ONLY_CHECKED:
+            return
         self._by_id[request_id] = request
         self._by_id.move_to_end(request_id)
         if len(self._by_id) > MAX_EARLIER:
             self._by_id.popitem(last=False)
 
     def get(self, name: str) -> EarlierRequest:
-        """The request called `name`, as in `/pte/v1/thoughts`.
+        """Return the request that a client calls `name`, as in `/pte/v1/thoughts`.
 
         Raises:
-            ValueError: if it is unknown or forgotten, with what to send instead.
+            ValueError: If it is unknown or forgotten, with what to send instead.
         """
         request_id = self._find(name)
         if request_id is None:
@@ -138,28 +142,15 @@ class EarlierRequests:
         return self._by_id[request_id]
 
     def forget(self, name: str) -> None:
+        """Forget the request that a client calls `name`; does nothing if there is none."""
         request_id = self._find(name)
         if request_id is not None:
             del self._by_id[request_id]
 
     def _find(self, name: str) -> str | None:
-        """The id under which `name` was added: without choice and random suffix, with a prompt."""
-        candidate, choice = name, 0
-        while True:
-            for request_id in (candidate, f"{candidate}-0"):
-                found = self._by_id.get(request_id)
-                if found is not None:
-                    return request_id if choice < found.choices else None
-            ending = _ENDING.search(candidate)
-            if ending is None:
-                child = re.match(r"\d+_", candidate)
-                if child is None:
-                    return None
-                candidate = candidate[child.end() :]
-                continue
-            choice = int(ending[1]) if ending[1].isdigit() and len(ending[1]) < 8 else 0
-            candidate = candidate[: ending.start()]
+        newest_first = reversed(self._by_id.items())
+        return find_external(name, ((sent, request.choices) for sent, request in newest_first))
 
 
 EARLIER = EarlierRequests()
-"""Of this process, the API server."""
+"""The one table of this process, the API server: its routes and its checks share it."""

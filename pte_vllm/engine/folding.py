@@ -1,13 +1,13 @@
 """From blocks that sequences leave behind to their thought states, on whatever device.
 
-Compiled code goes from the paged cache to the sums that a fold adds: `ops.fold_triton` on a GPU,
-`ops.fold_cpu` on a CPU. Where neither applies, keys and values are read first (`ops.fold`).
+Compiled code goes from the paged cache to the sums that a fold adds: `kernels.fold_triton` on a
+GPU, `kernels.fold_cpu` on a CPU. Where neither applies, `kernels.cache_layout` reads keys and
+values first.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
-from pte_vllm.engine.state import LoadedEncoder, Sequence, StatePool
+from pte_vllm.engine.state import FoldingSequence, LoadedEncoder, StatePool
 from pte_vllm.kernels import native
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable, read_evicted
+from pte_vllm.kernels.choice import use_kernels
 from pte_vllm.kernels.fold_cpu import can_fold, moments_cpu
-from pte_vllm.method.reference import RULES, Moments
+from pte_vllm.method.reference import UPDATE_RULES, Moments
 
 if TYPE_CHECKING:
     from pte_vllm.kernels.fold_triton import CacheTable
@@ -29,12 +30,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
 _MAX_COPY_BYTES = 2**29
-"""Of keys and values in fp32 at once, on a GPU without the kernel."""
-
-
-def use_kernels(device: torch.device) -> bool:
-    """Whether Triton kernels run: on a GPU, unless PTE_NATIVE=0 asks for PyTorch."""
-    return device.type == "cuda" and os.environ.get(native.DISABLE, "1") != "0"
+"""The most memory for keys and values in fp32 at once, on a GPU without the kernel."""
 
 
 @cache
@@ -48,10 +44,10 @@ def _compiled() -> ctypes.CDLL | None:
 
 @dataclass
 class EvictedBlocks:
-    """Reads the paged cache of a worker; lives as long as the cache does."""
+    """The way from a worker's paged cache to folds; it lives as long as the cache does."""
 
     caches: Mapping[int, Tensor]
-    """By decoder layer, `[blocks, H, bs, 2 D]` each."""
+    """The cache of each decoder layer, `[blocks, H, bs, 2 D]`."""
     layout: BlockLayout
     rope: RopeTable | None
     """The model's; None where it has no rotary embedding."""
@@ -62,17 +58,18 @@ class EvictedBlocks:
     def fold_into(
         self,
         pool: StatePool,
-        sequences: list[Sequence],
+        sequences: list[FoldingSequence],
         block_ids: Tensor,
         first_positions: Tensor,
     ) -> None:
-        """One fold of S sequences of one adapter and one rule; nothing waits for the device.
+        """Fold once for S sequences of one adapter and one rule; nothing waits for the device.
 
         Args:
-            pool: of the sequences.
-            sequences: S of them.
-            block_ids: `[S, n]` int64 on the device, the blocks that each folds in token order.
-            first_positions: `[S]` int64 on the device, of the first token of each.
+            pool: The pool that holds the states of these sequences.
+            sequences: The S sequences that fold.
+            block_ids: The n blocks that each folds, in token order, `[S, n]` int64 on the device.
+            first_positions: The position of the first token that each folds, `[S]` int64 on the
+                device.
         """
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
@@ -96,8 +93,8 @@ class EvictedBlocks:
     def _moments(
         self, loaded: LoadedEncoder, rule: str, block_ids: Tensor, first_positions: Tensor
     ) -> Moments | None:
-        """By compiled code, `[L, S, r, r]`; None where there is none that applies."""
-        rope, with_kk = self._rope_for(loaded), RULES[rule].reads_kk
+        """Compute the sums by compiled code, `[L, S, r, r]`; None where none applies."""
+        rope, with_kk = self._rope_for(loaded), UPDATE_RULES[rule].reads_kk
         table = self._table(loaded)
         if table is not None:
             from pte_vllm.kernels.fold_triton import evicted_moments
@@ -119,7 +116,7 @@ class EvictedBlocks:
 
     def warm_up(self, loaded: LoadedEncoder, rule: str) -> None:
         """Compile the kernel for an adapter before its first fold, which would wait seconds."""
-        reads_kk, rope = RULES[rule].reads_kk, self._rope_for(loaded)
+        reads_kk, rope = UPDATE_RULES[rule].reads_kk, self._rope_for(loaded)
         kind = loaded.config.rank, loaded.config.features, reads_kk, rope is None
         if rule == "none" or kind in self._warm:
             return
@@ -135,7 +132,7 @@ class EvictedBlocks:
         return self.rope if loaded.config.keys == "unrotated" else None
 
     def _table(self, loaded: LoadedEncoder) -> CacheTable | None:
-        """Of the adapter's layers, for the kernel; None: it does not apply."""
+        """Return the kernel's table of the adapter's caches; None if the kernel does not apply."""
         key = tuple(loaded.layers), loaded.config.rank
         if key not in self._tables:
             self._tables[key] = self._make_table(*key)

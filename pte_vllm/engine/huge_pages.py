@@ -25,11 +25,12 @@ DISABLE = "PTE_HUGE_PAGES"
 _COLLAPSE = 25  # MADV_COLLAPSE of linux/mman.h
 _PAGE = 2 << 20
 _LEAST_RESIDENT = 0.8
-"""Of a mapping. A huge page takes memory whole, and stacks of threads are mostly empty."""
+"""The least part of a mapping that must be in use: a huge page takes memory whole, and stacks of
+threads are mostly empty."""
 
 
 def collapse() -> int:
-    """Move this process's large mappings to huge pages, once; returns the bytes that moved.
+    """Move this process's large mappings to huge pages, once, and return the bytes that moved.
 
     The log tells how long it took. Where the system cannot, nothing happens but a line in the log.
     """
@@ -85,7 +86,7 @@ class Arena:
         self._used = 0
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy, aligned to 64 bytes."""
+        """Return a contiguous copy of the tensor in the arena, aligned to 64 bytes."""
         size = tensor.numel() * tensor.element_size()
         start = -(-self._used // 64) * 64
         if start + size > len(self._block):

@@ -42,7 +42,7 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
     """Refuse what the command line alone shows, before anything is loaded.
 
     Raises:
-        UnsupportedError: naming the flag.
+        UnsupportedError: If a flag is not supported; the message names it.
     """
     _refuse(
         {
@@ -64,10 +64,10 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
 
 
 def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
-    """Refuse what the resolved configuration shows; runs in every worker.
+    """Refuse what the resolved configuration shows; this runs in every worker.
 
     Raises:
-        UnsupportedError: naming the flag.
+        UnsupportedError: If an option is not supported; the message names the flag.
     """
     parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
     _refuse(
@@ -110,5 +110,5 @@ def _quantised(dtype: str) -> str | None:
 
 
 def refused_flags() -> Mapping[str, str]:
-    """What is refused at start, and why, by flag or variable."""
+    """Return what is refused at start, by flag or variable, with the reason."""
     return _REASONS

@@ -1,7 +1,7 @@
 """What the model runners have in common: fold what is due, then say who is who in the batch.
 
-vLLM has two runners, V1 and V2, which keep requests and blocks in different forms; `runner.py` and
-`runner_v2.py` read those and call what is here. The order of a step is the same for both:
+vLLM has two runners, V1 and V2, which keep requests and blocks in different forms; `runner_v1.py`
+and `runner_v2.py` read those and call what is here. The order of a step is the same for both:
 
     _begin_step   before vLLM updates its requests, which zeroes and hands out blocks that the
                   scheduler has just freed: what they hold is folded first
@@ -25,25 +25,24 @@ from vllm.v1.worker import lora_model_runner_mixin
 from pte_vllm.adapter.files import layer_of
 from pte_vllm.engine.attention import Gaps, set_gaps
 from pte_vllm.engine.folding import EvictedBlocks
-from pte_vllm.engine.lora.manager import PTELoRAManager, TokenSlots, install_views
-from pte_vllm.engine.queries import QueriesMixin
+from pte_vllm.engine.lora.install import install_views
+from pte_vllm.engine.lora.manager import PTELoRAManager
+from pte_vllm.engine.lora.slots import TokenSlots
+from pte_vllm.engine.messages import PoolReport, SequenceStart, SnapshotOrders
 from pte_vllm.engine.refusals import check_vllm_config
-from pte_vllm.engine.state import Sequence, Snapshot, StatePool
+from pte_vllm.engine.state import FoldingSequence, Snapshot, StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable
-from pte_vllm.method.names import PoolReport, SnapshotOrders
-from pte_vllm.method.options import EngineConfig, RequestOptions
-from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.options import EngineConfig
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
-    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 
-class PTERunnerMixin(QueriesMixin, ABC):
-    """Over one of vLLM's model runners."""
+class PTERunnerMixin(ABC):
+    """The part of a PTE runner that stands over any of vLLM's model runners."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,8 +76,12 @@ class PTERunnerMixin(QueriesMixin, ABC):
         finally:
             lora_model_runner_mixin.LRUCacheWorkerLoRAManager = upstream
         assert isinstance(self.lora_manager, PTELoRAManager)
-        compiled = self.compilation_config.mode != CompilationMode.NONE
-        install_views(model, self.lora_manager, self.pte_pool, self.pte_tokens, compiled=compiled)
+        compilation = self.compilation_config
+        compiled = compilation.mode != CompilationMode.NONE
+        install_views(
+            *(model, self.lora_manager, self.pte_pool, self.pte_tokens),
+            traced_layers=compilation.static_forward_context if compiled else None,
+        )
         return model
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -106,7 +109,7 @@ class PTERunnerMixin(QueriesMixin, ABC):
         )
 
     def _find_rope(self, attention_name: str) -> RopeTable | None:
-        """The table of the model's rotary embedding; None if it has none."""
+        """Return the table of the model's rotary embedding; None if it has none."""
         parent = self.get_model().get_submodule(attention_name.rpartition(".")[0])
         rotary = getattr(parent, "rotary_emb", None)
         return None if rotary is None else RopeTable.of(rotary)
@@ -115,19 +118,19 @@ class PTERunnerMixin(QueriesMixin, ABC):
 
     @abstractmethod
     def _evicted_blocks(self, request_ids: list[str], first: list[int], count: int) -> Tensor:
-        """Ids of the blocks `[first, first + count)` of each request, `[S, count]` on the device.
+        """Return the ids of blocks `[first, first + count)` of S requests, `[S, count]` int64.
 
-        As the requests stood before this step.
+        The ids are on the device, and are those from before this step.
         """
 
     @abstractmethod
-    def _known_requests(self) -> set[str]:
-        """Requests that may have a sequence: those vLLM has told of and not yet ended."""
+    def pte_known_requests(self) -> set[str]:
+        """Return the requests that may have a sequence: those that vLLM has named and not ended."""
 
     # -- each step --------------------------------------------------------------------------------
 
     def _begin_step(self, scheduler_output: SchedulerOutput) -> SnapshotOrders:
-        """Stop sequences and fold what is due; returns what the starts of this step restore."""
+        """Stop sequences and fold what is due; return what the starts of this step restore."""
         orders: SnapshotOrders = getattr(scheduler_output, "pte_snapshots", SnapshotOrders())
         self.pte_report = getattr(scheduler_output, "pte_pool", self.pte_report)
         self._stop_sequences(scheduler_output, orders)
@@ -167,9 +170,9 @@ class PTERunnerMixin(QueriesMixin, ABC):
                 return
             self._fold_once({request_id: sequences[request_id] for request_id, _ in behind})
 
-    def _fold_once(self, due: dict[str, Sequence]) -> None:
-        """One fold of each sequence; those that are alike fold together."""
-        alike: dict[tuple[int, str, int], dict[str, Sequence]] = {}
+    def _fold_once(self, due: dict[str, FoldingSequence]) -> None:
+        """Fold each sequence once; those that are alike fold together."""
+        alike: dict[tuple[int, str, int], dict[str, FoldingSequence]] = {}
         for request_id, sequence in due.items():
             if sequence.loaded is not None and sequence.rule not in (None, "none"):
                 key = (id(sequence.loaded), sequence.rule, sequence.plan.evict_blocks)
@@ -183,7 +186,7 @@ class PTERunnerMixin(QueriesMixin, ABC):
                 sequence.rule, num_blocks=plan.evict_blocks, block_size=plan.block_size
             )
 
-    def _fold(self, group: dict[str, Sequence]) -> None:
+    def _fold(self, group: dict[str, FoldingSequence]) -> None:
         sequences = list(group.values())
         first = [s.plan.pinned_blocks + s.folded_blocks for s in sequences]
         positions = [block * self.pte_block_size for block in first]
@@ -197,20 +200,18 @@ class PTERunnerMixin(QueriesMixin, ABC):
     def _start(
         self,
         request_id: str,
-        plan: FoldPlan,
+        start: SequenceStart,
         *,
-        params: SamplingParams | None,
         lora: LoRARequest | None,
         num_computed_tokens: int,
         snapshot: bytes | None = None,
     ) -> None:
         """Start a request, or a preempted one again, from S_0 or from an earlier request's S."""
-        options = RequestOptions.parse(params.extra_args if params is not None else None)
         sequence = self.pte_pool.start(
             request_id,
-            plan,
+            start.plan,
             adapter=lora.lora_name if lora is not None else None,
-            rule=options.rule,
+            rule=start.rule,
             loaded=self.lora_manager.encoder_of(lora) if lora is not None else None,
         )
         if sequence.loaded is not None and sequence.rule is not None:
@@ -218,13 +219,14 @@ class PTERunnerMixin(QueriesMixin, ABC):
         if snapshot is not None:
             self.pte_pool.restore(sequence, self.pte_snapshots[snapshot])
         # Any other prefix hit ends before the first fold, so nothing is due here.
-        assert plan.folded_blocks(num_computed_tokens) == sequence.folded_blocks
+        assert start.plan.folded_blocks(num_computed_tokens) == sequence.folded_blocks
 
     def _publish(self, rows: Iterable[tuple[str, int, int]]) -> None:
         """Tell attention the gaps, and LoRA the slots.
 
         Args:
-            rows: the batch in its final order: request, computed tokens, tokens of this step.
+            rows: The batch in its final order: the id of each request, its computed tokens, and its
+                tokens of this step.
         """
         first, length, segments, start = [], [], [], 0
         for request_id, num_computed, num_scheduled in rows:
@@ -240,7 +242,7 @@ class PTERunnerMixin(QueriesMixin, ABC):
         self.pte_tokens.publish(segments)
 
     def _publish_nobody(self) -> None:
-        """Rows and tokens belong to no sequence, as in profiling and graph capture."""
+        """Let rows and tokens belong to no sequence, as in profiling and graph capture."""
         self.pte_gaps.clear()
         self.pte_tokens.publish([])
 

@@ -11,19 +11,17 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from pte_vllm.engine.runner_base import PTERunnerMixin
-from pte_vllm.method.options import request_plan
-from pte_vllm.method.plan import FoldPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    from pte_vllm.method.names import SnapshotOrders
+    from pte_vllm.engine.messages import SequenceStart, SnapshotOrders
 
 
 class PTERunnerV1Mixin(PTERunnerMixin):
-    """Over one of vLLM's V1 model runners, which keep requests and their blocks on the host."""
+    """A mixin over vLLM's V1 model runners, which keep requests and their blocks on the host."""
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Callable | None:
         orders = self._begin_step(scheduler_output)
@@ -38,27 +36,20 @@ class PTERunnerV1Mixin(PTERunnerMixin):
 
     def _start_sequences(self, scheduler_output: SchedulerOutput, orders: SnapshotOrders) -> None:
         for new in scheduler_output.scheduled_new_reqs:
-            request = self.requests[new.req_id]
-            plan = request_plan(
-                self.pte_engine,
-                request.sampling_params,
-                request.num_prompt_tokens,
-                self.pte_block_size,
-            )
-            self._start_request(new.req_id, plan, orders.restore.get(new.req_id))
+            start = scheduler_output.pte_starts[new.req_id]
+            self._start_request(new.req_id, start, orders.restore.get(new.req_id))
         for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
-            self._start_request(request_id, self.pte_pool.sequences[request_id].plan)
+            self._start_request(request_id, scheduler_output.pte_starts[request_id])
         for key in orders.forget:
             self.pte_snapshots.pop(key, None)
 
     def _start_request(
-        self, request_id: str, plan: FoldPlan, snapshot: bytes | None = None
+        self, request_id: str, start: SequenceStart, snapshot: bytes | None = None
     ) -> None:
         request = self.requests[request_id]
         self._start(
             request_id,
-            plan,
-            params=request.sampling_params,
+            start,
             lora=request.lora_request,
             num_computed_tokens=request.num_computed_tokens,
             snapshot=snapshot,
@@ -71,12 +62,12 @@ class PTERunnerV1Mixin(PTERunnerMixin):
         ]
         return async_tensor_h2d(ids, device=self.device, dtype=torch.int64)
 
-    def _known_requests(self) -> set[str]:
+    def pte_known_requests(self) -> set[str]:
         return set(self.requests)
 
 
 class PTECPUModelRunner(PTERunnerV1Mixin, CPUModelRunner):
-    """On CPU, where a seeded request must also survive a chunked prefill.
+    """The V1 runner on a CPU, where a seeded request must also survive a chunked prefill.
 
     vLLM samples for every row, drops the tokens of rows that are still prefilling, and takes their
     generators back by a CUDA offset, which CPU generators do not have (a crash at v0.32.0). With
@@ -107,4 +98,4 @@ class PTECPUModelRunner(PTERunnerV1Mixin, CPUModelRunner):
 
 
 class PTEGPUModelRunner(PTERunnerV1Mixin, GPUModelRunner):
-    """On CUDA."""
+    """The V1 runner on a GPU."""

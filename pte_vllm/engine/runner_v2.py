@@ -18,9 +18,9 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from pte_vllm.engine.messages import SequenceStart, SnapshotOrders
 from pte_vllm.engine.runner_base import PTERunnerMixin
-from pte_vllm.method.names import SnapshotOrders
-from pte_vllm.method.options import request_plan
+from pte_vllm.method.plan import FoldPlan
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class PTERunnerV2Mixin(PTERunnerMixin):
-    """Over vLLM's V2 model runner."""
+    """A mixin over vLLM's V2 model runner."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,7 +39,7 @@ class PTERunnerV2Mixin(PTERunnerMixin):
     # `execute_model` calls the next three of its steps in this order.
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
-        """Before it no request has lost its row of the block table."""
+        """Begin our step too, while no request has lost its row of the block table."""
         if self._warming_up:
             for request_id in scheduler_output.finished_req_ids:
                 self.pte_pool.stop(request_id)
@@ -51,12 +51,16 @@ class PTERunnerV2Mixin(PTERunnerMixin):
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
-            # Unbounded while warming up: a prompt of vLLM's own may exceed our limits.
-            params = None if self._warming_up else new.sampling_params
+            if self._warming_up:  # unbounded: a prompt of vLLM's own may exceed our limits
+                plan = FoldPlan(
+                    pin_tokens=new.prompt_len, window_tokens=0, block_size=self.pte_block_size
+                )
+                start = SequenceStart(plan=plan)
+            else:
+                start = scheduler_output.pte_starts[new.req_id]
             self._start(
                 new.req_id,
-                request_plan(self.pte_engine, params, new.prompt_len, self.pte_block_size),
-                params=params,
+                start,
                 lora=new.lora_request,
                 num_computed_tokens=new.num_computed_tokens,
                 snapshot=self._orders.restore.get(new.req_id),
@@ -84,7 +88,7 @@ class PTERunnerV2Mixin(PTERunnerMixin):
 
     @contextmanager
     def pte_warm_up(self) -> Iterator[None]:
-        """Requests inside are vLLM's own, made up to warm up kernels, and leave no record."""
+        """Let requests inside leave no record: vLLM makes them up to warm up kernels."""
         self._warming_up = True
         try:
             yield
@@ -99,7 +103,7 @@ class PTERunnerV2Mixin(PTERunnerMixin):
         table = self.block_tables.block_tables[0].gpu  # [max_num_reqs, blocks] int32
         return table[where[0, :, None], columns].long()
 
-    def _known_requests(self) -> set[str]:
+    def pte_known_requests(self) -> set[str]:
         return self.pte_preempted.union(self.req_states.req_id_to_index)
 
     def _sync_device(self) -> None:
@@ -107,8 +111,8 @@ class PTERunnerV2Mixin(PTERunnerMixin):
 
 
 class PTEGPUModelRunnerV2(PTERunnerV2Mixin, GPUModelRunner):
-    """On CUDA."""
+    """The V2 runner on a GPU."""
 
 
 class PTECPUModelRunnerV2(PTERunnerV2Mixin, CPUModelRunner):
-    """On a CPU whose Triton can compile for it, or interprets."""
+    """The V2 runner on a CPU, whose Triton can compile for it, or interprets."""

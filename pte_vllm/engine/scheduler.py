@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from pte_vllm.engine.cache import PTEManager
+from pte_vllm.engine.messages import PoolReport, SequenceStart
 from pte_vllm.engine.orphans import end_with_parent
+from pte_vllm.engine.request_ids import RequestId
 from pte_vllm.engine.snapshots import SnapshotIndex
-from pte_vllm.method.names import PoolReport
-from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, request_plan
+from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, RequestOptions
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -23,12 +23,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-_CHOICE = re.compile(r"\d+_")
-"""How vLLM begins the id of one of several choices."""
-
-
 class PTESchedulerMixin:
-    """Over vLLM's Scheduler or AsyncScheduler."""
+    """A mixin over vLLM's schedulers that ends chunks at fold boundaries and sends plans along."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,16 +35,19 @@ class PTESchedulerMixin:
         self.pte_engine = engine
         self.pte_manager = manager
         self.pte_plans = manager.plans
+        self.pte_rules: dict[str, str] = {}  # of requests that chose one
         self.pte_snapshots = SnapshotIndex(manager, _capacity(engine, self.vllm_config))
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
-            self.pte_plans[request.request_id] = request_plan(
+            options = RequestOptions.of(request.sampling_params)
+            self.pte_plans[request.request_id] = options.plan(
                 self.pte_engine,
-                request.sampling_params,
-                request.num_prompt_tokens,
-                self.pte_manager.block_size,
+                num_prompt_tokens=request.num_prompt_tokens,
+                block_size=self.pte_manager.block_size,
             )
+            if options.rule is not None:
+                self.pte_rules[request.request_id] = options.rule
         super().add_request(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -66,8 +65,8 @@ class PTESchedulerMixin:
         given = getattr(request.sampling_params, "extra_args", None) or {}
         if not any(name in given for name in REQUEST_OPTIONS):
             return None
-        if _CHOICE.match(request.request_id):  # the response has one dict for all its choices
-            return None
+        if RequestId.parse(request.request_id).choice is not None:
+            return None  # the response has one dict for all its choices
         plan = self.pte_plans[request.request_id]
         folded = plan.folded_blocks(max(0, request.num_tokens - 2))  # the last was never computed
         return {
@@ -80,6 +79,7 @@ class PTESchedulerMixin:
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self.pte_plans.pop(request.request_id, None)
+        self.pte_rules.pop(request.request_id, None)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """End a prefix hit before the first fold, or take up an earlier sequence past it.
@@ -126,6 +126,14 @@ class PTESchedulerMixin:
             (self.requests[new.req_id], new.num_computed_tokens)
             for new in output.scheduled_new_reqs
         )
+        starting = [new.req_id for new in output.scheduled_new_reqs]
+        starting += output.scheduled_cached_reqs.resumed_req_ids
+        output.pte_starts = {
+            request_id: SequenceStart(
+                plan=self.pte_plans[request_id], rule=self.pte_rules.get(request_id)
+            )
+            for request_id in starting
+        }
         return output
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
@@ -133,6 +141,7 @@ class PTESchedulerMixin:
         return super().reset_prefix_cache(*args, **kwargs)
 
     def pte_pool_report(self) -> PoolReport:
+        """Return who holds how much of the pool now."""
         pool, manager = self.kv_cache_manager.block_pool, self.pte_manager
         errors = []
         if len(self.pte_plans) != len(self.requests):
@@ -153,6 +162,7 @@ class PTESchedulerMixin:
     def pte_check_integrity(self) -> None:
         """Raise AssertionError unless plans, requests and blocks agree."""
         assert set(self.pte_plans) == set(self.requests)
+        assert set(self.pte_rules) <= set(self.requests)
         self.pte_manager.check_integrity()
 
 
@@ -167,11 +177,11 @@ def _capacity(engine: EngineConfig, vllm_config: Any) -> int:
 
 
 class PTEScheduler(PTESchedulerMixin, Scheduler):
-    """Synchronous."""
+    """The scheduler that waits for each step of the worker."""
 
 
 class PTEAsyncScheduler(PTESchedulerMixin, AsyncScheduler):
-    """One step ahead of the worker."""
+    """The scheduler that plans one step ahead of the worker."""
 
 
 def make_scheduler(*args: Any, **kwargs: Any) -> Scheduler:

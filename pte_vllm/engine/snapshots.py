@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
-from pte_vllm.method.names import SnapshotOrders
+from pte_vllm.engine.messages import SnapshotOrders
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def derived_hash(request: Request, plan: FoldPlan, block: int) -> BlockHash:
-    """Name of a block at or after `first_fold`, or of the state once the block is folded."""
+    """Name a block at or after `first_fold`, or the state once that block is folded."""
     lora = request.lora_request
     numbers = struct.pack(
         "<4q",
@@ -47,8 +47,8 @@ class SnapshotIndex:
     """Thought states of ended sequences that the worker has, the longest unused leaving first.
 
     Args:
-        manager: of the blocks; without prefix caching nothing is ever kept.
-        capacity: most states.
+        manager: The manager of the blocks; without prefix caching nothing is ever kept.
+        capacity: The most states to keep.
     """
 
     def __init__(self, manager: PTEManager, capacity: int) -> None:
@@ -81,12 +81,12 @@ class SnapshotIndex:
     def find(
         self, request: Request, plan: FoldPlan, prefix: list[KVCacheBlock]
     ) -> tuple[list[KVCacheBlock], int] | None:
-        """Where the request can take up an earlier one past its first fold.
+        """Find where a request can take up an earlier one past its first fold.
 
         Args:
-            request: a fresh one.
-            plan: of it.
-            prefix: its plain prefix hit.
+            request: A request that has not run yet.
+            plan: How the request folds.
+            prefix: The blocks of its plain prefix hit.
 
         Returns:
             Its blocks, null in the gap, and the tokens they stand for; None if there is no state
@@ -110,10 +110,10 @@ class SnapshotIndex:
         return None
 
     def orders(self, new: Iterable[tuple[Request, int]]) -> SnapshotOrders:
-        """What the worker has to do in this step.
+        """Return what the worker has to do in this step, and begin the next step's list.
 
         Args:
-            new: requests that are scheduled for the first time, and their computed tokens.
+            new: The requests that are scheduled for the first time, and their computed tokens.
         """
         restore = {}
         for request, num_computed in new:

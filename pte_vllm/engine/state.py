@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from pte_vllm.engine.counters import FoldCounters
-from pte_vllm.engine.thoughts import Thoughts, ThoughtStore, find_id, to_host
+from pte_vllm.engine.request_ids import find_id
+from pte_vllm.engine.thoughts import Thoughts, ThoughtStore, to_host
 from pte_vllm.method.options import PTEConfig, check_rule_fits
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.reference import (
-    RULES,
+    UPDATE_RULES,
     LayerEncoder,
     Moments,
     Sums,
@@ -33,7 +35,7 @@ IDENTITY_SLOT = 0
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """An adapter's encoder on the device, all its layers stacked."""
+    """The encoder of an adapter on the model's device, all its layers stacked."""
 
     config: PTEConfig
     layers: list[int]  # [L] indices of decoder layers, ascending
@@ -41,18 +43,21 @@ class LoadedEncoder:
 
     @cached_property
     def layer_index(self) -> Tensor:
-        """`layers` on the device, `[L]`; indexing by the list would wait for it at every fold."""
+        """The same on the device, `[L]`, as indexing by the list would wait at every fold."""
         return torch.tensor(self.layers, device=self.encoder.gain.device)
 
 
 @dataclass(kw_only=True)
-class Sequence:
-    """One request on the worker."""
+class FoldingSequence:
+    """One request on the worker: how it folds, what it has folded, and where its state lies.
+
+    The state itself, S, is in the pool's slot and nowhere else.
+    """
 
     plan: FoldPlan
     adapter: str | None = None
     rule: str | None = None
-    """None where the request has no thought state."""
+    """The update rule; None where the request has no thought state."""
     loaded: LoadedEncoder | None = None
     slot: int = IDENTITY_SLOT
     sums: Sums = field(default_factory=dict)
@@ -60,12 +65,18 @@ class Sequence:
     num_tokens: int = 0
     held_blocks: int = 0
     peak_blocks: int = 0
-    state: Tensor | None = None  # [L, G, r] what the rule reads from `sums`
     rho: list[Tensor] = field(default_factory=list)
-    """Of each fold, a scalar on the device; nobody waits for it until it is asked for."""
+    """ρ of each fold, a scalar on the device; nobody waits for it until it is asked for."""
 
-    def thoughts(self, request_id: str, *, with_rho: bool = True) -> Thoughts:
-        """What the API shows of it now."""
+    def thoughts(self, request_id: str, *, state: Tensor | None, with_rho: bool) -> Thoughts:
+        """Return what the API shows of the sequence now.
+
+        Args:
+            request_id: The engine's id of its request.
+            state: Its thought state as `StatePool.state_of` reads it, `[L, G, r]`; None to leave
+                it out.
+            with_rho: Whether to gather the ρ of its folds.
+        """
         config = self.loaded.config if self.loaded is not None else None
         return Thoughts(
             request_id=request_id,
@@ -80,7 +91,7 @@ class Sequence:
             layers=tuple(self.loaded.layers) if self.loaded is not None else (),
             features=config.features if config is not None else None,
             read=config.read if config is not None else None,
-            state=self.state,
+            state=state,
             rho=self._rho() if with_rho else None,
         )
 
@@ -101,16 +112,18 @@ class Snapshot:
 
 
 class StatePool:
-    """`states[layer]: [slots, R, R]`, what φ(A x) is multiplied by, and the sequences that own it.
+    """The states of all running sequences, and the sequences that own them.
 
-    `squared: [slots]` says whose φ squares.
+    `states[layer]: [slots, R, R]` is what φ(A x) is multiplied by from the right: S for read `key`,
+    Sᵀ for `value`. It is the only place that holds S while a sequence runs. `squared: [slots]` says
+    whose φ squares.
 
     Args:
-        num_layers: decoder layers of the model.
-        max_num_seqs: most sequences that run at once.
+        num_layers: The number of decoder layers of the model.
+        max_num_seqs: The most sequences that run at once.
         max_rank: R, the engine's `--max-lora-rank`; smaller states are padded with zeros.
-        device: the model's.
-        kept: where the thoughts of finished requests go.
+        device: The device of the model.
+        kept: Where the thoughts of finished requests go.
     """
 
     SHOWN_FINISHED = 64
@@ -128,7 +141,7 @@ class StatePool:
         self.states[:, IDENTITY_SLOT] = torch.eye(max_rank, device=device)
         self.squared = torch.zeros(max_num_seqs + 1, dtype=torch.bool, device=device)
         self.free_slots = list(range(max_num_seqs, 0, -1))
-        self.sequences: dict[str, Sequence] = {}
+        self.sequences: dict[str, FoldingSequence] = {}
         self.kept = kept
         # Without states; enough that a rollout still finds its own when many end at once.
         self.finished: deque[Thoughts] = deque(maxlen=max(self.SHOWN_FINISHED, 4 * max_num_seqs))
@@ -142,24 +155,34 @@ class StatePool:
         adapter: str | None = None,
         rule: str | None = None,
         loaded: LoadedEncoder | None = None,
-    ) -> Sequence:
-        """(Re)start a sequence from S_0, with a slot if it has a thought state."""
+    ) -> FoldingSequence:
+        """Start a sequence from S_0, or start it over, with a slot if it has a thought state.
+
+        Args:
+            request_id: The engine's id of its request.
+            plan: How it folds.
+            adapter: The name of its adapter, to be shown.
+            rule: The update rule that the request chose; None: the adapter's.
+            loaded: The encoder of its adapter; None where it has no thought state.
+        """
         previous = self.sequences.get(request_id)
         peak = previous.peak_blocks if previous is not None else 0
         self.stop(request_id)
-        sequence = Sequence(plan=plan, adapter=adapter, peak_blocks=peak)
+        sequence = FoldingSequence(plan=plan, adapter=adapter, peak_blocks=peak)
         if loaded is not None:
             sequence.loaded, sequence.rule = loaded, rule or loaded.config.rule
             check_rule_fits(sequence.rule, loaded.config.rank, loaded.config.global_tokens)
             sequence.slot = self.free_slots.pop()
             self.states[:, sequence.slot] = 0.0
             self.squared[sequence.slot] = loaded.config.features == "squared"
-            sequence.sums = RULES[sequence.rule].start(loaded.encoder, loaded.config.normalize)
+            sequence.sums = UPDATE_RULES[sequence.rule].start(
+                loaded.encoder, loaded.config.normalize
+            )
             self._write_own(sequence)
         self.sequences[request_id] = sequence
         return sequence
 
-    def stop(self, request_id: str) -> Sequence | None:
+    def stop(self, request_id: str) -> FoldingSequence | None:
         """Give the slot back; unknown requests are ignored, as aborts may come before any step."""
         sequence = self.sequences.pop(request_id, None)
         if sequence is not None and sequence.slot != IDENTITY_SLOT:
@@ -167,16 +190,18 @@ class StatePool:
         return sequence
 
     def finish(self, request_id: str) -> None:
-        """Stop for good and remember its thoughts."""
-        sequence = self.stop(request_id)
+        """Stop a sequence for good and remember its thoughts; unknown requests are ignored."""
+        sequence = self.sequences.get(request_id)
         if sequence is not None:
             sequence.held_blocks = 0
-            thoughts = sequence.thoughts(request_id).kept()
+            # Copied before the slot is free: the next owner's numbers come after, in order.
+            thoughts = self._thoughts_of(request_id).kept()
+            self.stop(request_id)
             self.finished.append(thoughts.without_state())
             self.kept.add(thoughts)
 
     def snapshot(self, request_id: str) -> Snapshot:
-        """Of a running sequence; its tensors may still be on their way to the host."""
+        """Copy a running sequence's memory; the tensors may still be on their way to the host."""
         sequence = self.sequences[request_id]
         return Snapshot(
             rule=sequence.rule,
@@ -185,7 +210,7 @@ class StatePool:
             rho=to_host(torch.stack(sequence.rho)) if sequence.rho else None,
         )
 
-    def restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
+    def restore(self, sequence: FoldingSequence, snapshot: Snapshot) -> None:
         """Let a sequence that has just started go on from an earlier one's memory."""
         assert sequence.rule == snapshot.rule and not sequence.folded_blocks
         device = self.states.device
@@ -196,32 +221,48 @@ class StatePool:
                 sequence.rho = list(snapshot.rho.to(device, non_blocking=True))
             self._write_own(sequence)
 
-    def thoughts(self, name: str) -> Thoughts | None:
-        """Of the running or finished request that a client calls `name`; the newest of several."""
+    def thoughts(self, name: str, *, with_state: bool = True) -> Thoughts | None:
+        """Return the thoughts of the newest request, running or finished, that is called `name`.
+
+        Without `with_state` the state of a running one is not read.
+        """
         request_id = find_id(name, self.sequences)
         if request_id is not None:
-            return self.sequences[request_id].thoughts(request_id)
+            return self._thoughts_of(request_id, with_state=with_state)
         return self.kept.find(name)
 
+    def _thoughts_of(self, request_id: str, *, with_state: bool = True) -> Thoughts:
+        sequence = self.sequences[request_id]
+        state = self.state_of(sequence) if with_state else None
+        return sequence.thoughts(request_id, state=state, with_rho=True)
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Return a line about each running sequence, as `GET /pte/v1/requests` shows it."""
+        return [
+            sequence.thoughts(request_id, state=None, with_rho=False).report()
+            for request_id, sequence in self.sequences.items()
+        ]
+
     def rho(self, name: str) -> list[float] | None:
-        """ρ of each fold so far, also after the state has left; None if nothing is known."""
+        """Return ρ of each fold so far, also after the state has left; None if nothing is known."""
         request_id = find_id(name, self.sequences)
         if request_id is not None:
-            return self.sequences[request_id].thoughts(request_id).rho_list()
+            sequence = self.sequences[request_id]
+            return sequence.thoughts(request_id, state=None, with_rho=True).rho_list()
         finished = {thoughts.request_id: thoughts for thoughts in self.finished}
         request_id = find_id(name, finished)
         return None if request_id is None else finished[request_id].rho_list()
 
-    def fold(self, sequences: list[Sequence], k_e: Tensor, v_e: Tensor) -> None:
+    def fold(self, sequences: list[FoldingSequence], k_e: Tensor, v_e: Tensor) -> None:
         """Fold `K_e, V_e: [L, S, m, d_kv]` into S sequences of one adapter and one rule."""
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
         encoder = loaded.encoder.map(lambda t: t[:, None])  # [L, 1, ...], over sequences
-        evicted = moments(encoder, k_e, v_e, with_kk=RULES[rule].reads_kk)
+        evicted = moments(encoder, k_e, v_e, with_kk=UPDATE_RULES[rule].reads_kk)
         self.fold_moments(sequences, evicted)
 
-    def fold_moments(self, sequences: list[Sequence], evicted: Moments) -> None:
-        """The same from sums over the keys and values, `[L, S, r, r]`."""
+    def fold_moments(self, sequences: list[FoldingSequence], evicted: Moments) -> None:
+        """Do the same from sums over the keys and values, each `[L, S, r, r]`."""
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
         assert all(s.loaded is loaded and s.rule == rule for s in sequences)
@@ -229,40 +270,56 @@ class StatePool:
         sums = {
             name: torch.stack([s.sums[name] for s in sequences], 1) for name in sequences[0].sums
         }
-        sums = RULES[rule].add(sums, encoder, evicted, loaded.config.normalize)
+        sums = UPDATE_RULES[rule].add(sums, encoder, evicted, loaded.config.normalize)
         for i, sequence in enumerate(sequences):
             # A copy of its own: a view would keep the others' alive.
             sequence.sums = {name: both[:, i].contiguous() for name, both in sums.items()}
-        before = torch.stack([s.state for s in sequences if s.state is not None], 1)
-        after = self._write(sequences, sums)
+        slots = self._slots_of(sequences)
+        before = self._read(loaded, slots)
+        after = self._write(sequences, sums, slots)
         rho = relative_update(before, after - before)  # [L, S]
         self.counters.add_rho(rho.flatten())
         for sequence, own in zip(sequences, rho.mean(0), strict=True):
             sequence.rho.append(own)
 
-    def _write(self, sequences: list[Sequence], sums: Sums) -> Tensor:
-        """Put what the rule reads from `sums`, `[L, S, ...]`, into the slots; returns the states.
+    def state_of(self, sequence: FoldingSequence) -> Tensor | None:
+        """Return a copy of a running sequence's S, `[L, G, r]`; None if it has no thought state."""
+        if sequence.loaded is None:
+            return None
+        return self._read(sequence.loaded, self._slots_of([sequence]))[:, 0]
 
-        States are `[L, S, G, r]`; every sequence gets its own, `[L, G, r]`.
+    def _slots_of(self, sequences: list[FoldingSequence]) -> Tensor:
+        slots: Tensor = async_tensor_h2d([s.slot for s in sequences], device=self.states.device)
+        return slots
+
+    def _read(self, loaded: LoadedEncoder, slots: Tensor) -> Tensor:
+        """Copy the states of S sequences of one adapter out of their slots, `[L, S, G, r]`."""
+        config = loaded.config
+        by_key = config.read == "key"
+        shape = config.global_tokens, config.rank
+        rows, columns = shape if by_key else reversed(shape)
+        stored = self.states[loaded.layer_index[:, None], slots, :rows, :columns]
+        return stored if by_key else stored.mT
+
+    def _write(self, sequences: list[FoldingSequence], sums: Sums, slots: Tensor) -> Tensor:
+        """Put what the rule reads from `sums`, `[L, S, ...]`, into the slots.
+
+        The states are returned too, `[L, S, G, r]`.
         """
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
         encoder = loaded.encoder.map(lambda t: t[:, None])
-        states = RULES[rule].read(sums, encoder, loaded.config.normalize)
+        states = UPDATE_RULES[rule].read(sums, encoder, loaded.config.normalize)
         states = states.expand(-1, len(sequences), -1, -1)  # the rule `none` knows no sequences
         stored = states if loaded.config.read == "key" else states.mT
         rows, columns = stored.shape[-2:]
-        slots = async_tensor_h2d(
-            [sequence.slot for sequence in sequences], device=self.states.device
-        )
         self.states[loaded.layer_index[:, None], slots, :rows, :columns] = stored
-        for i, sequence in enumerate(sequences):
-            sequence.state = states[:, i].contiguous()
         return states
 
-    def _write_own(self, sequence: Sequence) -> None:
-        """`_write` of one sequence, from its own sums."""
-        self._write([sequence], {name: own[:, None] for name, own in sequence.sums.items()})
+    def _write_own(self, sequence: FoldingSequence) -> None:
+        """Put what the rule reads from one sequence's sums into its slot."""
+        sums = {name: own[:, None] for name, own in sequence.sums.items()}
+        self._write([sequence], sums, self._slots_of([sequence]))
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every slot is free or owned by exactly one sequence."""

@@ -6,9 +6,7 @@ Shapes: L layers with a state, `state: [L, G, r]` fp32.
 from __future__ import annotations
 
 import json
-import re
 from collections import OrderedDict
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,45 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from pte_vllm.engine.request_ids import find_id
 from pte_vllm.method.plan import FoldPlan
-
-_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
-_CHILD = re.compile(r"^(\d+)_(.+)$", re.DOTALL)
-_NUMBERS = re.compile(r"(-\d+){0,2}$")
-_PROMPT = re.compile(r"^(cmpl-.+)-(\d+)$", re.DOTALL)
-
-
-def names_of(request_id: str) -> set[str]:
-    """What a client may call the engine's request `request_id`.
-
-    The engine's id is `[{choice}_]{external}[-{8 hex digits}]`, with a choice where n > 1. The
-    external id is the response's; for completions it is `{response}-{prompt}`. Choice c is
-    `{response}-{c}`, the first also `{response}`, and of prompt p > 0 `{response}-{p}-{c}`.
-    """
-    names = {request_id}
-    for whole in (request_id, _SUFFIX.sub("", request_id)):
-        child = _CHILD.match(whole)
-        choice, external = (child[1], child[2]) if child else ("0", whole)
-        names.add(f"{external}-{choice}")
-        prompt = _PROMPT.match(external)
-        if prompt is not None and prompt[2] == "0":
-            names.add(f"{prompt[1]}-{choice}")
-            if choice == "0":
-                names.add(prompt[1])
-        elif choice == "0" and (prompt is None or child is None):
-            names.add(external)
-    return names
-
-
-def find_id(name: str, request_ids: Collection[str]) -> str | None:
-    """The engine's id of the newest request called `name`; `request_ids` run from old to new."""
-    if name in request_ids:
-        return name
-    stem = _NUMBERS.sub("", name)  # in the engine's id whatever is numbered; rules most out fast
-    for known in reversed(list(request_ids)):
-        if stem in known and name in names_of(known):
-            return known
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +30,7 @@ class Thoughts:
     plan: FoldPlan
     adapter: str | None
     rule: str | None
-    """None where the request has no thought state."""
+    """The update rule; None where the request has no thought state."""
     num_tokens: int
     folded_blocks: int
     held_blocks: int
@@ -78,31 +39,35 @@ class Thoughts:
     """Indices of the decoder layers that have a state."""
     features: str | None = None
     read: str | None = None
-    """With `features` the adapter's, None without a state: how A x meets `state`."""
+    """How A x meets `state`, with `features`, both the adapter's; None without a state."""
     state: Tensor | None = None
     rho: Tensor | None = None  # [folds] mean over layers of ‖ΔS‖ / ‖S‖
 
     @property
     def folds(self) -> int:
+        """The number of folds so far."""
         return self.folded_blocks // self.plan.evict_blocks
 
     @property
     def num_bytes(self) -> int:
+        """The memory that the state takes, in bytes."""
         return 0 if self.state is None else self.state.nbytes
 
     def kept(self) -> Thoughts:
-        """A copy on the host, in memory of its own; the device is not waited for."""
+        """Return a copy on the host, in memory of its own, without waiting for the device."""
         state, rho = (None if t is None else to_host(t) for t in (self.state, self.rho))
         return replace(self, finished=True, state=state, rho=rho)
 
     def without_state(self) -> Thoughts:
+        """Return the same without the state, to be kept longer."""
         return replace(self, state=None)
 
     def rho_list(self) -> list[float]:
+        """Return ρ of each fold as plain numbers; empty without a thought state."""
         return [] if self.rho is None else self.rho.tolist()
 
     def report(self) -> dict[str, Any]:
-        """One line of `GET /pte/v1/requests`; reads no tensor."""
+        """Return a line of `GET /pte/v1/requests`; this reads no tensor."""
         return {
             "request_id": self.request_id,
             "adapter": self.adapter,
@@ -117,7 +82,7 @@ class Thoughts:
         }
 
     def summary(self, name: str) -> dict[str, Any]:
-        """The JSON of `GET /pte/v1/thoughts/{name}`."""
+        """Return the JSON of `GET /pte/v1/thoughts/{name}`."""
         norms = [] if self.state is None else self.state.flatten(-2).norm(dim=-1).tolist()
         return {
             "id": name,
@@ -138,7 +103,7 @@ class Thoughts:
         }
 
     def safetensors(self) -> bytes | None:
-        """`state` as a file, in its metadata what it takes to read it; None without a state."""
+        """Return `state` as a file whose metadata says how to read it; None without a state."""
         if self.state is None:
             return None
         metadata = {
@@ -153,7 +118,7 @@ class Thoughts:
         return save({"state": self.state.cpu().contiguous()}, metadata)
 
     def events(self, since: int) -> list[dict[str, Any]]:
-        """Folds from number `since` + 1 on; `rho` is null without a thought state."""
+        """Return the folds after the first `since`; their `rho` is null without a thought state."""
         plan, rho = self.plan, self.rho_list()
         first = plan.pinned_blocks
         return [
@@ -169,7 +134,7 @@ class Thoughts:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in memory of its own; complete once the device has been waited for."""
+    """Copy a tensor to the host; the copy is complete once the device has been waited for."""
     if tensor.device.type == "cpu":
         return tensor.clone()
     # Into pinned memory, so that the copy waits for nothing.
@@ -181,8 +146,8 @@ class ThoughtStore:
     """Thoughts of finished requests, the oldest leaving when there are too many.
 
     Args:
-        max_count: of requests.
-        max_bytes: of their states.
+        max_count: The most requests to keep.
+        max_bytes: The most memory that their states may take.
     """
 
     def __init__(self, *, max_count: int, max_bytes: int) -> None:
@@ -191,6 +156,7 @@ class ThoughtStore:
         self._num_bytes = 0
 
     def add(self, thoughts: Thoughts) -> None:
+        """Keep the thoughts of a request that has finished, in place of any of the same id."""
         self.forget(thoughts.request_id)
         self._kept[thoughts.request_id] = thoughts
         self._num_bytes += thoughts.num_bytes
@@ -198,11 +164,12 @@ class ThoughtStore:
             self.forget(next(iter(self._kept)))
 
     def find(self, name: str) -> Thoughts | None:
-        """Of the newest finished request called `name`; see `names_of`."""
+        """Return the thoughts of the newest finished request that is called `name`, or None."""
         request_id = find_id(name, self._kept)
         return None if request_id is None else self._kept[request_id]
 
     def forget(self, request_id: str) -> None:
+        """Drop the thoughts of a request; does nothing if they are not kept."""
         thoughts = self._kept.pop(request_id, None)
         if thoughts is not None:
             self._num_bytes -= thoughts.num_bytes

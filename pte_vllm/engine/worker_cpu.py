@@ -1,4 +1,4 @@
-"""Worker on a CPU."""
+"""The worker on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from pte_vllm.engine import huge_pages
-from pte_vllm.engine.worker_gpu import PTEWorkerMixin
+from pte_vllm.engine.queries import QueriesMixin
 from pte_vllm.kernels import native
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
@@ -24,7 +24,7 @@ logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form i
 
 @contextmanager
 def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    """`module.name` is `value` inside the block."""
+    """Let `module.name` be `value` inside the block."""
     original = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -36,7 +36,8 @@ def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
 def compile_with_lora(config: VllmConfig) -> None:
     """Put torch.compile back, which vLLM's CPU platform prepares, and drops again for LoRA.
 
-    Our LoRA is an operator that it need not look into (`punica.py`). Who asked for eager keeps it.
+    Our LoRA is an operator that it need not look into (`lora/operators.py`). Who asked for eager
+    keeps it.
     """
     compilation = config.compilation_config
     prepared = "cpp.dynamic_threads" in compilation.inductor_compile_config
@@ -62,8 +63,8 @@ def _why_eager(config: VllmConfig) -> str | None:
     return None
 
 
-class PTECPUWorker(PTEWorkerMixin, CPUWorker):
-    """On a CPU."""
+class PTECPUWorker(QueriesMixin, CPUWorker):
+    """vLLM's worker on a CPU with our runner, torch.compile and huge pages."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         compile_with_lora(vllm_config)

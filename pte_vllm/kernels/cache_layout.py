@@ -21,7 +21,7 @@ _DIGIT = 64  # every integer below is exact in bf16, fp16 and fp32
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where one head's keys and values lie within a block, as flat offsets over `[bs, 2 D]`."""
+    """The places of one head's keys and values within a block, as flat offsets over `[bs, 2 D]`."""
 
     key_index: Tensor  # [bs, D] int64
     value_index: Tensor  # [bs, D] int64
@@ -31,7 +31,7 @@ class BlockLayout:
         """Find the layout of a vLLM `Attention` layer whose cache is allocated.
 
         Raises:
-            RuntimeError: if what was written cannot be found again.
+            RuntimeError: If what was written cannot be found again.
         """
         cache = layer.kv_cache  # [blocks, heads, bs, 2 D]
         _, heads, block_size, width = cache.shape
@@ -56,10 +56,16 @@ class BlockLayout:
         )
 
     def gather(self, caches: Sequence[Tensor], block_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (as cached) and values of whole blocks, in token order, fp32.
+        """Read keys (as cached) and values of whole blocks, in token order, in fp32.
 
-        `caches` of L layers, each `[blocks, H, bs, 2 D]`; `block_ids: [n]`; returns two
-        `[L, n * bs, H, D]`. Blocks are collected first, to put all layers in order at once.
+        Blocks are collected first, to put all layers in order at once.
+
+        Args:
+            caches: The caches of L layers, each `[blocks, H, bs, 2 D]`.
+            block_ids: Which blocks to read, `[n]` int64.
+
+        Returns:
+            Keys and values, each `[L, n * bs, H, D]`.
         """
         block_size, dim = self.key_index.shape
         blocks = torch.stack([cache.index_select(0, block_ids) for cache in caches]).flatten(3)
@@ -88,17 +94,17 @@ def _written(layer: Any, numbers: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RopeTable:
-    """cos and sin as the model applies them: `[max_position, rotary_dim / 2]`, fp32."""
+    """The cos and sin that the model applies, each `[max_position, rotary_dim / 2]` in fp32."""
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
     def of(cls, rotary: Any) -> RopeTable:
-        """The table of a vLLM `RotaryEmbedding`.
+        """Read the table of a vLLM `RotaryEmbedding`.
 
         Raises:
-            ValueError: for a rotation in interleaved layout.
+            ValueError: For a rotation in interleaved layout.
         """
         if not getattr(rotary, "is_neox_style", True):
             raise ValueError("PTE supports rotary embeddings in half layout only (is_neox_style)")
@@ -113,14 +119,14 @@ def read_evicted(
     first_positions: Tensor,
     rope: RopeTable | None,
 ) -> tuple[Tensor, Tensor]:
-    """`K_e, V_e: [L, S, m, d_kv]` of the blocks that S sequences fold.
+    """Read `K_e, V_e: [L, S, m, d_kv]`, the keys and values that S sequences fold, in fp32.
 
     Args:
-        caches: of the layers that have a state, each `[blocks, H, bs, 2 D]`.
-        layout: of a block.
-        block_ids: `[S, n]` int64, in token order; m = n * bs.
-        first_positions: `[S]` int64, of each sequence's first evicted token.
-        rope: to undo RoPE; None leaves keys as cached.
+        caches: The caches of the L layers that have a state, each `[blocks, H, bs, 2 D]`.
+        layout: How the attention backend orders the numbers of a block.
+        block_ids: The n blocks that each sequence folds, `[S, n]` int64 in token order; m = n * bs.
+        first_positions: The position of each sequence's first evicted token, `[S]` int64.
+        rope: The model's table, to undo RoPE; None leaves keys as cached.
     """
     keys, values = (
         found.unflatten(1, (len(block_ids), -1))  # [L, S, m, H, D]

@@ -46,7 +46,7 @@ void gather(const Fold<Number>& f, const Number* block, const int64_t* index, fl
     }
 }
 
-// Undoes RoPE as `ops.reference.unrotate` does.
+// Undoes RoPE as `method.reference.unrotate` does.
 template <typename Number>
 void unrotate(const Fold<Number>& f, int64_t position, float* keys) {
     for (int64_t t = 0; t < f.block_size; ++t) {

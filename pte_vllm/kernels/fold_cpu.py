@@ -1,7 +1,8 @@
 """Encoding evicted blocks on a CPU: all layers and sequences that fold at once in one call.
 
-Definition: `ops.reference.moments` of what `ops.fold.read_evicted` reads. Those two write keys and
-values of every layer to memory several times over, in fp32; `fold_cpu.cpp` reads the cache once.
+Definition: `method.reference.moments` of what `cache_layout.read_evicted` reads. Those two write
+keys and values of every layer to memory several times over, in fp32; `fold_cpu.cpp` reads the cache
+once.
 
 Letters in shapes: L layers with a state, S sequences, n blocks that each folds, H KV heads, D head
 size, r rank.
@@ -25,7 +26,7 @@ MAX_RANK = _LANES * _VECTORS[-1]
 
 
 def can_fold(caches: Sequence[Tensor], rank: int) -> bool:
-    """Whether the compiled code knows caches of this kind, and states of this rank."""
+    """Return whether the compiled code knows caches of this kind, and states of this rank."""
     cache = caches[0]
     return (
         rank <= MAX_RANK
@@ -47,17 +48,18 @@ def moments_cpu(
     *,
     with_kk: bool,
 ) -> Moments:
-    """The sums over the blocks that S sequences fold, `[L, S, r, r]`.
+    """Compute the sums over the blocks that S sequences fold, each `[L, S, r, r]`.
 
     Args:
-        library: of `ops.native.load`.
-        caches: of the layers that have a state, each `[blocks, H, bs, 2 D]`; see `can_fold`.
-        layout: of a block.
-        block_ids: `[S, n]` int64, in token order.
-        first_positions: `[S]` int64, of each sequence's first evicted token.
-        rope: to undo RoPE; None leaves keys as cached.
-        encoder: of those layers, every tensor `[L, ...]`.
-        with_kk: whether to compute Σ kᵀk as well.
+        library: The compiled code, from `native.load`.
+        caches: The caches of the L layers that have a state, each `[blocks, H, bs, 2 D]` and as
+            `can_fold` wants them.
+        layout: How the attention backend orders the numbers of a block.
+        block_ids: The n blocks that each sequence folds, `[S, n]` int64 in token order.
+        first_positions: The position of each sequence's first evicted token, `[S]` int64.
+        rope: The model's table, to undo RoPE; None leaves keys as cached.
+        encoder: The adapter's encoder of those layers, every tensor `[L, ...]`.
+        with_kk: Whether to compute Σ kᵀk as well.
     """
     _, heads, block_size, width = caches[0].shape
     num_layers, rank, _ = encoder.w_k.shape

@@ -1,7 +1,7 @@
 """Encoding evicted blocks on a GPU: one launch for all layers and sequences that fold at once.
 
-Definition: `ops.reference.moments` of what `ops.fold.read_evicted` reads. Keys and values go from
-the paged cache through W_K and W_V into Σ kᵀv and Σ kᵀk without a copy of them in memory; the
+Definition: `method.reference.moments` of what `cache_layout.read_evicted` reads. Keys and values go
+from the paged cache through W_K and W_V into Σ kᵀv and Σ kᵀk without a copy of them in memory; the
 PyTorch path would write them out in fp32, 50 GB where a few hundred long sequences fold in step.
 All arithmetic is fp32 ("ieee", no TF32), whatever the cache holds.
 
@@ -25,7 +25,7 @@ from pte_vllm.method.reference import LayerEncoder, Moments
 MAX_RANK = 128
 """Beyond it the two sums of a program do not fit into registers."""
 _TOKENS = 128
-"""Of one program. A constant, so that a fold gives the same bits whoever folds beside it."""
+"""Tokens of one program; a constant, so that a fold gives the same bits in any company."""
 _TILE = 32
 _MAX_PARTIAL_BYTES = 256 * 2**20
 
@@ -107,7 +107,7 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
         k = tl.zeros((TILE, BLOCK_R), dtype=tl.float32)
         v = tl.zeros((TILE, BLOCK_R), dtype=tl.float32)
         for _ in range(num_heads):
-            for start in range(0, HALF, CHUNK):  # undoing RoPE, as ops.reference.unrotate
+            for start in range(0, HALF, CHUNK):  # undoing RoPE, as method.reference.unrotate
                 index = start + chunk
                 inside = index < HALF
                 at, mask = turns[:, None] + index[None, :], live[:, None] & inside[None, :]
@@ -163,13 +163,13 @@ class CacheTable:
 
     @classmethod
     def of(cls, caches: Sequence[Tensor]) -> CacheTable:
-        """Copies the addresses to the device, and waits; once for an adapter's layers."""
+        """Copy the addresses to the device and wait for it; done once for an adapter's layers."""
         addresses = torch.tensor([cache.data_ptr() for cache in caches])
         return cls(caches=tuple(caches), addresses=addresses.to(caches[0].device))
 
 
 def unusable(caches: Sequence[Tensor], layout: BlockLayout, rank: int) -> str | None:
-    """Why the kernel cannot read these caches for an encoder of this rank; None: it can."""
+    """Return why the kernel cannot read these caches for an encoder of this rank, or None."""
     block_size, dim = layout.key_index.shape
     cells = torch.arange(block_size * 2 * dim, device=layout.key_index.device)
     keys, values = cells.view(block_size, 2 * dim).chunk(2, -1)
@@ -193,17 +193,17 @@ def evicted_moments(
     *,
     with_kk: bool,
 ) -> Moments:
-    """`reference.moments` of the blocks that S sequences fold, every tensor `[L, S, r, r]`.
+    """Compute `method.reference.moments` of the blocks that S sequences fold, `[L, S, r, r]`.
 
     Nothing waits for the device.
 
     Args:
-        table: caches of the layers that have a state.
-        encoder: every tensor `[L, ...]`, fp32, contiguous.
-        block_ids: `[S, n]` int64, in token order; m = n * bs.
-        first_positions: `[S]` int64, of each sequence's first evicted token.
-        rope: to undo RoPE; None leaves keys as cached.
-        with_kk: whether Σ kᵀk is needed too.
+        table: The caches of the L layers that have a state.
+        encoder: The adapter's encoder of those layers, every tensor `[L, ...]`, fp32, contiguous.
+        block_ids: The n blocks that each sequence folds, `[S, n]` int64 in token order; m = n * bs.
+        first_positions: The position of each sequence's first evicted token, `[S]` int64.
+        rope: The model's table, to undo RoPE; None leaves keys as cached.
+        with_kk: Whether Σ kᵀk is needed too.
     """
     num_seqs, num_blocks = block_ids.shape
     num_layers, rank = encoder.w_k.shape[:2]
@@ -281,7 +281,7 @@ def _launch(
 
 
 def launch_options(dim: int, rank: int) -> dict[str, int]:
-    """Block sizes and warps; with these ptxas keeps a program in registers on sm_80 and sm_90."""
+    """Return block sizes and warps; with these a program stays in registers on sm_80 and sm_90."""
     block_r = max(16, triton.next_power_of_2(rank))
     return {
         "CHUNK": 32 if dim > 64 else 16,

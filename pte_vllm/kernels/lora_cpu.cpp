@@ -1,5 +1,5 @@
 // State-modulated LoRA: y += B_slice (S^T phi(A_slice x)), all slices of one linear
-// and all three products in one call. pte_vllm/kernels/native.py compiles it; lora_cpu.py packs for it.
+// and all three products in one call. pte_vllm/kernels/native.py compiles it; engine/lora/cpu.py packs for it.
 //
 // Letters in shapes: T tokens, n slices, R rank, D outputs.
 
@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t kTile = 64;       // outputs of one tile of B; lora_cpu.py packs them so
+constexpr int64_t kTile = 64;       // outputs of one tile of B; engine/lora/cpu.py packs them so
 constexpr int64_t kVectors = kTile / kLanes;
 constexpr int64_t kShrinkTokens = 8;  // that share one reading of A
 constexpr int64_t kShrinkRows = 2;    // of A, that share one reading of x: 16 running sums

@@ -1,8 +1,8 @@
 """Modulation between LoRA's shrink and expand: every token by the state of its sequence.
 
-Definition: `ops.reference.modulate`. States are stored ready to be multiplied from the right
+Definition: `method.reference.modulate`. States are stored ready to be multiplied from the right
 (transposed for read `value`), so one product serves both. `squared: [slots]` bool says whose A x is
-squared first (`ops.reference.feature_map`).
+squared first (`method.reference.feature_map`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Segment = tuple[int, int, int]
 
 
 def map_features(a: Tensor, squared: Tensor, token_slots: Tensor) -> Tensor:
-    """`ops.reference.feature_map` by token: `a: [.., T, R]`, `token_slots: [T]` int64."""
+    """Apply `method.reference.feature_map` by token: `a: [.., T, R]`, `token_slots: [T]` int64."""
     return torch.where(squared.index_select(0, token_slots)[:, None], a.square(), a)
 
 
 def modulate_tokens(a: Tensor, states: Tensor, squared: Tensor, token_slots: Tensor) -> Tensor:
-    """One state per token, no host synchronisation: for graphs and for decode.
+    """Multiply every token by its own state, without waiting for the device.
 
     `a: [T, R]` fp32, `states: [slots, R, R]`, `token_slots: [T]` int64; returns `[T, R]`.
     """
@@ -30,7 +30,7 @@ def modulate_tokens(a: Tensor, states: Tensor, squared: Tensor, token_slots: Ten
 
 
 def modulate_slices(a: Tensor, states: Tensor, squared: Tensor, token_slots: Tensor) -> None:
-    """`modulate_tokens` for all slices of a merged linear, in place.
+    """Do as `modulate_tokens` for all slices of a merged linear, in place.
 
     `a: [n, T, R]` fp32; of `token_slots` the first T count.
     """
@@ -47,7 +47,11 @@ def modulate_segments(
     token_slots: Tensor,
     segments: Sequence[Segment],
 ) -> Tensor:
-    """The same by sequence: a product for each longer chunk, one batched product for the rest."""
+    """Multiply tokens by their states with one product per longer chunk, and one for the rest.
+
+    `segments` are the chunks of the step in order; the other arguments and the result are as in
+    `modulate_tokens`.
+    """
     a = map_features(a, squared, token_slots)
     out = torch.empty_like(a)
     single = []

@@ -1,9 +1,9 @@
 """Modulation on a GPU: one launch for all slices of a linear, no copy of the states.
 
-Definition: `ops.reference.modulate`. A program per token reads its state once and multiplies every
-slice by it, in place, squared before where the slot's adapter has squared features;
-tokens of slot 0, the identity, are left as they are. Nothing depends on the
-host, so the launch can be captured into a CUDA graph.
+Definition: `method.reference.modulate`. A program per token reads its state once and multiplies
+every slice by it, in place, squared before where the slot's adapter has squared features; tokens of
+slot 0, the identity, are left as they are. Nothing depends on the host, so the launch can be
+captured into a CUDA graph.
 
 Letters in shapes: n slices of a merged linear, T tokens, R rank.
 """
@@ -46,7 +46,7 @@ def _modulate_kernel(  # type: ignore[no-untyped-def]
 
 
 def modulate_slices_(a: Tensor, states: Tensor, squared: Tensor, token_slots: Tensor) -> None:
-    """`a[i, t] ← φ(a[i, t]) · states[token_slots[t]]`, in place.
+    """Set `a[i, t] ← φ(a[i, t]) · states[token_slots[t]]`, in place.
 
     `a: [n, T, R]` fp32 contiguous, `states: [slots, R, R]` fp32 contiguous, ready to be multiplied
     from the right, `squared: [slots]` bool, whether φ squares, `token_slots` int64, of which the

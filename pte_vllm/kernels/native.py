@@ -57,10 +57,10 @@ _FOLD_ARGUMENTS = [
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library, compiled if this machine has not done so yet.
+    """Return the compiled code, which is compiled first if this machine has not done so yet.
 
     Raises:
-        NativeError: if it is switched off, no compiler is found, or it fails.
+        NativeError: If it is switched off, no compiler is found, or it fails.
     """
     if os.environ.get(DISABLE, "1") == "0":
         raise NativeError(f"{DISABLE}=0")
@@ -91,7 +91,7 @@ def _cache() -> Path:
 
 
 def _key() -> str:
-    """Of all that the machine code depends on."""
+    """Return a hash of all that the machine code depends on."""
     cpu = next(
         (line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")),
         platform.processor(),

@@ -6,10 +6,10 @@ Standard library only, so that `pte-vllm --help` answers at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from pte_vllm.method.names import FEATURES, INITS, KEYS, NORMALIZES, READS, RULES
+from pte_vllm.method.names import FEATURES, INITS, KEYS, NORMALIZES, READS, RULE_NAMES
 from pte_vllm.method.plan import FoldPlan
 
 FORMAT_VERSION = 1
@@ -33,15 +33,15 @@ def _as_int(option: str, value: object) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class PTEConfig:
-    """What the paper leaves open, as stored under `"pte"` in `adapter_config.json`."""
+    """The choices that the paper leaves open, stored under `"pte"` in `adapter_config.json`."""
 
     format_version: int = FORMAT_VERSION
     rank: int = 32
-    """r: rows of W_Q, W_K and W_V, columns of B."""
+    """r, the rows of W_Q, W_K and W_V and the columns of B."""
     global_tokens: int = 32
     """G: rows of the query q_g, rows of A."""
     rule: str = "paper"
-    """How folds accumulate: see `ops.reference.RULES`."""
+    """How folds accumulate: see `method.reference.UPDATE_RULES`."""
     read: str = "key"
     """`key`: A x meets the stored keys, values come out (B Sᵀ A x). `value`: B S A x."""
     normalize: str = "matrix"
@@ -62,7 +62,7 @@ class PTEConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        _check_choice("rule", self.rule, RULES)
+        _check_choice("rule", self.rule, RULE_NAMES)
         _check_choice("read", self.read, READS)
         _check_choice("normalize", self.normalize, NORMALIZES)
         _check_choice("keys", self.keys, KEYS)
@@ -82,13 +82,21 @@ class PTEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PTEConfig:
+        """Read what is stored under `"pte"`.
+
+        Raises:
+            ValueError: If a field is unknown or its value is out of range.
+        """
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f'unknown fields in "pte": {", ".join(sorted(unknown))}')
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """As stored: without `features` if linear, as servers from before them refuse the name."""
+        """Return what is stored: all fields, but `features` only where they are not linear.
+
+        Servers from before there was a choice of features refuse the name.
+        """
         values = asdict(self)
         if self.features == PTEConfig.features:
             del values["features"]
@@ -96,7 +104,7 @@ class PTEConfig:
 
 
 def check_rule_fits(rule: str, rank: int, global_tokens: int) -> None:
-    """`ridge` and `delta` solve for a square map from keys to values: A must have rank rows."""
+    """Raise ValueError if a rule solves for a square map and A has not as many rows as the rank."""
     if rule in ("ridge", "delta") and rank != global_tokens:
         raise ValueError(
             f"rule {rule} needs global_tokens equal to rank, got {global_tokens} and {rank}"
@@ -136,17 +144,18 @@ class EngineConfig:
 
     @classmethod
     def from_vllm(cls, vllm_config: Any) -> EngineConfig | None:
-        """The engine's options, or None where vLLM was started without PTE."""
+        """Read the engine's options; None where vLLM was started without PTE."""
         additional = getattr(vllm_config, "additional_config", None)
         if not isinstance(additional, Mapping) or cls.KEY not in additional:
             return None
         return cls(**additional[cls.KEY])
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the options as `additional_config["pte"]` carries them."""
         return asdict(self)
 
     def plan(self, *, pin_tokens: int, block_size: int) -> FoldPlan:
-        """The default plan of a request that pins `pin_tokens`."""
+        """Return the plan of a request that pins `pin_tokens` and chooses nothing else."""
         return FoldPlan(
             pin_tokens=pin_tokens,
             window_tokens=self.window_tokens,
@@ -155,54 +164,28 @@ class EngineConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServiceConfig:
-    """Options of the routes under `/pte/v1`; they stay in the API server's process."""
-
-    spool: str | None = None
-    """`--pte-spool`: directory that keeps pushed adapters; None: one in the user's cache."""
-    keep_versions: int = 3
-    """`--pte-keep-versions`: newest versions of a pushed adapter that stay; older ones leave."""
-    admin_key: str | None = field(default=None, repr=False)
-    """`--pte-admin-key` or its file; None: PTE_ADMIN_KEY, if that is set."""
-    max_body_bytes: int = 64 << 20
-    """`--pte-max-body-bytes`: largest body of our routes, pushed adapters aside."""
-    max_rollouts: int = 4096
-    """`--pte-max-rollouts`: samples in flight beyond which a new request gets HTTP 429."""
-
-    def __post_init__(self) -> None:
-        if self.keep_versions < 1:
-            raise ValueError(f"--pte-keep-versions must be positive, got {self.keep_versions}")
-        if self.admin_key is not None and not self.admin_key.strip():
-            raise ValueError("--pte-admin-key is empty")
-        if self.max_body_bytes < 1:
-            raise ValueError(f"--pte-max-body-bytes must be positive, got {self.max_body_bytes}")
-        if self.max_rollouts < 1:
-            raise ValueError(f"--pte-max-rollouts must be positive, got {self.max_rollouts}")
-
-
 REQUEST_OPTIONS = ("pte_window", "pte_pin_tokens", "pte_update", "pte_state_id")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """Options of one request, from `vllm_xargs` (`SamplingParams.extra_args`)."""
+    """The options of one request, sent in `vllm_xargs` (`SamplingParams.extra_args`)."""
 
     window_tokens: int | None = None
-    """`pte_window`; None: the engine's; 0: unbounded."""
+    """`pte_window` sets it; None is the engine's window, 0 is unbounded."""
     pin_tokens: int | None = None
-    """`pte_pin_tokens`; None: the prompt."""
+    """`pte_pin_tokens` sets it; None pins the whole prompt."""
     rule: str | None = None
-    """`pte_update`; None: the adapter's."""
+    """`pte_update` sets it; None is the adapter's rule."""
     state_id: str | None = None
-    """`pte_state_id`: an earlier request to continue; the API server resolves it."""
+    """`pte_state_id` names an earlier request to continue; the API server resolves it."""
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> RequestOptions:
-        """Read the options.
+        """Read the options of a request.
 
         Raises:
-            ValueError: on an unknown option that starts with `pte_`, or a value of the wrong kind.
+            ValueError: On an unknown option that starts with `pte_`, or a value of the wrong kind.
         """
         given = {k: v for k, v in (extra_args or {}).items() if k.startswith("pte_")}
         unknown = sorted(set(given) - set(REQUEST_OPTIONS))
@@ -222,7 +205,7 @@ class RequestOptions:
                     f"pte_pin_tokens must not be negative, got {given['pte_pin_tokens']}"
                 )
         if given.get("pte_update") is not None:
-            _check_choice("pte_update", given["pte_update"], RULES)
+            _check_choice("pte_update", given["pte_update"], RULE_NAMES)
             options["rule"] = given["pte_update"]
         if given.get("pte_state_id") is not None:
             state_id = given["pte_state_id"]
@@ -231,8 +214,13 @@ class RequestOptions:
             options["state_id"] = state_id
         return cls(**options)
 
+    @classmethod
+    def of(cls, params: Any) -> RequestOptions:
+        """Read the options of a request from its SamplingParams; None (pooling) is unbounded."""
+        return cls(window_tokens=0) if params is None else cls.parse(params.extra_args)
+
     def to_args(self) -> dict[str, Any]:
-        """As `parse` reads them, without `pte_state_id`."""
+        """Return the options in the form that `parse` reads, without `pte_state_id`."""
         given = {
             "pte_window": self.window_tokens,
             "pte_pin_tokens": self.pin_tokens,
@@ -241,10 +229,15 @@ class RequestOptions:
         return {name: value for name, value in given.items() if value is not None}
 
     def plan(self, engine: EngineConfig, *, num_prompt_tokens: int, block_size: int) -> FoldPlan:
-        """The request's plan.
+        """Return the plan of a request with these options.
+
+        Args:
+            engine: The engine's defaults and bounds.
+            num_prompt_tokens: The number of tokens of its prompt.
+            block_size: The number of tokens in a block of the KV cache.
 
         Raises:
-            ValueError: if the pinned part exceeds the prompt or the engine's bound, or the window
+            ValueError: If the pinned part exceeds the prompt or the engine's bound, or the window
                 does not fit the block size.
         """
         pin_tokens = num_prompt_tokens if self.pin_tokens is None else self.pin_tokens
@@ -252,11 +245,11 @@ class RequestOptions:
             raise ValueError(
                 f"pte_pin_tokens is {pin_tokens}, beyond the prompt of {num_prompt_tokens} tokens"
             )
-        window = engine.window_tokens if self.window_tokens is None else self.window_tokens
+        window_tokens = engine.window_tokens if self.window_tokens is None else self.window_tokens
         try:
             plan = FoldPlan(
                 pin_tokens=pin_tokens,
-                window_tokens=window,
+                window_tokens=window_tokens,
                 evict_ratio=engine.evict_ratio,
                 block_size=block_size,
             )
@@ -274,15 +267,16 @@ class RequestOptions:
 def request_plan(
     engine: EngineConfig, params: Any, num_prompt_tokens: int, block_size: int
 ) -> FoldPlan:
-    """The plan of a request, the same in every process.
+    """Return the plan of a request, the same in every process.
 
     Args:
-        engine: the engine's defaults.
-        params: its SamplingParams; None (pooling) means unbounded.
-        num_prompt_tokens: tokens of its prompt.
-        block_size: tokens per block.
+        engine: The engine's defaults and bounds.
+        params: The request's SamplingParams; None (pooling) means unbounded.
+        num_prompt_tokens: The number of tokens of its prompt.
+        block_size: The number of tokens in a block of the KV cache.
+
+    Raises:
+        ValueError: If an option is unknown, or does not fit the prompt or the engine.
     """
-    if params is None:
-        return FoldPlan(pin_tokens=num_prompt_tokens, window_tokens=0, block_size=block_size)
-    options = RequestOptions.parse(params.extra_args)
+    options = RequestOptions.of(params)
     return options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=block_size)

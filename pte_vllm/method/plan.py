@@ -16,13 +16,13 @@ UNBOUNDED = 2**62
 
 @dataclass(frozen=True, kw_only=True)
 class FoldPlan:
-    """Eviction of one sequence.
+    """How one sequence evicts: what is pinned, how large its window is, how much a fold frees.
 
     The token at position `pos` attends to `[0, pinned_blocks * bs)` and to
     `[(pinned_blocks + folded_blocks(pos)) * bs, pos]`; the thought state holds what lies between.
 
     Raises:
-        ValueError: naming the option, if a value is out of range.
+        ValueError: If a value is out of range; the message names the option.
     """
 
     pin_tokens: int
@@ -59,59 +59,60 @@ class FoldPlan:
 
     @property
     def pinned_blocks(self) -> int:
-        """Blocks never evicted; the last one may hold a few thoughts."""
+        """The number of blocks that are never evicted; the last one may hold a few thoughts."""
         return -(-self.pin_tokens // self.block_size)
 
     @property
     def window_blocks(self) -> int:
+        """The number of blocks of the window."""
         return self.window_tokens // self.block_size
 
     @property
     def evict_blocks(self) -> int:
-        """Blocks that one fold frees."""
+        """The number of blocks that one fold frees."""
         return max(1, round(self.evict_ratio * self.window_blocks))
 
     @property
     def first_fold(self) -> int:
-        """Position of the first token that is computed after a fold."""
+        """The position of the first token that is computed after a fold."""
         if not self.bounded:
             return UNBOUNDED
         return (self.pinned_blocks + self.window_blocks) * self.block_size
 
     @property
     def stride(self) -> int:
-        """Tokens between two folds, and tokens encoded by one."""
+        """The number of tokens between two folds, which is also what one fold encodes."""
         return self.evict_blocks * self.block_size
 
     def folded_blocks(self, pos: int) -> int:
-        """Blocks folded before the token at `pos` is computed."""
+        """Return the number of blocks folded before the token at `pos` is computed."""
         if pos < self.first_fold:
             return 0
         return self.evict_blocks * (1 + (pos - self.first_fold) // self.stride)
 
     def next_boundary(self, pos: int) -> int:
-        """First boundary after `pos`; a chunk that starts at `pos` must end there at the latest."""
+        """Return the first boundary after `pos`, past which no chunk from `pos` may go."""
         if pos < self.first_fold:
             return self.first_fold
         return self.first_fold + ((pos - self.first_fold) // self.stride + 1) * self.stride
 
     def held_blocks(self, pos: int) -> int:
-        """Blocks that the token at `pos` needs in the cache, its own included."""
+        """Return how many blocks the token at `pos` needs in the cache, its own included."""
         return pos // self.block_size + 1 - self.folded_blocks(pos)
 
     def peak_blocks(self, num_tokens: int) -> int:
-        """Most blocks a sequence of `num_tokens` ever holds, one to spare for running ahead."""
+        """Return the most blocks a sequence of `num_tokens` holds, one to spare to run ahead."""
         blocks = -(-num_tokens // self.block_size)
         if not self.bounded:
             return blocks
         return min(blocks, self.pinned_blocks + self.window_blocks + 1)
 
     def gap(self, pos: int) -> tuple[int, int]:
-        """Half-open range of logical blocks that the token at `pos` does not see."""
+        """Return the half-open range of logical blocks that the token at `pos` does not see."""
         return self.pinned_blocks, self.pinned_blocks + self.folded_blocks(pos)
 
     def segments(self, num_tokens: int) -> Iterator[tuple[int, int]]:
-        """Split `[0, num_tokens)` at the boundaries."""
+        """Split `[0, num_tokens)` at the boundaries into half-open intervals, in order."""
         start = 0
         while start < num_tokens:
             end = min(self.next_boundary(start), num_tokens)

@@ -23,7 +23,7 @@ from pte_vllm.method.names import FEATURES
 
 EPS = 1e-6
 _TINY = 1e-30
-"""Of keys that are all zero: below what others give, and not too small to divide by in fp32."""
+"""The damping where all keys are zero: below all others, and large enough to divide by in fp32."""
 
 Sums = dict[str, Tensor]
 """What a sequence keeps between folds."""
@@ -47,10 +47,10 @@ class LayerEncoder:
 
     @classmethod
     def stack(cls, encoders: Sequence[LayerEncoder]) -> LayerEncoder:
-        """All layers as one encoder with a leading dimension of layers.
+        """Return all layers as one encoder whose tensors have a leading dimension of layers.
 
         Raises:
-            ValueError: if their features differ.
+            ValueError: If their features differ.
         """
         kinds = {encoder.features for encoder in encoders}
         if len(kinds) > 1:
@@ -59,24 +59,24 @@ class LayerEncoder:
         return cls(**stacked, features=encoders[0].features)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerEncoder:
-        """Apply `function` to every tensor, such as a move to a device."""
+        """Return an encoder of `function(t)` for every tensor t, such as a move to a device."""
         tensors = {name: function(getattr(self, name)) for name in TENSORS}
         return LayerEncoder(**tensors, features=self.features)
 
 
 TENSORS = tuple(f.name for f in fields(LayerEncoder) if f.name != "features")
-"""Of a `LayerEncoder`, by name."""
+"""The names of the tensors of a `LayerEncoder`."""
 
 
 def feature_map(x: Tensor, features: str) -> Tensor:
-    """φ(x): x itself, or its numbers `squared`.
+    """Return φ(x): x itself, or with features `squared` the square of each number.
 
     With linear features the state answers with a sum over all keys, each by its inner product with
     A x. Squares of the numbers are a sketch of a kernel of degree two: what is most alike weighs
     more against the rest, as under softmax, and a weight is never negative.
 
     Raises:
-        ValueError: on a name that it does not know.
+        ValueError: On a name that it does not know.
     """
     if features not in FEATURES:
         raise ValueError(f"features must be one of {', '.join(FEATURES)}, got {features!r}")
@@ -84,7 +84,7 @@ def feature_map(x: Tensor, features: str) -> Tensor:
 
 
 def project(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values as encoded: `φ(K_e W_Kᵀ + b_K)`, `V_e W_Vᵀ + b_V`, each `[*, m, r]`."""
+    """Encode keys and values: `φ(K_e W_Kᵀ + b_K)` and `V_e W_Vᵀ + b_V`, each `[*, m, r]`."""
     k = feature_map(k_e @ encoder.w_k.mT + encoder.b_k[..., None, :], encoder.features)
     v = v_e @ encoder.w_v.mT + encoder.b_v[..., None, :]
     return k, v
@@ -100,25 +100,25 @@ class Moments:
 
 
 def moments(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, *, with_kk: bool) -> Moments:
-    """Σ kᵀv and Σ kᵀk of the encoded `k_e, v_e: [*, m, d_kv]`."""
+    """Sum up kᵀv, and kᵀk if asked, of the encoded `k_e, v_e: [*, m, d_kv]`."""
     k, v = project(encoder, k_e, v_e)
     return Moments(kv=k.mT @ v, kk=k.mT @ k if with_kk else None, num_tokens=k_e.shape[-2])
 
 
 def contribution_of(encoder: LayerEncoder, evicted: Moments) -> Tensor:
-    """S' = (g/m) (q_g W_Qᵀ) Σ kᵀv, `[*, G, r]`: linear attention of the global queries."""
+    """Return S' = (g/m) (q_g W_Qᵀ) Σ kᵀv, `[*, G, r]`: linear attention of the global queries."""
     queries = encoder.query @ encoder.w_q.mT
     scale = encoder.gain[..., None, None] / evicted.num_tokens
     return scale * (queries @ evicted.kv)
 
 
 def contribution(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> Tensor:
-    """S' = (g/m) (q_g W_Qᵀ) kᵀv of `k_e, v_e: [*, m, d_kv]`, encoded by `project`; `[*, G, r]`."""
+    """Return S' of `k_e, v_e: [*, m, d_kv]`, which `project` encodes; `[*, G, r]`."""
     return contribution_of(encoder, moments(encoder, k_e, v_e, with_kk=False))
 
 
 def normalize(s: Tensor, how: str) -> Tensor:
-    """`matrix`: Frobenius norm √r; `row`: every row of L2 norm 1."""
+    """Scale S, `[*, G, r]`: `matrix` to the Frobenius norm √r, `row` every row to the L2 norm 1."""
     if how == "row":
         return F.normalize(s, dim=-1, eps=EPS)
     norm = s.flatten(-2).norm(dim=-1)[..., None, None]
@@ -127,12 +127,12 @@ def normalize(s: Tensor, how: str) -> Tensor:
 
 
 def initial_state(encoder: LayerEncoder, how: str) -> Tensor:
-    """S_0 = Normalize(S'(K_e = V_e = h_g)): the state before any fold."""
+    """Return S_0 = Normalize(S'(K_e = V_e = h_g)), the state before any fold, `[*, G, r]`."""
     return normalize(contribution(encoder, encoder.global_, encoder.global_), how)
 
 
 def modulate(a: Tensor, s: Tensor, read: str, features: str = "linear") -> Tensor:
-    """What stands between A and B: `Sᵀφ(A x)` for read `key`, `S(A x)` for `value`.
+    """Return what stands between A and B: `Sᵀφ(A x)` for read `key`, `S(A x)` for `value`.
 
     `a: [*, T, G]`, `s: [*, G, r]`; returns `[*, T, r]` (for `value`, G must equal r).
     """
@@ -140,7 +140,7 @@ def modulate(a: Tensor, s: Tensor, read: str, features: str = "linear") -> Tenso
 
 
 def relative_update(s: Tensor, update: Tensor) -> Tensor:
-    """‖update‖ / ‖S‖ per state, `[*]`; 1 where S is zero and everything in it is new.
+    """Return ‖update‖ / ‖S‖ per state, `[*]`; 1 where S is zero and everything in it is new.
 
     With `update` = S' this is the paper's weight of a fold; with S_new − S, how far S moved.
     """
@@ -149,31 +149,31 @@ def relative_update(s: Tensor, update: Tensor) -> Tensor:
     return torch.where(norm > EPS, ratio, torch.ones_like(ratio))
 
 
-class Rule(ABC):
-    """What a sequence keeps between folds, and how its state is read from that."""
+class UpdateRule(ABC):
+    """A rule says what a sequence keeps between folds, and how its state is read from that."""
 
     reads_kk = False
     """Whether `add` needs Σ kᵀk."""
 
     @abstractmethod
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
-        """The sums before any fold."""
+        """Return the sums before any fold."""
 
     def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
-        """The sums after a fold of `k_e, v_e: [*, m, d_kv]`."""
+        """Return the sums after a fold of `k_e, v_e: [*, m, d_kv]`."""
         return self.add(sums, encoder, moments(encoder, k_e, v_e, with_kk=self.reads_kk), how)
 
     @abstractmethod
     def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
-        """The same from the tokens' moments, however they were computed."""
+        """Return the sums after a fold, from its tokens' moments, however they were computed."""
 
     @abstractmethod
     def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
-        """S, `[*, G, r]`."""
+        """Return S, `[*, G, r]`, as the sums have it."""
 
 
-class PaperRule(Rule):
-    """S ← Normalize(S + S') after each fold."""
+class PaperRule(UpdateRule):
+    """The paper's rule sets S ← Normalize(S + S') after each fold."""
 
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
         return {"S": initial_state(encoder, how)}
@@ -186,7 +186,7 @@ class PaperRule(Rule):
 
 
 class SumRule(PaperRule):
-    """S ← S + S'; normalised when read, so that no fold fades."""
+    """This rule sets S ← S + S' and normalises only what is read, so that no fold fades."""
 
     def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
         return {"S": sums["S"] + contribution_of(encoder, evicted)}
@@ -196,7 +196,7 @@ class SumRule(PaperRule):
 
 
 class NoneRule(PaperRule):
-    """S stays S_0: the paper's "Global-Only" control; nothing is encoded."""
+    """This rule keeps S at S_0, the paper's "Global-Only" control; nothing is encoded."""
 
     def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
         return sums
@@ -206,7 +206,7 @@ class NoneRule(PaperRule):
 
 
 def damping(encoder: LayerEncoder, level: Tensor) -> Tensor:
-    """(λ + ε) · level, `[*]`, for a solve by Σ kᵀk, whose numbers are of the size `level: [*]`.
+    """Return (λ + ε) · level, `[*]`: the damping of a solve by Σ kᵀk with numbers of size `level`.
 
     ε keeps the solve well posed where λ vanishes. It scales with the level, which with squared
     features is quartic in the keys: a fixed floor would damp away all that small keys say.
@@ -215,15 +215,18 @@ def damping(encoder: LayerEncoder, level: Tensor) -> Tensor:
 
 
 def solve_damped(c: Tensor, damp: Tensor, right: Tensor) -> Tensor:
-    """(C + damp·I)⁻¹ · right for definite `c: [*, r, r]`, `damp: [*]` and `right: [*, r, r]`."""
+    """Return (C + damp·I)⁻¹ · right of definite `c: [*, r, r]`, `damp: [*]`, `right: [*, r, r]`."""
     identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
     # solve_ex does not wait for the device to report singularity; C + damp is definite.
     solution: Tensor = torch.linalg.solve_ex(c + damp[..., None, None] * identity, right)[0]
     return solution
 
 
-class RidgeRule(Rule):
-    """S = (C/n + (λ + ε)·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv; zero at first."""
+class RidgeRule(UpdateRule):
+    """This rule fits S to all folded pairs by ridge regression; S is zero before any fold.
+
+    S = (C/n + (λ + ε)·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv over n tokens.
+    """
 
     reads_kk = True
 
@@ -249,8 +252,8 @@ class RidgeRule(Rule):
         return solve_damped(mean_c, damp, mean_m)
 
 
-class DeltaRule(Rule):
-    """S ← argmin_X ‖K X − V‖² + μ ‖X − S‖²: what this fold's keys lead to is overwritten.
+class DeltaRule(UpdateRule):
+    """This rule overwrites what a fold's keys lead to: S ← argmin_X ‖K X − V‖² + μ ‖X − S‖².
 
     In closed form S ← (Σ kᵀk + μ I)⁻¹ (Σ kᵀv + μ S), zero before any fold, with μ = λ + ε times
     the mean |k|² of all tokens folded so far. For a single token it is the delta rule with the
@@ -277,17 +280,18 @@ class DeltaRule(Rule):
         return sums["S"]
 
 
-RULES: dict[str, Rule] = {
+UPDATE_RULES: dict[str, UpdateRule] = {
     "paper": PaperRule(),
     "sum": SumRule(),
     "none": NoneRule(),
     "ridge": RidgeRule(),
     "delta": DeltaRule(),
 }
-"""By name: what is kept between folds, and how S is read from it."""
+"""The update rules by name."""
 
 
 def rotate_half(x: Tensor) -> Tensor:
+    """Turn `x: [*, D]` by a right angle in the "half" layout: (x1, x2) becomes (−x2, x1)."""
     half = x.shape[-1] // 2
     return torch.cat((-x[..., half:], x[..., :half]), -1)
 

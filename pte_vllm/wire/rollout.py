@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from pte_vllm.method.names import RULES
+from pte_vllm.method.names import RULE_NAMES
 from pte_vllm.method.plan import FoldPlan
 
 FINISH_REASONS = ("stop", "length", "abort", "scored")
@@ -121,8 +121,10 @@ class Rollout:
             )
         if self.adapter is not None and (not isinstance(self.adapter, str) or not self.adapter):
             raise ValueError(f"adapter must be a name or null, got {self.adapter!r}")
-        if self.rule is not None and self.rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)} or null, got {self.rule!r}")
+        if self.rule is not None and self.rule not in RULE_NAMES:
+            raise ValueError(
+                f"rule must be one of {', '.join(RULE_NAMES)} or null, got {self.rule!r}"
+            )
         if not isinstance(self.group_id, str) or not self.group_id:
             raise ValueError(f"group_id must be a non-empty string, got {self.group_id!r}")
         _check_count("index", self.index)

@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from pte_vllm.engine.earlier import ONLY_CHECKED
 from pte_vllm.server.access.admission import RETRY_AFTER_S, BusyError
 from pte_vllm.server.adapters.registry import ConflictError, Resolved
 from pte_vllm.server.metrics import counted
@@ -62,7 +63,7 @@ def validate(
 ) -> None:
     """All checks of a request, vLLM's and ours, before an answer begins; raises what they raise."""
     service.engine.input_processor.process_inputs(
-        "validation", prompt, params, ("generate",), lora_request=adapter.lora
+        ONLY_CHECKED, prompt, params, ("generate",), lora_request=adapter.lora
     )
 
 

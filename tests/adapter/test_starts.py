@@ -20,7 +20,7 @@ from pte_vllm.cli.main import main
 from pte_vllm.method.names import FEATURES, INITS
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.method.reference import RULES, modulate
+from pte_vllm.method.reference import UPDATE_RULES, modulate
 from pte_vllm.train.options.sections import AdapterOptions
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.segments import log_probs
@@ -153,7 +153,7 @@ def test_a_key_asked_for_gives_back_its_value(features: str, tiny: Callable[[str
     encoder = replace(adapter.encoders[1], log_ridge=torch.tensor(-8.0))  # hardly damped
     generator = torch.Generator().manual_seed(3)
     k, v = (torch.randn(24, 64, generator=generator) for _ in range(2))
-    rule = RULES["ridge"]
+    rule = UPDATE_RULES["ridge"]
     sums = rule.fold(rule.start(encoder, "matrix"), encoder, k, v, "matrix")
     state = rule.read(sums, encoder, "matrix")
     keys = k @ encoder.w_k.T + encoder.b_k

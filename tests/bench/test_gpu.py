@@ -59,14 +59,23 @@ def test_folds_agree_and_never_wait(
     plan = FoldPlan(pin_tokens=16, window_tokens=64, block_size=case.block_size)
     sequences = [pool.start(str(i), plan, loaded=loaded) for i in range(2)]
     evicted.warm_up(loaded, rule)
-    evicted.fold_into(pool, sequences, [[1], [2]], [1, 1])  # compiles and allocates
+    first, second = _folds("cuda")
+    evicted.fold_into(pool, sequences, *first)  # compiles and allocates
     request.getfixturevalue("never_waits")
-    evicted.fold_into(pool, sequences, [[3], [4]], [2, 2])
+    evicted.fold_into(pool, sequences, *second)
     torch.cuda.set_sync_debug_mode("default")
-    found = torch.stack([s.state for s in sequences if s.state is not None])
+    found = torch.stack([pool.state_of(s) for s in sequences])
 
     on_cpu = _reference(rule, caches, loaded, case.block_size, case.dim)
     torch.testing.assert_close(found.cpu(), on_cpu, rtol=1e-3, atol=1e-4)
+
+
+def _folds(device: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Blocks and first positions of two folds of two sequences."""
+    return [
+        (torch.tensor(blocks, device=device), torch.tensor(first, device=device))
+        for blocks, first in (([[1], [2]], [1, 1]), ([[3], [4]], [2, 2]))
+    ]
 
 
 def _reference(
@@ -86,13 +95,13 @@ def _reference(
     )
     plan = FoldPlan(pin_tokens=16, window_tokens=64, block_size=size)
     sequences = [pool.start(str(i), plan, loaded=moved) for i in range(2)]
-    evicted.fold_into(pool, sequences, [[1], [2]], [1, 1])
-    evicted.fold_into(pool, sequences, [[3], [4]], [2, 2])
-    return torch.stack([s.state for s in sequences if s.state is not None])
+    for fold in _folds("cpu"):
+        evicted.fold_into(pool, sequences, *fold)
+    return torch.stack([pool.state_of(s) for s in sequences])
 
 
 def test_modulation_in_a_captured_graph_follows_states_and_slots() -> None:
-    from pte_vllm.engine.lora.manager import TokenSlots
+    from pte_vllm.engine.lora.slots import TokenSlots
     from pte_vllm.kernels.modulate_triton import modulate_slices_
     from pte_vllm.method import reference
 

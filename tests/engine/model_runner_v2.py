@@ -69,7 +69,7 @@ def test_parity(engine: Engine, model: Path, paper: Any, adapters: Callable[...,
         if step in (60, 100) and len(running) > 1:
             preempted.append(running[0].request_id)
             engine.preempt(0)
-            engine.runner.pte_check_integrity()
+            engine.worker.pte_check_integrity()
 
     engine.run(jobs, on_step)
     assert len(preempted) == 2
@@ -89,7 +89,7 @@ def test_continues_an_earlier_request(engine: Engine, model: Path, paper: Any) -
 
 def test_warm_up_leaves_nothing(engine: Engine) -> None:
     """vLLM warms up with requests of its own, whose prompts may exceed our limits."""
-    runner, worker = engine.runner, engine.core.model_executor.driver_worker.worker
+    runner, worker = engine.runner, engine.worker
     finished, folds = len(runner.pte_pool.finished), dict(runner.pte_pool.counters.folds)
     with runner.pte_warm_up():
         assert run_mixed_prefill_decode_warmup(
@@ -97,7 +97,7 @@ def test_warm_up_leaves_nothing(engine: Engine) -> None:
         )
     assert len(runner.pte_pool.finished) == finished
     assert dict(runner.pte_pool.counters.folds) == folds
-    runner.pte_check_integrity()
+    worker.pte_check_integrity()
     assert not runner.pte_pool.sequences
 
 

@@ -50,7 +50,7 @@ def test_peak_blocks_at_16k_tokens(model: Path, adapter: Path, async_scheduling:
 
     try:
         engine.run(jobs, on_step)
-        finished = {r["request_id"]: r for r in engine.runner.pte_requests()["finished"]}
+        finished = {r["request_id"]: r for r in engine.worker.pte_requests()["finished"]}
         engine.check_idle()
     finally:
         engine.close()

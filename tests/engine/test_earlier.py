@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
-from pte_vllm.engine.earlier import MAX_EARLIER, EarlierRequest, EarlierRequests
+import pytest
+from vllm import SamplingParams
+
+from pte_vllm.engine.earlier import EARLIER, MAX_EARLIER, EarlierRequest, EarlierRequests
 from pte_vllm.method.options import RequestOptions
+from pte_vllm.server.rollouts.generation import validate
+from tests.harness.engine import Engine, Job
 
 
 def _request(pin_tokens: int, choices: int = 1) -> EarlierRequest:
@@ -55,3 +62,17 @@ def test_the_oldest_leave() -> None:
     with pytest.raises(ValueError, match="forgotten"):
         earlier.get("cmpl-1x")
     assert earlier.get("cmpl-2x").pin_tokens == 2
+
+
+def test_what_is_only_checked_is_not_remembered(tiny: Callable[[str], Path]) -> None:
+    engine = Engine(tiny("qwen3"))
+    try:
+        known = dict(EARLIER._by_id)
+        prompt = {"type": "token", "prompt_token_ids": [1, 2, 3]}
+        service, base = SimpleNamespace(engine=engine.engine), SimpleNamespace(lora=None)
+        validate(service, prompt, SamplingParams(max_tokens=5), base)
+        assert EARLIER._by_id == known
+        engine.run([Job([1, 2, 3], max_tokens=5)])
+        assert len(EARLIER._by_id) == len(known) + 1
+    finally:
+        engine.close()

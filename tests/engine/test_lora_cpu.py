@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pte_vllm.engine.huge_pages import Arena
 from pte_vllm.engine.lora.cpu import CPULayerPunica, load_native
-from pte_vllm.engine.lora.manager import TokenSlots
+from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.kernels import native
 from pte_vllm.method import reference
 
@@ -46,7 +46,6 @@ class _Linear:
             lambda i: self.loads[i],
             native.load() if compiled else None,
             arena=Arena(),
-            operators=None,
         )
 
     def run(self, x: Tensor, y: Tensor, lengths: list[int], adapters: list[int]) -> Tensor:

@@ -13,7 +13,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from pte_vllm.engine.lora.cuda import CUDALayerPunica
-from pte_vllm.engine.lora.manager import TokenSlots
+from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.method import reference
 
 RANK, D_IN, OUTPUTS, ADAPTERS, SLOTS = 12, 20, (24, 8, 16), 2, 5

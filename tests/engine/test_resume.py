@@ -153,12 +153,12 @@ def test_old_states_leave(engine: Engine, adapter: object) -> None:
     jobs = [_first(adapter, 200 + i, 150) for i in range(10)]
     engine.run(jobs)
     assert len(engine.scheduler.pte_snapshots) == 8
-    assert engine.runner.pte_check_integrity()["snapshots"] == 8
+    assert engine.worker.pte_check_integrity()["snapshots"] == 8
     _flush(engine)  # states without their blocks are of no use, and do no harm
     late = _resumed(jobs[-1], [])
     engine.run([late])
     assert late.cached_tokens < FIRST_FOLD
     engine.scheduler.reset_prefix_cache()
     engine.run([Job([5], 2)])
-    assert engine.runner.pte_check_integrity()["snapshots"] == 0
+    assert engine.worker.pte_check_integrity()["snapshots"] == 0
     engine.check_idle()

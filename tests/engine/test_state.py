@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from pte_vllm.engine.state import IDENTITY_SLOT, LoadedEncoder, StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.reference import UPDATE_RULES
 from tests.kernels.fold_cases import make_encoder
 
 PLAN = FoldPlan(pin_tokens=16, window_tokens=64, block_size=16)
 
 
-def _loaded(features: str, rank: int) -> LoadedEncoder:
-    config = PTEConfig(rank=rank, global_tokens=rank, features=features, init="random")
+def _loaded(features: str, rank: int, read: str = "key") -> LoadedEncoder:
+    config = PTEConfig(rank=rank, global_tokens=rank, features=features, read=read, init="random")
     encoder = make_encoder(2, rank, 24, "cpu", features)
     return LoadedEncoder(config=config, layers=[0, 2], encoder=encoder)
+
+
+@pytest.mark.parametrize("read", ["key", "value"])
+def test_a_finished_state_outlives_its_slot(read: str) -> None:
+    pool = StatePool(
+        num_layers=3,
+        max_num_seqs=1,
+        max_rank=8,
+        device=torch.device("cpu"),
+        kept=ThoughtStore(max_count=4, max_bytes=2**20),
+    )
+    loaded = _loaded("linear", 4, read)
+    sequence = pool.start("a", PLAN, loaded=loaded)
+    rule = UPDATE_RULES[loaded.config.rule]
+    wanted = rule.read(sequence.sums, loaded.encoder, loaded.config.normalize)
+    shown = pool.thoughts("a")
+    assert shown is not None and shown.state is not None and torch.equal(shown.state, wanted)
+    pool.finish("a")
+    again = pool.start("b", PLAN, loaded=loaded)
+    pool.states[:, again.slot] = 7.0
+    kept = pool.thoughts("a")
+    assert kept is not None and kept.state is not None and torch.equal(kept.state, wanted)
+    assert torch.equal(shown.state, wanted)
 
 
 def test_a_slot_forgets_the_features_and_the_state_of_its_last_owner() -> None:

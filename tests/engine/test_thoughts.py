@@ -30,14 +30,14 @@ def test_preempted_sequences_start_over(
     seen: list[int] = []
 
     def on_step(step: int, request_ids: list[str]) -> None:
-        thoughts = engine.runner.pte_thoughts(request_ids[0])
+        thoughts = engine.worker.pte_thoughts(request_ids[0])
         seen.append(0 if thoughts is None else thoughts["folds"])
         if step == 150:
             engine.preempt()
 
     try:
         engine.run([job], on_step)
-        found = engine.runner.pte_thoughts("job-0")
+        found = engine.worker.pte_thoughts("job-0")
         engine.check_idle()
     finally:
         engine.close()

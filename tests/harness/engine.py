@@ -138,8 +138,12 @@ class Engine:
         return self.core.scheduler
 
     @property
+    def worker(self) -> Any:
+        return self.core.model_executor.driver_worker.worker
+
+    @property
     def runner(self) -> Any:
-        return self.core.model_executor.driver_worker.worker.model_runner
+        return self.worker.model_runner
 
     def run(
         self, jobs: Iterable[Job], on_step: Callable[[int, list[str]], None] | None = None
@@ -189,7 +193,7 @@ class Engine:
         self.settle()
         report = self.scheduler.pte_pool_report()
         self.scheduler.pte_check_integrity()
-        counts = self.runner.pte_check_integrity()
+        counts = self.worker.pte_check_integrity()
         assert report.free_blocks == report.usable_blocks, report
         assert not self.scheduler.pte_plans
         assert counts["sequences"] == counts["slots_in_use"] == 0, counts

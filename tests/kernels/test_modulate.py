@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pte_vllm.engine.lora.manager import TokenSlots
+from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.kernels.modulate import modulate_segments, modulate_slices, modulate_tokens
 from pte_vllm.method import reference
 

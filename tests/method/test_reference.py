@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pte_vllm.method import reference
 from pte_vllm.method.names import FEATURES
-from pte_vllm.method.reference import RULES, LayerEncoder
+from pte_vllm.method.reference import UPDATE_RULES, LayerEncoder
 
 D_KV = 7
 
@@ -110,7 +110,7 @@ def test_normalize_of_nothing_is_finite(how: str) -> None:
 @pytest.mark.parametrize("how", ["matrix", "row"])
 @pytest.mark.parametrize(("g", "r"), [(5, 5), (3, 6), (6, 3)])
 def test_paper_rule_normalises_at_every_fold(g: int, r: int, how: str) -> None:
-    encoder, rule = _encoder(g, r), RULES["paper"]
+    encoder, rule = _encoder(g, r), UPDATE_RULES["paper"]
     wanted = _normalize(_contribution(encoder, encoder.global_, encoder.global_), how)
     sums = rule.start(encoder, how)
     _close(rule.read(sums, encoder, how), wanted)
@@ -122,7 +122,7 @@ def test_paper_rule_normalises_at_every_fold(g: int, r: int, how: str) -> None:
 
 
 def test_sum_rule_normalises_when_read_only() -> None:
-    encoder, rule = _encoder(3, 6), RULES["sum"]
+    encoder, rule = _encoder(3, 6), UPDATE_RULES["sum"]
     total = _normalize(_contribution(encoder, encoder.global_, encoder.global_), "matrix")
     sums = rule.start(encoder, "matrix")
     for seed, m in ((3, 4), (4, 1), (5, 9)):
@@ -133,7 +133,7 @@ def test_sum_rule_normalises_when_read_only() -> None:
 
 
 def test_none_rule_keeps_the_initial_state() -> None:
-    encoder, rule = _encoder(), RULES["none"]
+    encoder, rule = _encoder(), UPDATE_RULES["none"]
     sums = rule.fold(rule.start(encoder, "matrix"), encoder, *_evicted(4), "matrix")
     wanted = _normalize(_contribution(encoder, encoder.global_, encoder.global_), "matrix")
     _close(rule.read(sums, encoder, "matrix"), wanted)
@@ -141,7 +141,7 @@ def test_none_rule_keeps_the_initial_state() -> None:
 
 @pytest.mark.parametrize("r", [1, 3, 5, 8])
 def test_ridge_rule_solves_for_the_map_from_keys_to_values(r: int) -> None:
-    encoder, rule = _encoder(r, r), RULES["ridge"]
+    encoder, rule = _encoder(r, r), UPDATE_RULES["ridge"]
     sums = rule.start(encoder, "matrix")
     assert torch.equal(rule.read(sums, encoder, "matrix"), torch.zeros(r, r, dtype=torch.float64))
     c, moment, n = np.zeros((r, r)), np.zeros((r, r)), 0
@@ -160,7 +160,7 @@ def test_ridge_rule_solves_for_the_map_from_keys_to_values(r: int) -> None:
 @pytest.mark.parametrize("r", [1, 3, 5, 8])
 def test_delta_rule_moves_the_state_least_for_what_a_fold_holds(r: int) -> None:
     """The minimum of ‖K X − V‖² + μ ‖X − S‖², written as one least squares problem."""
-    encoder, rule = _encoder(r, r), RULES["delta"]
+    encoder, rule = _encoder(r, r), UPDATE_RULES["delta"]
     sums = rule.start(encoder, "matrix")
     state, norms, n = np.zeros((r, r)), 0.0, 0
     assert torch.equal(rule.read(sums, encoder, "matrix"), torch.from_numpy(state))
@@ -189,7 +189,7 @@ def test_delta_rule_overwrites_one_key_and_keeps_the_others() -> None:
     )
     k_e, v_e = _evicted(3, seed=1)
     k_e[:, :r] = torch.eye(r, dtype=torch.float64)[:3]
-    rule = RULES["delta"]
+    rule = UPDATE_RULES["delta"]
     before = rule.fold(rule.start(encoder, "matrix"), encoder, k_e, v_e, "matrix")
     after = rule.fold(before, encoder, k_e[:1], v_e[1:2], "matrix")
     wanted = torch.cat((v_e[1:2, :r], v_e[1:3, :r], torch.zeros(1, r, dtype=torch.float64)))
@@ -204,7 +204,7 @@ def test_what_is_read_does_not_depend_on_the_unit_of_keys(
     name: str, features: str, factor: float, dtype: torch.dtype
 ) -> None:
     """W_K, b_K and A times c: the state is smaller by φ(c), and what A x reads the same."""
-    r, rule = 5, RULES[name]
+    r, rule = 5, UPDATE_RULES[name]
     encoder = replace(_encoder(r, r), features=features).map(lambda t: t.to(dtype))
     scaled = replace(encoder, w_k=factor * encoder.w_k, b_k=factor * encoder.b_k)
     a = torch.randn(7, r, generator=torch.Generator().manual_seed(6)).to(dtype)
@@ -226,7 +226,7 @@ def test_keys_of_zero_say_nothing_and_break_nothing(name: str, features: str) ->
     zero = replace(zero, w_k=0 * zero.w_k, b_k=0 * zero.b_k, features=features)
     encoder = zero.map(lambda t: t.float().requires_grad_())
     k, v = (side.float() for side in _evicted(4))
-    rule = RULES[name]
+    rule = UPDATE_RULES[name]
     state = rule.read(
         rule.fold(rule.start(encoder, "matrix"), encoder, k, v, "matrix"), encoder, "matrix"
     )
@@ -246,10 +246,10 @@ def test_layers_that_disagree_on_features_and_unknown_ones_are_refused() -> None
         reference.feature_map(torch.ones(2), "cubed")
 
 
-@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("name", sorted(UPDATE_RULES))
 def test_layers_and_sequences_broadcast(name: str) -> None:
     encoders = [_encoder(seed=seed) for seed in range(3)]
-    stacked, rule = LayerEncoder.stack(encoders), RULES[name]
+    stacked, rule = LayerEncoder.stack(encoders), UPDATE_RULES[name]
     evicted = [_evicted(6, seed=seed) for seed in range(3)]
     k, v = (torch.stack(side) for side in zip(*evicted, strict=True))
     together = rule.fold(rule.start(stacked, "matrix"), stacked, k, v, "matrix")
@@ -259,7 +259,7 @@ def test_layers_and_sequences_broadcast(name: str) -> None:
         _close(states[layer], rule.read(alone, encoder, "matrix").numpy(), 1e-10)
 
 
-@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("name", sorted(UPDATE_RULES))
 def test_squared_features_are_keys_squared(name: str) -> None:
     """The same as plain features of keys that were squared beforehand; reading squares likewise."""
     r = 6
@@ -275,7 +275,7 @@ def test_squared_features_are_keys_squared(name: str) -> None:
     start = torch.tensor(_project(encoder.w_k, encoder.b_k, encoder.global_))
     start **= 2
     values = torch.tensor(_project(encoder.w_v, encoder.b_v, encoder.global_))
-    rule, squared = RULES[name], replace(encoder, features="squared")
+    rule, squared = UPDATE_RULES[name], replace(encoder, features="squared")
     found = rule.fold(rule.start(squared, "matrix"), squared, k, v, "matrix")
     sums = rule.start(direct, "matrix")
     if name in ("paper", "sum", "none"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_vllm.method.names import RULES
+from pte_vllm.method.names import RULE_NAMES
 from pte_vllm.train.options.runs import DRIFT_LIMITS
 from tests.conftest import ARCHITECTURES
 from tests.harness.engine import BLOCK, Engine, Job, lora
@@ -29,7 +29,7 @@ def _jobs(
     features: str = "linear",
 ) -> list[Job]:
     jobs = []
-    for i, rule in enumerate(RULES):
+    for i, rule in enumerate(RULE_NAMES):
         adapter = adapters(model, rank=rank, rule=rule, seed=i, features=features)
         prompt = random_tokens(19 + 23 * i, vocab, seed=i)
         number = rank * 10 + i + 1 + (1000 if features == "squared" else 0)
@@ -71,7 +71,7 @@ def test_named_options(tiny: Callable[[str], Path], adapters: Callable[..., Path
         for i, v in enumerate(variants)
     ]
     paper = adapters(model, rank=8, rule="paper")
-    for i, rule in enumerate(RULES):
+    for i, rule in enumerate(RULE_NAMES):
         adapter = lora("override", paper, 90)
         jobs.append(Job(random_tokens(33, 500, 50 + i), LENGTH, adapter, {"pte_update": rule}))
     engine = Engine(model, window_tokens=WINDOW, lora_rank=16)
@@ -96,7 +96,7 @@ def test_slots_that_squared_and_other_adapters_reuse(
     order = ("squared", "rows", "linear", "linear", "squared", "plain", "linear")
     jobs = [Job(random_tokens(40, 500, 1), length, loras[name]) for name in order]
     jobs.append(Job(random_tokens(40, 500, 1), length))
-    for rule in RULES:
+    for rule in RULE_NAMES:
         prompt = random_tokens(33, 500, 9)
         jobs.append(Job(prompt, length, loras["squared"], {"pte_update": rule}))
     engine = Engine(model, window_tokens=SMALL_WINDOW, lora_rank=16, max_num_seqs=2)

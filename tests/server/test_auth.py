@@ -12,8 +12,8 @@ import pytest
 from fastapi import Request
 
 from pte_vllm.cli.main import main
-from pte_vllm.method.options import ServiceConfig
 from pte_vllm.server.access.auth import ADMIN_KEY, Keys, admit_admin
+from pte_vllm.server.options import ServiceConfig
 from tests.harness.server import Server
 
 API, ADMIN = "key-of-users-5cd1", "key-of-admins-8e07"

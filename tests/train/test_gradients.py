@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pte_vllm.method.names import RULES
+from pte_vllm.method.names import RULE_NAMES
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
@@ -70,7 +70,7 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 
 
 @pytest.mark.parametrize(
-    ("rule", "features"), [*((rule, "linear") for rule in RULES), ("ridge", "squared")]
+    ("rule", "features"), [*((rule, "linear") for rule in RULE_NAMES), ("ridge", "squared")]
 )
 def test_constant_memory_is_autograd_of_the_same_computation(
     rule: str, features: str, tiny: Tiny, adapters: Adapters, monkeypatch: pytest.MonkeyPatch
@@ -121,7 +121,7 @@ def test_gradient_checkpointing_changes_nothing(tiny: Tiny, adapters: Adapters) 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @pytest.mark.parametrize(
     ("rule", "features"),
-    [*((rule, "linear") for rule in RULES), ("ridge", "squared"), ("delta", "squared")],
+    [*((rule, "linear") for rule in RULE_NAMES), ("ridge", "squared"), ("delta", "squared")],
 )
 def test_full_mode_against_finite_differences(
     rule: str, features: str, architecture: str, tiny: Tiny, adapters: Adapters

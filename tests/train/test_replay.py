@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pte_vllm.adapter.format import Adapter
-from pte_vllm.method.names import RULES
+from pte_vllm.method.names import RULE_NAMES
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.results import Fold, Scores
@@ -111,7 +111,7 @@ def test_unbounded_plan_is_one_full_forward(architecture: str, tiny: Tiny) -> No
     assert found.folds == [] and found.states is None
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULE_NAMES)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_window_is_the_method_spelled_out(
     architecture: str, rule: str, tiny: Tiny, adapters: Adapters
@@ -245,7 +245,7 @@ def test_the_fixtures_tell_right_from_wrong(
                 replay.log_probs(ids, p).logprobs for p in (plan(window_blocks=0), plan())
             )
         with Replay(model, Adapter.load(adapters(path))) as replay:
-            by_rule = [replay.log_probs(ids, plan(), rule=rule).logprobs for rule in RULES]
+            by_rule = [replay.log_probs(ids, plan(), rule=rule).logprobs for rule in RULE_NAMES]
     runs = [full, bare, *by_rule]
     for i, one in enumerate(runs):
         for other in runs[:i]:

@@ -15,11 +15,11 @@ import torch
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.bench.gpu.setup import TINY, random_adapter, write_model
 from pte_vllm.bench.gpu.spec import Spec, build
-from pte_vllm.method.names import RULES
+from pte_vllm.method.names import RULE_NAMES
 from pte_vllm.method.plan import FoldPlan
 
 TOLERANCE = 2e-4
-_ARMS = {**{rule: (rule, "linear") for rule in RULES}, "ridge squared": ("ridge", "squared")}
+_ARMS = {**{rule: (rule, "linear") for rule in RULE_NAMES}, "ridge squared": ("ridge", "squared")}
 """Rule and features of each adapter."""
 
 

@@ -174,17 +174,17 @@ def _jobs(
         "attention_backend": args.attention_backend,
     }
 
-    def job(part: str, name: str, window: int | None, adapter: str | None) -> dict[str, Any]:
-        most = _most_sequences(args, model, window)
-        about = {"part": part, "name": name, "window_tokens": window, "adapter": adapter}
+    def job(part: str, name: str, window_tokens: int | None, adapter: str | None) -> dict[str, Any]:
+        most = _most_sequences(args, model, window_tokens)
+        about = {"part": part, "name": name, "window_tokens": window_tokens, "adapter": adapter}
         return {**common, **about, "max_num_seqs": most}
 
-    window = args.windows[0]
+    window_tokens = args.windows[0]
     arms: list[tuple[str, int | None, str | None]] = [
         ("full", None, None),
-        (f"pte-{window}", window, adapters[False]),
-        (f"window-lora-{window}", window, adapters[True]),
-        (f"window-{window}", window, None),
+        (f"pte-{window_tokens}", window_tokens, adapters[False]),
+        (f"window-lora-{window_tokens}", window_tokens, adapters[True]),
+        (f"window-{window_tokens}", window_tokens, None),
         ("full-lora", None, adapters[True]),
         *((f"pte-{other}", other, adapters[False]) for other in args.windows[1:]),
     ]
@@ -192,14 +192,14 @@ def _jobs(
     if args.arms != "all":
         chosen = _choices("--arms", args.arms, tuple(chosen))
     if "profile" in parts:
-        yield "profile", job("profile", f"pte-{window}", window, adapters[False])
+        yield "profile", job("profile", f"pte-{window_tokens}", window_tokens, adapters[False])
     if "throughput" in parts:
         for name, arm_window, adapter in arms:
             if name in chosen:
                 yield f"throughput {name}", job("throughput", name, arm_window, adapter)
 
 
-def _most_sequences(args: argparse.Namespace, model: str, window: int | None) -> int:
+def _most_sequences(args: argparse.Namespace, model: str, window_tokens: int | None) -> int:
     """A little more than a roofline expects to fit, for `--max-num-seqs`."""
     if args.dry_run:
         return 3
@@ -212,7 +212,7 @@ def _most_sequences(args: argparse.Namespace, model: str, window: int | None) ->
         hardware_of("this", given),
         rollout_tokens=args.rollouts[0],  # the shortest: most sequences of full attention
         prompt_tokens=args.prompt,
-        windows=[window] if window else [],
+        windows=[window_tokens] if window_tokens else [],
         rank=args.rank,
         rule=args.rule,
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from pte_vllm.engine.huge_pages import Arena
-from pte_vllm.engine.lora.operators import LayerOperators
+from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.lora.view import PunicaView
 from pte_vllm.kernels import native
 from pte_vllm.kernels.modulate import modulate_segments, modulate_tokens
@@ -28,21 +28,19 @@ from pte_vllm.kernels.modulate import modulate_segments, modulate_tokens
 if TYPE_CHECKING:
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
-    from pte_vllm.engine.lora.manager import TokenSlots
-
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
-_LANES, _TILE = 16, 64  # as lora_cpu.cpp
+_LANES, _TILE = 16, 64  # as kernels/lora_cpu.cpp
 
 
 class NativeLoRA:
     """One adapter's share of one linear, packed for the compiled code.
 
     Args:
-        library: of `ops.native.load`.
-        a, b: of each slice A `[R, d_in]` and B `[d, R]`, fp32 or bf16; slices of zeros are
-            left out.
-        arena: where the packed weights lie.
+        library: The compiled code, from `native.load`.
+        a: A of each slice, `[R, d_in]`, fp32 or bf16.
+        b: B of each slice, `[d, R]`, of the same type; slices of zeros are left out.
+        arena: The memory that the packed weights go to.
     """
 
     def __init__(
@@ -86,13 +84,15 @@ class NativeLoRA:
     def add(
         self, y: Tensor, x: Tensor, states: Tensor | None, squared: Tensor, slots: Tensor
     ) -> None:
-        """`y: [T, D]` += B Sᵀ φ(A x), in place.
+        """Add B Sᵀ φ(A x) to y, in place.
 
         Args:
-            x: `[T, d_in]`; rows of x and y may be apart, the numbers of a row may not.
-            states: `[slots, R, R]`; None: all the identity.
-            squared: `[slots]` bool, whether φ squares.
-            slots: `[T]` int64, the state of each token.
+            y: The layer's output, `[T, D]`.
+            x: The layer's input, `[T, d_in]`; rows of x and y may be apart, the numbers of a row
+                may not.
+            states: The state in each slot, `[slots, R, R]`; None if all are the identity.
+            squared: Whether φ squares for a slot, `[slots]` bool.
+            slots: The slot of each token, `[T]` int64.
         """
         self._function(
             *self._packed,
@@ -108,17 +108,17 @@ class NativeLoRA:
 
 
 class CPULayerPunica(PunicaView):
-    """vLLM's punica wrapper as one linear of the decoder sees it.
+    """A view of vLLM's punica wrapper for one linear of the decoder, on a CPU.
 
     Args:
-        module: of the linear; its adapters' weights stay where they are.
-        states: of the layer, `[slots, R, R]`, as they are multiplied from the right.
-        squared: `[slots]`, whether A x is squared before; see `ops.modulate`.
-        tokens: of the step.
-        loaded: what is in one of vLLM's adapter slots; changes whenever its weights do.
-        library: the compiled code, if there is any.
-        arena: for packed weights.
-        operators: where torch.compile traces the layer.
+        module: vLLM's LoRA layer around the linear; its adapters' weights stay where they are.
+        states: The states of the layer, `[slots, R, R]`, as they are multiplied from the right.
+        squared: Whether A x is squared first for a slot, `[slots]` bool; see `kernels.modulate`.
+        tokens: Which state each token of the step uses.
+        loaded: Says what is in one of vLLM's adapter slots; the answer changes whenever the weights
+            there do.
+        library: The compiled code, if there is any.
+        arena: The memory that packed weights go to.
     """
 
     def __init__(
@@ -130,12 +130,9 @@ class CPULayerPunica(PunicaView):
         loaded: Callable[[int], object],
         library: ctypes.CDLL | None,
         arena: Arena,
-        operators: LayerOperators | None,
     ) -> None:
         super().__init__(module.punica_wrapper)
         self._a_stacked, self._b_stacked = module.lora_a_stacked, module.lora_b_stacked
-        self._operators = operators  # which live as long as one of their layers
-        self._apply = self._add if operators is None else operators.wrap(self._add)
         self._states, self._squared = states, squared
         self._tokens = tokens
         self._loaded = loaded
@@ -155,14 +152,15 @@ class CPULayerPunica(PunicaView):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """y[:, slice] += B_slice (Sᵀ φ(A_slice x)); alpha/r is already merged into B.
+        """Set y[:, slice] += B_slice (Sᵀ φ(A_slice x)); alpha/r is already merged into B.
 
         `y: [T, D]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
         """
         assert scale == 1.0 and add_inputs, "vLLM merges the scale into B, and adds in place"
-        self._apply(y, x)
+        self.apply(y, x)
 
-    def _add(self, y: Tensor, x: Tensor) -> None:
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Do the work of `add_lora_linear`; torch.compile does not look into it."""
         tokens = self._tokens
         if tokens.groups is None:
             tokens.groups = _group_by_adapter(self._wrapper.token_lora_indices)
@@ -183,7 +181,7 @@ class CPULayerPunica(PunicaView):
                 y[rows] = part
 
     def _weights(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
-        """A `[R, d_in]` and B `[d, R]` of each slice, of the adapter in one of vLLM's slots."""
+        """Return A `[R, d_in]` and B `[d, R]` of each slice, of the adapter in a slot of vLLM's."""
         return [a[index, 0] for a in self._a_stacked], [b[index, 0] for b in self._b_stacked]
 
     def _pack(self, index: int) -> NativeLoRA:
@@ -210,7 +208,7 @@ class CPULayerPunica(PunicaView):
             offset += len(b_slice)
 
     def _modulate(self, a: Tensor, rows: Tensor | None) -> Tensor:
-        """`a: [T, R]`, every token by its state."""
+        """Multiply `a: [T, R]`, every token by its state."""
         tokens = self._tokens
         if not tokens.any:
             return a
@@ -221,7 +219,7 @@ class CPULayerPunica(PunicaView):
 
 
 def load_native(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled code; None, with a line in the log, where there is none."""
+    """Return the compiled code for a type of LoRA; None, with a line in the log, without any."""
     if dtype not in (torch.float32, torch.bfloat16):
         logger.info("LoRA on CPU: through torch, as there is no compiled code for %s", dtype)
         return None
@@ -235,7 +233,7 @@ def load_native(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 
 def _group_by_adapter(indices: Tensor) -> list[tuple[int, Tensor | None]]:
-    """Tokens of each adapter; `indices: [T]`, -1 for no adapter."""
+    """Return the tokens of each adapter; `indices: [T]`, -1 for no adapter."""
     present = indices.unique().tolist()
     if len(present) == 1:
         return [(present[0], None)] if present[0] >= 0 else []

@@ -8,18 +8,16 @@ Letters in shapes: T tokens, n slices of a merged linear (such as gate and up), 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pte_vllm.engine.folding import use_kernels
 from pte_vllm.engine.lora import operators
+from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.lora.view import PunicaView
+from pte_vllm.kernels.choice import use_kernels
 from pte_vllm.kernels.modulate import modulate_slices, modulate_tokens
-
-if TYPE_CHECKING:
-    from pte_vllm.engine.lora.manager import TokenSlots
 
 
 def _modulate(
@@ -34,13 +32,13 @@ _modulate_ = operators.register("modulate_", _modulate, mutates=["a"])
 
 
 class CUDALayerPunica(PunicaView):
-    """vLLM's punica wrapper as one linear of the decoder sees it.
+    """A view of vLLM's punica wrapper for one linear of the decoder, on a GPU.
 
     Args:
-        wrapper: vLLM's.
-        states: of the layer, `[slots, R, R]`, as they are multiplied from the right.
-        squared: `[slots]`, whether A x is squared before; see `ops.modulate`.
-        tokens: of the step.
+        wrapper: vLLM's punica wrapper, whose kernels multiply by A and by B.
+        states: The states of the layer, `[slots, R, R]`, as they are multiplied from the right.
+        squared: Whether A x is squared first for a slot, `[slots]` bool; see `kernels.modulate`.
+        tokens: Which state each token of the step uses.
     """
 
     def __init__(self, wrapper: Any, states: Tensor, squared: Tensor, tokens: TokenSlots) -> None:
@@ -61,7 +59,7 @@ class CUDALayerPunica(PunicaView):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """y[:, slice] += B_slice (Sᵀ φ(A_slice x)); alpha/r is already merged into B.
+        """Set y[:, slice] += B_slice (Sᵀ φ(A_slice x)); alpha/r is already merged into B.
 
         `y: [T, d_out]`, `x: [T, d_in]`, each A `[adapters, 1, R, d_in]`, B `[adapters, 1, d, R]`.
         Without `add_inputs` y holds zeros.
@@ -86,7 +84,7 @@ class CUDALayerPunica(PunicaView):
         lora_a_stacked: tuple[Tensor, ...],
         lora_b_stacked: tuple[Tensor, ...],
     ) -> None:
-        """vLLM's kernels take 16-bit numbers only; checks of exactness need more.
+        """Add in fp32, which checks of exactness need: vLLM's kernels take 16-bit numbers only.
 
         Every adapter is multiplied by every token, and what belongs to others is dropped.
         """

@@ -1,20 +1,38 @@
 """What our views of vLLM's punica wrapper have in common.
 
 vLLM gives every LoRA layer one wrapper, whose methods add the adapters' share to its output. A view
-stands before it in a layer, replaces one of them (`lora.py`, `lora_cpu.py`, `lora_cuda.py`), and
-hands on the rest.
+stands before it in a layer, replaces one of them, and hands on the rest. `cpu.py` and `cuda.py`
+have the views of the decoder's linears, `install.py` that of embedding and output layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 
 class PunicaView:
-    """vLLM's wrapper, but for what a subclass defines."""
+    """A view of vLLM's wrapper that differs from it in what a subclass defines.
+
+    Args:
+        wrapper: vLLM's punica wrapper, which does everything else.
+    """
+
+    apply: Callable[[Tensor, Tensor], None]
+    """What a layer calls in place of `add`: `add` itself, or an operator that does the same."""
 
     def __init__(self, wrapper: Any) -> None:
         self._wrapper = wrapper
+        self.apply = self.add
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Add what the adapters make of `x: [T, ...]` to `y: [T, D]`, in place.
+
+        Views whose layer torch.compile must not look into define it.
+        """
+        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wrapper, name)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pte_vllm.method import reference
 from pte_vllm.method.options import PTEConfig, check_rule_fits
-from pte_vllm.method.reference import RULES, LayerEncoder, Sums
+from pte_vllm.method.reference import UPDATE_RULES, LayerEncoder, Sums
 
 Encoded = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Turns cached keys and values `[L, B, m, H, D]` into `K_e, V_e: [L, B, m, d_kv]`, fp32."""
@@ -37,11 +37,11 @@ class ThoughtStates:
         self, encoder: LayerEncoder, config: PTEConfig, rule: str | None, batch_size: int
     ) -> None:
         name = rule or config.rule
-        if name not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {name!r}")
+        if name not in UPDATE_RULES:
+            raise ValueError(f"rule must be one of {', '.join(UPDATE_RULES)}, got {name!r}")
         check_rule_fits(name, config.rank, config.global_tokens)
         self._encoder = encoder.map(lambda t: t[:, None])  # [L, 1, ...], over sequences
-        self._rule, self._how = RULES[name], config.normalize
+        self._rule, self._how = UPDATE_RULES[name], config.normalize
         self._sums: Sums = self._rule.start(self._encoder, self._how)
         start = self._rule.read(self._sums, self._encoder, self._how)
         self.states: Tensor = start.expand(-1, batch_size, -1, -1)
