@@ -120,14 +120,10 @@ async def _lines(request_id: str, tasks: list[asyncio.Task[Rollout]]) -> AsyncIt
             if not done:
                 yield b"\n"
             for task in done:
-                yield _line(task.result().to_json())
+                yield task.result().to_line() + b"\n"
     except Exception as error:  # the status is out; the reason follows as the last line
         logger.warning("%s ended early: %s", request_id, error)
-        yield _line(_error(error))
-
-
-def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        yield json.dumps(_error(error), separators=(",", ":")).encode() + b"\n"
 
 
 def _error(error: Exception) -> dict[str, Any]:

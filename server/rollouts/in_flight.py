@@ -25,7 +25,8 @@ from pte_vllm.method.plan import FoldPlan
 from pte_vllm.server.adapters.registry import Resolved
 from pte_vllm.server.adapters.spool import Version
 from pte_vllm.server.service import Service
-from pte_vllm.wire.rollout import InFlight, Rollout, WeightSpan, fold_events, with_rho
+from pte_vllm.wire.folds import num_folds, rho_of_folds
+from pte_vllm.wire.rollout import InFlight, Rollout, WeightSpan
 
 _ABORT_AGAIN_S = 0.2
 
@@ -95,12 +96,13 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
             done = replace(done, finish_reason="length")
             break
         part, parts = await _on_newest(service, job, done), parts + 1
-    events = fold_events(job.plan, len(done.prompt_ids + done.completion_ids))
-    if events and part.adapter.lora is not None:
-        # Of the last part, which folded everything before it again on its own version.
+    num_tokens = len(done.prompt_ids) + len(done.completion_ids)
+    rho = None
+    if part.adapter.lora is not None and num_folds(job.plan, num_tokens):
+        # The last part knows: it folded everything before it again on its own version.
         name = f"{request_id}-{parts}"
-        (rho,) = await service.engine.collective_rpc("pte_rho", args=(name,))
-        events = with_rho(events, rho)
+        (measured,) = await service.engine.collective_rpc("pte_rho", args=(name,))
+        rho = rho_of_folds(job.plan, num_tokens, measured)
     return Rollout(
         prompt_ids=done.prompt_ids,
         completion_ids=done.completion_ids,
@@ -111,7 +113,7 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
         rule=RequestOptions.parse(job.params.extra_args).rule or part.adapter.rule,
         weight_versions=tuple(spans),
         plan=job.plan,
-        fold_events=events,
+        rho=rho,
         group_id=job.group_id,
         index=job.index,
         num_preempted=num_preempted,
