@@ -24,7 +24,7 @@ def push(spool: Spool, name: str, number: int) -> Version:
         digest = content_hash(incoming.hashes)
         return spool.commit(incoming, name=name, number=number, sha256=digest, rule="paper")
     finally:
-        incoming.discard()
+        incoming.delete()
 
 
 def push_versions(root: Path, count: int, told: Path) -> None:
@@ -36,5 +36,5 @@ def push_versions(root: Path, count: int, told: Path) -> None:
         (told / str(number)).touch()
         while len(kept) > KEPT:
             old = kept.pop(0)
-            spool.forget(old)
-            spool.remove(old)
+            spool.retire(old)
+            spool.delete(old)
