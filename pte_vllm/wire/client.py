@@ -1,4 +1,4 @@
-"""HTTP client of a `pte-vllm serve`: rollouts and scores in, adapter versions out.
+"""This client asks a `pte-vllm serve` for rollouts and scores, and sends it adapter versions.
 
 What a server that restarts, is busy or goes away can do to a request is handled here, so that a
 training loop sees records only, or one error that says what is wrong. The process needs neither

@@ -1,4 +1,4 @@
-"""The folds of a sequence, as a record tells them: they follow from its plan and its length."""
+"""A record tells the folds of its sequence, which follow from its plan and its length."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FoldEvent:
 
 
 def num_folds(plan: FoldPlan, num_tokens: int) -> int:
-    """How many folds lie behind the log-probs of a sequence of `num_tokens`, question included.
+    """Return how many folds lie behind the log-probs of a sequence, question included.
 
     The last token is predicted and never computed, so a boundary at its position does not count.
     """
@@ -33,7 +33,7 @@ def num_folds(plan: FoldPlan, num_tokens: int) -> int:
 def fold_events(
     plan: FoldPlan, num_tokens: int, rho: Sequence[float] | None = None
 ) -> tuple[FoldEvent, ...]:
-    """The folds that `num_folds` counts, in order.
+    """Return the folds that `num_folds` counts, in order.
 
     Args:
         plan: the sequence's plan.
@@ -53,11 +53,11 @@ def fold_events(
 def rho_of_folds(
     plan: FoldPlan, num_tokens: int, measured: Sequence[float] | None
 ) -> tuple[float, ...] | None:
-    """The engine's values for the folds of a sequence; None unless there is one for each.
+    """Return the engine's values for the folds of a sequence; None unless there is one for each.
 
     The engine may have folded once more, for a token that came after the last of the answer.
     """
     count = num_folds(plan, num_tokens)
-    if measured is None or len(measured) < count:
+    if not count or measured is None or len(measured) < count:
         return None
     return tuple(measured[:count])

@@ -1,4 +1,4 @@
-"""The records that answer one request, over as many attempts as the server needs."""
+"""One request is answered by records, over as many attempts as the server needs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Request:
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def records(self, http: Transport, default_plan: Mapping[str, Any]) -> Iterator[Rollout]:
-        """Each record once, as it comes.
+        """Yield each record once, as it comes.
 
         Args:
             http: the server, and the patience with it.

@@ -1,4 +1,4 @@
-"""A rollout as it travels from the server to the trainer: one definition for both sides.
+"""This is a rollout as it travels from the server to the trainer: one definition for both sides.
 
 The server builds a `Rollout` and sends `to_line()`. The trainer reads the line with `from_json`,
 where pydantic checks every value, in compiled code. A record that a program builds itself is not
@@ -150,12 +150,12 @@ class Rollout(_Fields):
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The tokens of question and answer."""
+        """The tokens of question and answer follow each other."""
         return self.prompt_ids + self.completion_ids
 
     @cached_property
     def fold_events(self) -> tuple[FoldEvent, ...]:
-        """The folds behind the log-probs. They follow from the plan; `rho` is what was measured."""
+        """The folds behind the log-probs follow from the plan; `rho` adds what was measured."""
         return fold_events(self.plan, self._num_tokens, self.rho)
 
     @property
@@ -163,11 +163,11 @@ class Rollout(_Fields):
         return len(self.prompt_ids) + len(self.completion_ids)
 
     def to_line(self) -> bytes:
-        """The record as one line of JSON, without the line's end; `from_json` undoes it exactly."""
+        """Return the record as a line of JSON without its end; `from_json` undoes it exactly."""
         return _WIRE.dump_json(self._line())
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values, as `json.loads` makes them of its line."""
+        """Return the record as JSON values, as `json.loads` makes them of its line."""
         values: dict[str, Any] = _WIRE.dump_python(self._line(), mode="json")
         return values
 
@@ -207,12 +207,16 @@ _WIRE = TypeAdapter(_Line)
 
 
 def _values(record: _Fields) -> dict[str, Any]:
-    """The fields that both forms of a record have, as they are."""
+    """Return the fields that both forms of a record have, as they are."""
     return {name: getattr(record, name) for name in _NAMES}
 
 
 def _rho(events: tuple[FoldEvent, ...]) -> tuple[float, ...] | None:
-    """What the folds of a line say was measured, if they do."""
+    """Return what the folds of a line say was measured; None if they do not say.
+
+    Raises:
+        ValueError: if some of them say it and others do not.
+    """
     known = tuple(event.rho for event in events if event.rho is not None)
     if len(known) not in (0, len(events)):
         raise ValueError(f"fold_events: rho is there for {len(known)} of {len(events)} folds")
@@ -220,7 +224,7 @@ def _rho(events: tuple[FoldEvent, ...]) -> tuple[float, ...] | None:
 
 
 def _reason(error: ValidationError) -> str:
-    """What pydantic found first, on one line that names the field."""
+    """Say what pydantic found first, on one line that names the field."""
     first = error.errors(include_url=False)[0]
     where = ".".join(map(str, first["loc"])) or "record"
     if first["type"] == "missing":

@@ -1,4 +1,4 @@
-"""HTTP with patience: some failures are tried again, all others are one clear error at once."""
+"""Some failures of HTTP are tried again; all others are one clear error at once."""
 
 from __future__ import annotations
 

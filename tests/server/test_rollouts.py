@@ -1,4 +1,4 @@
-"""Rollouts, scores and adapter pushes against a real server, through the trainer's client."""
+"""The trainer's client asks a real server for rollouts and scores, and pushes adapters to it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model(tiny: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def versions(model: Path, adapters: Callable[..., Path]) -> dict[str, Path]:
-    """What the tests push, by the engine's name for it."""
+    """Make what the tests push, by the engine's name for it."""
     return {
         "paper@1": adapters(model, rank=8, rule="paper", seed=1),
         "paper@2": adapters(model, rank=8, rule="paper", seed=2),
@@ -68,7 +68,7 @@ def client(server: Server) -> Iterator[RolloutClient]:
 
 
 def _difference(server: Server, versions: dict[str, Path], rollout: Rollout, **options) -> float:
-    """Largest |Δ log p| between a record and the replay."""
+    """Return the largest |Δ log p| between a record and the replay."""
     expected = replayed(
         server.model,
         versions[rollout.adapter] if rollout.adapter is not None else None,

@@ -1,4 +1,4 @@
-"""Pushed adapters on disk."""
+"""Pushed adapters are stored whole or not at all, and found again."""
 
 from __future__ import annotations
 

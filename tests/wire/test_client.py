@@ -1,4 +1,4 @@
-"""The client's patience, against a small HTTP server that follows a script."""
+"""The client shows its patience to a small HTTP server that follows a script."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Script:
                 script.steps.pop(0)(self, body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Quiet."""
+                """Log nothing."""
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"

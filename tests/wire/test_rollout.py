@@ -1,4 +1,4 @@
-"""The rollout record: exact round trip, and nothing malformed gets through."""
+"""A rollout record survives its round trip exactly, and nothing malformed gets through."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def test_rho_of_folds() -> None:
     assert rho_of_folds(PLAN, 45, [*rho, 9.0]) == rho  # one fold past the answer
     for missing in (None, [], rho[:-1]):
         assert rho_of_folds(PLAN, 45, missing) is None
+    assert rho_of_folds(PLAN, 6, []) is None  # nothing was folded
     known = _rollout(rho=rho)
     assert [event.rho for event in known.fold_events] == list(rho)
     assert Rollout.from_json(known.to_line()) == known
