@@ -14,7 +14,7 @@ import httpx
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import WINDOW, Server
-from tests.server.wire import TEMPERATURE, check
+from tests.server.under_way import TEMPERATURE, check
 
 ABORTED = 0.25
 """The part of the requests that their clients leave."""

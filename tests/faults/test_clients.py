@@ -18,7 +18,7 @@ from tests.faults.conftest import Held
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import NUM_BLOCKS, Server
-from tests.server.wire import TEMPERATURE, check, post
+from tests.server.under_way import TEMPERATURE, check, post
 
 MAX_BODY_BYTES = 1 << 20
 JSON_HEADERS = {"Content-Type": "application/json"}

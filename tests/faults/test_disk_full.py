@@ -19,7 +19,7 @@ from tests.faults.spooling import content, push
 from tests.harness.models import random_tokens
 from tests.harness.parity import TOLERANCE, replayed
 from tests.harness.server import Server
-from tests.server.wire import post
+from tests.server.under_way import post
 
 PAGE = 4096
 

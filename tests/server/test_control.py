@@ -19,7 +19,7 @@ from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.parity import TOLERANCE
 from tests.harness.server import WINDOW, Server
-from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
+from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 KEY = "only-the-trainer"
 ADMIN = {"Authorization": f"Bearer {KEY}"}

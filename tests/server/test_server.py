@@ -15,7 +15,7 @@ import pytest
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import NUM_BLOCKS, WINDOW, Server
-from tests.server.wire import TEMPERATURE, check
+from tests.server.under_way import TEMPERATURE, check
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from pte_vllm.server.adapters.upload import MAX_ADAPTER_BYTES
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import WINDOW, Server
-from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
+from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 LENGTH = WINDOW + 5 * BLOCK + 7
 EXAMPLE = Path(__file__).parents[2] / "examples" / "external_trainer.py"

@@ -13,7 +13,7 @@ import pytest
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import WINDOW, Server
-from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
+from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 LENGTH = WINDOW + 5 * BLOCK + 7
 pytestmark = pytest.mark.filterwarnings(
