@@ -1,4 +1,4 @@
-"""A stop answers what still runs, so that its clients have something and the server can end."""
+"""A stop answers the requests that still run, so that clients get something and the server ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form i
 
 
 def answer_at_shutdown(engine: EngineClient) -> None:
-    """Make `engine.shutdown` end what it left unfinished, with `abort` and what was sampled.
+    """Make `engine.shutdown` answer unfinished requests with `abort` and what was sampled.
 
     vLLM 0.32 stops its engine (at once, or after `--shutdown-timeout`) and then waits for open
     connections, whose requests hear no more of it: the server would have to be killed.

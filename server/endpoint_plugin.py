@@ -1,4 +1,7 @@
-"""Endpoint plugin `pte`: our routes on vLLM's FastAPI app. The engine is reached by RPC only."""
+"""The endpoint plugin `pte` adds our routes to vLLM's FastAPI app.
+
+The routes reach the engine by RPC only.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,14 @@ from pte_vllm.adapter.files import AdapterError
 from pte_vllm.adapter.format import ModelShape, load_for_engine
 from pte_vllm.method.names import FEATURES, RULE_NAMES
 from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig
-from pte_vllm.server import page
-from pte_vllm.server import thought_routes as thoughts
+from pte_vllm.server import adapter_routes, page, thought_routes
 from pte_vllm.server.access.auth import Keys, admit_admin, may_change, may_use
 from pte_vllm.server.access.limits import BodyLimit
-from pte_vllm.server.adapters import routes as adapter_routes
 from pte_vllm.server.ending import answer_at_shutdown
-from pte_vllm.server.metrics import COLLECTOR, RefreshOnScrape, timed_load
+from pte_vllm.server.metrics import timed_load
 from pte_vllm.server.options import ServiceConfig
-from pte_vllm.server.rollouts import routes as rollouts
+from pte_vllm.server.rollouts import routes as rollout_routes
+from pte_vllm.server.scrape import COLLECTOR, RefreshOnScrape
 from pte_vllm.server.service import make_service, service
 from pte_vllm.server.trainers import control
 from pte_vllm.server.trainers import routes as trainer_routes
@@ -45,9 +47,9 @@ def _engine(request: Request) -> EngineClient:
 
 @router.get("/info")
 async def info(request: Request) -> dict[str, Any]:
-    """The method, the default plan and the limits of this server."""
+    """Tell the method, the default plan and the limits of this server."""
     state = service(request)
-    config, engine = state.engine.vllm_config, state.config
+    config, engine, catalog = state.engine.vllm_config, state.config, state.registry.catalog
     return {
         "version": __version__,
         "paper": "arXiv 2602.16839",
@@ -63,9 +65,7 @@ async def info(request: Request) -> dict[str, Any]:
         "rules": list(RULE_NAMES),
         "features": list(FEATURES),
         "logprobs_mode": config.model_config.logprobs_mode,
-        "adapters": {
-            name: state.registry.summary(name)["newest"] for name in state.registry.names()
-        },
+        "adapters": {name: catalog.versions(name)[-1].number for name in catalog.names()},
         "max_model_len": config.model_config.max_model_len,
         "max_lora_rank": config.lora_config.max_lora_rank if config.lora_config else None,
     }
@@ -73,12 +73,12 @@ async def info(request: Request) -> dict[str, Any]:
 
 @router.get("/requests")
 async def requests(request: Request) -> dict[str, Any]:
-    """Running and recently finished requests: tokens, folds and KV blocks; see docs/api.md."""
+    """List running and recently finished requests: tokens, folds and KV blocks; see docs/api.md."""
     return (await _engine(request).collective_rpc("pte_requests"))[0]
 
 
 async def load_lora_adapter(body: LoadLoRAAdapterRequest, request: Request) -> Response:
-    """vLLM's route, after a PTE adapter was validated: what is broken gets 400, not 500."""
+    """Check a PTE adapter before vLLM's route loads it, so that a broken one gets 400, not 500."""
     config = _engine(request).vllm_config
     if config.lora_config is not None:
         try:
@@ -95,10 +95,10 @@ async def load_lora_adapter(body: LoadLoRAAdapterRequest, request: Request) -> R
 
 
 async def unload_lora_adapter(body: UnloadLoRAAdapterRequest, request: Request) -> Response:
-    """vLLM's route; a pushed adapter leaves as by `DELETE /pte/v1/adapters/{name}`."""
+    """Retire a pushed adapter as `DELETE /pte/v1/adapters/{name}` does; vLLM unloads others."""
     state = getattr(request.app.state, "pte_service", None)
-    if state is not None and state.registry.is_pushed(body.lora_name):
-        await state.registry.delete(body.lora_name)
+    if state is not None and state.registry.catalog.is_pushed(body.lora_name):
+        await state.registry.retire(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
     return _answer(await models(request).unload_lora_adapter(body))
 
@@ -110,14 +110,15 @@ def _answer(result: ErrorResponse | str) -> Response:
 
 
 class PTEEndpointPlugin:
-    """See `vllm/plugins/endpoint_plugins/interface.py`."""
+    """Adds our routes to vLLM's app, as `vllm/plugins/endpoint_plugins/interface.py` asks."""
 
     name = "pte"
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        """Add the routes, and what bounds and guards them."""
         before = len(app.routes)
-        for ours in (router, adapter_routes.router, rollouts.router, thoughts.router):
+        for ours in (router, adapter_routes.router, rollout_routes.router, thought_routes.router):
             app.include_router(
                 ours, prefix="/pte/v1", tags=["pte"], dependencies=[Depends(may_use)]
             )
@@ -146,12 +147,15 @@ class PTEEndpointPlugin:
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
+        """Make what the routes share, and serve the adapters that were pushed before."""
         state.pte_keys = Keys(args)
         config = EngineConfig.from_vllm(engine_client.vllm_config) if engine_client else None
         if engine_client is not None and config is not None:
             found = make_service(engine_client, config, state.openai_serving_models, args)
             await found.registry.restore()
-            state.serving_tokens = serving_tokens(engine_client, state, args, found.registry)
+            state.serving_tokens = serving_tokens(
+                engine_client, state, args, found.registry.catalog
+            )
             state.pte_service = found
             COLLECTOR.watch(found)
             answer_at_shutdown(engine_client)

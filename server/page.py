@@ -1,4 +1,4 @@
-"""`GET /pte`: a page that draws what the routes under `/pte/v1` tell. One static file."""
+"""`GET /pte` is a page that draws what the routes under `/pte/v1` tell. It is one static file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ router = APIRouter()
 
 @router.get("/pte", include_in_schema=False)
 def page() -> HTMLResponse:
-    """Without a key: it holds no data, and a browser sends none. Its script asks for the key."""
+    """Send the page, which needs no key: it holds no data. Its script asks for the key."""
     html, policy = _page()
     return HTMLResponse(html, headers={"Content-Security-Policy": policy})
 
 
 @cache
 def _page() -> tuple[str, str]:
-    """The file, and a policy that lets it run its own script and reach this server, no more."""
+    """Return the file, and a policy that lets it run its own script and reach this server only."""
     html = files("pte_vllm.server").joinpath("page.html").read_text(encoding="utf-8")
     allowed = {
         kind: f"'sha256-{_digest(re.search(f'<{kind}>(.*?)</{kind}>', html, re.DOTALL)[1])}'"

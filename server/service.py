@@ -21,14 +21,14 @@ from pte_vllm.server.options import ServiceConfig
 
 @dataclass
 class Listeners:
-    """Clients that follow the thoughts of a request now."""
+    """Counts the clients that follow the thoughts of a request now."""
 
     count: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """The engine, its options, and the adapters that were pushed."""
+    """Holds the engine, its options, and the adapters that were pushed."""
 
     engine: EngineClient
     config: EngineConfig
@@ -39,13 +39,14 @@ class Service:
 
     @property
     def block_size(self) -> int:
+        """Tokens in one block of the KV cache."""
         return self.engine.vllm_config.cache_config.block_size
 
 
 def make_service(
     engine: EngineClient, config: EngineConfig, models: OpenAIServingModels, args: Namespace
 ) -> Service:
-    """Of a server with these command-line arguments."""
+    """Make the service of a server with these command-line arguments."""
     options: ServiceConfig = getattr(args, "pte_service", None) or ServiceConfig()
     spool = Spool(Path(options.spool) if options.spool else default_spool(args.model, args.port))
     refusal = None
@@ -62,7 +63,7 @@ def make_service(
 
 
 def default_spool(model: str, port: int | None) -> Path:
-    """A directory of the user's cache, one per model and port."""
+    """Return a directory of the user's cache, one for each model and port."""
     where = str(Path(model).resolve()) if Path(model).exists() else model
     label = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model).name) or "model"
     digest = hashlib.sha256(where.encode()).hexdigest()[:8]
@@ -70,7 +71,11 @@ def default_spool(model: str, port: int | None) -> Path:
 
 
 def service(request: Request) -> Service:
-    """Of the app that a request came to; 503 where vLLM was started without PTE."""
+    """Return the service of the app that a request came to.
+
+    Raises:
+        HTTPException: 503 where vLLM was started without PTE.
+    """
     found: Service | None = getattr(request.app.state, "pte_service", None)
     if found is None:
         raise HTTPException(503, "this server runs without PTE; start it with `pte-vllm serve`")

@@ -1,4 +1,4 @@
-"""`/pte/v1/thoughts/{id}`: the thought state of a request, and its folds as they happen."""
+"""Routes below `/pte/v1/thoughts` tell a request's thought state, and its folds as they happen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from pte_vllm.engine.earlier import EARLIER
-from pte_vllm.server.rollouts.generation import too_many
+from pte_vllm.server.access.admission import too_many
 from pte_vllm.server.service import Service, service
 
 router = APIRouter()
@@ -34,7 +34,7 @@ SETTLE_S = 1.0
 async def get_thoughts(
     id: str, request: Request, format: Literal["json", "safetensors"] = "json"
 ) -> Response:
-    """Of a running or recently finished request: folds, ‖S‖ per layer, ρ per fold; or S itself."""
+    """Tell folds, ‖S‖ per layer and ρ per fold of a running or recent request; or send S itself."""
     state = service(request)
     if format == "json":
         return JSONResponse(_known(id, await _call(state, "pte_thoughts", id)))
@@ -51,7 +51,7 @@ async def get_thoughts(
 
 @router.delete("/thoughts/{id}")
 async def delete_thoughts(id: str, request: Request) -> dict[str, str]:
-    """Forget a finished request; 409 while it runs."""
+    """Forget a finished request; one that runs gets 409."""
     state, deadline = service(request), time.monotonic() + SETTLE_S
     outcome = await _call(state, "pte_thoughts_forget", id)
     while outcome == "running" and time.monotonic() < deadline:
@@ -65,7 +65,7 @@ async def delete_thoughts(id: str, request: Request) -> dict[str, str]:
 
 @router.get("/thoughts/{id}/events")
 async def thought_events(id: str, request: Request) -> Response:
-    """Server-sent events: one per fold, those so far included, and `end` when it finishes."""
+    """Send an event for each fold, those so far included, and `end` when the request finishes."""
     state = service(request)
     first = _known(id, await _call(state, "pte_fold_events", id, 0))
     if state.listeners.count >= MAX_LISTENERS:
@@ -75,7 +75,7 @@ async def thought_events(id: str, request: Request) -> Response:
 
 
 class _Followed(EventSourceResponse):
-    """Counts as a listener until its client has left or the request has ended."""
+    """An answer that counts as a listener until its client has left or the request has ended."""
 
     def __init__(self, events: AsyncIterator[bytes], state: Service) -> None:
         super().__init__(events)

@@ -1,51 +1,28 @@
-"""HTTP client of a `pte-vllm serve`: rollouts and scores in, adapter versions out.
+"""This client asks a `pte-vllm serve` for rollouts and scores, and sends it adapter versions.
 
 What a server that restarts, is busy or goes away can do to a request is handled here, so that a
-training loop sees records only, or one error that says what is wrong. Never imports vllm.
+training loop sees records only, or one error that says what is wrong. The process needs neither
+vLLM nor torch.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from pte_vllm.adapter.hashes import content_hash, file_hashes
-from pte_vllm.wire.expected import ErrorLine, Expected, Group, RolloutMismatch
+from pte_vllm.wire.expected import Expected, Group, RolloutMismatch
+from pte_vllm.wire.records import Request
 from pte_vllm.wire.rollout import InFlight, Rollout
-from pte_vllm.wire.transport import (
-    CONFLICT,
-    ServerError,
-    Transport,
-    Unavailable,
-    bearer,
-    error_of,
-)
+from pte_vllm.wire.transport import CONFLICT, ServerError, Transport, bearer
 
 if TYPE_CHECKING:
     from pte_vllm.adapter.format import Adapter
 
 __all__ = ["RolloutClient", "RolloutMismatch", "ServerError"]
-
-
-@dataclass(kw_only=True)
-class _Request:
-    """A request that may take several attempts; `body` makes one of what is missing."""
-
-    path: str
-    expected: Expected
-    body: Callable[[dict[str, Group]], dict[str, Any]]
-    lines: Iterator[str] | None = None
-    """Of the answer that is being read."""
-    stack: ExitStack = field(default_factory=ExitStack)
-
-    def close(self) -> None:
-        self.stack.close()
-        self.lines = None
 
 
 class RolloutClient:
@@ -56,11 +33,11 @@ class RolloutClient:
     refusal raises ServerError at once.
 
     Args:
-        base_url: such as `http://localhost:8000`.
+        base_url: where the server is, such as `http://localhost:8000`.
         api_key: the server's `--api-key`, if it has one.
-        admin_key: its PTE_ADMIN_KEY, for `push`, if it has one.
-        timeout_s: longest silence on an open connection; the server breaks it every 10 s.
-        retry_s: how long to go on trying without any progress.
+        admin_key: the server's PTE_ADMIN_KEY, if it has one; `push` needs it.
+        timeout_s: the longest silence on an open connection; the server breaks it every 10 s.
+        retry_s: how long one call goes on trying without any progress.
     """
 
     def __init__(
@@ -90,10 +67,11 @@ class RolloutClient:
         self.close()
 
     def close(self) -> None:
+        """Close the connections."""
         self._http.close()
 
     def wait_ready(self, timeout_s: float = 600.0) -> dict[str, Any]:
-        """Wait until the server serves; returns its `info`.
+        """Wait until the server serves, and return its `info`.
 
         Raises:
             ServerError: if it does not within `timeout_s`, or runs without PTE.
@@ -102,12 +80,12 @@ class RolloutClient:
         return self.info()
 
     def info(self) -> dict[str, Any]:
-        """`GET /pte/v1/info`: the default plan, limits, newest adapter versions."""
+        """Return the default plan, limits and newest adapter versions: `GET /pte/v1/info`."""
         self._info = self._http.json("GET", "/pte/v1/info")
         return self._info
 
     def adapters(self) -> dict[str, dict[str, Any]]:
-        """Pushed adapters by name; see `GET /pte/v1/adapters`."""
+        """Return the pushed adapters by name, as `GET /pte/v1/adapters` describes them."""
         listed = self._http.json("GET", "/pte/v1/adapters")["adapters"]
         return {adapter["name"]: adapter for adapter in listed}
 
@@ -120,27 +98,27 @@ class RolloutClient:
         sampling: Mapping[str, Any] | None = None,
         window_tokens: int | None = None,
         pin_tokens: int | None = None,
-        update: str | None = None,
+        rule: str | None = None,
         group_ids: Sequence[str] | None = None,
         min_weight_version: int | None = None,
         in_flight: InFlight = "pin",
         max_staleness: int | None = None,
     ) -> Iterator[Rollout]:
-        """`n` samples of each prompt, each as it finishes, each once.
+        """Yield `n` samples of each prompt, each as it finishes, each once.
 
         After a restart of the server, samples that had not arrived are asked for again; those of
         one group may then come from different weight versions, which their records tell.
 
         Args:
-            prompts: token ids, or texts for the server's tokenizer.
-            n: samples of each prompt.
-            adapter: `name` (its newest version), `name@version`; None: the base model.
-            sampling: `max_tokens`, `temperature`, `seed`, ...; see docs/api.md.
-            window_tokens: of these sequences; None: the server's.
-            pin_tokens: never folded; None: the prompt.
-            update: the rule; None: the adapter's.
-            group_ids: one per prompt, different; default "0", "1", ...
-            min_weight_version: refuse older weights.
+            prompts: the questions, as token ids or as texts for the server's tokenizer.
+            n: how many samples of each prompt are wanted.
+            adapter: `name`, which is its newest version, or `name@version`; None is the base model.
+            sampling: `max_tokens`, `temperature`, `seed` and others that docs/api.md lists.
+            window_tokens: the window of these sequences; None takes the server's.
+            pin_tokens: how many tokens at the start are never folded; None pins the prompt.
+            rule: the rule by which folds add up; None takes the adapter's.
+            group_ids: a name for each prompt, all different; "0", "1", ... by default.
+            min_weight_version: the server refuses weights older than this.
             in_flight: what a sample does when `name` gets a new version meanwhile: finish on its
                 own, or read its tokens again and go on with the new one, as its record tells.
             max_staleness: a sample ends as it is (`abort`) once it is more versions behind.
@@ -171,7 +149,7 @@ class RolloutClient:
             "sampling": dict(sampling or {}),
             "window_tokens": window_tokens,
             "pin_tokens": pin_tokens,
-            "update": update,
+            "update": rule,
             "min_weight_version": min_weight_version,
             "in_flight": in_flight,
             "max_staleness": max_staleness,
@@ -186,10 +164,10 @@ class RolloutClient:
             }
 
         return self._records(
-            _Request(
+            Request(
                 path="/pte/v1/rollouts",
                 expected=Expected(
-                    groups=groups, window_tokens=window_tokens, adapter=adapter, update=update
+                    groups=groups, window_tokens=window_tokens, adapter=adapter, rule=rule
                 ),
                 body=body,
             )
@@ -203,13 +181,13 @@ class RolloutClient:
         adapter: str | None = None,
         window_tokens: int | None = None,
         pin_tokens: int | None = None,
-        update: str | None = None,
+        rule: str | None = None,
         min_weight_version: int | None = None,
     ) -> list[Rollout]:
-        """Log-probs, at temperature 1, of the tokens after `prompt_tokens` of each sequence.
+        """Return the log-probs, at temperature 1, of what follows `prompt_tokens` of each sequence.
 
-        Through the same evictions and folds as a rollout's. Records come in the order of
-        `token_ids`; options and errors are those of `rollouts`.
+        The tokens go through the same evictions and folds as a rollout's. Records come in the
+        order of `token_ids`; options and errors are those of `rollouts`.
         """
         groups: dict[str, Group] = {}
         for i, (tokens, num_prompt) in enumerate(zip(token_ids, prompt_tokens, strict=True)):
@@ -226,7 +204,7 @@ class RolloutClient:
             "adapter": adapter,
             "window_tokens": window_tokens,
             "pin_tokens": pin_tokens,
-            "update": update,
+            "update": rule,
             "min_weight_version": min_weight_version,
         }
 
@@ -238,10 +216,10 @@ class RolloutClient:
                 "group_id": list(missing),
             }
 
-        request = _Request(
+        request = Request(
             path="/pte/v1/score",
             expected=Expected(
-                groups=groups, window_tokens=window_tokens, adapter=adapter, update=update
+                groups=groups, window_tokens=window_tokens, adapter=adapter, rule=rule
             ),
             body=body,
         )
@@ -249,15 +227,15 @@ class RolloutClient:
         return [by_group[group_id] for group_id in groups]
 
     def push(self, adapter: Adapter | str | Path, name: str, version: int | None = None) -> int:
-        """Make an adapter version `version` of `name`, by default the next; returns the version.
+        """Make an adapter version `version` of `name`, by default the next; return its number.
 
         Safe to repeat: the same files under the same version are no error. Where others push the
         same name at once, each gets a number of its own.
 
         Args:
             adapter: the adapter, or its directory.
-            name: 1 to 64 of `A-Z a-z 0-9 . _ -`.
-            version: must be above the newest, unless it is there with the same files.
+            name: a name of 1 to 64 of `A-Z a-z 0-9 . _ -`.
+            version: a number above the newest, unless it is there with the same files.
 
         Raises:
             ServerError: if the server refuses (the adapter does not fit, the version is taken) or
@@ -272,7 +250,7 @@ class RolloutClient:
             return self._push_next(Path(adapter), name)
 
     def _push_next(self, path: Path, name: str) -> int:
-        """Push under the first free number."""
+        """Push under the first number that is free."""
         number = 0
         while True:
             # Decided before it is sent, so that a retry cannot push the same files twice.
@@ -297,33 +275,8 @@ class RolloutClient:
         )
         return int(reply["version"])
 
-    # -- requests and retries ---------------------------------------------------------------------
-
-    def _records(self, request: _Request) -> Iterator[Rollout]:
-        if request.expected.missing() and self._info is None:
-            self.info()
-        try:
-            while request.expected.missing():
-                # The clock of the retries starts anew with every record: only silence ends them.
-                yield self._http.retrying(lambda: self._next(request))
-        finally:
-            request.close()
-
-    def _next(self, request: _Request) -> Rollout:
-        """The next record, of the answer that is being read or of a new one."""
-        try:
-            if request.lines is None:
-                request.lines = self._http.lines(
-                    request.path, request.body(request.expected.missing()), request.stack
-                )
-            line = next(request.lines, None)
-            if line is None:
-                raise Unavailable(f"POST {request.path} ended before all samples had come")
-            assert self._info is not None
-            return request.expected.accept(line, self._info["plan"])
-        except ErrorLine as error:
-            request.close()
-            raise error_of(f"POST {request.path}", error.details) from None
-        except ServerError:
-            request.close()  # the next attempt asks for what is missing then
-            raise
+    def _records(self, request: Request) -> Iterator[Rollout]:
+        if not request.expected.missing():
+            return
+        info = self._info or self.info()
+        yield from request.records(self._http, info["plan"])

@@ -25,12 +25,14 @@ class ErrorLine(Exception):
 
 @dataclass(kw_only=True)
 class Group:
-    """Samples of one question that are still to come."""
+    """What was asked for of one question."""
 
     prompt: list[int] | str
+    """The question, as token ids or as a text for the server's tokenizer."""
     missing: set[int]
+    """Indices of the samples that are still to come."""
     pin_tokens: int | None = None
-    """None: the prompt."""
+    """How many tokens at the start are never folded; None pins the prompt."""
     answer: list[int] | None = None
     """The given completion, where it is scored."""
 
@@ -40,33 +42,34 @@ class Expected:
     """All that one request asked for; a sample is crossed off as it comes."""
 
     groups: dict[str, Group]
+    """The questions, by the id of their group."""
     window_tokens: int | None = None
-    """None: the server's."""
+    """The window; None leaves it to the server."""
     adapter: str | None = None
-    """`name` or `name@version`; None: the base model."""
-    update: str | None = None
-    """The rule; None: the adapter's."""
+    """`name` or `name@version`; None is the base model."""
+    rule: str | None = None
+    """The rule by which folds add up; None leaves it to the adapter."""
 
     def missing(self) -> dict[str, Group]:
+        """Return the groups that lack a sample, by their id."""
         return {group_id: group for group_id, group in self.groups.items() if group.missing}
 
     def accept(self, line: str, default_plan: Mapping[str, Any]) -> Rollout:
         """Read a line of the answer, check it against what was asked for, and cross it off.
 
         Args:
-            line: JSON.
-            default_plan: the server's, as its `info` has it.
+            line: the record, as JSON.
+            default_plan: the server's plan, as its `info` has it.
 
         Raises:
-            ErrorLine: if it is an error instead of a record.
-            RolloutMismatch: if it is malformed or not what was asked for.
+            ErrorLine: if the line is an error instead of a record.
+            RolloutMismatch: if the record is malformed or not what was asked for.
         """
         try:
-            values = json.loads(line)
-            if isinstance(values, dict) and "error" in values:
-                raise ErrorLine(values["error"])
-            record = Rollout.from_json(values)
+            record = Rollout.from_json(line)
         except ValueError as error:
+            if (details := _error_in(line)) is not None:
+                raise ErrorLine(details) from None
             raise RolloutMismatch(f"malformed record: {error}") from error
         where = f"sample {record.index} of group {record.group_id!r}"
         group = self.groups.get(record.group_id)
@@ -81,19 +84,19 @@ class Expected:
     def _wrong_policy(
         self, record: Rollout, group: Group, default_plan: Mapping[str, Any]
     ) -> str | None:
-        """What plan, adapter or rule differs, if one does."""
+        """Say which of plan, adapter and rule differs, if one does."""
         expected = self._plan(group, len(record.prompt_ids), default_plan)
         if record.plan != expected:
             return f"plan is {record.plan}, asked for was {expected}"
         name, asked = record.adapter, self.adapter
         if name != asked and not (name and asked and name.startswith(f"{asked}@")):
             return f"adapter is {name}, asked for was {asked}"
-        if self.update is not None and record.rule != self.update:
-            return f"rule is {record.rule or 'not said'}, asked for was {self.update}"
+        if self.rule is not None and record.rule != self.rule:
+            return f"rule is {record.rule or 'not said'}, asked for was {self.rule}"
         return None
 
     def _plan(self, group: Group, num_prompt: int, default: Mapping[str, Any]) -> FoldPlan:
-        """The plan that follows from the request and the server's defaults."""
+        """Make the plan that follows from the request and the server's defaults."""
         asked = self.window_tokens
         return FoldPlan(
             pin_tokens=num_prompt if group.pin_tokens is None else group.pin_tokens,
@@ -103,8 +106,17 @@ class Expected:
         )
 
 
+def _error_in(line: str) -> Any:
+    """Return what a line that is no record says went wrong, if it says so."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values.get("error") if isinstance(values, dict) else None
+
+
 def _wrong_tokens(record: Rollout, group: Group) -> str | None:
-    """What differs from the tokens that were sent, if anything does."""
+    """Say what differs from the tokens that were sent, if anything does."""
     if not isinstance(group.prompt, str) and list(record.prompt_ids) != group.prompt:
         return "prompt_ids are not the tokens that were sent"
     if group.answer is not None and list(record.completion_ids) != group.answer:

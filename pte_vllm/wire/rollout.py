@@ -1,166 +1,142 @@
-"""A rollout as it travels from the server to the trainer: one definition for both sides.
+"""This is a rollout as it travels from the server to the trainer: one definition for both sides.
 
-The server builds its records from this class and the trainer reads them back into it, so what one
-side writes is what the other checks. Standard library, `FoldPlan` and names of options only.
+The server builds a `Rollout` and sends `to_line()`. The trainer reads the line with `from_json`,
+where pydantic checks every value, in compiled code. A record that a program builds itself is not
+checked token by token: only what its parts say of each other is.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pte_vllm.method.names import RULE_NAMES
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+
+from pte_vllm.method.names import RuleName
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.wire.folds import FoldEvent, fold_events, num_folds
 
-FINISH_REASONS = ("stop", "length", "abort", "scored")
-"""`stop`: end of text or a stop token. `length`: no room left. `abort`: ended from outside, what
-was sampled is kept. `scored`: the tokens were given, not sampled."""
+FinishReason = Literal["stop", "length", "abort", "scored"]
+"""`stop`: the text or a stop token ended it. `length`: there was no room left. `abort`: it was
+ended from outside, and what was sampled is kept. `scored`: the tokens were given, not sampled."""
+FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 
 InFlight = Literal["pin", "switch_rebuild"]
-"""What a sample does when its adapter gets a new version: finish on its own, or read its tokens
-again and go on with the new one."""
+"""What a sample does when its adapter gets a new version: it finishes on its own version, or it
+reads its tokens again and goes on with the new one."""
 
 _ROUNDING = 1e-4  # a log-softmax in fp32 may end this far above zero
+
+Count = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0)]
+LogProb = Annotated[float, Field(le=_ROUNDING)]
+Bit = Annotated[int, Field(ge=0, le=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+# The rules of reading. They hold for the parts of a record too: no value changes its type, no
+# field is unknown, and no number is NaN or infinite.
+_exact = with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSpan:
-    """Completion tokens `[start, end)` come from one version of the adapter."""
+    """One version of the adapter sampled the completion tokens `[start, end)`."""
 
-    version: int
-    """Counts from 1 as versions are pushed; 0: the base model, or a LoRA not pushed."""
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoldEvent:
-    """Before the token at position `at` was computed, blocks `[first, end)` were folded."""
-
-    at: int
-    blocks: tuple[int, int]
-    rho: float | None = None
-    """‖ΔS‖ / ‖S‖, the mean over layers with a state; None without a state, or if unknown."""
-
-
-def fold_events(plan: FoldPlan, num_tokens: int) -> tuple[FoldEvent, ...]:
-    """Folds behind the log-probs of a sequence of `num_tokens`, question included.
-
-    The last token is predicted, never computed, so a boundary at its position is not among them.
-    """
-    events: list[FoldEvent] = []
-    for start, _ in plan.segments(num_tokens - 1):
-        end = plan.pinned_blocks + plan.folded_blocks(start)
-        first = events[-1].blocks[1] if events else plan.pinned_blocks
-        if end > first:
-            events.append(FoldEvent(at=start, blocks=(first, end)))
-    return tuple(events)
-
-
-def with_rho(events: Sequence[FoldEvent], rho: Sequence[float] | None) -> tuple[FoldEvent, ...]:
-    """The events with the engine's values; unchanged unless there is one for each.
-
-    The engine may have folded once more, for a token that came after the last of the answer.
-    """
-    if rho is None or len(rho) < len(events):
-        return tuple(events)
-    return tuple(replace(event, rho=value) for event, value in zip(events, rho, strict=False))
+    version: Count
+    """Versions count from 1 as they are pushed; 0 is the base model, or a LoRA not pushed."""
+    start: Count
+    end: Count
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """One answer to one question, with all that a replay needs.
+class _Fields:
+    """What a record holds in memory and on the wire alike."""
 
-    With N completion tokens, `completion_ids`, `logprobs` and `mask` are of length N.
-
-    Raises:
-        ValueError: naming the field, if a value is malformed or disagrees with another.
-    """
-
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    """Of the completion tokens, from the distribution they were sampled from."""
-    mask: tuple[int, ...]
-    """1: sampled by the policy, to be trained on; 0: put there by something else."""
-    finish_reason: str
-    adapter: str | None
-    """Name in the engine, `name@version` if pushed; None: the base model."""
-    rule: str | None = None
-    """By which folds added up; None: the adapter's own, whatever it is."""
+    prompt_ids: Annotated[tuple[TokenId, ...], Field(min_length=1)]
+    """The tokens of the question."""
+    completion_ids: tuple[TokenId, ...]
+    """The N tokens of the answer."""
+    logprobs: tuple[LogProb, ...]
+    """One for each completion token, from the distribution that it was sampled from."""
+    mask: tuple[Bit, ...]
+    """1 where the policy sampled the token, which is trained on; 0 where it came from elsewhere."""
+    finish_reason: FinishReason
+    adapter: Name | None
+    """Its name in the engine, `name@version` if it was pushed; None is the base model."""
+    rule: RuleName | None = None
+    """The rule by which folds added up; None is the adapter's own, whatever it is."""
     weight_versions: tuple[WeightSpan, ...]
-    """Cover `[0, N)` in order, without holes."""
+    """They cover `[0, N)` in order, without holes."""
     plan: FoldPlan
-    fold_events: tuple[FoldEvent, ...]
-    group_id: str
+    group_id: Name
     """Samples of one question share it."""
-    index: int
-    """Which sample of its group, from 0."""
-    num_preempted: int | None
+    index: Count
+    """Which sample of its group this is, from 0."""
+    num_preempted: Count | None
     """How often the engine evicted and replayed it; None where the server keeps no statistics."""
 
+
+@_exact
+@dataclass(frozen=True, kw_only=True)
+class _Line(_Fields):
+    """A record as JSON has it: with the folds written out, for readers that know no plan."""
+
+    fold_events: tuple[FoldEvent, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(_Fields):
+    """One answer to one question, with all that a replay needs.
+
+    Raises:
+        ValueError: naming the field, if a field contradicts another, a log-prob is not finite, or
+            the reason of its end is unknown.
+    """
+
+    rho: tuple[float, ...] | None = None
+    """‖ΔS‖ / ‖S‖ of each fold, the mean over layers with a state; None without a state, or where
+    it is unknown."""
+
     def __post_init__(self) -> None:
-        _check_tokens("prompt_ids", self.prompt_ids)
-        _check_tokens("completion_ids", self.completion_ids)
-        if not self.prompt_ids:
-            raise ValueError("prompt_ids is empty")
-        _check_logprobs(self.logprobs)
-        if any(type(m) is not int or m not in (0, 1) for m in self.mask):
-            raise ValueError("mask must hold 0 and 1 only")
         for name in ("logprobs", "mask"):
             found, wanted = len(getattr(self, name)), len(self.completion_ids)
             if found != wanted:
                 raise ValueError(f"{name} has {found} values for {wanted} completion tokens")
+        if not math.isfinite(sum(self.logprobs)):
+            raise ValueError("logprobs must be finite")
         if self.finish_reason not in FINISH_REASONS:
             raise ValueError(
                 f"finish_reason must be one of {', '.join(FINISH_REASONS)}, "
                 f"got {self.finish_reason!r}"
             )
-        if self.adapter is not None and (not isinstance(self.adapter, str) or not self.adapter):
-            raise ValueError(f"adapter must be a name or null, got {self.adapter!r}")
-        if self.rule is not None and self.rule not in RULE_NAMES:
-            raise ValueError(
-                f"rule must be one of {', '.join(RULE_NAMES)} or null, got {self.rule!r}"
-            )
-        if not isinstance(self.group_id, str) or not self.group_id:
-            raise ValueError(f"group_id must be a non-empty string, got {self.group_id!r}")
-        _check_count("index", self.index)
-        if self.num_preempted is not None:
-            _check_count("num_preempted", self.num_preempted)
-        self._check_versions()
         if self.plan.pin_tokens > len(self.prompt_ids):
             raise ValueError(
                 f"plan: {self.plan.pin_tokens} pinned tokens, but the prompt has "
                 f"{len(self.prompt_ids)}"
             )
-        self._check_folds()
+        self._check_rho()
+        self._check_versions()
 
-    def _check_folds(self) -> None:
-        expected = fold_events(self.plan, len(self.token_ids))
-        found = tuple(replace(event, rho=None) for event in self.fold_events)
-        if found != expected:
+    def _check_rho(self) -> None:
+        if self.rho is None:
+            return
+        if len(self.rho) != num_folds(self.plan, self._num_tokens):
             raise ValueError(
-                f"fold_events are not those of the plan: {len(found)} found, "
-                f"{len(expected)} expected, first difference at "
-                f"{_first_difference(found, expected)}"
+                f"rho has {len(self.rho)} values, but the plan has "
+                f"{num_folds(self.plan, self._num_tokens)} folds"
             )
-        known = [event.rho for event in self.fold_events if event.rho is not None]
-        if len(known) not in (0, len(found)):
-            raise ValueError(f"fold_events: rho is there for {len(known)} of {len(found)} folds")
-        for rho in known:
-            if isinstance(rho, bool) or not isinstance(rho, int | float):
-                raise ValueError(f"fold_events: rho must be a number or null, got {rho!r}")
-            if not math.isfinite(rho) or rho < 0:
-                raise ValueError(f"fold_events: rho must be finite and at least 0, got {rho!r}")
+        if not all(math.isfinite(value) and value >= 0 for value in self.rho):
+            raise ValueError(f"rho must be finite and at least 0, got {self.rho}")
 
     def _check_versions(self) -> None:
         position = 0
         for span in self.weight_versions:
-            for name in ("version", "start", "end"):
-                _check_count(f"weight_versions: {name}", getattr(span, name))
             if span.start != position or span.end <= span.start:
                 raise ValueError(
                     f"weight_versions: span [{span.start}, {span.end}) does not continue at "
@@ -174,23 +150,29 @@ class Rollout:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Question and answer."""
+        """The tokens of question and answer follow each other."""
         return self.prompt_ids + self.completion_ids
 
+    @cached_property
+    def fold_events(self) -> tuple[FoldEvent, ...]:
+        """The folds behind the log-probs follow from the plan; `rho` adds what was measured."""
+        return fold_events(self.plan, self._num_tokens, self.rho)
+
+    @property
+    def _num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    def to_line(self) -> bytes:
+        """Return the record as a line of JSON without its end; `from_json` undoes it exactly."""
+        return _WIRE.dump_json(self._line())
+
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values; `from_json` undoes it exactly."""
-        return {
-            **{field.name: getattr(self, field.name) for field in fields(self)},
-            "prompt_ids": list(self.prompt_ids),
-            "completion_ids": list(self.completion_ids),
-            "logprobs": list(self.logprobs),
-            "mask": list(self.mask),
-            "weight_versions": [asdict(span) for span in self.weight_versions],
-            "plan": plan_to_json(self.plan),
-            "fold_events": [
-                {"at": e.at, "blocks": list(e.blocks), "rho": e.rho} for e in self.fold_events
-            ],
-        }
+        """Return the record as JSON values, as `json.loads` makes them of its line."""
+        values: dict[str, Any] = _WIRE.dump_python(self._line(), mode="json")
+        return values
+
+    def _line(self) -> _Line:
+        return _Line(**_values(self), fold_events=self.fold_events)
 
     @classmethod
     def from_json(cls, record: str | bytes | Mapping[str, Any]) -> Rollout:
@@ -202,93 +184,53 @@ class Rollout:
         Raises:
             ValueError: naming the field, if anything is missing, unknown, malformed or disagrees.
         """
-        if isinstance(record, str | bytes):
-            record = json.loads(record)  # JSONDecodeError is a ValueError
-        if isinstance(record, Mapping):
-            record = {"rule": None, **record}  # records of earlier versions have none
-        values = _object("record", record, {field.name for field in fields(cls)})
-        for name in ("prompt_ids", "completion_ids", "logprobs", "mask"):
-            values[name] = tuple(_list(name, values[name]))
-        values["weight_versions"] = tuple(
-            WeightSpan(**_object("weight_versions", span, {"version", "start", "end"}))
-            for span in _list("weight_versions", values["weight_versions"])
-        )
-        values["plan"] = plan_from_json(values["plan"])
-        values["fold_events"] = tuple(
-            _fold_event(event) for event in _list("fold_events", values["fold_events"])
-        )
-        return cls(**values)
+        if not isinstance(record, str | bytes):
+            record = json.dumps(record)
+        try:
+            line = _WIRE.validate_json(record)
+        except ValidationError as error:
+            raise ValueError(_reason(error)) from None
+        rollout = cls(**_values(line), rho=_rho(line.fold_events))
+        found, expected = line.fold_events, rollout.fold_events
+        if found != expected:
+            pairs = enumerate(zip(found, expected, strict=False))
+            first = next((i for i, (a, b) in pairs if a != b), min(len(found), len(expected)))
+            raise ValueError(
+                f"fold_events are not those of the plan: {len(found)} found, {len(expected)} "
+                f"expected, first difference at {first}"
+            )
+        return rollout
 
 
-def plan_to_json(plan: FoldPlan) -> dict[str, Any]:
-    """The four numbers that decide every fold."""
-    return asdict(plan)
+_NAMES = tuple(field.name for field in fields(_Fields))
+_WIRE = TypeAdapter(_Line)
 
 
-def plan_from_json(values: Any) -> FoldPlan:
-    """Undo `plan_to_json`; ValueError if the numbers are malformed or impossible."""
-    names = {field.name for field in fields(FoldPlan)}
-    plan = _object("plan", values, names)
-    for name in names - {"evict_ratio"}:
-        _check_count(f"plan: {name}", plan[name])
-    ratio = plan["evict_ratio"]
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-        raise ValueError(f"plan: evict_ratio must be a number, got {ratio!r}")
-    try:
-        return FoldPlan(**plan)
-    except ValueError as error:
-        raise ValueError(f"plan: {error}") from error
+def _values(record: _Fields) -> dict[str, Any]:
+    """Return the fields that both forms of a record have, as they are."""
+    return {name: getattr(record, name) for name in _NAMES}
 
 
-def _fold_event(values: Any) -> FoldEvent:
-    if isinstance(values, Mapping):
-        values = {"rho": None, **values}  # records of earlier versions have none
-    event = _object("fold_events", values, {"at", "blocks", "rho"})
-    _check_count("fold_events: at", event["at"])
-    blocks = _list("fold_events: blocks", event["blocks"])
-    if len(blocks) != 2:
-        raise ValueError(f"fold_events: blocks must be two numbers, got {blocks!r}")
-    for block in blocks:
-        _check_count("fold_events: blocks", block)
-    return FoldEvent(at=event["at"], blocks=(blocks[0], blocks[1]), rho=event["rho"])
+def _rho(events: tuple[FoldEvent, ...]) -> tuple[float, ...] | None:
+    """Return what the folds of a line say was measured; None if they do not say.
+
+    Raises:
+        ValueError: if some of them say it and others do not.
+    """
+    known = tuple(event.rho for event in events if event.rho is not None)
+    if len(known) not in (0, len(events)):
+        raise ValueError(f"fold_events: rho is there for {len(known)} of {len(events)} folds")
+    return known or None
 
 
-def _object(what: str, values: Any, names: set[str]) -> dict[str, Any]:
-    """`values` as a dict with exactly these names."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be an object, got {type(values).__name__}")
-    if missing := names - values.keys():
-        raise ValueError(f"{what} lacks {', '.join(sorted(missing))}")
-    if unknown := values.keys() - names:
-        raise ValueError(f"{what} has unknown fields: {', '.join(sorted(map(str, unknown)))}")
-    return dict(values)
-
-
-def _list(what: str, values: Any) -> Sequence[Any]:
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"{what} must be a list, got {type(values).__name__}")
-    return values
-
-
-def _check_count(what: str, value: Any) -> None:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{what} must be an integer of at least 0, got {value!r}")
-
-
-def _check_tokens(what: str, tokens: tuple[int, ...]) -> None:
-    for token in tokens:
-        if type(token) is not int or token < 0:
-            raise ValueError(f"{what} must hold token ids, got {token!r}")
-
-
-def _check_logprobs(logprobs: tuple[float, ...]) -> None:
-    for value in logprobs:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"logprobs must hold numbers, got {value!r}")
-        if not math.isfinite(value) or value > _ROUNDING:
-            raise ValueError(f"logprobs must be finite and at most 0, got {value!r}")
-
-
-def _first_difference(found: Sequence[Any], expected: Sequence[Any]) -> int:
-    pairs = zip(found, expected, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(expected)))
+def _reason(error: ValidationError) -> str:
+    """Say what pydantic found first, on one line that names the field."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"])) or "record"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{where} is not a known field"
+    if first["type"] == "json_invalid":
+        return f"{where}: {first['msg']}"
+    return f"{where}: {first['msg']}, got {first['input']!r:.80}"

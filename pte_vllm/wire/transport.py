@@ -1,4 +1,4 @@
-"""HTTP with patience: some failures are tried again, all others are one clear error at once."""
+"""Some failures of HTTP are tried again; all others are one clear error at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 RETRIED_STATUS = (429, 502, 503, 504)
 CONFLICT = 409
-"""Status of a request that contradicts versions that are there."""
+"""The HTTP status of a request that contradicts versions that are there."""
 _MAX_WAIT_S = 15.0
 
 
@@ -24,11 +24,11 @@ class ServerError(RuntimeError):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
-        """HTTP status; None where there was no answer."""
+        """The HTTP status; None where there was no answer."""
 
 
 class Unavailable(ServerError):
-    """Worth another try, not before `wait_s`; `Transport.retrying` handles it."""
+    """The failure is worth another try, not before `wait_s`; see `Transport.retrying`."""
 
     def __init__(self, message: str, status: int | None = None, wait_s: float = 0.0) -> None:
         super().__init__(message, status)
@@ -36,12 +36,12 @@ class Unavailable(ServerError):
 
 
 class Transport:
-    """One server.
+    """Sends requests to one server.
 
     Args:
-        base_url: such as `http://localhost:8000`.
-        key: bearer token of every request that brings no other.
-        timeout_s: longest silence on an open connection.
+        base_url: where the server is, such as `http://localhost:8000`.
+        key: the bearer token of every request that brings no other.
+        timeout_s: the longest silence on an open connection.
         retry_s: how long one call goes on trying.
     """
 
@@ -50,13 +50,14 @@ class Transport:
         self._http = httpx.Client(base_url=base_url, timeout=timeout_s, headers=bearer(key))
 
     def close(self) -> None:
+        """Close the connections."""
         self._http.close()
 
     def retrying(self, call: Callable[[], T]) -> T:
-        """`call()`, again while it raises Unavailable, with exponential back-off.
+        """Return `call()`, tried again with exponential back-off while it raises Unavailable.
 
         Raises:
-            ServerError: the last one, once `retry_s` would be exceeded.
+            ServerError: the last failure, once another try would exceed `retry_s`.
         """
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable),
@@ -67,7 +68,7 @@ class Transport:
         return retrying(call)
 
     def json(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
-        """A request whose answer is a JSON object; retried."""
+        """Send a request, with retries, and return its answer, a JSON object."""
 
         def call() -> dict[str, Any]:
             try:
@@ -84,12 +85,12 @@ class Transport:
         return self.retrying(call)
 
     def lines(self, path: str, body: Mapping[str, Any], stack: ExitStack) -> Iterator[str]:
-        """Lines of the answer to a POST, blank ones left out; not retried.
+        """Yield the lines of the answer to a POST, blank ones left out. It is not retried.
 
         Args:
-            path: of the route.
-            body: sent as JSON.
-            stack: closing it closes the connection.
+            path: the route, such as `/pte/v1/rollouts`.
+            body: what is sent, as JSON.
+            stack: what closes the connection when it is closed itself.
 
         Raises:
             Unavailable: here or while iterating, if the connection fails.
@@ -107,7 +108,11 @@ class Transport:
             raise Unavailable(f"POST {path}: {_describe(error)}") from error
 
     def wait_healthy(self, timeout_s: float) -> None:
-        """Wait for `GET /health`; ServerError if it does not come within `timeout_s`."""
+        """Wait until `GET /health` answers 200.
+
+        Raises:
+            ServerError: if it does not within `timeout_s`.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -125,12 +130,12 @@ class Transport:
 
 
 def bearer(key: str | None) -> dict[str, str]:
-    """Headers that present a key; empty without one."""
+    """Make the headers that present a key; there are none without one."""
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def error_of(what: str, error: Mapping[str, Any], retry_after: str | None = None) -> ServerError:
-    """The exception of an error object of the server, `{"code": ..., "message": ...}`."""
+    """Make the exception for an error object of the server, `{"code": ..., "message": ...}`."""
     status, message = error.get("code"), f"{what}: {error.get('code')} {error.get('message')}"
     if status in RETRIED_STATUS:
         seconds = float(retry_after) if retry_after and retry_after.isdecimal() else 0.0
@@ -139,7 +144,7 @@ def error_of(what: str, error: Mapping[str, Any], retry_after: str | None = None
 
 
 def _failure(response: httpx.Response) -> ServerError:
-    """Of an answer that is not a success; its body was read."""
+    """Make the exception for an answer that is not a success; its body was read before."""
     what = f"{response.request.method} {response.request.url.path}"
     try:
         error = response.json()["error"]
@@ -159,7 +164,7 @@ _backoff = tenacity.wait_exponential_jitter(initial=0.2, max=_MAX_WAIT_S, jitter
 
 
 def _wait_s(state: tenacity.RetryCallState) -> float:
-    """Exponential, but no less than the server asked for."""
+    """Return the exponential wait, or what the server asked for where that is more."""
     assert state.outcome is not None
     error = state.outcome.exception()
     asked = error.wait_s if isinstance(error, Unavailable) else 0.0

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
+from fastapi.responses import JSONResponse, Response
+from vllm.entrypoints.serve import create_error_response
+
 RETRY_AFTER_S = 5
-"""What a client that is turned away is told to wait."""
+"""How long a client that is turned away is told to wait."""
 
 
 class BusyError(RuntimeError):
-    """There is no room for more samples: HTTP 429."""
+    """There is no room for more samples; the client gets HTTP 429."""
 
 
 class Admission:
     """Counts samples in flight.
 
     Args:
-        limit: a request that would exceed it is turned away; one that comes alone is not.
+        limit: how many may be in flight. A request that would exceed it is turned away; one that
+            comes alone is not.
     """
 
     def __init__(self, limit: int) -> None:
@@ -35,5 +41,12 @@ class Admission:
         self.in_flight += count
 
     def leave(self) -> None:
-        """One sample is done, whatever its end."""
+        """Count one sample out, however it ended."""
         self.in_flight -= 1
+
+
+def too_many(message: str) -> Response:
+    """Answer 429, with the header that vLLM's handler of HTTPException would drop."""
+    body = create_error_response(message, "TooManyRequests", HTTPStatus.TOO_MANY_REQUESTS)
+    after = {"Retry-After": str(RETRY_AFTER_S)}
+    return JSONResponse(body.model_dump(), HTTPStatus.TOO_MANY_REQUESTS, headers=after)

@@ -1,4 +1,4 @@
-"""Who may call our routes; vLLM's own check covers its own prefixes (`/v1`, ...) only."""
+"""Keys decide who may call our routes; vLLM's own check covers its own prefixes only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ADMIN_KEY = "PTE_ADMIN_KEY"
 
 
 class Keys:
-    """Bearer tokens: the server's API keys, and the key of those who may change it.
+    """Knows the bearer tokens: the server's API keys, and the key of those who may change it.
 
     Args:
-        args: of the server; `--api-key` goes before VLLM_API_KEY, as in vLLM, and
+        args: the server's arguments; `--api-key` goes before VLLM_API_KEY, as in vLLM, and
             `--pte-admin-key` or its file before PTE_ADMIN_KEY.
     """
 
@@ -27,9 +27,11 @@ class Keys:
         self._admin = AuthenticationMiddleware(None, admin or api) if admin or api else None
 
     def allow_use(self, request: Request) -> bool:
+        """Return whether a request has a key of the server, where it needs one."""
         return self._api is None or self._api.verify_token(request.headers)
 
     def allow_change(self, request: Request) -> bool:
+        """Return whether a request may change what others get."""
         return self._admin is None or self._admin.verify_token(request.headers)
 
 
@@ -50,15 +52,17 @@ def _admin_keys(args: Namespace) -> list[str]:
 
 
 async def may_use(request: Request) -> None:
-    """Dependency of every route: 401 without a key of the server."""
+    """Refuse, with 401, a request without a key of the server; every route depends on this."""
     keys: Keys | None = getattr(request.app.state, "pte_keys", None)
     if keys is not None and not keys.allow_use(request):
         raise HTTPException(401, "this server needs its API key as a bearer token")
 
 
 async def may_change(request: Request) -> None:
-    """Dependency of routes that change what others get (adapters, pause, abort): 401 without the
-    admin key, where one is set."""
+    """Refuse, with 401, a request without the admin key, where one is set.
+
+    Routes that change what others get (adapters, pause, abort) depend on this.
+    """
     keys: Keys | None = getattr(request.app.state, "pte_keys", None)
     if keys is not None and not keys.allow_change(request):
         raise HTTPException(401, "this needs the server's admin key (--pte-admin-key)")

@@ -1,4 +1,4 @@
-"""Bounds the bodies of our routes before they are in memory."""
+"""The bodies of our routes are bounded before they are in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a body above the limit, declared or chunked, on some routes.
+    """ASGI middleware that answers 413 to a body above the limit, declared or chunked.
 
     FastAPI reads a JSON body whole before any dependency of its route runs, so a dependency would
     come too late. What comes in chunks may have no end: then the connection is closed after a 413,
@@ -19,9 +19,9 @@ class BodyLimit:
     before.
 
     Args:
-        app: what comes after.
-        routes: those that are bounded.
-        max_bytes: of a body.
+        app: what takes the request afterwards.
+        routes: the routes whose bodies are bounded.
+        max_bytes: the largest body.
         exempt: endpoints that bound their bodies themselves.
     """
 
@@ -53,7 +53,7 @@ class BodyLimit:
 
     @staticmethod
     def _declared(scope: Scope) -> tuple[int, bool]:
-        """Content-Length, 0 if there is none, and whether the body comes in chunks instead."""
+        """Return Content-Length, or 0, and whether the body comes in chunks instead."""
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
         return int(length) if length.isdecimal() else 0, "transfer-encoding" in headers
@@ -81,7 +81,7 @@ class BodyLimit:
 
 
 def _closing(send: Send) -> Send:
-    """`send`, which also ends the connection of a client whose body is too large."""
+    """Make a `send` that also ends the connection of a client whose body is too large."""
 
     async def closing(message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] == 413:

@@ -1,4 +1,4 @@
-"""Who runs on which version of an adapter, who hears of a new one, and when files may go."""
+"""Who runs on which version of an adapter, who hears of a new one, and when files are deleted."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from contextlib import contextmanager
 from vllm.engine.protocol import EngineClient
 
 from pte_vllm.server.adapters.spool import Spool, Version
-from pte_vllm.server.metrics import forget_adapter
+from pte_vllm.server.metrics import delete_adapter_series
 
 GRACE_S = 10.0
-"""Time between an adapter's last use by name and its first step in the engine, amply."""
+"""More than the time between an adapter's last use by name and its first step in the engine."""
 
 Listener = Callable[[Version], None]
 
 
 class AdapterUse:
-    """Rollouts by version, and versions that were retired but may still be read.
+    """Knows the rollouts on each version, and versions that were retired but may still be read.
 
     vLLM may load an adapter's files again in the middle of a step, and would die without them: so
     files of a retired version stay until no request of any route uses it.
 
     Args:
-        engine: asked which adapters its requests use.
-        spool: where the files lie.
-        on_idle: called when the last rollout on some version ends.
+        engine: the engine, which knows what adapters its requests use.
+        spool: the files.
+        on_idle: what is called when the last rollout on some version ends.
     """
 
     def __init__(self, engine: EngineClient, spool: Spool, on_idle: Callable[[], None]) -> None:
@@ -40,12 +40,12 @@ class AdapterUse:
         self._listeners: defaultdict[str, set[Listener]] = defaultdict(set)  # by pushed name
 
     def rollouts(self, engine_name: str) -> int:
-        """How many rollouts and scores run on it."""
+        """Return how many rollouts and scores run on a version."""
         return self._rollouts.get(engine_name, 0)
 
     @contextmanager
     def using(self, engine_name: str | None) -> Iterator[None]:
-        """Keep the version for the length of the block; None: the base model."""
+        """Keep a version's files for the length of the block; None is the base model."""
         if engine_name is None:
             yield
             return
@@ -78,11 +78,11 @@ class AdapterUse:
             listener(version)
 
     def retire(self, version: Version) -> None:
-        """Let the files go once nothing uses them."""
+        """Have the files of a version deleted once nothing uses them."""
         self._retired.append((time.monotonic(), version))
 
-    async def remove_unused(self) -> bool:
-        """Remove files of retired versions that no request, running or waiting, uses.
+    async def delete_unused(self) -> bool:
+        """Delete files of retired versions that no request, running or waiting, uses.
 
         Returns:
             Whether files of retired versions are left.
@@ -97,7 +97,7 @@ class AdapterUse:
         in_use = {*report["adapters_in_use"], *self._rollouts}
         for retired in due:
             if retired[1].engine_name not in in_use:
-                forget_adapter(retired[1].engine_name)
-                await asyncio.to_thread(self._spool.remove, retired[1])
+                delete_adapter_series(retired[1].engine_name)
+                await asyncio.to_thread(self._spool.delete, retired[1])
                 self._retired.remove(retired)
         return bool(self._retired)

@@ -9,19 +9,19 @@ from vllm.lora.request import LoRARequest
 
 
 class ServedNames(dict[str, LoRARequest]):
-    """Entries are what vLLM lists and loads; `newest` adds names that point at one of them.
+    """A table whose entries vLLM lists and loads; `newest` adds names that point at one of them.
 
     Requests look adapters up by `in` and `[]`, so `model: "policy"` finds `policy@7` and runs under
     that name. `/v1/models` goes through `values()`, which has `policy` as well.
 
     Args:
-        entries: by the engine's name, `name@version` if pushed.
+        entries: LoRAs by the name that the engine knows them by, `name@version` if pushed.
     """
 
     def __init__(self, entries: Mapping[str, LoRARequest]) -> None:
         super().__init__(entries)
         self.newest: dict[str, str] = {}
-        """Engine name of the newest version, by pushed name."""
+        """The engine's name of the newest version, by pushed name."""
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or name in self.newest

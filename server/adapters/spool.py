@@ -1,12 +1,12 @@
 """Pushed adapters on disk: written whole or not at all, and there again after a restart.
 
     SPOOL/lock                       held by the one server that uses the spool
-    SPOOL/incoming/*                 being written; leftovers are removed at start
+    SPOOL/incoming/*                 being written; leftovers are deleted at start
     SPOOL/{name}@{version}-{hash}/   the files of one version, and record.json
 
 A directory becomes a version by one rename, after its files are on disk. The hash in its name
 matters: vLLM's prefix cache knows an adapter by name and path, so other weights under a version
-that was deleted before must have another path.
+that was retired before must have another path.
 """
 
 from __future__ import annotations
@@ -43,16 +43,19 @@ class Version:
     name: str
     number: int
     sha256: str
-    """`pte_vllm.adapter.hashes.content_hash` of its files."""
+    """What `pte_vllm.adapter.hashes.content_hash` says of its files."""
     num_bytes: int
+    """The size of its files together."""
     created_s: float
-    """Unix time."""
+    """When it was made, in Unix time."""
     rule: str | None
-    """Its update rule; None: a plain LoRA."""
+    """The rule by which its folds add up; None for a plain LoRA."""
     path: str
+    """The directory with its files."""
 
     @property
     def engine_name(self) -> str:
+        """The name that the engine knows it by."""
         return f"{self.name}@{self.number}"
 
 
@@ -65,7 +68,7 @@ def check_name(name: str) -> None:
 
 
 class Incoming:
-    """Files of a version being pushed; `discard` removes what `Spool.commit` did not take."""
+    """Files of a version being pushed; `delete` deletes what `Spool.commit` did not take."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -106,21 +109,22 @@ class Incoming:
             with (directory / name).open("rb") as file:
                 self.write(name, file)
 
-    def discard(self) -> None:
+    def delete(self) -> None:
+        """Delete the directory, if it is still there."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 def default_root() -> Path:
-    """Where the spools of a user's servers lie, unless `--pte-spool` says otherwise."""
+    """Return where the spools of a user's servers lie, unless `--pte-spool` says otherwise."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "pte-vllm" / "spool"
 
 
 class Spool:
-    """The directory of one server. Blocking calls; the caller keeps them off the event loop.
+    """Keeps the directory of one server. Its calls block: keep them off the event loop.
 
     Args:
-        root: the directory; made, and locked, when first needed.
+        root: the directory, which is made and locked when it is first needed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -128,7 +132,7 @@ class Spool:
         self._lock: IO[str] | None = None
 
     def open(self) -> None:
-        """Make and lock the directory; idempotent.
+        """Make and lock the directory, unless that was done before.
 
         Raises:
             ValueError: if another server uses it.
@@ -149,7 +153,12 @@ class Spool:
             shutil.rmtree(leftover)
 
     def versions(self) -> list[Version]:
-        """What is stored, by name and number; removes what was deleted but still in use."""
+        """Return what is stored, by name and number, and delete what was retired before.
+
+        Raises:
+            ValueError: if a record is damaged, or another server uses the directory.
+            SpoolError: if the directory cannot be written.
+        """
         if not self.root.is_dir():
             return []
         self.open()
@@ -166,7 +175,12 @@ class Spool:
         return sorted(found, key=lambda v: (v.name, v.number))
 
     def incoming(self) -> Incoming:
-        """A place for the files of a new version; SpoolError if there is none."""
+        """Make a place for the files of a new version.
+
+        Raises:
+            ValueError: if another server uses the directory.
+            SpoolError: if it cannot be written.
+        """
         self.open()
         with _writing():
             return Incoming(Path(tempfile.mkdtemp(dir=self.root / "incoming")))
@@ -196,24 +210,24 @@ class Spool:
                 json.dump(record, file)
                 _sync(file)
             _sync_directory(incoming.path)
-            shutil.rmtree(path, ignore_errors=True)  # the same files, deleted but not yet removed
+            shutil.rmtree(path, ignore_errors=True)  # the same files, retired but not yet deleted
             incoming.path.rename(path)
             _sync_directory(self.root)
         return version
 
-    def forget(self, version: Version) -> None:
-        """The version will not come back; its files stay for those who still read them."""
+    def retire(self, version: Version) -> None:
+        """Let no restart bring the version back; its files stay for those who still read them."""
         (Path(version.path) / RECORD_FILE).unlink(missing_ok=True)
 
-    def remove(self, version: Version) -> None:
-        """Remove the files, unless the same version was pushed again meanwhile."""
+    def delete(self, version: Version) -> None:
+        """Delete the files, unless the same version was pushed again meanwhile."""
         if not (Path(version.path) / RECORD_FILE).exists():
             shutil.rmtree(version.path, ignore_errors=True)
 
 
 @contextmanager
 def _writing() -> Iterator[None]:
-    """Failures inside the block are the spool's, not those of what is read meanwhile."""
+    """Make a failure inside the block the spool's, not that of what is read meanwhile."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The body of a push, as multipart form or tar: its files, its hash, its version; and their check.
+"""The body of a push, a multipart form or a tar, is read here, and its adapter checked.
 
 Nothing here touches the spool: names that a body carries are compared with the three that an
 adapter has, and never used as paths.
@@ -22,9 +22,10 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from pte_vllm.adapter.files import AdapterError
 from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.adapter.hashes import CONFIG_FILE, FILES, LORA_FILE
+from pte_vllm.method.options import PTEConfig
 
 MAX_ADAPTER_BYTES = 1 << 30
-"""Largest body of a push."""
+"""The largest body of a push."""
 TAR_TYPES = ("application/x-tar", "application/tar")
 _IN_MEMORY_BYTES = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -48,7 +49,7 @@ BODY_SCHEMA = {
         },
     }
 }
-"""For the OpenAPI description: the body is read by hand, so that its size is bounded."""
+"""What the OpenAPI description says; the body is read by hand, so that its size is bounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +57,11 @@ class Upload:
     """What a push sent, not yet looked into."""
 
     files: dict[str, IO[bytes]]
-    """By name, of `FILES`."""
+    """Its files by name; the names are among `FILES`."""
     sha256: str
+    """The hash that the sender says its files have."""
     number: int | None
-    """None: the next version."""
+    """The version; None asks for the next."""
 
 
 async def read_upload(request: Request) -> Upload:
@@ -76,7 +78,12 @@ async def read_upload(request: Request) -> Upload:
 
 
 def not_stored(where: str, error: OSError) -> HTTPException:
-    """507 where the disk is full or a quota used up, 500 otherwise; `where` is what to change."""
+    """Make the answer to a failed write: 507 where there is no room, 500 otherwise.
+
+    Args:
+        where: the option or variable that says where it was written.
+        error: the failure.
+    """
     status = 507 if error.errno in _NO_ROOM else 500
     return HTTPException(status, f"{where} cannot be written: {error.strerror}")
 
@@ -109,11 +116,20 @@ async def _read_upload(request: Request) -> Upload:
     )
 
 
-def servable_rule(path: Path, shape: ModelShape, max_lora_rank: int) -> str | None:
-    """The update rule of the adapter in `path`; None for a plain LoRA. Reads every tensor.
+def check_servable(path: Path, shape: ModelShape, max_lora_rank: int) -> PTEConfig | None:
+    """Read and check an adapter, every tensor of it.
+
+    Args:
+        path: its directory.
+        shape: the sizes of the base model.
+        max_lora_rank: the largest rank that the engine has room for.
+
+    Returns:
+        What its config says of the method; None of a plain LoRA.
 
     Raises:
-        AdapterError: if it is broken, or not for this model or engine; names no directory.
+        AdapterError: if it is broken, or not for this model or engine. The message names no
+            directory.
     """
     try:
         adapter = Adapter.load(path, shape)
@@ -124,7 +140,7 @@ def servable_rule(path: Path, shape: ModelShape, max_lora_rank: int) -> str | No
             raise AdapterError(f"rank {rank} exceeds this server's --max-lora-rank {max_lora_rank}")
     except AdapterError as error:
         raise AdapterError(str(error).replace(f"{path}/", "")) from error
-    return adapter.pte.rule if adapter.pte is not None else None
+    return adapter.pte
 
 
 async def _read_form(request: Request) -> tuple[dict[str, IO[bytes]], dict[str, str]]:
@@ -176,7 +192,7 @@ def _tar_members(body: IO[bytes]) -> dict[str, IO[bytes]]:
 
 
 async def _bounded(request: Request) -> AsyncGenerator[bytes, None]:
-    """The body, up to the largest size."""
+    """Yield the body, and raise 413 once it is above the largest size."""
     num_bytes = 0
     async for chunk in request.stream():
         num_bytes += len(chunk)

@@ -1,4 +1,4 @@
-"""Runs sequences on the engine and streams a record of each as it finishes, as NDJSON."""
+"""Sequences run on the engine, and a record of each goes out as it finishes, as NDJSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from fastapi import HTTPException
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve import create_error_response
 from vllm.inputs import EngineInput
@@ -19,8 +19,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pte_vllm.engine.earlier import ONLY_CHECKED
-from pte_vllm.server.access.admission import RETRY_AFTER_S, BusyError
-from pte_vllm.server.adapters.registry import ConflictError, Resolved
+from pte_vllm.server.access.admission import BusyError, too_many
+from pte_vllm.server.adapters.catalog import ConflictError, Resolved
 from pte_vllm.server.metrics import counted
 from pte_vllm.server.rollouts.in_flight import Job, run
 from pte_vllm.server.rollouts.schemas import RolloutRequest, ScoreRequest
@@ -36,9 +36,13 @@ LOGPROBS_MODE = "processed_logprobs"
 
 
 def resolve(service: Service, body: RolloutRequest | ScoreRequest) -> Resolved:
-    """The adapter of a request; 404 if there is none, 409 if it is too old for the request."""
+    """Return the adapter of a request.
+
+    Raises:
+        HTTPException: 404 if there is none, 409 if it is too old for the request.
+    """
     try:
-        return service.registry.resolve(
+        return service.registry.catalog.resolve(
             body.adapter,
             min_version=body.min_weight_version,
             max_staleness=getattr(body, "max_staleness", None),
@@ -50,7 +54,7 @@ def resolve(service: Service, body: RolloutRequest | ScoreRequest) -> Resolved:
 
 
 def check_logprobs_mode(service: Service) -> None:
-    """Refuse where log-probs would not be those of the sampled distribution."""
+    """Refuse, with 400, where log-probs would not be those of the sampled distribution."""
     mode = service.engine.model_config.logprobs_mode
     if mode != LOGPROBS_MODE:
         raise HTTPException(
@@ -61,14 +65,14 @@ def check_logprobs_mode(service: Service) -> None:
 def validate(
     service: Service, prompt: EngineInput, params: SamplingParams, adapter: Resolved
 ) -> None:
-    """All checks of a request, vLLM's and ours, before an answer begins; raises what they raise."""
+    """Make all checks of a request, vLLM's and ours, before an answer begins."""
     service.engine.input_processor.process_inputs(
         ONLY_CHECKED, prompt, params, ("generate",), lora_request=adapter.lora
     )
 
 
 def stream(service: Service, jobs: list[Job]) -> Response:
-    """Start `jobs`, and answer with the record of each as it finishes; 429 if there is no room."""
+    """Start `jobs` and answer with the record of each as it finishes, or 429 without room."""
     try:
         service.admission.enter(len(jobs))
     except BusyError as error:
@@ -89,15 +93,8 @@ async def _counted(service: Service, request_id: str, job: Job) -> Rollout:
         return await run(service, request_id, job)
 
 
-def too_many(message: str) -> Response:
-    """429, with the header that vLLM's handler of HTTPException would drop."""
-    body = create_error_response(message, "TooManyRequests", HTTPStatus.TOO_MANY_REQUESTS)
-    after = {"Retry-After": str(RETRY_AFTER_S)}
-    return JSONResponse(body.model_dump(), HTTPStatus.TOO_MANY_REQUESTS, headers=after)
-
-
 class _Records(StreamingResponse):
-    """NDJSON of tasks as they finish; they are cancelled when the client goes away."""
+    """An answer with a line of each task as it finishes; it cancels them when its client leaves."""
 
     def __init__(self, request_id: str, tasks: list[asyncio.Task[Rollout]]) -> None:
         super().__init__(_lines(request_id, tasks), media_type="application/x-ndjson")
@@ -121,14 +118,10 @@ async def _lines(request_id: str, tasks: list[asyncio.Task[Rollout]]) -> AsyncIt
             if not done:
                 yield b"\n"
             for task in done:
-                yield _line(task.result().to_json())
+                yield task.result().to_line() + b"\n"
     except Exception as error:  # the status is out; the reason follows as the last line
         logger.warning("%s ended early: %s", request_id, error)
-        yield _line(_error(error))
-
-
-def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        yield json.dumps(_error(error), separators=(",", ":")).encode() + b"\n"
 
 
 def _error(error: Exception) -> dict[str, Any]:

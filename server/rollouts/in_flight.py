@@ -1,4 +1,4 @@
-"""One sequence on the engine, and what happens to it when its adapter gets a new version.
+"""One sequence runs on the engine, while its adapter may get a new version.
 
 pin             it finishes on its version
 switch_rebuild  it is stopped, and goes on from its tokens on the new version, which reads them
@@ -22,17 +22,18 @@ from vllm.sampling_params import SamplingParams
 
 from pte_vllm.method.options import RequestOptions
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.server.adapters.registry import Resolved
+from pte_vllm.server.adapters.catalog import Resolved
 from pte_vllm.server.adapters.spool import Version
 from pte_vllm.server.service import Service
-from pte_vllm.wire.rollout import InFlight, Rollout, WeightSpan, fold_events, with_rho
+from pte_vllm.wire.folds import num_folds, rho_of_folds
+from pte_vllm.wire.rollout import InFlight, Rollout, WeightSpan
 
 _ABORT_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What is particular to sampling and to scoring; the fields are the record's."""
+    """The fields of a record that sampling and scoring each find in their own way."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -51,15 +52,17 @@ class Job:
     group_id: str
     index: int
     kind: Literal["rollout", "score"]
-    """For the metrics."""
+    """What the metrics count it as."""
     read: Callable[[RequestOutput], Outcome]
-    """Takes the outcome from the engine's final output."""
+    """What takes the outcome from the engine's final output."""
     in_flight: InFlight = "pin"
+    """What happens when its adapter gets a new version."""
     max_staleness: int | None = None
+    """How many versions it may fall behind before it ends; None sets no limit."""
 
 
 async def render(service: Service, prompt: str | list[int]) -> EngineInput:
-    """A prompt as the engine takes it, through vLLM's renderer."""
+    """Turn a prompt into what the engine takes, with vLLM's renderer."""
     renderer, model = service.engine.renderer, service.engine.model_config
     raw = prompt if isinstance(prompt, str) else TokensPrompt(prompt_token_ids=prompt)
     (rendered,) = await renderer.render_cmpl_async([parse_model_prompt(model, raw)])
@@ -67,7 +70,7 @@ async def render(service: Service, prompt: str | list[int]) -> EngineInput:
 
 
 async def run(service: Service, request_id: str, job: Job) -> Rollout:
-    """The record of a job; its versions are those that sampled each part.
+    """Run a job and return its record, whose versions are those that sampled each part.
 
     Raises:
         GenerationError: if the engine ends it without a result.
@@ -95,12 +98,13 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
             done = replace(done, finish_reason="length")
             break
         part, parts = await _on_newest(service, job, done), parts + 1
-    events = fold_events(job.plan, len(done.prompt_ids + done.completion_ids))
-    if events and part.adapter.lora is not None:
-        # Of the last part, which folded everything before it again on its own version.
+    num_tokens = len(done.prompt_ids) + len(done.completion_ids)
+    rho = None
+    if part.adapter.lora is not None and num_folds(job.plan, num_tokens):
+        # The last part knows: it folded everything before it again on its own version.
         name = f"{request_id}-{parts}"
-        (rho,) = await service.engine.collective_rpc("pte_rho", args=(name,))
-        events = with_rho(events, rho)
+        (measured,) = await service.engine.collective_rpc("pte_rho", args=(name,))
+        rho = rho_of_folds(job.plan, num_tokens, measured)
     return Rollout(
         prompt_ids=done.prompt_ids,
         completion_ids=done.completion_ids,
@@ -111,7 +115,7 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
         rule=RequestOptions.parse(job.params.extra_args).rule or part.adapter.rule,
         weight_versions=tuple(spans),
         plan=job.plan,
-        fold_events=events,
+        rho=rho,
         group_id=job.group_id,
         index=job.index,
         num_preempted=num_preempted,
@@ -119,7 +123,7 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
 
 
 async def _generate(service: Service, request_id: str, job: Job) -> tuple[RequestOutput, bool]:
-    """The engine's final output, and whether a new version had it stopped."""
+    """Return the engine's final output, and whether a new version had it stopped."""
     registry, name = service.registry, job.adapter.pushed_name
     final: RequestOutput | None = None
     stopping: asyncio.Task[None] | None = None
@@ -138,7 +142,7 @@ async def _generate(service: Service, request_id: str, job: Job) -> tuple[Reques
             stopping = asyncio.create_task(stop())
 
     with registry.use.using(job.adapter.engine_name), registry.use.listening(name, hear):
-        if name is not None and (newest := registry.newest(name)) is not None:
+        if name is not None and (newest := registry.catalog.newest(name)) is not None:
             hear(newest)  # it may have come since the request did
         try:
             async for output in service.engine.generate(
@@ -156,7 +160,10 @@ async def _generate(service: Service, request_id: str, job: Job) -> tuple[Reques
 
 
 async def _on_newest(service: Service, job: Job, done: Outcome) -> Job:
-    """The rest of a job on the newest version; what is done counts as thoughts, not as question."""
+    """Make the job that finishes this one on the newest version.
+
+    What is done counts as thoughts, not as question.
+    """
     sampled = len(done.completion_ids)
     params = job.params.clone()
     params.max_tokens -= sampled
@@ -165,5 +172,5 @@ async def _on_newest(service: Service, job: Job, done: Outcome) -> Job:
         params.seed = (params.seed + sampled) % 2**63  # draws of its own, again the same ones
     params.extra_args = {**(params.extra_args or {}), "pte_pin_tokens": job.plan.pin_tokens}
     prompt = await render(service, [*done.prompt_ids, *done.completion_ids])
-    adapter = service.registry.resolve(job.adapter.pushed_name)
+    adapter = service.registry.catalog.resolve(job.adapter.pushed_name)
     return replace(job, prompt=prompt, params=params, adapter=adapter)

@@ -1,4 +1,4 @@
-"""`POST /pte/v1/rollouts`: sampled answers. `POST /pte/v1/score`: log-probs of given ones."""
+"""`POST /pte/v1/rollouts` samples answers; `POST /pte/v1/score` gives log-probs of given ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from pte_vllm.method.options import request_plan
-from pte_vllm.server.adapters.registry import Resolved
+from pte_vllm.server.adapters.catalog import Resolved
 from pte_vllm.server.rollouts.generation import check_logprobs_mode, resolve, stream, validate
 from pte_vllm.server.rollouts.in_flight import Job, Outcome, render
 from pte_vllm.server.rollouts.schemas import RolloutRequest, Sampling, ScoreRequest
@@ -26,7 +26,7 @@ router = APIRouter()
 
 @router.post("/rollouts")
 async def rollouts(body: RolloutRequest, request: Request) -> Response:
-    """`n` samples of each prompt, one NDJSON record for each, in the order they finish."""
+    """Send `n` samples of each prompt, an NDJSON record for each, in the order they finish."""
     state = service(request)
     check_logprobs_mode(state)
     adapter = resolve(state, body)
@@ -36,7 +36,7 @@ async def rollouts(body: RolloutRequest, request: Request) -> Response:
         prompts, body.group_ids(len(prompts)), body.wanted(len(prompts)), strict=True
     ):
         rendered = await render(state, prompt)
-        options = _xargs(body.window_tokens, body.pin_tokens, body.update)
+        options = _xargs(body.window_tokens, body.pin_tokens, body.rule)
         for index in wanted:
             seed = sample_seed(body.sampling.seed, group_id, index)
             params = _sampling_params(state, body.sampling, rendered, seed, options)
@@ -49,7 +49,7 @@ async def rollouts(body: RolloutRequest, request: Request) -> Response:
 
 @router.post("/score")
 async def score(body: ScoreRequest, request: Request) -> Response:
-    """Log-probs of given tokens under the request's plan; records in the order they finish."""
+    """Send log-probs of given tokens under the request's plan, in the order they finish."""
     state = service(request)
     check_logprobs_mode(state)
     adapter = resolve(state, body)
@@ -65,7 +65,7 @@ async def score(body: ScoreRequest, request: Request) -> Response:
             prompt_logprobs=0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=_xargs(body.window_tokens, pin_tokens, body.update),
+            extra_args=_xargs(body.window_tokens, pin_tokens, body.rule),
         )
         rendered = await render(state, tokens)
         validate(state, rendered, params, adapter)
@@ -74,15 +74,16 @@ async def score(body: ScoreRequest, request: Request) -> Response:
 
 
 def sample_seed(seed: int | None, group_id: str, index: int) -> int | None:
-    """Every sample draws differently, and the same again when it is asked for again."""
+    """Return a seed of a sample's own, which is the same when it is asked for again."""
     if seed is None:
         return None
     digest = hashlib.sha256(f"{seed}/{group_id}/{index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _xargs(window: int | None, pin: int | None, update: str | None) -> dict[str, Any]:
-    given = {"pte_window": window, "pte_pin_tokens": pin, "pte_update": update}
+def _xargs(window_tokens: int | None, pin_tokens: int | None, rule: str | None) -> dict[str, Any]:
+    """Return the options of a plan that a request gives, by vLLM's `vllm_xargs` names."""
+    given = {"pte_window": window_tokens, "pte_pin_tokens": pin_tokens, "pte_update": rule}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -93,7 +94,11 @@ def _sampling_params(
     seed: int | None,
     options: Mapping[str, Any],
 ) -> SamplingParams:
-    """vLLM's parameters of one sample; 400 if `max_tokens` exceeds the room that is left."""
+    """Make vLLM's parameters of one sample.
+
+    Raises:
+        HTTPException: 400 if `max_tokens` exceeds the room that is left.
+    """
     limit, length = state.engine.model_config.max_model_len, len(prompt["prompt_token_ids"])
     room = limit - length
     max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
@@ -123,7 +128,7 @@ def _job(
     index: int,
     num_prompt: int | None = None,
 ) -> Job:
-    """With `num_prompt` the tokens after it are scored, else new ones are sampled."""
+    """Make a job that scores the tokens after `num_prompt`, or samples new ones without it."""
     tokens = tuple(prompt["prompt_token_ids"])
 
     def sampled(final: RequestOutput) -> Outcome:

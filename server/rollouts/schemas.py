@@ -1,4 +1,4 @@
-"""Bodies of `POST /pte/v1/rollouts` and `/score`. An unknown field is an error that names it."""
+"""The bodies of `POST /pte/v1/rollouts` and `/score`; an unknown field is an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 GroupId = Annotated[str, Field(min_length=1, max_length=256)]
 
 MAX_SAMPLES = 16_384
-"""Sequences of one request, as many as vLLM allows a request."""
+"""The most sequences of one request, as many as vLLM allows a request."""
 
 
 class _Strict(BaseModel):
@@ -20,10 +20,10 @@ class _Strict(BaseModel):
 
 
 class Sampling(_Strict):
-    """How tokens are drawn; vLLM's names, and its defaults save for `max_tokens`."""
+    """How tokens are drawn, with vLLM's names, and its defaults save for `max_tokens`."""
 
     max_tokens: int | None = Field(None, ge=1)
-    """None: all the room that `max_model_len` leaves."""
+    """How long an answer may get; null takes all the room that `max_model_len` leaves."""
     min_tokens: int = Field(0, ge=0)
     temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
@@ -39,14 +39,14 @@ class _Request(_Strict):
     """`name` (its newest version), `name@version`, or null: the base model."""
     window_tokens: int | None = None
     pin_tokens: int | None = None
-    update: str | None = None
-    """The three options of a plan, as `pte_window`, `pte_pin_tokens` and `pte_update`."""
+    rule: str | None = Field(None, alias="update")
+    """The three options of a plan mean what `pte_window`, `pte_pin_tokens` and `pte_update` do."""
     min_weight_version: int | None = Field(None, ge=0)
     group_id: GroupId | list[GroupId] | None = None
-    """One per sequence of the request; a plain string if there is one. Default: "0", "1", ..."""
+    """A name for each sequence, a plain string if there is one; "0", "1", ... by default."""
 
     def group_ids(self, count: int) -> list[str]:
-        """Names of `count` groups; ValueError unless they are as many, and different."""
+        """Return the names of `count` groups; ValueError unless they are as many, and different."""
         if self.group_id is None:
             return [str(i) for i in range(count)]
         names = [self.group_id] if isinstance(self.group_id, str) else self.group_id
@@ -56,15 +56,19 @@ class _Request(_Strict):
 
 
 class RolloutRequest(_Request):
+    """The body of `POST /pte/v1/rollouts`."""
+
     token_ids: list[TokenIds] | None = None
+    """The prompts as tokens; either this or `prompts` is given."""
     prompts: list[str] | None = None
+    """The prompts as texts, for the server's tokenizer."""
     n: int = Field(1, ge=1, le=MAX_SAMPLES)  # before the indices are counted out
-    """Samples of each prompt."""
+    """How many samples of each prompt there are."""
     samples: list[list[Annotated[int, Field(ge=0)]]] | None = None
-    """Per prompt, which of its `n` samples are wanted; null: all."""
+    """Which of the `n` samples of each prompt are wanted; null asks for all."""
     sampling: Sampling = Sampling()
     in_flight: InFlight = "pin"
-    """What a sample does when its adapter gets a new version: see `in_flight`."""
+    """What a sample does when its adapter gets a new version; the module `in_flight` tells."""
     max_staleness: int | None = Field(None, ge=0)
     """A sample ends, its tokens kept, once more versions than this are newer than its own."""
 
@@ -90,15 +94,17 @@ class RolloutRequest(_Request):
         return self
 
     def wanted(self, count: int) -> list[list[int]]:
-        """Indices of the wanted samples of each of `count` prompts."""
+        """Return the indices of the wanted samples of each of `count` prompts."""
         return [list(range(self.n))] * count if self.samples is None else self.samples
 
 
 class ScoreRequest(_Request):
+    """The body of `POST /pte/v1/score`."""
+
     token_ids: list[TokenIds] = Field(min_length=1, max_length=MAX_SAMPLES)
-    """Questions with their answers."""
+    """The sequences, questions with their answers."""
     prompt_tokens: list[Annotated[int, Field(ge=1)]]
-    """Per sequence, tokens of its question: those after it are scored."""
+    """How many tokens of each sequence are its question; those after it are scored."""
 
     @model_validator(mode="after")
     def _check(self) -> ScoreRequest:

@@ -1,4 +1,4 @@
-"""vLLM's control routes, without its development mode: pause, resume, abort, caches, server info.
+"""vLLM's routes to pause, resume, abort and reset caches are there without its development mode.
 
 The handlers are vLLM's. Where the operator switched its development mode on as well, these take
 the place of its own, so that nothing is there twice and keys hold for them too.
@@ -34,18 +34,19 @@ class ResetOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     reset_running_requests: bool = False
-    """Also preempt what runs; else the reset fails while blocks are held."""
+    """Whether to preempt what runs too; else the reset fails while blocks are held."""
     reset_external: bool = False
 
 
 class AbortOptions(BaseModel):
-    """Which requests to end, by the ids that clients know; null or none: all."""
+    """The body of an abort."""
 
     request_ids: list[str] | None = None
+    """The requests to end, by the ids that clients know; null or an empty list ends all."""
 
 
 async def abort_requests(body: AbortOptions, raw_request: Request) -> JSONResponse:
-    """vLLM's; what was sampled so far goes to the waiting clients, with `abort` as the reason."""
+    """Have vLLM end requests; their clients get what was sampled, with `abort` as the reason."""
     return await rl.abort_requests(raw_request)  # reads the body again
 
 
@@ -55,7 +56,7 @@ async def reset_prefix_cache(
     reset_external: Annotated[bool, Query()] = False,
     body: ResetOptions | None = None,
 ) -> JSONResponse:
-    """vLLM's reset; each option may be in the query or in the body."""
+    """Have vLLM reset its prefix cache; each option may be in the query or in the body."""
     found = body or ResetOptions()
     return await cache.reset_prefix_cache(
         raw_request,
@@ -68,15 +69,15 @@ def attach(app: FastAPI, describe: Describe) -> None:
     """Register the routes.
 
     Args:
-        app: vLLM's.
-        describe: what `GET /pte/v1/info` says.
+        app: vLLM's app.
+        describe: what makes the answer of `GET /pte/v1/info`.
     """
 
     async def show_server_info(
         raw_request: Request,
         config_format: Annotated[Literal["text", "json"], Query()] = "text",
     ) -> JSONResponse:
-        """vLLM's configuration and environment; `pte`: what `GET /pte/v1/info` says."""
+        """Tell vLLM's configuration and environment, and below `pte` what `/pte/v1/info` says."""
         answer = await server_info.show_server_info(raw_request, config_format)
         return JSONResponse({**json.loads(answer.body), "pte": await describe(raw_request)})
 

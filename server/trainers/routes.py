@@ -1,7 +1,7 @@
-"""Routes that RL trainers call under names of their own: adapter loads, pauses, weight updates.
+"""RL trainers call adapter loads, pauses and weight updates under names of their own.
 
-See docs/trainers/. A load under a name that is there becomes the name's next version; vLLM's own
-route, for those who number their names, stays beside it.
+docs/trainers/ tells which. A load under a name that is there becomes the name's next version;
+vLLM's own route, for those who number their names, stays beside it.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ BASE_WEIGHT_ROUTES = (
 
 
 class LoadRequest(BaseModel):
-    """What prime-rl and SkyRL send."""
+    """The body that prime-rl and SkyRL send."""
 
     lora_name: str
     lora_path: str | None = None
     """A directory that the server can read."""
     in_memory: bool = False
-    """SkyRL: the tensors came over NCCL before; not supported."""
+    """SkyRL says so where the tensors came over NCCL before; that is not supported."""
 
 
 async def load_lora_adapter(body: LoadRequest, request: Request) -> JSONResponse:
@@ -81,16 +81,17 @@ async def load_lora_adapter(body: LoadRequest, request: Request) -> JSONResponse
 
 
 def _missing(path: Path) -> str | None:
-    """The first file that every adapter has and this directory has not."""
+    """Return the first file that every adapter has and this directory has not."""
     return next((name for name in (CONFIG_FILE, LORA_FILE) if not (path / name).is_file()), None)
 
 
 async def pause_and_abort(request: Request) -> JSONResponse:
-    """AReaL's pause: what runs ends with `abort`, to be sent again as a longer prompt."""
+    """Pause as AReaL does: what runs ends with `abort`, to be sent again as a longer prompt."""
     return await rl.pause_generation(request, mode="abort", clear_cache=True)
 
 
 async def refuse_base_weights(request: Request) -> Response:
+    """Answer 400 and say why: the base model of a server does not change."""
     raise HTTPException(
         400,
         f"{request.url.path}: the base model of this server does not change, its adapters do. "
@@ -100,7 +101,7 @@ async def refuse_base_weights(request: Request) -> Response:
 
 
 def attach(app: FastAPI) -> None:
-    """Register the routes; loads by path only where the operator allows them, as in vLLM."""
+    """Register the routes. Loads by path are there only where vLLM's own would be."""
     router = APIRouter(tags=["trainers"], dependencies=[Depends(may_change)])
     router.post("/areal_pause_generation")(pause_and_abort)
     router.post("/areal_continue_generation")(rl.resume_generation)

@@ -1,4 +1,4 @@
-"""vLLM's tokens in, tokens out, with the version of a pushed adapter in the answer."""
+"""vLLM's route of tokens in, tokens out tells the version of a pushed adapter in its answer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 from vllm.outputs import RequestOutput, WeightVersionSpan
 
-from pte_vllm.server.adapters.registry import AdapterRegistry
+from pte_vllm.server.adapters.catalog import Catalog
 
 
 class PTEServingTokens(ServingTokens):
-    """vLLM labels tokens with the version of the base weights; of a pushed adapter, its own."""
+    """Labels tokens with the version of a pushed adapter, where vLLM tells the base weights'."""
 
-    def __init__(self, *args: Any, registry: AdapterRegistry, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, catalog: Catalog, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._registry = registry
+        self._catalog = catalog
 
     async def serve_tokens_full_generator(
         self,
@@ -55,7 +55,7 @@ class PTEServingTokens(ServingTokens):
     async def _labelled(
         self, results: AsyncGenerator[RequestOutput, None], engine_name: str
     ) -> AsyncGenerator[RequestOutput, None]:
-        """`results`, their spans replaced by one: a request stays with its adapter's version."""
+        """Replace the spans of `results` by one: a request stays with its adapter's version."""
         version = self._pushed_version(engine_name)
         async with aclosing(results):
             async for result in results:
@@ -66,22 +66,22 @@ class PTEServingTokens(ServingTokens):
                 yield result
 
     def _pushed_version(self, engine_name: str) -> int | None:
-        """None: the base model, or a LoRA that was not pushed."""
+        """Return its number; None for the base model, or a LoRA that was not pushed."""
         try:
-            return self._registry.versions(engine_name)[-1].number
+            return self._catalog.versions(engine_name)[-1].number
         except LookupError:
             return None
 
 
 def serving_tokens(
-    engine: EngineClient, state: State, args: Namespace, registry: AdapterRegistry
+    engine: EngineClient, state: State, args: Namespace, catalog: Catalog
 ) -> PTEServingTokens:
-    """In place of vLLM's `state.serving_tokens`, made the same way."""
+    """Make what takes the place of vLLM's `state.serving_tokens`, the way vLLM makes its own."""
     return PTEServingTokens(
         engine,
         state.openai_serving_models,
         state.online_renderer,
-        registry=registry,
+        catalog=catalog,
         request_logger=state.serving_tokens.request_logger,
         return_tokens_as_token_ids=args.return_tokens_as_token_ids,
         enable_prompt_tokens_details=args.enable_prompt_tokens_details,

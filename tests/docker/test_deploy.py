@@ -192,7 +192,7 @@ def test_documented_metrics_exist() -> None:
     """As named in the code; tests/server/test_observe.py asks a server for those of the board."""
     table = DOC.read_text().split("| expression |")[1].split("\n\n")[0]
     names = set(re.findall(r"\b(?:pte_|vllm:)\w+", table))
-    code = (ROOT / "server/metrics.py").read_text()
+    code = "".join((ROOT / f"server/{name}.py").read_text() for name in ("metrics", "scrape"))
     vllm = find_spec("vllm")  # not imported: that takes seconds
     assert vllm is not None and vllm.origin is not None
     code += (Path(vllm.origin).parent / "v1/metrics/loggers.py").read_text()

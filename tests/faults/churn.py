@@ -1,4 +1,4 @@
-"""Many short requests of every kind, some of them dropped; keeps a few answers to check."""
+"""Many short requests of every kind are sent, some dropped, and a few answers kept to check."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import httpx
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import WINDOW, Server
-from tests.server.wire import TEMPERATURE, check
+from tests.server.under_way import TEMPERATURE, check
 
 ABORTED = 0.25
-"""Part of the requests that their clients leave."""
+"""The part of the requests that their clients leave."""
 
 
 @dataclass
 class Answer:
-    """One that came whole."""
+    """An answer that came whole."""
 
     model: str
     prompt: list[int]
@@ -34,9 +34,9 @@ class Answer:
 @dataclass
 class Outcome:
     counts: Counter[str] = field(default_factory=Counter)
-    """`whole`, `left`."""
+    """How many requests ended as `whole` or `left`."""
     answers: list[Answer] = field(default_factory=list)
-    """Some of the whole ones."""
+    """Some of the whole answers."""
 
 
 def churn(
@@ -48,7 +48,7 @@ def churn(
     keep: int = 12,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Outcome:
-    """Send `count` requests, `at_once` at a time; fails on any error of the server.
+    """Send `count` requests, `at_once` at a time; fail on any error of the server.
 
     `on_progress` is called with the number of requests that have ended.
     """
@@ -117,7 +117,7 @@ class _Churn:
             )
 
     async def _leave(self, client: httpx.AsyncClient, body: dict[str, Any], after: int) -> None:
-        """Drop the connection: of a stream after some chunks, else after some milliseconds."""
+        """Drop the connection, of a stream after some chunks, of others after some milliseconds."""
         try:
             async with asyncio.timeout(None if body["stream"] else after / 100):
                 async with client.stream("POST", "/v1/completions", json=body) as answer:
@@ -133,7 +133,7 @@ class _Churn:
 
 
 def check_answers(server: Server, outcome: Outcome) -> None:
-    """Each against the replay."""
+    """Compare each answer with the replay."""
     for answer in outcome.answers:
         check(
             server,

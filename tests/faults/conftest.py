@@ -1,4 +1,4 @@
-"""What the tests of faults share: small disks, servers, and what a server holds."""
+"""The tests of faults share small disks, servers, and a look at what a server holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.server.conftest import serve  # noqa: F401 (a fixture)
 
 @contextmanager
 def small_disk(directory: Path, num_bytes: int) -> Iterator[Path]:
-    """A file system of that size at `directory`; skips the test where none may be mounted."""
+    """Mount a file system of that size at `directory`; skip the test where none may be mounted."""
     directory.mkdir(parents=True, exist_ok=True)
     words = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(directory)]
     try:
@@ -36,7 +36,7 @@ class Held:
 
     resident_mib: float
     files: int
-    """Open files and sockets."""
+    """How many files and sockets are open."""
     threads: int
 
     @classmethod

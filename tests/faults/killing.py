@@ -25,13 +25,13 @@ _CONTEXT.set_forkserver_preload(["tests.faults.trainer", "tests.faults.spooling"
 def run_killed(
     step: int | None, directory: Path, target: Callable[..., None], *args: Any
 ) -> int | None:
-    """`target(*args)` in a process of its own, killed before its step number `step`, from 1.
+    """Run `target(*args)` in a process that is killed before its step number `step`, from 1.
 
     Args:
         step: None: it runs to its end.
         directory: below which steps count.
         target: importable by name.
-        args: picklable.
+        args: its arguments, which can be pickled.
 
     Returns:
         None if it was killed; else how many steps it took.

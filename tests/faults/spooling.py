@@ -1,4 +1,4 @@
-"""A server's file work on its spool, for the tests that kill it."""
+"""This does a server's file work on its spool, for the tests that kill it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def content(number: int) -> bytes:
 
 
 def push(spool: Spool, name: str, number: int) -> Version:
-    """As a push does; what it began is removed if it fails."""
+    """Store a version as a push does; what it began is deleted if it fails."""
     incoming = spool.incoming()
     try:
         incoming.write(CONFIG_FILE, io.BytesIO(b"{}"))
@@ -24,11 +24,11 @@ def push(spool: Spool, name: str, number: int) -> Version:
         digest = content_hash(incoming.hashes)
         return spool.commit(incoming, name=name, number=number, sha256=digest, rule="paper")
     finally:
-        incoming.discard()
+        incoming.delete()
 
 
 def push_versions(root: Path, count: int, told: Path) -> None:
-    """Push versions 1 to `count`, older ones leaving; `told` has a file for each that was done."""
+    """Push versions 1 to `count`, and retire older ones; `told` gets a file for each push."""
     spool = Spool(root)
     kept = spool.versions()
     for number in range(1, count + 1):
@@ -36,5 +36,5 @@ def push_versions(root: Path, count: int, told: Path) -> None:
         (told / str(number)).touch()
         while len(kept) > KEPT:
             old = kept.pop(0)
-            spool.forget(old)
-            spool.remove(old)
+            spool.retire(old)
+            spool.delete(old)

@@ -14,7 +14,7 @@ from tests.harness.server import NO_KERNEL_CACHE, NUM_BLOCKS, Server
 
 REQUESTS, AT_ONCE, EVERY = 10_000, 64, 250
 GROWTH_MIB = 24
-"""Most growth of all processes together over the second half; a request leaves 5 kB at most."""
+"""How far all processes together may grow in the second half: by 5 kB for each request."""
 
 
 @pytest.mark.slow

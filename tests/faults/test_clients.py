@@ -18,7 +18,7 @@ from tests.faults.conftest import Held
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import NUM_BLOCKS, Server
-from tests.server.wire import TEMPERATURE, check, post
+from tests.server.under_way import TEMPERATURE, check, post
 
 MAX_BODY_BYTES = 1 << 20
 JSON_HEADERS = {"Content-Type": "application/json"}
@@ -65,7 +65,7 @@ def serves(server: Server) -> None:
 
 @contextmanager
 def memory_limit(server: Server, num_bytes: int) -> Iterator[None]:
-    """What the API server may allocate more: a request that takes all must not take the machine."""
+    """Bound what the API server may allocate, so that no request takes the machine."""
     process = psutil.Process(server.pid)
     before = process.rlimit(psutil.RLIMIT_AS)
     process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + num_bytes, before[1]))
@@ -76,7 +76,7 @@ def memory_limit(server: Server, num_bytes: int) -> Iterator[None]:
 
 
 def bodies() -> list[tuple[str, bytes]]:
-    """Path and body; each is refused."""
+    """List paths and bodies, each of which is refused."""
     rollouts = [
         ROLLOUT % field
         for field in (
@@ -167,7 +167,7 @@ def test_garbage_on_the_wire(server: Server, held: None) -> None:
 
 
 def test_clients_that_stall(server: Server, held: None) -> None:
-    """Headers without an end, half a body, a byte now and then, answers that nobody reads."""
+    """Clients send headers without an end, half a body, a byte now and then, or do not read."""
     length = "Content-Length: 5000"
     kind = "Content-Type: application/json"
     stream = b'{"model": "base", "prompt": [5, 6], "max_tokens": 3000, "stream": true, %s}'
@@ -223,7 +223,7 @@ def test_bodies_without_an_end(server: Server, held: None, path: str) -> None:
 
 
 def test_short_requests_and_clients_that_leave(server: Server, held: None) -> None:
-    """`test_churn.py` in small."""
+    """This is `test_churn.py` in small."""
     outcome = churn(server, 300, at_once=32, seed=2, keep=8)
     assert outcome.counts["left"] > 30 and len(outcome.answers) == 8
     check_answers(server, outcome)

@@ -1,4 +1,4 @@
-"""A full disk: pushes are refused, nothing is half written, and what was there serves on."""
+"""On a full disk pushes are refused, nothing is half written, and what was there serves on."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.faults.spooling import content, push
 from tests.harness.models import random_tokens
 from tests.harness.parity import TOLERANCE, replayed
 from tests.harness.server import Server
-from tests.server.wire import post
+from tests.server.under_way import post
 
 PAGE = 4096
 
 
 def test_room_for_a_part_of_a_version(tmp_path: Path) -> None:
-    """Whatever does not fit any more: directory, file, second file, record."""
+    """It does not matter what does not fit any more: directory, file, second file or record."""
     with small_disk(tmp_path / "disk", 2**20) as disk:
         spool = Spool(disk / "spool")
         first = push(spool, "policy", 1)

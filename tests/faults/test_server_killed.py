@@ -1,4 +1,4 @@
-"""A server killed at any moment: its spool stays whole, its processes end, its clients go on."""
+"""A server is killed at any moment: its spool stays whole, its processes end, clients go on."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def test_spool_is_whole_whenever_it_dies(tmp_path: Path) -> None:
 
 
 def tree(server: Server) -> list[psutil.Process]:
-    """The API server and all that it started."""
+    """Return the API server and all that it started."""
     root = psutil.Process(server.pid)
     return [root, *root.children(recursive=True)]
 
 
 def kill_alone(server: Server) -> None:
-    """SIGKILL to the API server only, as when memory runs out; the engine must end by itself."""
+    """The API server alone is killed, as when memory runs out; the engine must end by itself."""
     everyone = tree(server)
     assert any("EngineCore" in " ".join(process.cmdline()) for process in everyone)
     os.kill(everyone[0].pid, signal.SIGKILL)
@@ -82,7 +82,7 @@ def kill_alone(server: Server) -> None:
 def test_api_server_killed_alone(
     tiny: Callable[[str], Path], adapters: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """As `test_rollouts.py` does to all of its processes."""
+    """Kill it as `test_rollouts.py` does, with all of its processes."""
     model = tiny("llama")
     paths = {
         f"{rule}@{number}": adapters(model, rank=8, rule=rule, seed=number)

@@ -1,4 +1,4 @@
-"""Many more requests than the pool has room for: preempted again and again, and exact."""
+"""More requests than the pool has room for are preempted again and again, and stay exact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.harness.parity import assert_parity
 
 WINDOW, PINNED_BLOCKS = 2 * BLOCK, 2
 POOL_BLOCKS = 2 * (PINNED_BLOCKS + WINDOW // BLOCK + 1)
-"""Twice what one sequence holds at most."""
+"""The size of the pool is twice what one sequence holds at most."""
 REQUESTS = 32
 
 

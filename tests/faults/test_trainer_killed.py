@@ -19,7 +19,7 @@ from tests.faults.trainer import pushed, save_again, train
 CURVE = ("loss", "reward", "length", "lr", "entropy", "grad_norm", "drift")
 STEPS = 3
 Run = tuple[Path, Path, Path, Path]
-"""What `train` takes: base, adapter, out, served."""
+"""Return what `train` takes: base, adapter, out and served."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def make_run(
 
 @pytest.fixture(scope="module")
 def whole(make_run: Callable[[], Run]) -> tuple[Run, int]:
-    """A run that nobody disturbed, and how many steps its file work has."""
+    """Return a run that nobody disturbed, and how many steps its file work has."""
     run = make_run()
     taken = run_killed(None, run[2].parent, train, *run)
     assert taken is not None
@@ -52,7 +52,7 @@ def weights(path: Path) -> torch.Tensor:
 
 
 def newest_state(out: Path) -> RunState | None:
-    """Of the newest checkpoint, which must be whole."""
+    """Return the state of the newest checkpoint, which must be whole."""
     newest = Checkpoints(out, keep=1).newest()
     if newest is None:
         return None
@@ -116,7 +116,7 @@ def test_killed_at_every_step(make_run: Callable[[], Run], whole: tuple[Run, int
 
 @pytest.mark.slow
 def test_killed_again_and_again(make_run: Callable[[], Run], whole: tuple[Run, int]) -> None:
-    """Each time a little later in what is left; steps that were saved stay."""
+    """It is killed each time a little later in what is left; steps that were saved stay."""
     run, done = make_run(), 0
     for attempt in itertools.count(1):
         if run_killed(14 + 5 * attempt, run[2].parent, train, *run) is not None:
@@ -132,7 +132,7 @@ def test_killed_again_and_again(make_run: Callable[[], Run], whole: tuple[Run, i
 def test_killed_while_a_checkpoint_is_replaced(
     tiny: Callable[[str], Path], adapters: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """As when a run that was just resumed stops before its next step; one checkpoint is kept."""
+    """A run that was just resumed stops before its next step, and keeps one checkpoint."""
     adapter = adapters(tiny("llama"), rule="ridge")
     assert run_killed(None, tmp_path, save_again, adapter, tmp_path) is not None
     seen = set()

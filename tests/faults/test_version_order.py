@@ -1,4 +1,4 @@
-"""Pushes that are cut, wrong or come at once: versions are whole, strictly rise, and are seen."""
+"""Pushes are cut, wrong or come at once; versions are whole, strictly rise, and are seen."""
 
 from __future__ import annotations
 

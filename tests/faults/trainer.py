@@ -1,4 +1,4 @@
-"""A trainer for the tests that kill it, and the server it talks to, which outlives it on disk."""
+"""The tests kill this trainer; the server it talks to outlives it on disk."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ class LastingServer(FakeServer):
 
 
 def pushed(directory: Path) -> list[int]:
-    """Versions that the server has."""
+    """Return the versions that the server has."""
     if not directory.exists():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
 def train(base: Path, adapter: Path, out: Path, served: Path) -> None:
-    """Three steps of GRPO, a checkpoint after each, the newest kept."""
+    """Run three steps of GRPO with a checkpoint after each, and keep the newest."""
     # Answers are random, so what earns is set here: the first token's lowest bits.
     sampling.score = lambda problem, text, ids, stopped: (ids[0] % 4) / 3
     tables: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ def train(base: Path, adapter: Path, out: Path, served: Path) -> None:
 
 
 def save_again(adapter: Path, directory: Path) -> None:
-    """A checkpoint of step 7 under the next version, in place of the one that is there."""
+    """Save a checkpoint of step 7 under the next version, in place of the one that is there."""
     checkpoints = Checkpoints(directory, keep=1)
     newest = checkpoints.newest()
     version = read_state(newest).version + 1 if newest is not None else 1

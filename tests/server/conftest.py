@@ -1,4 +1,4 @@
-"""Servers of the tests: one for a module, with a log and a spool of its own."""
+"""A module of tests gets a server, with a log and a spool of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which key opens which of our routes, and what none of them takes."""
+"""These tests try which key opens which of our routes, and what none of them takes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def server(
     adapters: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    """With both keys, the admin's from a file."""
+    """Start a server with both keys, the admin's from a file."""
     model = tiny("qwen3")
     directory = tmp_path_factory.mktemp("auth")
     (directory / "admin-key").write_text(f"{ADMIN}\n")
@@ -120,7 +120,7 @@ def _call(server: Server, method: str, path: str, key: str | None, **options) ->
 
 
 def _routes(server: Server) -> list[tuple[str, str]]:
-    """Our routes as `(method, path)`, as the server's own description lists them."""
+    """Return our routes as `(method, path)`, as the server's own description lists them."""
     paths = _call(server, "GET", "/openapi.json", None).json()["paths"]
     ours = [
         (method.upper(), path.replace("{name}", "policy").replace("{request_id}", "cmpl-1"))

@@ -1,4 +1,4 @@
-"""Pauses, aborts, resets and tokens in, tokens out: real server, no development mode."""
+"""A real server pauses, aborts, resets and takes tokens, without its development mode."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.parity import TOLERANCE
 from tests.harness.server import WINDOW, Server
-from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
+from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 KEY = "only-the-trainer"
 ADMIN = {"Authorization": f"Bearer {KEY}"}
 LONG = 3000
-"""Tokens of a request that is still running when it is interfered with."""
+"""How many tokens a request samples that is still running when it is interfered with."""
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_changes_need_the_admin_key(server: Server) -> None:
 
 @pytest.mark.parametrize("development", [False, True])
 def test_every_route_is_there_once(monkeypatch: pytest.MonkeyPatch, development: bool) -> None:
-    """Beside vLLM's own control routes, where the operator switched them on."""
+    """Our routes work beside vLLM's own, where the operator switched those on."""
     from vllm.entrypoints.rl.factories import register_rl_api_routers
     from vllm.entrypoints.scale_out.factories import register_scale_out_api_routers
     from vllm.entrypoints.serve import register_vllm_dev_api_routers

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from pte_vllm.server.metrics import MIN_INTERVAL_S, PATIENCE_S
+from pte_vllm.server.scrape import MIN_INTERVAL_S, PATIENCE_S
 from tests.harness.server import Server
 
 SLACK_S = 10.0

@@ -1,4 +1,4 @@
-"""Every route of ours, with bodies and parameters made up from its own OpenAPI schema."""
+"""Every route of ours gets bodies and parameters made up from its own OpenAPI schema."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def server(
 
 
 def _fuzz(operation: Any) -> Counter[int | str]:
-    """Statuses that made-up requests got; fails on the first that is a server error."""
+    """Return the statuses that made-up requests got; fail on the first that is a server error."""
     statuses: Counter[int | str] = Counter()
 
     @FUZZ

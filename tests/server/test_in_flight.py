@@ -1,4 +1,4 @@
-"""What happens to running samples when their adapter gets a new version, and when too many come."""
+"""Running samples meet a new version of their adapter, and a server that has too many."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.harness.server import NO_KERNEL_CACHE, NUM_BLOCKS, Server
 MAX_ROLLOUTS, TEMPERATURE = 22, 0.8
 KEPT_VERSIONS = 3
 EARLY, LENGTH = 200, 2400
-"""Tokens of samples that a new version should meet: after the first it has seconds to arrive."""
+"""How long samples are that a new version should meet: it has seconds to arrive."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def model(tiny: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(model: Path, adapters: Callable[..., Path]) -> list[Path]:
-    """Version v is made of `weights[v % 2]`."""
+    """Make the two adapters of which versions are pushed: version v is `weights[v % 2]`."""
     return [adapters(model, rank=8, rule=rule, seed=i) for i, rule in enumerate(("ridge", "paper"))]
 
 
@@ -64,7 +64,7 @@ def _sampling(max_tokens: int) -> dict[str, Any]:
 
 
 def _check(server: Server, weights: list[Path], record: Rollout) -> None:
-    """Every span of a record against the replay of its version."""
+    """Compare every span of a record with the replay of its version."""
     for span in record.weight_versions:
         tokens = list(record.token_ids[: len(record.prompt_ids) + span.end])
         expected = replayed(
@@ -161,7 +161,7 @@ def test_too_many_samples_get_429(server: Server, client: RolloutClient) -> None
 
 
 def _resident_mib(pid: int) -> float:
-    """Of a process and its descendants."""
+    """Return the memory of a process and its descendants."""
     import psutil
 
     root = psutil.Process(pid)

@@ -1,4 +1,4 @@
-"""What a running server shows: metrics, the page in a real browser, the client's example."""
+"""A running server shows metrics, and a page in a real browser."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _get(server: Server, path: str) -> httpx.Response:
 
 
 def _metrics(server: Server) -> dict[str, float]:
-    """Samples by name, summed over their labels; buckets with their upper edge."""
+    """Return samples by name, summed over their labels; buckets have their upper edge."""
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(_get(server, "/metrics").text):
         for sample in family.samples:
@@ -124,7 +124,7 @@ def test_metrics_count_what_happened(server: Server, adapters: Callable[..., Pat
 
 
 def _wait_for_rest(server: Server) -> None:
-    """Until nothing runs; the worker hears of the last request one step later."""
+    """Wait until nothing runs; the worker hears of the last request one step later."""
     for _ in range(100):
         report = _get(server, "/pte/v1/requests").json()
         if not report["running"] and report["free_blocks"] == report["usable_blocks"]:
@@ -197,7 +197,7 @@ def test_openai_example(server: Server) -> None:
 
 
 class Looking:
-    """The page in a browser while three requests run on the server."""
+    """Open the page in a browser while three requests run on the server."""
 
     def __init__(self, server: Server, page: Any) -> None:
         self.server = server
@@ -292,7 +292,7 @@ def test_page_draws_requests(looking: Looking, tmp_path: Path) -> None:
 
 
 def test_page_draws_thought_states(looking: Looking) -> None:
-    """A heat map with a row per layer, and a bar of ρ per fold, of requests with a state."""
+    """Requests with a state get a heat map with a row per layer, and a bar of ρ per fold."""
     page, server = looking.page, looking.server
     report = _get(server, "/pte/v1/requests").json()
     with_state = [record for record in report["finished"][-3:] if record["rule"]]

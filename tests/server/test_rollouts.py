@@ -1,4 +1,4 @@
-"""Rollouts, scores and adapter pushes against a real server, through the trainer's client."""
+"""The trainer's client asks a real server for rollouts and scores, and pushes adapters to it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model(tiny: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def versions(model: Path, adapters: Callable[..., Path]) -> dict[str, Path]:
-    """What the tests push, by the engine's name for it."""
+    """Make what the tests push, by the engine's name for it."""
     return {
         "paper@1": adapters(model, rank=8, rule="paper", seed=1),
         "paper@2": adapters(model, rank=8, rule="paper", seed=2),
@@ -68,7 +68,7 @@ def client(server: Server) -> Iterator[RolloutClient]:
 
 
 def _difference(server: Server, versions: dict[str, Path], rollout: Rollout, **options) -> float:
-    """Largest |Δ log p| between a record and the replay."""
+    """Return the largest |Δ log p| between a record and the replay."""
     expected = replayed(
         server.model,
         versions[rollout.adapter] if rollout.adapter is not None else None,
@@ -118,7 +118,7 @@ def test_scores_agree_with_rollouts(server: Server, client: RolloutClient) -> No
         pairs = zip(record.logprobs, score.logprobs, strict=True)
         assert max(abs(a - b) for a, b in pairs) <= 2e-4
     # Another rule is another distribution, so the options do arrive.
-    other = client.score([records[0].token_ids], [30], update="none", **options)[0]
+    other = client.score([records[0].token_ids], [30], rule="none", **options)[0]
     assert (scored[0].rule, other.rule) == ("ridge", "none")
     assert max(abs(a - b) for a, b in zip(other.logprobs, scored[0].logprobs, strict=True)) > 0.01
 
@@ -136,7 +136,7 @@ def test_names_versions_and_seeds(
     assert seen["paper"].adapter == "paper@2"
     assert seen["paper"].completion_ids == seen["paper@2"].completion_ids
     assert seen["paper"].completion_ids != seen["paper@1"].completion_ids
-    (summed,) = client.rollouts([prompt], adapter="paper@1", update="sum", sampling=SAMPLING)
+    (summed,) = client.rollouts([prompt], adapter="paper@1", rule="sum", sampling=SAMPLING)
     assert (summed.rule, seen["paper@1"].rule) == ("sum", "paper")
     assert _difference(server, versions, summed, temperature=0.8, rule="sum") <= TOLERANCE
     assert _difference(server, versions, summed, temperature=0.8) > TOLERANCE

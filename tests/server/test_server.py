@@ -1,4 +1,4 @@
-"""The real server over HTTP: exact, refusing bad input, and none the worse for it."""
+"""The real server answers exactly, refuses bad input, and is none the worse for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import NUM_BLOCKS, WINDOW, Server
-from tests.server.wire import TEMPERATURE, check
+from tests.server.under_way import TEMPERATURE, check
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_requests_route_shows_a_bounded_cache(server: Server) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"pte_window": 2 * BLOCK}], ids=["plain", "options"])
 class TestOpenAIClient:
-    """What users of OpenAI's own client call; with and without options of ours."""
+    """OpenAI's own client gets its answers, with and without options of ours."""
 
     MESSAGES: ClassVar = [{"role": "user", "content": "Count the birds on the roof."}]
 
@@ -213,7 +213,7 @@ def test_loading_an_adapter_while_serving(server: Server, adapters: Callable) ->
 
 
 def test_disconnects_leave_nothing_behind(server: Server) -> None:
-    """Sixty streams, most of them dropped in the middle; the others are exact."""
+    """Of sixty streams most are dropped in the middle; the others are exact."""
     kept, length = random_tokens(60, 500, 6), 250
 
     async def run() -> list:

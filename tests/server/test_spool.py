@@ -1,4 +1,4 @@
-"""Pushed adapters on disk."""
+"""Pushed adapters are stored whole or not at all, and found again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_versions_survive_and_leftovers_do_not(tmp_path: Path) -> None:
     assert all(Path(v.path).parent == spool.root for v in kept)
     assert content_hash(file_hashes(kept[0].path)) == kept[0].sha256
     forgotten = _add(spool, "b", 1, b"x")
-    spool.forget(forgotten)
+    spool.retire(forgotten)
     half_written = spool.incoming()
     half_written.write("adapter_config.json", io.BytesIO(b"{"))
     with pytest.raises(ValueError, match="used by another server"):
@@ -40,15 +40,15 @@ def test_versions_survive_and_leftovers_do_not(tmp_path: Path) -> None:
 def test_other_weights_under_the_same_version_have_another_path(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     first = _add(spool, "a", 1, b"x")
-    spool.forget(first)
+    spool.retire(first)
     second = _add(spool, "a", 1, b"y")
     assert first.engine_name == second.engine_name == "a@1" and first.path != second.path
-    spool.remove(first)
+    spool.delete(first)
     assert spool.versions() == [second]
     # Pushed again while its files still wait to be removed: they stay.
-    spool.forget(second)
+    spool.retire(second)
     assert _add(spool, "a", 1, b"y").path == second.path
-    spool.remove(second)
+    spool.delete(second)
     assert [v.path for v in spool.versions()] == [second.path]
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM to a server that is busy, as `docker stop` sends it."""
+"""A busy server gets SIGTERM, as `docker stop` sends it."""
 
 from __future__ import annotations
 

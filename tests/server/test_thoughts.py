@@ -1,4 +1,4 @@
-"""Thought states over HTTP: against the replay, live, bounded, and forgotten on demand."""
+"""Thought states over HTTP are the replay's, live, bounded, and forgotten on demand."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_unknown_forgotten_and_dropped(server: Server) -> None:
 
 
 def test_folds_in_the_response(server: Server) -> None:
-    """For clients that send an option of ours; for others the response is vLLM's."""
+    """Clients that send an option of ours get it; for others the response is vLLM's."""
     response = complete(server, "paper", pte_window=2 * BLOCK)
     found = finished(server, response.id)
     told = response.kv_transfer_params["pte"]
@@ -176,7 +176,7 @@ def _follow(lines: Iterator[str]) -> Iterator[tuple[str, dict]]:
 
 
 def test_events_of_a_request(server: Server) -> None:
-    """One per fold, then the end, whoever else leaves."""
+    """There is an event for each fold, then the end, whoever else leaves."""
 
     async def run() -> tuple[list[tuple[str, dict]], str]:
         client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

@@ -1,4 +1,4 @@
-"""The requests of prime-rl, SkyRL and AReaL, word for word, and the fields that they read."""
+"""The requests of prime-rl, SkyRL and AReaL get, word for word, the fields that they read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pte_vllm.server.adapters.upload import MAX_ADAPTER_BYTES
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import WINDOW, Server
-from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
+from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 LENGTH = WINDOW + 5 * BLOCK + 7
 EXAMPLE = Path(__file__).parents[2] / "examples" / "external_trainer.py"
@@ -26,7 +26,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "external_trainer.py"
 
 @pytest.fixture(scope="module")
 def steps(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> list[Path]:
-    """What a trainer saved after each step."""
+    """Make what a trainer saved after each step."""
     return [adapters(tiny("qwen3"), rank=8, rule="paper", seed=10 + i) for i in range(3)]
 
 
@@ -50,7 +50,7 @@ def _ok(answer: httpx.Response) -> Any:
 def _generate(
     server: Server, model: str, prompt: list[int], length: int = LENGTH, **fields: Any
 ) -> dict[str, Any]:
-    """`/inference/v1/generate` as verifiers (prime-rl) and SkyRL send it."""
+    """Send `/inference/v1/generate` as verifiers (prime-rl) and SkyRL do."""
     sampling = {
         "temperature": TEMPERATURE,
         "top_p": 1.0,
@@ -150,7 +150,7 @@ def test_skyrl(server: Server, steps: list[Path]) -> None:
 
 
 def _areal(server: Server, model: str, prompt: list[int], room: int, **options: Any) -> dict:
-    """AReaL's generation request, and what it makes of the answer."""
+    """Send AReaL's generation request, and return what it makes of the answer."""
     body = {
         "top_p": 1.0,
         "top_k": 0,

@@ -1,4 +1,4 @@
-"""TRL's own clients, as installed, against our server: what its trainers call, answer by answer."""
+"""TRL's own clients, as installed, get what its trainers need from our server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import WINDOW, Server
-from tests.server.wire import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
+from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 LENGTH = WINDOW + 5 * BLOCK + 7
 pytestmark = pytest.mark.filterwarnings(
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def versions(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> list[Path]:
-    """Adapters of successive steps, by version; 0 is served from the start."""
+    """Make adapters of successive steps, by version; 0 is served from the start."""
     return [adapters(tiny("qwen3"), rank=8, rule="paper", seed=seed) for seed in range(4)]
 
 
@@ -42,7 +42,7 @@ def server(
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Any:
-    """TRL's client of GRPOTrainer's server mode, as its constructor makes it."""
+    """Make TRL's client of GRPOTrainer's server mode, as its constructor does."""
     pytest.importorskip("trl")
     from trl.generation.vllm_client import VLLMClient
 

@@ -11,7 +11,7 @@ import pytest
 from fastapi import HTTPException, Request
 
 from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE
-from pte_vllm.server.adapters import upload as adapter_upload
+from pte_vllm.server.adapters import upload
 from pte_vllm.server.adapters.upload import Upload, read_upload
 
 GOOD = {CONFIG_FILE: b"{}", LORA_FILE: b"tensors"}
@@ -82,7 +82,7 @@ def test_what_is_wrong_is_said(body: bytes, kind: str, query: str, message: str)
 
 
 def test_large_bodies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter_upload, "MAX_ADAPTER_BYTES", 1000)
+    monkeypatch.setattr(upload, "MAX_ADAPTER_BYTES", 1000)
     with pytest.raises(HTTPException) as refusal:
         _read(_tar(GOOD))
     assert refusal.value.status_code == 413

@@ -1,4 +1,4 @@
-"""What the tests of thought states share: a request, its thoughts when it has ended, its replay."""
+"""The tests of thought states share a request, its thoughts at its end, and its replay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def complete(server: Server, model: str, length: int = LENGTH, n: int = 1, **opt
 
 
 def finished(server: Server, name: str) -> dict:
-    """Its thoughts once the worker has heard of the end."""
+    """Return a request's thoughts once the worker has heard of its end."""
     for _ in range(100):
         found = server.get(f"/pte/v1/thoughts/{name}")
         if found["status"] == "finished":

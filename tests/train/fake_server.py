@@ -13,7 +13,7 @@ from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.segments import replay
-from pte_vllm.wire.rollout import Rollout, WeightSpan, fold_events
+from pte_vllm.wire.rollout import Rollout, WeightSpan
 from pte_vllm.wire.transport import ServerError
 
 BLOCK = 16
@@ -108,7 +108,6 @@ class FakeServer:
             adapter=f"policy@{version}",
             weight_versions=(WeightSpan(version=version, start=0, end=count),),
             plan=plan,
-            fold_events=fold_events(plan, len(prompt) + count),
             group_id=group_id,
             index=index,
             num_preempted=0,

@@ -8,7 +8,7 @@ from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.segments import replay
-from pte_vllm.wire.rollout import Rollout, WeightSpan, fold_events
+from pte_vllm.wire.rollout import Rollout, WeightSpan
 from tests.harness.models import random_tokens
 
 BLOCK = 16
@@ -50,7 +50,6 @@ def make_rollout(
         adapter="policy@1",
         weight_versions=tuple(versions),
         plan=fold_plan,
-        fold_events=fold_events(fold_plan, prompt_tokens + tokens),
         group_id=f"group-{group}",
         index=index,
         num_preempted=0,

@@ -20,7 +20,7 @@ from pte_vllm.train.distill.step import evaluate
 from pte_vllm.train.options.runs import DistillRun
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.run.log import read_metrics
-from pte_vllm.wire.rollout import Rollout, WeightSpan, fold_events
+from pte_vllm.wire.rollout import Rollout, WeightSpan
 from tests.harness.models import random_tokens
 from tests.train.test_distill import full_logits, plan
 
@@ -166,7 +166,6 @@ def rollout(pin_tokens: int, num_answer: int, window_tokens: int) -> Rollout:
         adapter=None,
         weight_versions=(WeightSpan(version=0, start=0, end=num_answer),),
         plan=plan,
-        fold_events=fold_events(plan, 30 + num_answer),
         group_id="a",
         index=0,
         num_preempted=None,

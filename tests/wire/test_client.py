@@ -1,4 +1,4 @@
-"""The client's patience, against a small HTTP server that follows a script."""
+"""The client shows its patience to a small HTTP server that follows a script."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Script:
                 script.steps.pop(0)(self, body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Quiet."""
+                """Log nothing."""
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
@@ -83,7 +83,6 @@ def record(prompt: list[int], group_id: str, index: int) -> dict[str, Any]:
         adapter=None,
         weight_versions=(WeightSpan(version=0, start=0, end=2),),
         plan=plan,
-        fold_events=(),
         group_id=group_id,
         index=index,
         num_preempted=0,
@@ -195,6 +194,7 @@ def test_nobody_there() -> None:
         ({"adapter": "policy@1"}, "adapter is policy@1"),
         ({"finish_reason": "scored"}, "finish_reason is scored"),
         ({"logprobs": [-1.0]}, "malformed record: logprobs has 1 values"),
+        ({"logprobs": None}, "malformed record: logprobs: .* valid array"),
         (
             {"plan": {"pin_tokens": 3, "window_tokens": 32, "evict_ratio": 0.25, "block_size": 16}},
             "plan is",
@@ -216,12 +216,12 @@ def test_the_rule_is_the_one_asked_for(script: Script, client: RolloutClient) ->
         return json.dumps({**record(PROMPTS[0], "0", 0), "rule": rule}).encode() + b"\n"
 
     script.steps = [answer(0, then=line(rule)) for rule in ("sum", "ridge", "ridge", None)]
-    for update, rule in (("sum", "sum"), (None, "ridge")):  # None: whatever the adapter has
-        (found,) = client.rollouts([PROMPTS[0]], update=update)
-        assert (script.bodies[-1]["update"], found.rule) == (update, rule)
+    for asked, rule in (("sum", "sum"), (None, "ridge")):  # None: whatever the adapter has
+        (found,) = client.rollouts([PROMPTS[0]], rule=asked)
+        assert (script.bodies[-1]["update"], found.rule) == (asked, rule)
     for said in ("ridge", "not said"):
         with pytest.raises(RolloutMismatch, match=f"rule is {said}, asked for was sum"):
-            list(client.rollouts([PROMPTS[0]], update="sum"))
+            list(client.rollouts([PROMPTS[0]], rule="sum"))
 
 
 def test_what_a_new_version_does_is_passed_on(script: Script, client: RolloutClient) -> None:

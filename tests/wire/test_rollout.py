@@ -1,4 +1,4 @@
-"""The rollout record: exact round trip, and nothing malformed gets through."""
+"""A rollout record survives its round trip exactly, and nothing malformed gets through."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.wire.rollout import FoldEvent, Rollout, WeightSpan, fold_events, with_rho
+from pte_vllm.wire.folds import FoldEvent, fold_events, num_folds, rho_of_folds
+from pte_vllm.wire.rollout import Rollout, WeightSpan
 
 PLAN = FoldPlan(pin_tokens=5, window_tokens=16, evict_ratio=0.25, block_size=4)
 
@@ -25,7 +26,6 @@ def _rollout(num_completion: int = 40, **changes: Any) -> Rollout:
         "rule": "ridge",
         "weight_versions": (WeightSpan(version=3, start=0, end=num_completion),),
         "plan": PLAN,
-        "fold_events": fold_events(PLAN, 5 + num_completion),
         "group_id": "a",
         "index": 2,
         "num_preempted": 0,
@@ -44,6 +44,9 @@ def test_fold_events_are_the_plans() -> None:
     assert fold_events(PLAN, 1) == fold_events(PLAN, 24) == ()
     full = FoldPlan(pin_tokens=5, window_tokens=0, block_size=4)
     assert fold_events(full, 4000) == ()
+    for plan in (PLAN, full):
+        for length in range(1, 80):
+            assert num_folds(plan, length) == len(fold_events(plan, length))
 
 
 @pytest.mark.parametrize("num_completion", [0, 1, 40])
@@ -52,17 +55,24 @@ def test_round_trip(num_completion: int) -> None:
     rollout = _rollout(num_completion, weight_versions=spans)
     line = json.dumps(rollout.to_json())
     assert Rollout.from_json(line) == Rollout.from_json(json.loads(line)) == rollout
+    assert Rollout.from_json(rollout.to_line()) == rollout
+    assert json.loads(rollout.to_line()) == json.loads(line) == rollout.to_json()
     assert rollout.token_ids == rollout.prompt_ids + rollout.completion_ids
 
 
 def test_rho_of_folds() -> None:
-    events = fold_events(PLAN, 45)
-    rho = [0.5 / (i + 1) for i in range(len(events))]
-    known = _rollout(fold_events=with_rho(events, [*rho, 9.0]))  # one fold past the answer
-    assert [event.rho for event in known.fold_events] == rho
-    assert Rollout.from_json(json.dumps(known.to_json())) == known
+    count = num_folds(PLAN, 45)
+    rho = tuple(0.5 / (i + 1) for i in range(count))
+    assert rho_of_folds(PLAN, 45, [*rho, 9.0]) == rho  # one fold past the answer
     for missing in (None, [], rho[:-1]):
-        assert with_rho(events, missing) == events
+        assert rho_of_folds(PLAN, 45, missing) is None
+    assert rho_of_folds(PLAN, 6, []) is None  # nothing was folded
+    known = _rollout(rho=rho)
+    assert [event.rho for event in known.fold_events] == list(rho)
+    assert Rollout.from_json(known.to_line()) == known
+    for wrong in (rho[:-1], (*rho, 0.1)):
+        with pytest.raises(ValueError, match=f"rho has {len(wrong)} values"):
+            _rollout(rho=wrong)
     # A record written before folds had one.
     old = _rollout().to_json()
     for event in old["fold_events"]:
@@ -73,10 +83,10 @@ def test_rho_of_folds() -> None:
 @pytest.mark.parametrize(
     ("rho", "message"),
     [
-        (-0.1, "at least 0"),
+        (-0.1, "fold_events.4.rho: .* greater than or equal to 0, got -0.1"),
         (math.nan, "finite"),
-        ("1", "a number"),
-        (True, "a number"),
+        ("1", "fold_events.4.rho: .* valid number"),
+        (True, "fold_events.4.rho: .* valid number, got True"),
         (None, "4 of 5"),
     ],
 )
@@ -103,38 +113,50 @@ def test_versions_may_change_midway() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("prompt_ids", [], "prompt_ids is empty"),
-        ("prompt_ids", "31415", "prompt_ids must be a list"),
-        ("prompt_ids", [3, 1, 4, 1, True], "token ids, got True"),
-        ("completion_ids", [1.0] * 40, "completion_ids must hold token ids"),
-        ("completion_ids", [-1] * 40, "completion_ids must hold token ids"),
+        ("prompt_ids", [], "prompt_ids: .* at least 1 item"),
+        ("prompt_ids", "31415", "prompt_ids: .* valid array"),
+        ("prompt_ids", [3, 1, 4, 1, True], "prompt_ids.4: .* valid integer, got True"),
+        ("completion_ids", [1.0] * 40, "completion_ids.0: .* valid integer, got 1.0"),
+        ("completion_ids", [-1] * 40, "completion_ids.0: .* equal to 0, got -1"),
         ("completion_ids", [1] * 39, "logprobs has 40 values for 39"),
-        ("logprobs", [-1.0] * 39 + [math.nan], "finite"),
-        ("logprobs", [-1.0] * 39 + [-math.inf], "finite"),
-        ("logprobs", [-1.0] * 39 + [0.5], "at most 0"),
-        ("logprobs", [-1.0] * 39 + [None], "numbers"),
+        ("logprobs", [-1.0] * 39 + [math.nan], "logprobs.39: .* finite"),
+        ("logprobs", [-1.0] * 39 + [-math.inf], "logprobs.39: .* finite"),
+        ("logprobs", [-1.0] * 39 + [0.5], "logprobs.39: .* less than or equal to 0.0001, got 0.5"),
+        ("logprobs", [-1.0] * 39 + [None], "logprobs.39: .* valid number, got None"),
         ("mask", [1] * 39, "mask has 39 values"),
-        ("mask", [2] * 40, "0 and 1"),
-        ("finish_reason", "error", "finish_reason must be one of"),
-        ("adapter", "", "adapter must be"),
-        ("adapter", 3, "adapter must be"),
-        ("rule", "paperback", "rule must be one of paper, sum"),
+        ("mask", [2] * 40, "mask.0: .* less than or equal to 1, got 2"),
+        ("mask", [True] * 40, "mask.0: .* valid integer, got True"),
+        ("finish_reason", "error", "finish_reason: .* 'scored', got 'error'"),
+        ("adapter", "", "adapter: .* at least 1 character"),
+        ("adapter", 3, "adapter: .* valid string, got 3"),
+        ("rule", "paperback", "rule: .* 'paper', 'sum', .* got 'paperback'"),
         ("weight_versions", [], "cover 0 of 40"),
         ("weight_versions", [{"version": 1, "start": 0, "end": 39}], "cover 39 of 40"),
         ("weight_versions", [{"version": 1, "start": 1, "end": 40}], "does not continue"),
-        ("weight_versions", [{"version": "1", "start": 0, "end": 40}], "version must be"),
-        ("weight_versions", [{"version": 1, "start": 0}], "lacks end"),
-        ("plan", {"pin_tokens": 5}, "plan lacks"),
+        (
+            "weight_versions",
+            [{"version": "1", "start": 0, "end": 40}],
+            "weight_versions.0.version: .* valid integer, got '1'",
+        ),
+        ("weight_versions", [{"version": 1, "start": 0}], "weight_versions.0.end is missing"),
+        ("plan", {"pin_tokens": 5}, "plan.window_tokens is missing"),
         ("plan", {**_rollout().to_json()["plan"], "pin_tokens": 6}, "6 pinned tokens"),
         ("plan", {**_rollout().to_json()["plan"], "window_tokens": 17}, "multiple"),
         ("plan", {**_rollout().to_json()["plan"], "window_tokens": 32}, "fold_events"),
         ("plan", {**_rollout().to_json()["plan"], "evict_ratio": "1/4"}, "evict_ratio"),
         ("fold_events", [], "fold_events are not those of the plan"),
-        ("fold_events", [{"at": 24, "blocks": [2]}], "two numbers"),
+        ("fold_events", [{"at": 24, "blocks": [2]}], "fold_events.0.blocks.1 is missing"),
         ("group_id", None, "group_id"),
         ("index", -1, "index"),
         ("num_preempted", 0.5, "num_preempted"),
-        ("colour", "red", "unknown fields: colour"),
+        (
+            "plan",
+            {**_rollout().to_json()["plan"], "pin_tokens": True},
+            "plan.pin_tokens: .* integer",
+        ),
+        ("plan", {**_rollout().to_json()["plan"], "colour": 1}, "plan.colour is not a known field"),
+        ("rho", [0.1] * 5, "rho is not a known field"),
+        ("colour", "red", "colour is not a known field"),
     ],
 )
 def test_malformed_records_are_refused(field: str, value: object, message: str) -> None:
@@ -142,13 +164,29 @@ def test_malformed_records_are_refused(field: str, value: object, message: str) 
         Rollout.from_json({**_rollout().to_json(), field: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("logprobs", (-1.0,) * 39 + (math.nan,), "finite"),
+        ("logprobs", (-1.0,) * 39, "logprobs has 39 values for 40"),
+        ("mask", (1,) * 41, "mask has 41 values for 40"),
+        ("finish_reason", "error", "finish_reason must be one of"),
+        ("rho", (math.nan,) * 5, "rho must be finite"),
+        ("weight_versions", (), "cover 0 of 40"),
+    ],
+)
+def test_a_server_sends_no_malformed_record(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _rollout(**{field: value})
+
+
 def test_missing_and_broken_json() -> None:
     for field in _rollout().to_json().keys() - {"rule"}:
         record = _rollout().to_json()
         del record[field]
-        with pytest.raises(ValueError, match=f"lacks {field}"):
+        with pytest.raises(ValueError, match=f"{field} is missing"):
             Rollout.from_json(record)
     with pytest.raises(ValueError):
         Rollout.from_json('{"prompt_ids": [1, ')
-    with pytest.raises(ValueError, match="must be an object"):
+    with pytest.raises(ValueError, match="record: .* should be an object"):
         Rollout.from_json("[]")

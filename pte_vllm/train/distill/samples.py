@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def sample_answers(run: DistillRun, tokenizer: Any, path: Path, console: Console
                 pin_tokens=pin_tokens,
                 group_ids=[str(i) for i, _ in chosen],
             ):
-                file.write(json.dumps(rollout.to_json()) + "\n")
+                file.write(rollout.to_line().decode() + "\n")
                 progress.advance(task)
     draft.replace(path)
 

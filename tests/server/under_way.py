@@ -1,4 +1,4 @@
-"""What the tests of control routes and trainers share: requests under way, and their exactness."""
+"""The tests of control routes and trainers share requests under way, and checks of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.harness.server import WINDOW, Server
 
 TEMPERATURE = 0.8
 IN_FLIGHT = 1500
-"""Tokens of a request that something is to happen to while it runs."""
+"""How many tokens a request samples that something is to happen to while it runs."""
 
 _CLIENT = httpx.Client(timeout=120)  # a new one for each call would cost time
 

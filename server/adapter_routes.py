@@ -1,4 +1,4 @@
-"""`/pte/v1/adapters`: push, list and remove adapter versions."""
+"""Routes below `/pte/v1/adapters` push, list and retire versions of adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from fastapi.responses import JSONResponse
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pte_vllm.server.access.auth import may_change
-from pte_vllm.server.adapters.registry import AdapterRegistry, ConflictError
+from pte_vllm.server.adapters.catalog import ConflictError
+from pte_vllm.server.adapters.registry import AdapterRegistry
 from pte_vllm.server.adapters.spool import Incoming, SpoolError, check_name
 from pte_vllm.server.adapters.upload import BODY_SCHEMA, Upload, not_stored, read_upload
 from pte_vllm.server.service import service
@@ -20,14 +21,14 @@ router = APIRouter()
 
 @router.get("/adapters")
 async def list_adapters(request: Request) -> dict[str, Any]:
-    """Pushed adapters and their versions."""
+    """List pushed adapters and their versions."""
     registry = service(request).registry
-    return {"adapters": [registry.summary(name) for name in registry.names()]}
+    return {"adapters": [registry.summary(name) for name in registry.catalog.names()]}
 
 
 @router.get("/adapters/{name}")
 async def get_adapter(name: str, request: Request) -> dict[str, Any]:
-    """One adapter, by `name` or `name@version`."""
+    """Describe one adapter, by `name` or `name@version`."""
     try:
         return service(request).registry.summary(name)
     except LookupError as error:
@@ -38,15 +39,15 @@ async def get_adapter(name: str, request: Request) -> dict[str, Any]:
 async def delete_adapter(name: str, request: Request) -> dict[str, Any]:
     """Stop serving `name` or `name@version`; what runs finishes."""
     try:
-        gone = await service(request).registry.delete(name)
+        retired = await service(request).registry.retire(name)
     except LookupError as error:
         raise HTTPException(404, str(error)) from error
-    return {"deleted": [version.engine_name for version in gone]}
+    return {"deleted": [version.engine_name for version in retired]}
 
 
 @router.put("/adapters/{name}", dependencies=[Depends(may_change)], openapi_extra=BODY_SCHEMA)
 async def put_adapter(name: str, request: Request) -> JSONResponse:
-    """Push a version: 201 if it is new, 200 if the same files are there under the same number."""
+    """Push a version: 201 where it is new, 200 where the same files are there already."""
     state = service(request)
     try:
         check_name(name)
@@ -55,7 +56,7 @@ async def put_adapter(name: str, request: Request) -> JSONResponse:
         try:
             return await _push(state.registry, name, incoming, upload)
         finally:
-            await asyncio.to_thread(incoming.discard)
+            await asyncio.to_thread(incoming.delete)
     except ConflictError as error:
         raise HTTPException(409, str(error)) from error
     except ValueError as error:
