@@ -60,9 +60,6 @@ class Server(launch.Server):
                 **(env or {}),
             },
         )
-        # A step of a tiny model is short, but there is always a next one: clients of the tests must
-        # not wait for the CPU until the requests they want to disturb are done.
-        self.command = ["nice", "-n", "10", *self.command]
 
     @property
     def client(self) -> openai.OpenAI:
@@ -85,6 +82,25 @@ class Server(launch.Server):
         return self.client.completions.create(
             model=model, prompt=prompt, max_tokens=max_tokens, extra_body=body, **kwargs
         )
+
+    def reset(self, adapters: Mapping[str, Path], *, admin_key: str | None = None) -> None:
+        """Serve these adapters in place of others that were loaded by hand, with an empty cache."""
+        headers = {} if admin_key is None else {"Authorization": f"Bearer {admin_key}"}
+
+        def post(path: str, body: Mapping[str, str]) -> None:
+            answer = httpx.post(self.url + path, json=body, headers=headers, timeout=120)
+            assert answer.status_code == 200, answer.text
+
+        for name in self.adapters.keys() - adapters.keys():
+            post("/v1/unload_lora_adapter", {"lora_name": name})
+            del self.adapters[name]
+        for name, path in adapters.items():
+            if self.adapters.get(name) != path:
+                if name in self.adapters:
+                    post("/v1/unload_lora_adapter", {"lora_name": name})
+                post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+                self.adapters[name] = path
+        post("/reset_prefix_cache", {})
 
     def get(self, path: str) -> dict:
         return httpx.get(self.url + path, timeout=30).raise_for_status().json()

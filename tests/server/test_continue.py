@@ -16,15 +16,17 @@ from tests.harness.parity import TOLERANCE
 from tests.harness.server import IGNORE_EOS, WINDOW, Server
 from tests.server.thinking import PROMPT, complete, finished, replay
 
+pytestmark = pytest.mark.xdist_group("shared server")
+
 
 @pytest.fixture(scope="module")
 def server(
-    serve: Callable[..., Server], tiny: Callable[[str], Path], adapters: Callable[..., Path]
+    shared: Callable[..., Server], tiny: Callable[[str], Path], adapters: Callable[..., Path]
 ) -> Server:
     model = tiny("qwen3")
     served = {rule: adapters(model, rank=8, rule=rule) for rule in ("paper", "ridge")}
     served["delta"] = adapters(model, rank=8, rule="delta", features="squared")
-    return serve(model, served, flags=["--enable-prompt-tokens-details"])
+    return shared(served)
 
 
 def _continue(

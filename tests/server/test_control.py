@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -13,7 +13,6 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from pte_vllm.server.access.auth import ADMIN_KEY
 from pte_vllm.wire.client import RolloutClient
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
@@ -22,6 +21,7 @@ from tests.harness.server import WINDOW, Server
 from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 KEY = "only-the-trainer"
+pytestmark = pytest.mark.xdist_group("shared server")
 ADMIN = {"Authorization": f"Bearer {KEY}"}
 LONG = 3000
 """How many tokens a request samples that is still running when it is interfered with."""
@@ -34,21 +34,12 @@ def versions(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> dict
 
 
 @pytest.fixture(scope="module")
-def server(
-    tiny: Callable[[str], Path],
-    versions: dict[int, Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Server]:
-    directory = tmp_path_factory.mktemp("control")
-    flags = ["--pte-spool", str(directory / "spool")]
-    env = {ADMIN_KEY: KEY}
-    with Server(tiny("qwen3"), {}, log=directory / "log", flags=flags, env=env) as server:
-        server.wait_ready()
-        with RolloutClient(server.url, admin_key=KEY) as client:
-            for path in versions.values():
-                client.push(path, "policy")
-        yield server
-        server.wait_idle()
+def server(shared: Callable[..., Server], versions: dict[int, Path]) -> Server:
+    server = shared(admin_key=KEY)
+    with RolloutClient(server.url, admin_key=KEY) as client:
+        for path in versions.values():
+            client.push(path, "policy")
+    return server
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from tests.harness.server import NUM_BLOCKS, WINDOW, Server
 
 LENGTH = WINDOW + 7 * BLOCK + 5
 ADMIN_KEY = "only-the-trainer"
+pytestmark = pytest.mark.xdist_group("shared server")
 SAMPLING = {"max_tokens": LENGTH, "temperature": 0.8, "seed": 7, "ignore_eos": True}
 
 
@@ -44,21 +45,13 @@ def versions(model: Path, adapters: Callable[..., Path]) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def server(
-    model: Path, versions: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    directory = tmp_path_factory.mktemp("rollouts")
-    flags = ["--pte-spool", str(directory / "spool")]
-    with Server(
-        model, {}, log=directory / "log", flags=flags, env={"PTE_ADMIN_KEY": ADMIN_KEY}
-    ) as server:
-        server.wait_ready()
-        with RolloutClient(server.url, admin_key=ADMIN_KEY) as client:
-            for engine_name, path in versions.items():
-                name, _, number = engine_name.partition("@")
-                assert client.push(path, name) == int(number)
-        yield server
-        server.wait_idle()
+def server(shared: Callable[..., Server], versions: dict[str, Path]) -> Server:
+    server = shared(admin_key=ADMIN_KEY)
+    with RolloutClient(server.url, admin_key=ADMIN_KEY) as client:
+        for engine_name, path in versions.items():
+            name, _, number = engine_name.partition("@")
+            assert client.push(path, name) == int(number)
+    return server
 
 
 @pytest.fixture

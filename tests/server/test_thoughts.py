@@ -19,14 +19,15 @@ from pte_vllm.server.thought_routes import MAX_LISTENERS
 from pte_vllm.wire.client import RolloutClient
 from tests.harness.engine import BLOCK
 from tests.harness.server import IGNORE_EOS, WINDOW, Server
+from tests.server.conftest import SHARED_KEEP_THOUGHTS
 from tests.server.thinking import LENGTH, PROMPT, complete, finished, replay
 
-KEPT = 12
+pytestmark = pytest.mark.xdist_group("shared server")
 
 
 @pytest.fixture(scope="module")
 def server(
-    serve: Callable[..., Server], tiny: Callable[[str], Path], adapters: Callable[..., Path]
+    shared: Callable[..., Server], tiny: Callable[[str], Path], adapters: Callable[..., Path]
 ) -> Server:
     model = tiny("qwen3")
     served = {
@@ -36,7 +37,7 @@ def server(
             model, rank=4, global_tokens=6, rule="sum", features="squared", layers=[0, 2]
         ),
     }
-    return serve(model, served, flags=["--pte-keep-thoughts", str(KEPT)])
+    return shared(served)
 
 
 def _get(server: Server, path: str) -> httpx.Response:
@@ -142,7 +143,7 @@ def test_unknown_forgotten_and_dropped(server: Server) -> None:
     assert httpx.delete(url, timeout=30).status_code == httpx.get(url).status_code == 404
     oldest = complete(server, "paper", 5)
     finished(server, oldest.id)
-    for _ in range(KEPT):
+    for _ in range(SHARED_KEEP_THOUGHTS):
         assert _get(server, oldest.id).status_code == 200
         newest = complete(server, "paper", 2)
         finished(server, newest.id)

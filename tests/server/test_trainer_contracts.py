@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tests.harness.server import WINDOW, Server
 from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 LENGTH = WINDOW + 5 * BLOCK + 7
+pytestmark = pytest.mark.xdist_group("shared server")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "external_trainer.py"
 
 
@@ -31,15 +32,8 @@ def steps(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> list[Pa
 
 
 @pytest.fixture(scope="module")
-def server(
-    tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    directory = tmp_path_factory.mktemp("trainers")
-    flags = ["--pte-spool", str(directory / "spool")]
-    with Server(tiny("qwen3"), {}, log=directory / "log", flags=flags) as server:
-        server.wait_ready()
-        yield server
-        server.wait_idle()
+def server(shared: Callable[..., Server]) -> Server:
+    return shared()
 
 
 def _ok(answer: httpx.Response) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from tests.harness.server import WINDOW, Server
 from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 LENGTH = WINDOW + 5 * BLOCK + 7
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:TRL currently supports vLLM", "ignore:You are importing from 'trl.experimental'"
-)
+pytestmark = [
+    pytest.mark.xdist_group("shared server"),
+    pytest.mark.filterwarnings(
+        "ignore:TRL currently supports vLLM", "ignore:You are importing from 'trl.experimental'"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +31,8 @@ def versions(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> list
 
 
 @pytest.fixture(scope="module")
-def server(
-    tiny: Callable[[str], Path], versions: list[Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    directory = tmp_path_factory.mktemp("trl")
-    flags = ["--pte-spool", str(directory / "spool")]
-    served = {"thoughts": versions[0]}
-    with Server(tiny("qwen3"), served, log=directory / "log", flags=flags) as server:
-        server.wait_ready()
-        yield server
-        server.wait_idle()
+def server(shared: Callable[..., Server], versions: list[Path]) -> Server:
+    return shared({"thoughts": versions[0]})
 
 
 @pytest.fixture(scope="module")
