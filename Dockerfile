@@ -13,7 +13,7 @@ FROM ${BASE} AS runtime
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
-        ca-certificates g++ libnuma1 libpython3.11-dev libtcmalloc-minimal4 python3.11 \
+        ca-certificates g++ libnuma1 libpython3.11-dev python3.11 \
     && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
 
 # Packages of the lock that the server needs; built again only when requirements change.

@@ -8,12 +8,9 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from pte_vllm.method.options import EngineConfig, ServiceConfig
-from pte_vllm.preload import DEFAULT, preload
 
 SCHEDULER_CLS = "pte_vllm.engine.scheduler.make_scheduler"
 
@@ -49,7 +46,6 @@ def serve(
     engine: EngineConfig,
     vllm_args: list[str],
     service: ServiceConfig | None = None,
-    preloaded: Sequence[str] = DEFAULT,
 ) -> None:
     """Run the server until it is stopped.
 
@@ -58,16 +54,12 @@ def serve(
         engine: PTE's options.
         vllm_args: any of `vllm serve`'s flags.
         service: options of our routes.
-        preloaded: libraries that workers on a CPU load first, of `preload.LIBRARIES`.
 
     Raises:
         ValueError: naming the flag, if a combination is not supported.
     """
     _allow_plugins(os.environ)
     overrides = engine_args(engine)
-    if overrides["worker_cls"].endswith("CPUWorker"):
-        for line in preload(os.environ, preloaded):
-            print(f"pte-vllm: CPU: {line}", file=sys.stderr)  # vLLM sets up its log later
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from pte_vllm.adapter.defaults import NEW_RULE, new_features
 from pte_vllm.method.names import FEATURES, RULES, Features
-from pte_vllm.preload import DEFAULT, LIBRARIES, parse_names
 
 _ABOUT = {
     "throughput": "tokens/s of many long rollouts in a small KV pool: full cache, window, PTE",
@@ -20,7 +19,7 @@ _ABOUT = {
     "fold": "what folding costs per token",
     "prefix": "a group that shares a question: how much of it is read once",
     "push": "tokens/s while new adapter versions arrive, against the steady state",
-    "preload": "PTE with tcmalloc, Intel's OpenMP, both and neither preloaded; without huge pages",
+    "huge-pages": "PTE on huge pages of memory, as a server on a CPU is, and on small ones",
     "profile": "where the time of a step goes on a CPU",
     "gpu": "one GPU without a network: kernels, exactness, throughput at long rollouts, overhead",
     "soak": "a server under mixed traffic for long: errors, latencies, and what grows",
@@ -77,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "latency": _latency,
         "fold": _fold,
         "prefix": _prefix,
-        "preload": _lora,
+        "huge-pages": _lora,
         "profile": _profile,
         "push": _push,
         "soak": _soak,
@@ -104,12 +103,6 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     parser.add_argument("--window", type=int, default=256, help="tokens of the window")
     add_adapter_flags(parser)
-    parser.add_argument(
-        "--preload",
-        type=parse_names,
-        default=",".join(DEFAULT),
-        help=f"what engines on a CPU load first, baselines too: {', '.join(LIBRARIES)}, none",
-    )
     parser.add_argument(
         "--eager",
         action="store_true",

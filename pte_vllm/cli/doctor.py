@@ -100,7 +100,7 @@ def _sections(subject: Subject, spool: str | None) -> list[Section]:
         Section(
             title="Machine",
             checks=[
-                *(machine.processor, machine.memory, machine.gpus, machine.preloaded_libraries),
+                *(machine.processor, machine.memory, machine.gpus),
                 *(machine.compiled_lora, machine.spool(spool)),
             ],
         ),

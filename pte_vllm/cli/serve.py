@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 
 from pte_vllm.method.options import EngineConfig, ServiceConfig
-from pte_vllm.preload import DEFAULT as PRELOADED
-from pte_vllm.preload import LIBRARIES, parse_names
 
 _EPILOG = """\
 Every other flag is handed to `vllm serve` as it stands. To see those:
@@ -30,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         "[--pte-max-prompt-tokens N] [--pte-spool DIR] [--pte-keep-versions N] "
         "[--pte-keep-thoughts N] [--pte-keep-thoughts-mib N] "
         "[--pte-admin-key KEY | --pte-admin-key-file FILE] [--pte-max-body-bytes N] "
-        "[--pte-max-rollouts N] [--pte-preload LIST] "
+        "[--pte-max-rollouts N] "
         "[any vllm serve flag ...]",
         description="vLLM's OpenAI-compatible server, with a KV cache of fixed size per sequence.",
         epilog=_EPILOG,
@@ -119,14 +117,6 @@ def _parser() -> argparse.ArgumentParser:
         help="samples of rollouts and scores that wait or run at once; a request beyond that gets "
         "HTTP 429 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--pte-preload",
-        type=parse_names,
-        default=",".join(PRELOADED),
-        metavar="LIST",
-        help="libraries that workers on a CPU load first where they are found: "
-        f"{', '.join(LIBRARIES)}; none to do without (default: %(default)s)",
-    )
     return parser
 
 
@@ -143,7 +133,7 @@ def main(args: list[str]) -> int:
     config, service = configs(options)
     from pte_vllm.serve import serve
 
-    serve(rest[0], config, rest[1:], service, options.pte_preload)
+    serve(rest[0], config, rest[1:], service)
     return 0
 
 

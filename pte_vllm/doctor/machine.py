@@ -1,4 +1,4 @@
-"""The machine: processor, memory, GPUs, libraries to preload, the compiled LoRA code, the spool."""
+"""The machine: processor, memory, GPUs, the compiled LoRA code, the spool."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pte_vllm.doctor.report import Check, Checks, broken, ok, warning
-from pte_vllm.preload import DEFAULT, LIBRARIES, VARIABLE, find
 
 _GIB = 2**30
 _LOW_DISK_BYTES = 2 * _GIB
@@ -90,24 +89,6 @@ def gpus() -> Iterator[Check]:
             f"{about.name}, {about.total_memory / _GIB:.1f} GiB, capability "
             f"{about.major}.{about.minor}, CUDA {torch.version.cuda}",
         )
-
-
-def preloaded_libraries() -> Iterator[Check]:
-    """What `pte-vllm serve` would preload on a CPU; see --pte-preload."""
-    if not on_cpu():
-        return
-    given = os.environ.get(VARIABLE, "")
-    for name, library in LIBRARIES.items():
-        found = find(name)
-        if any(mark in given for mark in library.marks):
-            yield ok(name, f"{VARIABLE} has it, or its like: {given}")
-        elif found is not None:
-            use = "by default" if name in DEFAULT else f"with --pte-preload {name}"
-            yield ok(name, f"{os.path.realpath(found)}, preloaded {use}")
-        elif name in DEFAULT:
-            yield warning(name, "not found: malloc is slower", library.get)
-        else:
-            yield ok(name, f"not found; optional ({library.get})")
 
 
 def compiled_lora() -> Iterator[Check]:
