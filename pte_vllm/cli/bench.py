@@ -6,10 +6,12 @@ Imports the standard library only, so that help and mistakes are answered at onc
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from pte_vllm.adapter.defaults import NEW_RULE, new_features
+from pte_vllm.engine.cpu_defaults import choose_dtype, on_cpu
 from pte_vllm.method.names import FEATURES, RULES, Features
 
 _ABOUT = {
@@ -50,6 +52,11 @@ def main(argv: list[str]) -> int:
         if getattr(args, name, least) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     args.features = adapter_features(args)
+    if args.dtype == "auto" and on_cpu():
+        # Once for all arms, the servers' among them, and so that the results tell.
+        args.dtype, why = choose_dtype(args.model)
+        if why is not None:
+            print(f"bench: {why}", file=sys.stderr)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "soak":
         from pte_vllm.bench.soak import run as soak

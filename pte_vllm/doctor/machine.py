@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pte_vllm.doctor.report import Check, Checks, broken, ok, warning
+from pte_vllm.engine.cpu_defaults import BF16_FLAGS, cpu_flags, on_cpu
 
 _GIB = 2**30
 _LOW_DISK_BYTES = 2 * _GIB
@@ -24,7 +25,6 @@ _ISA = {
     "sve": ("sve",),
 }
 """Names as shown, and the flags of /proc/cpuinfo that they need."""
-_BF16 = {"avx512_bf16", "amx", "bf16"}
 
 
 def processor() -> Iterator[Check]:
@@ -33,12 +33,14 @@ def processor() -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = info.get("model name") or platform.processor() or "unknown"
     yield ok("CPU", f"{name}, {platform.machine()}, {cores} cores for this process")
-    flags = set((info.get("flags") or info.get("Features") or "").split())
+    flags = cpu_flags()
     have = [isa for isa, needs in _ISA.items() if flags.issuperset(needs)]
     shown = ", ".join(have) or "none of those that kernels are written for"
-    if on_cpu() and not _BF16.intersection(have):
+    if on_cpu() and not flags & BF16_FLAGS:
         yield warning(
-            "instructions", f"{shown}; bf16 is emulated", "serve with --dtype float32: it is faster"
+            "instructions",
+            f"{shown}; bf16 is emulated",
+            "serve with --dtype float32 where memory allows it; --dtype auto does so by itself",
         )
     else:
         yield ok("instructions", shown)
@@ -143,15 +145,6 @@ def _in_use(lock: Path) -> str:
     except OSError:
         return ""
     return ""
-
-
-def on_cpu() -> bool:
-    """Whether vLLM would run on this machine's CPU."""
-    try:
-        from vllm.platforms import current_platform
-    except ImportError:
-        return True
-    return bool(current_platform.is_cpu())
 
 
 def _proc(name: str) -> dict[str, str]:
