@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: list[str]) -> int:
-    """`pte-vllm serve ...`; returns the exit status."""
+    """Run `pte-vllm serve ...`; returns the exit status."""
     parser = _parser()
     if "-h" in args or "--help" in args:
         parser.print_help()
@@ -138,12 +138,12 @@ def main(args: list[str]) -> int:
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and what is left: MODEL first, if it is named, then vLLM's."""
+    """Return our flags, and what is left: MODEL first, if it is named, then vLLM's."""
     return _parser().parse_known_args(args)
 
 
 def configs(options: argparse.Namespace) -> tuple[EngineConfig, ServiceConfig]:
-    """What our flags say.
+    """Return what our flags say.
 
     Raises:
         ValueError: naming the flag.
@@ -169,7 +169,7 @@ def configs(options: argparse.Namespace) -> tuple[EngineConfig, ServiceConfig]:
 
 
 def _read_key(flag: str, path: str) -> str:
-    """The key in a file, blanks around it aside."""
+    """Return the key in a file, blanks around it aside."""
     try:
         with open(path, encoding="utf-8") as file:
             key = file.read().strip()

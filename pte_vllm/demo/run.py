@@ -59,7 +59,7 @@ PROMPTS = (
 
 
 def pool_blocks(*, streams: int, full_streams: int, tokens: int, window: int) -> int:
-    """KV blocks the demo's server gets: enough that no stream waits for another."""
+    """Count the KV blocks of the demo's server: enough that no stream waits for another."""
     bounded = full_blocks(PROMPT_ROOM + window) + 2
     unbounded = full_blocks(PROMPT_ROOM + tokens) + 1
     return streams * bounded + full_streams * unbounded + 1
@@ -72,7 +72,7 @@ def serving_dtype(model: Path) -> str:
 
 
 def block_bytes(config: dict[str, Any], itemsize: int) -> int:
-    """Bytes of one KV block of all layers, from a model's `config.json`."""
+    """Return the bytes of one KV block of all layers, from a model's `config.json`."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     d_kv = int(config.get("num_key_value_heads") or heads) * int(head_dim)
@@ -80,7 +80,7 @@ def block_bytes(config: dict[str, Any], itemsize: int) -> int:
 
 
 def make_streams(num_windowed: int, num_full: int) -> list[Stream]:
-    """Windowed chats first; prompts repeat only when there are more chats than prompts."""
+    """Make windowed chats, then full ones; prompts repeat only if there are too few of them."""
     return [
         Stream(
             name=f"chat {i + 1}",
@@ -174,13 +174,13 @@ async def run_chats(console: Console, streams: Sequence[Stream], *, url: str, to
 
 
 def cache_dir() -> Path:
-    """`.cache` of the checkout this runs from, else of the current directory."""
+    """Return `.cache` of the checkout this runs from, else of the current directory."""
     checkout = Path(__file__).resolve().parents[2]
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / ".cache"
 
 
 def serve_args(options: argparse.Namespace, model: Path, adapter: Path) -> list[str]:
-    """What follows `pte-vllm serve`."""
+    """Return what follows `pte-vllm serve`."""
     blocks = pool_blocks(
         streams=options.streams,
         full_streams=options.full_streams,
@@ -221,7 +221,7 @@ def run_logged(command: list[str], log: Path, show: Any, *, timeout_s: float = 9
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-    """The whole demo.
+    """Run the demo from model to plot.
 
     Raises:
         LaunchError: if a process of ours fails.
@@ -290,7 +290,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 def results(
     options: argparse.Namespace, model: Path, streams: Sequence[Stream], seconds: float
 ) -> dict[str, Any]:
-    """What `samples.json` holds."""
+    """Return what `samples.json` holds."""
     return {
         "model": model.name,
         "window_tokens": options.window,

@@ -28,7 +28,7 @@ _ISA = {
 
 
 def processor() -> Iterator[Check]:
-    """Cores that this process may use, and instructions that kernels differ by."""
+    """Tell the cores that this process may use, and the instructions that kernels differ by."""
     info = _proc("cpuinfo")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = info.get("model name") or platform.processor() or "unknown"
@@ -47,7 +47,7 @@ def processor() -> Iterator[Check]:
 
 
 def memory() -> Iterator[Check]:
-    """Of the machine, and of the control group that this process is in."""
+    """Tell the memory of the machine, and of the control group that this process is in."""
     info = _proc("meminfo")
     total, available = (_kib(info.get(name)) for name in ("MemTotal", "MemAvailable"))
     limit = next(filter(None, map(_limit, _CGROUP_LIMITS)), None)
@@ -63,7 +63,7 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def gpus() -> Iterator[Check]:
-    """What torch sees."""
+    """Tell which GPUs torch sees."""
     import torch
 
     present = Path("/proc/driver/nvidia/version").exists()
@@ -109,7 +109,7 @@ def compiled_lora() -> Iterator[Check]:
 
 
 def spool(path: str | None) -> Checks:
-    """Whether pushed adapters can be kept: in `path`, else in the user's cache."""
+    """Make a check whether pushed adapters can be kept: in `path`, else in the user's cache."""
 
     def spool() -> Iterator[Check]:
         from pte_vllm.server.adapters.spool import default_root
@@ -148,7 +148,7 @@ def _in_use(lock: Path) -> str:
 
 
 def _proc(name: str) -> dict[str, str]:
-    """First values of a `name: value` file in /proc; empty where there is none."""
+    """Return the first values of a `name: value` file in /proc; empty where there is none."""
     try:
         lines = Path("/proc", name).read_text().splitlines()
     except OSError:

@@ -13,7 +13,7 @@ _V2 = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 class Subject:
-    """What `pte-vllm doctor MODEL --adapter DIR` is about.
+    """Hold what `pte-vllm doctor MODEL --adapter DIR` is about, and check it.
 
     Args:
         model: name or directory; None checks neither model nor flags.
@@ -38,7 +38,7 @@ class Subject:
         return chosen
 
     def features(self) -> Iterator[Check]:
-        """What is refused, whatever the model."""
+        """Say what is refused, whatever the model."""
         flags = (flag for flag in refused_flags() if flag.startswith("--"))
         yield ok("refused with folding", " ".join(flags))
 
@@ -85,7 +85,7 @@ class Subject:
         yield ok("plan", window if plan.bounded else "full attention (--pte-window 0)")
 
     def adapter(self) -> Iterator[Check]:
-        """What `pte-vllm adapter inspect` checks, and the flags that the adapter needs."""
+        """Check what `pte-vllm adapter inspect` does, and the flags that the adapter needs."""
         from pte_vllm.adapter.files import AdapterError
         from pte_vllm.adapter.format import ModelShape
         from pte_vllm.adapter.inspect import describe
@@ -114,12 +114,12 @@ class Subject:
 
 
 def _allowed_rank(rank: int) -> int:
-    """The smallest `--max-lora-rank` of vLLM's that fits."""
+    """Return the smallest `--max-lora-rank` of vLLM's that fits."""
     return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
 
 
 def model_runner(environ_value: str | None) -> Checks:
-    """vLLM's choice of a model runner, as the environment had it."""
+    """Make a check of vLLM's choice of a model runner, as the environment had it."""
 
     def model_runner() -> Iterator[Check]:
         if environ_value not in (None, "0"):
