@@ -1,8 +1,8 @@
 # The server's image: `pte-vllm serve`, on a CPU or a CUDA GPU. docs/deploy.md has the commands.
 #
 # BASE must bring Python 3.11, for which the locks are made: Debian 12 does. PIP_* arguments and the
-# secret `pip` (a pip.conf) tell pip where to look, while building only. For VARIANT=cpu that must
-# include PyTorch's CPU wheel index, as torch==2.13.0+cpu is not on PyPI.
+# secret `pip` (a pip.conf) tell pip where to look, while building only. For VARIANT=cpu they may name
+# a mirror with torch==2.13.0+cpu, which is not on PyPI; else it comes from PyTorch's own index.
 ARG BASE=debian:12-slim
 
 # What runs the server, without Python packages. g++ and Python's headers stay: the LoRA code for
@@ -13,7 +13,7 @@ FROM ${BASE} AS runtime
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
-        ca-certificates g++ libnuma1 libpython3.11-dev libtcmalloc-minimal4 python3.11 \
+        ca-certificates g++ libnuma1 libpython3.11-dev python3.11 \
     && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
 
 # Packages of the lock that the server needs; built again only when requirements change.

@@ -4,12 +4,12 @@
 
 A lock also pins what tests and the trainer need. A dependency of the extras that the lock leaves
 out on purpose (torchvision on a CPU) stays left out. Standard library only; pip reads its settings
-from the environment and from /etc/pip.conf.
+from the environment and from /etc/pip.conf. Where those have no torch for CPUs, it comes from
+PyTorch's index (requirements/torch_wheel.py).
 """
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import tomllib
@@ -23,7 +23,9 @@ except ModuleNotFoundError:  # a new venv has pip's copy only
     from pip._vendor.packaging.requirements import Requirement
     from pip._vendor.packaging.utils import canonicalize_name
 
-PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = ROOT / "pyproject.toml"
+TORCH_WHEEL = ROOT / "requirements/torch_wheel.py"
 KEPT = {"pip", "setuptools", "wheel"}  # they build the project's own wheel
 NO_USE = {"cpu.lock": {"triton"}}
 """A gigabyte that xgrammar asks for and uses on GPUs only; vLLM turns it off on a CPU."""
@@ -62,20 +64,11 @@ def main(lock: str, *extras: str) -> None:
     roots = list(project["dependencies"])
     for extra in extras:
         roots += project["optional-dependencies"][extra]
-    torch = re.search(r"^torch=.*$", Path(lock).read_text(), re.MULTILINE)
-    if torch is None:
-        raise SystemExit(f"install.py: {lock} pins no torch")
-    options = ("install", "-q", "--no-compile", "--no-cache-dir", "--no-deps")
-    try:
-        pip(*options, torch.group())  # the one that may be missing from pip's indexes; in seconds
-    except SystemExit:
-        if "+cpu" not in torch.group():
-            raise
-        raise SystemExit(
-            f"install.py: pip cannot install {torch.group()}. It comes from PyTorch's CPU wheel "
-            "index: --build-arg PIP_EXTRA_INDEX_URL=<that index>, or --secret id=pip,src=pip.conf"
-        ) from None
-    pip(*options, "-r", lock)
+    options = ("-q", "--no-compile", "--no-cache-dir")
+    command = [sys.executable, str(TORCH_WHEEL), lock, *options]
+    if status := subprocess.run(command).returncode:
+        raise SystemExit(status)
+    pip("install", "--no-deps", *options, "-r", lock)
     installed = {canonicalize_name(d.metadata["Name"]) for d in distributions()}
     needed = closure(roots) - NO_USE.get(Path(lock).name, set())
     if missing := {canonicalize_name(Requirement(r).name) for r in roots} - needed:

@@ -220,7 +220,6 @@ class Verify:
         assert all("Read-only file system" in line for line in said[5:]) and len(said) == 7, said
         native = self.state / "volumes/server-cache/pte-vllm/native"
         assert list(native.glob("*.so")), "the LoRA code was not compiled"
-        assert "tcmalloc: preloads" in server.log
 
     def trains(self) -> None:
         (self.state / "config/run.toml").write_text(RUN.format(steps=2))

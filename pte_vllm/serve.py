@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from pte_vllm.engine.cpu_defaults import choose_dtype, fitting_utilization
 from pte_vllm.method.options import EngineConfig
-from pte_vllm.preload import DEFAULT, preload
 from pte_vllm.server.options import ServiceConfig
 
 SCHEDULER_CLS = "pte_vllm.engine.scheduler.make_scheduler"
@@ -50,7 +51,6 @@ def serve(
     engine: EngineConfig,
     vllm_args: list[str],
     service: ServiceConfig | None = None,
-    preloaded: Sequence[str] = DEFAULT,
 ) -> None:
     """Run the server until it is stopped.
 
@@ -59,16 +59,38 @@ def serve(
         engine: PTE's options.
         vllm_args: any of `vllm serve`'s flags.
         service: options of our routes.
-        preloaded: libraries that workers on a CPU load first, of `preload.LIBRARIES`.
 
     Raises:
         ValueError: naming the flag, if a combination is not supported.
     """
     _allow_plugins(os.environ)
-    overrides = engine_args(engine)
-    if overrides["worker_cls"].endswith("CPUWorker"):
-        for line in preload(os.environ, preloaded):
-            print(f"pte-vllm: CPU: {line}", file=sys.stderr)  # vLLM sets up its log later
+    args, chosen = parse_vllm_args(model, engine, vllm_args)
+    for line in chosen:
+        print(f"pte-vllm: CPU: {line}", file=sys.stderr)  # vLLM sets up its log later
+    args.pte_service = service or ServiceConfig()  # vLLM hands `args` to the endpoint plugin
+    if args.api_server_count is None and not args.headless:
+        args.api_server_count = 1  # vLLM's own default is one per engine
+
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    command = ServeSubcommand()
+    command.validate(args)
+    command.cmd(args)
+
+
+def parse_vllm_args(
+    model: str, engine: EngineConfig, vllm_args: Sequence[str]
+) -> tuple[Namespace, list[str]]:
+    """Read vLLM's flags as `vllm serve` does, and plug PTE in.
+
+    Returns:
+        What vLLM's command runs with; and what was chosen for this CPU, a line each.
+
+    Raises:
+        ValueError: naming the flag, if a combination is not supported.
+        SystemExit: if vLLM's parser refuses the flags, after a message on stderr.
+    """
+    overrides = engine_args(engine)  # first: it sets variables that vLLM reads
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -78,11 +100,11 @@ def serve(
 
     cli_env_setup()
     parser = FlexibleArgumentParser(prog="pte-vllm")
-    command = ServeSubcommand()
-    flags = command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    flags = ServeSubcommand().subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    utilization = flags.get_default("gpu_memory_utilization")
     # Rollouts report log-probs of the distribution that was sampled from, after the temperature.
-    flags.set_defaults(logprobs_mode="processed_logprobs")
-    args = parser.parse_args(["serve", model, *vllm_args])
+    flags.set_defaults(logprobs_mode="processed_logprobs", gpu_memory_utilization=None)
+    args: Namespace = parser.parse_args(["serve", model, *vllm_args])
     for name in ("scheduler_cls", "attention_backend"):
         given = getattr(args, name, None)
         if given is not None and name in overrides and given != overrides[name]:
@@ -90,12 +112,52 @@ def serve(
     overrides["additional_config"] |= getattr(args, "additional_config", None) or {}
     for name, value in overrides.items():
         setattr(args, name, value)
-    args.pte_service = service or ServiceConfig()  # vLLM hands `args` to the endpoint plugin
     check_serve_args(args, engine)
-    if args.api_server_count is None and not args.headless:
-        args.api_server_count = 1  # vLLM's own default is one per engine
-    command.validate(args)
-    command.cmd(args)
+    chosen = []
+    if overrides["worker_cls"].endswith("CPUWorker"):
+        chosen = _choose_for_cpu(args, model, utilization)
+    if args.gpu_memory_utilization is None:
+        args.gpu_memory_utilization = utilization
+    return args, chosen
+
+
+def resolve_config(args: Namespace) -> Any:
+    """Resolve what `parse_vllm_args` returned into vLLM's configuration; no weights are loaded.
+
+    Raises:
+        ValueError, OSError: as vLLM finds a flag or the model impossible.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from pte_vllm.plugin import register
+
+    register()
+    args.model = args.model_tag  # as vLLM's command does
+    return AsyncEngineArgs.from_cli_args(args).create_engine_config()
+
+
+def _choose_for_cpu(args: Namespace, model: str, default_utilization: float) -> list[str]:
+    """Set the dtype and the share of memory that the user left open; say what, a line each."""
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+
+    lines = []
+    if args.dtype == "auto":
+        args.dtype, why = choose_dtype(model)
+        lines += [why] if why is not None else []
+    sized = args.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if args.gpu_memory_utilization is None and not sized:
+        # The same numbers as the worker's: of the memory beside its first core.
+        memory = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
+        total, free = memory.total_memory, memory.available_memory
+        share = fitting_utilization(total_bytes=total, free_bytes=free, default=default_utilization)
+        if share != default_utilization:
+            args.gpu_memory_utilization = share
+            lines.append(
+                f"--gpu-memory-utilization {share}: weights and KV cache take "
+                f"{share * total / 2**30:.1f} GiB, as {free / 2**30:.1f} of {total / 2**30:.1f} "
+                "GiB are free"
+            )
+    return lines
 
 
 def _allow_plugins(environ: Any) -> None:

@@ -3,7 +3,8 @@
 #
 #     requirements/install.sh [LOCK]          (or: make setup)
 #
-# PYTHON names the interpreter. pip reads its indexes from the user's own settings.
+# PYTHON names the interpreter. pip reads its indexes from the user's own settings; where they have
+# no torch for CPUs, it comes from PyTorch's index (requirements/torch_wheel.py).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -44,16 +45,8 @@ rm -f "$stamp"
 # Byte code is left to the first import: most of what is installed is never imported.
 install() { "$venv/bin/python" -m pip --disable-pip-version-check install -qq --no-compile --no-deps "$@"; }
 
-torch=$(grep -E '^torch=' "$lock")
-echo "==> installing $torch"
-if ! install "$torch"; then
-    case $torch in
-    *+cpu) fail "pip cannot install $torch for Python $version." \
-        "It is not on PyPI; it comes from PyTorch's CPU wheel index. Make pip look there, either with" \
-        "PIP_EXTRA_INDEX_URL=<that index> or with PIP_FIND_LINKS=<folder that holds the wheel>, and run again." ;;
-    *) fail "pip cannot install $torch for Python $version (see above)" ;;
-    esac
-fi
+echo "==> installing torch"
+"$venv/bin/python" requirements/torch_wheel.py "$lock" -q --no-compile || exit 1
 echo "==> installing $(grep -c '^[^#]' "$lock") packages of $lock (1 to 3 minutes)"
 install -r "$lock" || fail "pip cannot install $lock (see above)"
 echo "==> installing this checkout"

@@ -35,8 +35,8 @@ found = {
     "data": {
         name: len(files(package).joinpath(name).read_bytes())
         for package, name in (
-            ("pte_vllm", "hooks.toml"),
-            ("pte_vllm.ops", "lora_cpu.cpp"),
+            ("pte_vllm.compat", "hooks.toml"),
+            ("pte_vllm.kernels", "lora_cpu.cpp"),
             ("pte_vllm.server", "page.html"),
         )
     },

@@ -17,7 +17,6 @@ from typing import Any
 
 from pte_vllm.bench.parts import REST, Parts, time_engine
 from pte_vllm.engine import huge_pages
-from pte_vllm.preload import DEFAULT, preload
 
 READY_TIMEOUT_S = 600
 
@@ -41,8 +40,6 @@ class ArmSpec:
     prefix_caching: bool = False
     compiled: bool = True
     """Under torch.compile."""
-    preload: tuple[str, ...] = DEFAULT
-    """What the process loads first, as with `pte-vllm serve`; baselines too."""
     huge_pages: bool = True
     """Memory of arms with PTE, where system and environment let it."""
     timed: bool = False
@@ -72,7 +69,6 @@ class Arm:
     def __init__(self, spec: ArmSpec, log: Path) -> None:
         self.spec, self._log = spec, log
         env = dict(os.environ)
-        preload(env, spec.preload)
         if not spec.huge_pages:
             env[huge_pages.DISABLE] = "0"
         self._process = subprocess.Popen(

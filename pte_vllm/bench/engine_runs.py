@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from pte_vllm.bench import report
 from pte_vllm.bench.arm import ArmSpec, Workload
 from pte_vllm.bench.turns import BLOCK_TOKENS, Results, Turns, tokens_per_second
 from pte_vllm.method.options import EngineConfig
-from pte_vllm.preload import LIBRARIES, find
 
 
 def run(args: argparse.Namespace) -> None:
@@ -186,21 +184,14 @@ def _prefix(args: argparse.Namespace, turns: Turns) -> None:
     report.bars(stem, slowest, f"s until {args.group} rollouts have their first token")
 
 
-def _preload(args: argparse.Namespace, turns: Turns) -> None:
-    """The PTE arm with each library that this machine has, with none, and on small pages."""
-    found = [name for name in LIBRARIES if find(name)]
+def _huge_pages(args: argparse.Namespace, turns: Turns) -> None:
+    """Run the PTE arm with its memory on huge pages, as a server has it, and on small ones."""
     specs = [
-        turns.pte(" + ".join(names) or "nothing preloaded", max_num_seqs=args.seqs, preload=names)
-        for size in range(len(found) + 1)
-        for names in itertools.combinations(found, size)
+        turns.pte("huge pages", max_num_seqs=args.seqs),
+        turns.pte("small pages", max_num_seqs=args.seqs, huge_pages=False),
     ]
-    specs.append(turns.pte("default, no huge pages", max_num_seqs=args.seqs, huge_pages=False))
-    results = _batch(args, turns, specs)
-    rates = tokens_per_second(results)
+    rates = tokens_per_second(_batch(args, turns, specs))
     report.console.print(report.rates(rates, "tok/s"))
-    missing = [f"{name} ({LIBRARIES[name].get})" for name in LIBRARIES if name not in found]
-    if missing:
-        report.console.print(f"not found here: {', '.join(missing)}", highlight=False)
     stem = report.write(args, {"tokens_per_second": rates})
     report.bars(stem, rates, f"tok/s, {args.seqs} sequences")
 
@@ -227,6 +218,6 @@ _RUNS = {
     "latency": _latency,
     "fold": _fold,
     "prefix": _prefix,
-    "preload": _preload,
+    "huge-pages": _huge_pages,
     "profile": _profile,
 }

@@ -39,7 +39,6 @@ def run(args: argparse.Namespace) -> None:
             *("--dtype", args.dtype, "--block-size", str(BLOCK_TOKENS)),
             *(("--enforce-eager",) if args.eager else ()),
             *("--max-num-seqs", str(args.streams + 1), "--max-model-len", "4096"),
-            *("--pte-preload", ",".join(args.preload) or "none"),
             *("--kv-cache-memory-bytes", str(_KV_BYTES)),  # fits beside whatever else runs
         ]
         with Server([args.model, *flags], log=args.out / "push-server.log") as server:

@@ -55,7 +55,6 @@ def run(args: argparse.Namespace) -> int:
             *("--dtype", args.dtype, "--block-size", str(BLOCK_TOKENS)),
             *(("--enforce-eager",) if args.eager else ()),
             *("--max-num-seqs", str(args.streams), "--max-model-len", "4096"),
-            *("--pte-preload", ",".join(args.preload) or "none"),
             *("--num-gpu-blocks-override", str(args.pool + 1)),  # one is vLLM's null block
             *("--kv-cache-memory-bytes", str(_KV_BYTES)),
         ]

@@ -29,7 +29,7 @@ class Turns:
         args = self._args
         common = {
             **{"model": args.model, "dtype": args.dtype, "rank": args.rank},
-            **{"compiled": not args.eager, "preload": args.preload},
+            "compiled": not args.eager,
         }
         return ArmSpec(name=name, block_size=BLOCK_TOKENS, **{**common, **options})
 

@@ -6,11 +6,12 @@ Imports the standard library only, so that help and mistakes are answered at onc
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from pte_vllm.bench.flags import adapter_features, add_adapter_flags
-from pte_vllm.preload import DEFAULT, LIBRARIES, parse_names
+from pte_vllm.engine.cpu_defaults import choose_dtype, on_cpu
 
 _ABOUT = {
     "throughput": "tokens/s of many long rollouts in a small KV pool: full cache, window, PTE",
@@ -19,7 +20,7 @@ _ABOUT = {
     "fold": "what folding costs per token",
     "prefix": "a group that shares a question: how much of it is read once",
     "push": "tokens/s while new adapter versions arrive, against the steady state",
-    "preload": "PTE with tcmalloc, Intel's OpenMP, both and neither preloaded; without huge pages",
+    "huge-pages": "PTE on huge pages of memory, as a server on a CPU is, and on small ones",
     "profile": "where the time of a step goes on a CPU",
     "gpu": "one GPU without a network: kernels, exactness, throughput at long rollouts, overhead",
     "soak": "a server under mixed traffic for long: errors, latencies, and what grows",
@@ -50,6 +51,11 @@ def main(argv: list[str]) -> int:
         if getattr(args, name, least) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     args.features = adapter_features(args)
+    if args.dtype == "auto" and on_cpu():
+        # Once for all arms, the servers' among them, and so that the results tell.
+        args.dtype, why = choose_dtype(args.model)
+        if why is not None:
+            print(f"bench: {why}", file=sys.stderr)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "soak":
         from pte_vllm.bench.soak import run as soak
@@ -76,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "latency": _latency,
         "fold": _fold,
         "prefix": _prefix,
-        "preload": _lora,
+        "huge-pages": _lora,
         "profile": _profile,
         "push": _push,
         "soak": _soak,
@@ -103,12 +109,6 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     parser.add_argument("--window", type=int, default=256, help="tokens of the window")
     add_adapter_flags(parser)
-    parser.add_argument(
-        "--preload",
-        type=parse_names,
-        default=",".join(DEFAULT),
-        help=f"what engines on a CPU load first, baselines too: {', '.join(LIBRARIES)}, none",
-    )
     parser.add_argument(
         "--eager",
         action="store_true",

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: list[str]) -> int:
-    """`pte-vllm doctor ...`; returns the exit status."""
+    """Run `pte-vllm doctor ...`; returns the exit status."""
     parser = _parser()
     options, rest = parser.parse_known_args(args)
     serve, rest = cli_serve.parse(rest)
@@ -100,7 +100,7 @@ def _sections(subject: Subject, spool: str | None) -> list[Section]:
         Section(
             title="Machine",
             checks=[
-                *(machine.processor, machine.memory, machine.gpus, machine.preloaded_libraries),
+                *(machine.processor, machine.memory, machine.gpus),
                 *(machine.compiled_lora, machine.spool(spool)),
             ],
         ),

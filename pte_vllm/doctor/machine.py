@@ -1,4 +1,4 @@
-"""The machine: processor, memory, GPUs, libraries to preload, the compiled LoRA code, the spool."""
+"""The machine: processor, memory, GPUs, the compiled LoRA code, the spool."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pte_vllm.doctor.report import Check, Checks, broken, ok, warning
-from pte_vllm.preload import DEFAULT, LIBRARIES, VARIABLE, find
+from pte_vllm.engine.cpu_defaults import BF16_FLAGS, cpu_flags, on_cpu
 
 _GIB = 2**30
 _LOW_DISK_BYTES = 2 * _GIB
@@ -25,28 +25,29 @@ _ISA = {
     "sve": ("sve",),
 }
 """Names as shown, and the flags of /proc/cpuinfo that they need."""
-_BF16 = {"avx512_bf16", "amx", "bf16"}
 
 
 def processor() -> Iterator[Check]:
-    """Cores that this process may use, and instructions that kernels differ by."""
+    """Tell the cores that this process may use, and the instructions that kernels differ by."""
     info = _proc("cpuinfo")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = info.get("model name") or platform.processor() or "unknown"
     yield ok("CPU", f"{name}, {platform.machine()}, {cores} cores for this process")
-    flags = set((info.get("flags") or info.get("Features") or "").split())
+    flags = cpu_flags()
     have = [isa for isa, needs in _ISA.items() if flags.issuperset(needs)]
     shown = ", ".join(have) or "none of those that kernels are written for"
-    if on_cpu() and not _BF16.intersection(have):
+    if on_cpu() and not flags & BF16_FLAGS:
         yield warning(
-            "instructions", f"{shown}; bf16 is emulated", "serve with --dtype float32: it is faster"
+            "instructions",
+            f"{shown}; bf16 is emulated",
+            "serve with --dtype float32 where memory allows it; --dtype auto does so by itself",
         )
     else:
         yield ok("instructions", shown)
 
 
 def memory() -> Iterator[Check]:
-    """Of the machine, and of the control group that this process is in."""
+    """Tell the memory of the machine, and of the control group that this process is in."""
     info = _proc("meminfo")
     total, available = (_kib(info.get(name)) for name in ("MemTotal", "MemAvailable"))
     limit = next(filter(None, map(_limit, _CGROUP_LIMITS)), None)
@@ -62,7 +63,7 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def gpus() -> Iterator[Check]:
-    """What torch sees."""
+    """Tell which GPUs torch sees."""
     import torch
 
     present = Path("/proc/driver/nvidia/version").exists()
@@ -92,24 +93,6 @@ def gpus() -> Iterator[Check]:
         )
 
 
-def preloaded_libraries() -> Iterator[Check]:
-    """What `pte-vllm serve` would preload on a CPU; see --pte-preload."""
-    if not on_cpu():
-        return
-    given = os.environ.get(VARIABLE, "")
-    for name, library in LIBRARIES.items():
-        found = find(name)
-        if any(mark in given for mark in library.marks):
-            yield ok(name, f"{VARIABLE} has it, or its like: {given}")
-        elif found is not None:
-            use = "by default" if name in DEFAULT else f"with --pte-preload {name}"
-            yield ok(name, f"{os.path.realpath(found)}, preloaded {use}")
-        elif name in DEFAULT:
-            yield warning(name, "not found: malloc is slower", library.get)
-        else:
-            yield ok(name, f"not found; optional ({library.get})")
-
-
 def compiled_lora() -> Iterator[Check]:
     """Compile, if need be, and load the C++ that LoRA and states go through on a CPU."""
     if not on_cpu():
@@ -126,7 +109,7 @@ def compiled_lora() -> Iterator[Check]:
 
 
 def spool(path: str | None) -> Checks:
-    """Whether pushed adapters can be kept: in `path`, else in the user's cache."""
+    """Make a check whether pushed adapters can be kept: in `path`, else in the user's cache."""
 
     def spool() -> Iterator[Check]:
         from pte_vllm.server.adapters.spool import default_root
@@ -164,17 +147,8 @@ def _in_use(lock: Path) -> str:
     return ""
 
 
-def on_cpu() -> bool:
-    """Whether vLLM would run on this machine's CPU."""
-    try:
-        from vllm.platforms import current_platform
-    except ImportError:
-        return True
-    return bool(current_platform.is_cpu())
-
-
 def _proc(name: str) -> dict[str, str]:
-    """First values of a `name: value` file in /proc; empty where there is none."""
+    """Return the first values of a `name: value` file in /proc; empty where there is none."""
     try:
         lines = Path("/proc", name).read_text().splitlines()
     except OSError:

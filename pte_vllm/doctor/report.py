@@ -25,13 +25,13 @@ _SHORTEST_SECRET = 6  # shorter values would be found in words that are none
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One finding."""
+    """It holds one finding."""
 
     name: str
     value: str
     status: Status = "ok"
     fix: str | None = None
-    """What to do; every warning and everything broken has one."""
+    """It says what to do; every warning and everything broken has one."""
 
 
 Checks = Callable[[], Iterator[Check]]
@@ -42,12 +42,12 @@ def ok(name: str, value: object) -> Check:
 
 
 def warning(name: str, value: object, fix: str) -> Check:
-    """Something is slower, or missing, or will be refused; the rest works."""
+    """Return a finding that something is slower, missing or will be refused; the rest works."""
     return Check(name=name, value=str(value), status="warning", fix=fix)
 
 
 def broken(name: str, value: object, fix: str) -> Check:
-    """Serving fails or gives wrong answers."""
+    """Return a finding that serving fails or gives wrong answers."""
     return Check(name=name, value=str(value), status="broken", fix=fix)
 
 
@@ -57,7 +57,7 @@ class Section:
     checks: Sequence[Checks]
 
     def run(self) -> list[Check]:
-        """All findings; checks that fail themselves are findings, too."""
+        """Return all findings; checks that fail themselves are findings, too."""
         found: list[Check] = []
         for checks in self.checks:
             name = checks.__name__.strip("_").replace("_", " ")

@@ -34,7 +34,7 @@ def _version(name: str) -> str | None:
 
 
 def python_and_packages() -> Iterator[Check]:
-    """Versions, against what our own metadata asks for."""
+    """Compare installed versions with what our own metadata asks for."""
     yield ok("python", f"{platform.python_version()} in {sys.prefix}")
     yield ok("system", platform.platform())
     installed = _version("pte-vllm")
@@ -80,7 +80,7 @@ def _vllm_version() -> Iterator[Check]:
 
 
 def _requirements() -> dict[str, Any]:
-    """Per package, the versions that our metadata asks for, extras of an engine included."""
+    """Return the versions that our metadata asks for, by package, extras of an engine included."""
     from packaging.requirements import Requirement
 
     wanted: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def _requirements() -> dict[str, Any]:
 
 
 def entry_points() -> Iterator[Check]:
-    """Found by vLLM, importable, and let through by VLLM_PLUGINS."""
+    """Check that vLLM finds and can import our plugins, and that VLLM_PLUGINS lets them through."""
     for group, purpose in _GROUPS.items():
         found = [point for point in metadata.entry_points(group=group) if point.name == "pte"]
         if not found:
@@ -132,13 +132,13 @@ def _filter() -> Check:
 
 
 def keys() -> Iterator[Check]:
-    """Whether keys are set in the environment, and no more about them."""
+    """Tell whether keys are set in the environment, and no more about them."""
     for name in ("VLLM_API_KEY", "PTE_ADMIN_KEY"):
         yield ok(name, "set" if os.environ.get(name) else "unset")
 
 
 def registration() -> Iterator[Check]:
-    """`register()`, as every process of vLLM calls it, and what it leaves behind."""
+    """Call `register()` as every process of vLLM does, and check what it leaves behind."""
     from pte_vllm.patches import all_patches
     from pte_vllm.plugin import register
 
@@ -153,7 +153,7 @@ def registration() -> Iterator[Check]:
 
 
 def drift_of_patches() -> Iterator[Check]:
-    """What patches replace is what they were written for; else vLLM does not start."""
+    """Check that what patches replace is what they were written for; else vLLM does not start."""
     from pte_vllm.patches import all_patches
     from pte_vllm.patches.base import PatchError
 
@@ -167,12 +167,12 @@ def drift_of_patches() -> Iterator[Check]:
 
 
 def drift_of_hooks() -> Iterator[Check]:
-    """The ledger of hooks, against the installed vLLM."""
+    """Compare the ledger of hooks with the installed vLLM."""
     yield from drift(SourceTree.installed())
 
 
 def drift(tree: SourceTree) -> Iterator[Check]:
-    """The ledger of hooks, against any tree of vLLM; see docs/compatibility.md."""
+    """Compare the ledger of hooks with any tree of vLLM; see docs/compatibility.md."""
     drifts, count = check_hooks(tree), len(load_hooks())
     of = f"vLLM {tree.version() or 'of unknown version'}"
     if not drifts:

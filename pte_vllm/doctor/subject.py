@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pte_vllm.doctor.report import Check, Checks, broken, ok, warning
-from pte_vllm.engine.refusals import (
-    UnsupportedError,
-    check_serve_args,
-    check_vllm_config,
-    refused_flags,
-)
+from pte_vllm.engine.refusals import UnsupportedError, check_vllm_config, refused_flags
 from pte_vllm.method.options import EngineConfig
 
 _V2 = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 class Subject:
-    """What `pte-vllm doctor MODEL --adapter DIR` is about.
+    """Hold what `pte-vllm doctor MODEL --adapter DIR` is about, and check it.
 
     Args:
         model: name or directory; None checks neither model nor flags.
@@ -44,17 +38,22 @@ class Subject:
         return chosen
 
     def features(self) -> Iterator[Check]:
-        """What is refused, whatever the model."""
+        """Say what is refused, whatever the model."""
         flags = (flag for flag in refused_flags() if flag.startswith("--"))
         yield ok("refused with folding", " ".join(flags))
 
     def model(self) -> Iterator[Check]:
         """Resolve model and flags as a server would, without loading weights."""
+        from pte_vllm.serve import parse_vllm_args, resolve_config
+
         try:
-            args = self._parse()
-            check_serve_args(args, self._engine)
-            config = self._resolve(args)
+            args, chosen = parse_vllm_args(str(self._model), self._engine, self._vllm_args)
+            config = resolve_config(args)
             check_vllm_config(config, self._engine)
+        except SystemExit:  # after a message on stderr
+            what = f"vLLM refuses the flags {' '.join(self._vllm_args)}"
+            yield broken("model and flags", what, "mend what it names")
+            return
         except UnsupportedError as error:
             yield broken("model and flags", error, "leave the flag out, or choose another model")
             return
@@ -62,6 +61,8 @@ class Subject:
             yield broken("model and flags", " ".join(str(error).split()), "mend what it names")
             return
         self._config = config
+        if chosen:
+            yield ok("chosen for this CPU", "; ".join(chosen))
         found, text = config.model_config, config.model_config.hf_text_config
         kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
         if kinds or found.get_sliding_window() is not None:
@@ -84,7 +85,7 @@ class Subject:
         yield ok("plan", window if plan.bounded else "full attention (--pte-window 0)")
 
     def adapter(self) -> Iterator[Check]:
-        """What `pte-vllm adapter inspect` checks, and the flags that the adapter needs."""
+        """Check what `pte-vllm adapter inspect` does, and the flags that the adapter needs."""
         from pte_vllm.adapter.files import AdapterError
         from pte_vllm.adapter.format import ModelShape
         from pte_vllm.adapter.inspect import describe
@@ -111,43 +112,14 @@ class Subject:
                 f"serve with --enable-lora --max-lora-rank {_allowed_rank(rank)}",
             )
 
-    def _parse(self) -> Namespace:
-        """vLLM's own reading of the flags.
-
-        Raises:
-            ValueError: if it refuses them.
-        """
-        from vllm.entrypoints.cli.serve import ServeSubcommand
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-        parser = FlexibleArgumentParser(prog="pte-vllm")
-        ServeSubcommand().subparser_init(parser.add_subparsers(required=True, dest="subparser"))
-        try:
-            args: Namespace = parser.parse_args(["serve", str(self._model), *self._vllm_args])
-        except SystemExit as error:  # after a message on stderr
-            raise ValueError(f"vLLM refuses the flags {' '.join(self._vllm_args)}") from error
-        args.model = self._model  # as vLLM's command does
-        return args
-
-    def _resolve(self, args: Namespace) -> Any:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-
-        from pte_vllm.plugin import register
-        from pte_vllm.serve import engine_args
-
-        register()
-        for name, value in engine_args(self._engine).items():
-            setattr(args, name, value)
-        return AsyncEngineArgs.from_cli_args(args).create_engine_config()
-
 
 def _allowed_rank(rank: int) -> int:
-    """The smallest `--max-lora-rank` of vLLM's that fits."""
+    """Return the smallest `--max-lora-rank` of vLLM's that fits."""
     return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
 
 
 def model_runner(environ_value: str | None) -> Checks:
-    """vLLM's choice of a model runner, as the environment had it."""
+    """Make a check of vLLM's choice of a model runner, as the environment had it."""
 
     def model_runner() -> Iterator[Check]:
         if environ_value not in (None, "0"):

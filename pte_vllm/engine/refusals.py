@@ -60,6 +60,7 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
         }
     )
     if args.block_size is not None:
+        check_block_size(args.block_size)
         check_window(engine, args.block_size)
 
 
@@ -91,7 +92,33 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
         raise UnsupportedError(f"{model.model} uses MLA attention, which PTE does not support")
     if model.is_encoder_decoder:
         raise UnsupportedError(f"{model.model} has cross-attention, which PTE does not support")
+    check_block_size(vllm_config.cache_config.block_size)
     check_window(engine, vllm_config.cache_config.block_size)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise UnsupportedError unless attention on this machine's CPU can read blocks of this size.
+
+    vLLM's CPU backend would fail while the worker sets up its cache. On a GPU the backend that vLLM
+    chooses decides, and vLLM splits blocks for it.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from pte_vllm.engine.attention import PTECPUAttentionBackend
+
+    bases = [
+        size if isinstance(size, int) else size.base
+        for size in PTECPUAttentionBackend.get_supported_kernel_block_sizes()
+    ]
+    if all(block_size % base for base in bases):
+        smallest = min(bases)
+        raise UnsupportedError(
+            f"--block-size {block_size} is not supported with PTE: attention on a CPU reads blocks "
+            f"of a multiple of {smallest} tokens, such as {smallest}, {2 * smallest}, "
+            f"{4 * smallest}"
+        )
 
 
 def check_window(engine: EngineConfig, block_size: int) -> None:

@@ -66,6 +66,11 @@ class PTERunnerV1Mixin(PTERunnerMixin):
         return set(self.requests)
 
 
+WARM_UP_TOKENS = 256
+"""Of the step that makes torch.compile trace the model on a CPU, where nothing else depends on it.
+Enough that the loops of the compiled code are split among all cores, as in larger steps."""
+
+
 class PTECPUModelRunner(PTERunnerV1Mixin, CPUModelRunner):
     """The V1 runner on a CPU, where a seeded request must also survive a chunked prefill.
 
@@ -74,6 +79,24 @@ class PTECPUModelRunner(PTERunnerV1Mixin, CPUModelRunner):
     folds, chunked prefill is the rule rather than the exception.
     TODO(vllm>=0.33): drop if `GPUModelRunner._bookkeeping_sync` handles CPU generators.
     """
+
+    def warming_up_model(self) -> None:
+        """Run vLLM's one step before the first request, over no more tokens than it has a use for.
+
+        vLLM runs `--max-num-batched-tokens` (2,048 for a server), which takes minutes on a small
+        CPU. That step has two purposes. torch.compile traces the model, once for all sizes: a few
+        tokens will do. And what the process holds afterwards is what the KV cache cannot have:
+        for that it must be as large as a step can be, unless the user gave the cache's size.
+        """
+        most, config = self.max_num_tokens, self.vllm_config
+        if config.cache_config.kv_cache_memory_bytes is not None:
+            self.max_num_tokens = min(most, WARM_UP_TOKENS)
+        else:  # vLLM bounds its own default like this, and not what the user gave
+            self.max_num_tokens = min(most, self.max_num_reqs * self.max_model_len)
+        try:
+            super().warming_up_model()
+        finally:
+            self.max_num_tokens = most
 
     def _discarded_generators(self) -> dict[int, torch.Generator]:
         generators = self.input_batch.generators

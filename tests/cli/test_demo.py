@@ -114,11 +114,6 @@ def test_block_bytes_of_a_grouped_query_model():
     assert demo.block_bytes(config | {"head_dim": 128}, 4) == 2 * 30 * (3 * 128) * 4 * 32
 
 
-def test_dtype_follows_the_cpu():
-    assert demo.serving_dtype({"avx2", "fma"}) == "float32"
-    assert demo.serving_dtype({"avx512f", "avx512_bf16"}) == "bfloat16"
-
-
 def test_streams_windowed_first_with_prompts_in_turn():
     streams = demo.make_streams(3, 7)
     assert [s.windowed for s in streams] == [True] * 3 + [False] * 7

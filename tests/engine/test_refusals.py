@@ -164,7 +164,9 @@ def _serve_args(**changes: object) -> Namespace:
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
         ({"fully_sharded_loras": True}, "--fully-sharded-loras"),
         ({"api_server_count": 2}, "--api-server-count 2"),
-        ({"block_size": 48}, "--pte-window"),
+        ({"block_size": 16}, "--block-size 16 .* such as 32, 64, 128"),
+        ({"block_size": 48}, "--block-size 48"),
+        ({"block_size": 96}, "--pte-window"),
     ],
 )
 def test_unsupported_flags(change: dict, flag: str) -> None:
