@@ -42,13 +42,17 @@ if ! fits "$venv/bin/python"; then
     "$python" -m venv "$venv" || fail "cannot create $venv (Debian and Ubuntu: apt install python3.11-venv)"
 fi
 rm -f "$stamp"
-# Byte code is left to the first import: most of what is installed is never imported.
 install() { "$venv/bin/python" -m pip --disable-pip-version-check install -qq --no-compile --no-deps "$@"; }
 
 echo "==> installing torch"
 "$venv/bin/python" requirements/torch_wheel.py "$lock" -q --no-compile || exit 1
 echo "==> installing $(grep -c '^[^#]' "$lock") packages of $lock (1 to 3 minutes)"
 install -r "$lock" || fail "pip cannot install $lock (see above)"
+# Once and on all cores. Python does not write byte code where PYTHONDONTWRITEBYTECODE is set, as in
+# many containers; then each process of a server would compile vLLM and torch anew, which takes longer
+# than all else at its start. Some packages hold templates that are no Python; compileall reports them.
+echo "==> compiling what was installed (1 minute)"
+"$venv/bin/python" -m compileall -qq -j 0 -x '/tests?/' "$venv"/lib/python*/site-packages || true
 echo "==> installing this checkout"
 install --no-build-isolation -e . || fail "pip cannot install this checkout (see above)"
 echo "$key" >"$stamp"
