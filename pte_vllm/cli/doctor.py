@@ -13,7 +13,7 @@ from pte_vllm.cli import serve as cli_serve
 
 if TYPE_CHECKING:
     from pte_vllm.compat.upstream import SourceTree
-    from pte_vllm.doctor.report import Section
+    from pte_vllm.doctor.checks import Section
     from pte_vllm.doctor.subject import Subject
 
 _EPILOG = """\
@@ -63,7 +63,7 @@ def main(args: list[str]) -> int:
 
     from rich.console import Console
 
-    from pte_vllm.doctor.report import Report
+    from pte_vllm.doctor.checks import Report
 
     console = Console(file=sys.stdout, highlight=False)
     report = Report(console, as_json=options.json, environ=dict(os.environ))
@@ -91,7 +91,7 @@ def main(args: list[str]) -> int:
 
 def _sections(subject: Subject, spool: str | None) -> list[Section]:
     from pte_vllm.doctor import layout, machine, software
-    from pte_vllm.doctor.report import Section
+    from pte_vllm.doctor.checks import Section
     from pte_vllm.doctor.subject import model_runner
 
     runner = model_runner(os.environ.get("VLLM_USE_V2_MODEL_RUNNER"))
@@ -125,7 +125,7 @@ def _source_tree(path: str) -> SourceTree:
 
 def _sections_of_source(tree: SourceTree) -> list[Section]:
     from pte_vllm.doctor import software
-    from pte_vllm.doctor.report import Section
+    from pte_vllm.doctor.checks import Section
 
     return [Section(title=f"Drift of {tree.root}", checks=[lambda: software.drift(tree)])]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from pte_vllm.doctor.report import Check, broken, ok
+from pte_vllm.doctor.checks import Check, broken, ok
 from pte_vllm.method.options import EngineConfig
 
 if TYPE_CHECKING:

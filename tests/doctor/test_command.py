@@ -13,7 +13,7 @@ import pytest
 
 from pte_vllm.cli.main import main
 from pte_vllm.compat.upstream import SourceTree
-from pte_vllm.doctor.report import Check
+from pte_vllm.doctor.checks import Check
 
 KEY = "sk-doctor-0123456789"
 

@@ -11,7 +11,7 @@ import pytest
 
 from pte_vllm.compat import hooks
 from pte_vllm.doctor import layout, machine, software
-from pte_vllm.doctor.report import Check
+from pte_vllm.doctor.checks import Check
 from pte_vllm.doctor.subject import Subject
 from pte_vllm.kernels import native
 from pte_vllm.method.options import EngineConfig

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from pte_vllm.doctor.report import Check, Redactor, Report, Section, broken, ok, warning
+from pte_vllm.doctor.checks import Check, Redactor, Report, Section, broken, ok, warning
 
 KEY = "sk-doctor-0123456789"
 

@@ -24,7 +24,7 @@ from pte_vllm.engine.lora.cuda import CUDALayerPunica
 from pte_vllm.engine.lora.manager import PTELoRAManager
 from pte_vllm.engine.lora.operators import as_operator
 from pte_vllm.engine.lora.slots import TokenSlots
-from pte_vllm.engine.lora.view import PunicaView
+from pte_vllm.engine.lora.punica_view import PunicaView
 from pte_vllm.engine.state import StatePool
 
 
