@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
-from pte_vllm.engine.state import FoldingSequence, LoadedEncoder, StatePool
+from pte_vllm.engine.sequences import FoldingSequence, LoadedEncoder
+from pte_vllm.engine.state import StatePool
 from pte_vllm.kernels import native
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable, read_evicted
 from pte_vllm.kernels.choice import use_kernels

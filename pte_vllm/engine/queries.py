@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pte_vllm.engine.state import IDENTITY_SLOT
+from pte_vllm.engine.sequences import IDENTITY_SLOT
 from pte_vllm.engine.thoughts import Thoughts
 
 if TYPE_CHECKING:

@@ -30,7 +30,8 @@ from pte_vllm.engine.lora.manager import PTELoRAManager
 from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.messages import PoolReport, SequenceStart, SnapshotOrders
 from pte_vllm.engine.refusals import check_vllm_config
-from pte_vllm.engine.state import FoldingSequence, Snapshot, StatePool
+from pte_vllm.engine.sequences import FoldingSequence, Snapshot
+from pte_vllm.engine.state import StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable
 from pte_vllm.method.options import EngineConfig

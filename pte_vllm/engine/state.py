@@ -8,8 +8,6 @@ preempted, and starts from S_0 again when it resumes.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,97 +16,17 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from pte_vllm.engine.counters import FoldCounters
 from pte_vllm.engine.request_ids import find_id
+from pte_vllm.engine.sequences import IDENTITY_SLOT, FoldingSequence, LoadedEncoder, Snapshot
 from pte_vllm.engine.thoughts import Thoughts, ThoughtStore, to_host
-from pte_vllm.method.options import PTEConfig, check_rule_fits
+from pte_vllm.method.options import check_rule_fits
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.reference import (
     UPDATE_RULES,
-    LayerEncoder,
     Moments,
     Sums,
     moments,
     relative_update,
 )
-
-IDENTITY_SLOT = 0
-
-
-@dataclass(frozen=True)
-class LoadedEncoder:
-    """The encoder of an adapter on the model's device, all its layers stacked."""
-
-    config: PTEConfig
-    layers: list[int]  # [L] indices of decoder layers, ascending
-    encoder: LayerEncoder  # every tensor [L, ...]
-
-    @cached_property
-    def layer_index(self) -> Tensor:
-        """The same on the device, `[L]`, as indexing by the list would wait at every fold."""
-        return torch.tensor(self.layers, device=self.encoder.gain.device)
-
-
-@dataclass(kw_only=True)
-class FoldingSequence:
-    """One request on the worker: how it folds, what it has folded, and where its state lies.
-
-    The state itself, S, is in the pool's slot and nowhere else.
-    """
-
-    plan: FoldPlan
-    adapter: str | None = None
-    rule: str | None = None
-    """The update rule; None where the request has no thought state."""
-    loaded: LoadedEncoder | None = None
-    slot: int = IDENTITY_SLOT
-    sums: Sums = field(default_factory=dict)
-    folded_blocks: int = 0
-    num_tokens: int = 0
-    held_blocks: int = 0
-    peak_blocks: int = 0
-    rho: list[Tensor] = field(default_factory=list)
-    """ρ of each fold, a scalar on the device; nobody waits for it until it is asked for."""
-
-    def thoughts(self, request_id: str, *, state: Tensor | None, with_rho: bool) -> Thoughts:
-        """Return what the API shows of the sequence now.
-
-        Args:
-            request_id: The engine's id of its request.
-            state: Its thought state as `StatePool.state_of` reads it, `[L, G, r]`; None to leave
-                it out.
-            with_rho: Whether to gather the ρ of its folds.
-        """
-        config = self.loaded.config if self.loaded is not None else None
-        return Thoughts(
-            request_id=request_id,
-            finished=False,
-            plan=self.plan,
-            adapter=self.adapter,
-            rule=self.rule,
-            num_tokens=self.num_tokens,
-            folded_blocks=self.folded_blocks,
-            held_blocks=self.held_blocks,
-            peak_blocks=self.peak_blocks,
-            layers=tuple(self.loaded.layers) if self.loaded is not None else (),
-            features=config.features if config is not None else None,
-            read=config.read if config is not None else None,
-            state=state,
-            rho=self._rho() if with_rho else None,
-        )
-
-    def _rho(self) -> Tensor | None:
-        if self.rule == "none":  # folds move nothing
-            return torch.zeros(self.folded_blocks // self.plan.evict_blocks)
-        return torch.stack(self.rho) if self.rho else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """A sequence's memory after its last fold, on the host; another may start from it."""
-
-    rule: str | None
-    folded_blocks: int
-    sums: Sums
-    rho: Tensor | None  # [folds]
 
 
 class StatePool:

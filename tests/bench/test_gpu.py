@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pte_vllm.engine.folding import EvictedBlocks
-from pte_vllm.engine.state import LoadedEncoder, StatePool
+from pte_vllm.engine.sequences import LoadedEncoder
+from pte_vllm.engine.state import StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pte_vllm.demo import run as demo
-from pte_vllm.demo import view as demo_view
+from pte_vllm.demo import chats, run, serving, view
 from pte_vllm.demo.view import Sample, Stream
 from pte_vllm.launch import LaunchError, ProcessGroup, Server, log_tail
 from pte_vllm.method.plan import FoldPlan
@@ -51,41 +50,41 @@ def stream(**changes: object) -> Stream:
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (32, 1), (33, 2), (1500, 47)])
 def test_full_blocks(tokens, blocks):
-    assert demo_view.full_blocks(tokens) == blocks
+    assert view.full_blocks(tokens) == blocks
 
 
 def test_saved_percent():
-    assert demo_view.saved_percent(0, 0) == 0.0
-    assert demo_view.saved_percent(10, 40) == 75.0
-    assert demo_view.saved_percent(40, 40) == 0.0
+    assert view.saved_percent(0, 0) == 0.0
+    assert view.saved_percent(10, 40) == 75.0
+    assert view.saved_percent(40, 40) == 0.0
 
 
 def test_tokens_per_s_looks_at_the_last_seconds_only():
-    assert demo_view.tokens_per_s([]) == 0.0
-    assert demo_view.tokens_per_s([Sample(1.0, 5, 1, 0)]) == 0.0
+    assert view.tokens_per_s([]) == 0.0
+    assert view.tokens_per_s([Sample(1.0, 5, 1, 0)]) == 0.0
     samples = [Sample(0.0, 0, 1, 0), Sample(10.0, 10, 1, 0), Sample(12.0, 50, 2, 0)]
-    assert demo_view.tokens_per_s(samples) == 20.0
+    assert view.tokens_per_s(samples) == 20.0
     # Polls further apart than the span still give a rate.
-    assert demo_view.tokens_per_s(samples, span_s=0.5) == 20.0
+    assert view.tokens_per_s(samples, span_s=0.5) == 20.0
 
 
 def test_a_response_is_found_by_its_prefix_running_or_finished():
     both = report(running=[record("chatcmpl-aa-1f")], finished=[record("chatcmpl-bb-2e")])
-    assert demo_view.find_record(both, "chatcmpl-aa")["request_id"] == "chatcmpl-aa-1f"
-    assert demo_view.find_record(both, "chatcmpl-bb")["request_id"] == "chatcmpl-bb-2e"
-    assert demo_view.find_record(both, "chatcmpl-cc") is None
+    assert view.find_record(both, "chatcmpl-aa")["request_id"] == "chatcmpl-aa-1f"
+    assert view.find_record(both, "chatcmpl-bb")["request_id"] == "chatcmpl-bb-2e"
+    assert view.find_record(both, "chatcmpl-cc") is None
 
 
 def test_samples_of_one_stream():
     s = stream()
-    demo_view.take_sample(s, report(running=[record("x-1")]), 1.0)
+    view.take_sample(s, report(running=[record("x-1")]), 1.0)
     assert s.samples == []  # no response yet, so no id to look for
     s.response_id = "x"
-    demo_view.take_sample(s, report(running=[record("x-1", num_tokens=40, held_blocks=2)]), 2.0)
-    demo_view.take_sample(s, report(running=[record("x-1")]), 3.0)
+    view.take_sample(s, report(running=[record("x-1", num_tokens=40, held_blocks=2)]), 2.0)
+    view.take_sample(s, report(running=[record("x-1")]), 3.0)
     ended = record("x-1", num_tokens=410, held_blocks=0, peak_blocks=11)
-    demo_view.take_sample(s, report(finished=[ended]), 4.0)
-    demo_view.take_sample(s, report(finished=[ended]), 5.0)
+    view.take_sample(s, report(finished=[ended]), 4.0)
+    view.take_sample(s, report(finished=[ended]), 5.0)
     assert s.samples == [Sample(2.0, 40, 2, 2), Sample(3.0, 400, 9, 2), Sample(4.0, 410, 9, 2)]
     assert s.peak_blocks == 11
 
@@ -93,10 +92,10 @@ def test_samples_of_one_stream():
 @pytest.mark.parametrize(("streams", "full"), [(4, 2), (1, 0), (0, 3)])
 def test_the_pool_holds_all_streams_at_their_peak(streams, full):
     tokens, window = 1500, 256
-    room = demo.pool_blocks(streams=streams, full_streams=full, tokens=tokens, window=window)
+    room = serving.pool_blocks(streams=streams, full_streams=full, tokens=tokens, window=window)
     peaks = [
-        FoldPlan(pin_tokens=demo.PROMPT_ROOM, window_tokens=w, block_size=32).peak_blocks(
-            demo.PROMPT_ROOM + tokens
+        FoldPlan(pin_tokens=serving.PROMPT_ROOM, window_tokens=w, block_size=32).peak_blocks(
+            serving.PROMPT_ROOM + tokens
         )
         for w in [window] * streams + [0] * full
     ]
@@ -110,12 +109,12 @@ def test_block_bytes_of_a_grouped_query_model():
         "hidden_size": 576,
         "num_hidden_layers": 30,
     }
-    assert demo.block_bytes(config, 2) == 2 * 30 * (3 * 64) * 2 * 32
-    assert demo.block_bytes(config | {"head_dim": 128}, 4) == 2 * 30 * (3 * 128) * 4 * 32
+    assert serving.block_bytes(config, 2) == 2 * 30 * (3 * 64) * 2 * 32
+    assert serving.block_bytes(config | {"head_dim": 128}, 4) == 2 * 30 * (3 * 128) * 4 * 32
 
 
 def test_streams_windowed_first_with_prompts_in_turn():
-    streams = demo.make_streams(3, 7)
+    streams = chats.make_streams(3, 7)
     assert [s.windowed for s in streams] == [True] * 3 + [False] * 7
     assert streams[0].prompt == streams[8].prompt != streams[1].prompt
     assert len({s.name for s in streams}) == 10
@@ -133,7 +132,7 @@ def test_streams_windowed_first_with_prompts_in_turn():
 )
 def test_impossible_options_name_the_flag(argv, capsys):
     with pytest.raises(SystemExit):
-        demo.parse(argv)
+        run.parse(argv)
     assert argv[0] in capsys.readouterr().err
 
 
@@ -144,25 +143,25 @@ def test_serve_args_fit_the_model(tmp_path):
     (tmp_path / "adapter").mkdir()
     modules = json.dumps({"target_modules": ["q_proj", "v_proj"]})
     (tmp_path / "adapter" / "adapter_config.json").write_text(modules)
-    args = demo.serve_args(demo.parse(["--tokens", "1000"]), tmp_path, tmp_path / "adapter")
+    args = serving.serve_args(run.parse(["--tokens", "1000"]), tmp_path, tmp_path / "adapter")
     assert args[0] == str(tmp_path)
     assert args[args.index("--max-model-len") + 1] == "2048"
     assert args[args.index("--lora-modules") + 1] == f"thoughts={tmp_path / 'adapter'}"
     assert args[args.index("--lora-target-modules") + 1 :] == ["q_proj", "v_proj"]
     with pytest.raises(LaunchError, match="--tokens 1600"):
-        demo.serve_args(demo.parse(["--tokens", "1600"]), tmp_path, tmp_path / "adapter")
+        serving.serve_args(run.parse(["--tokens", "1600"]), tmp_path, tmp_path / "adapter")
 
 
 def test_tables_lines_and_plot(tmp_path):
     windowed, full = stream(response_id="a"), stream(name="chat 2", windowed=False)
     windowed.samples = [Sample(1.0, 40, 2, 0), Sample(2.0, 400, 9, 2)]
     full.samples = [Sample(1.0, 40, 2, 0), Sample(2.0, 400, 13, 0)]
-    line = demo_view.plain_line([windowed, full], 2.0)
+    line = view.plain_line([windowed, full], 2.0)
     assert "chat 1 window 400 tok 9/13 blocks" in line
     assert "chat 2 full 400 tok 13/13 blocks" in line
-    assert demo_view.live_table([windowed, full], report()).row_count == 3
-    assert demo_view.summary_table([windowed, full]).row_count == 2
-    demo_view.save_plot([windowed, full, stream(name="silent")], tmp_path / "blocks.png")
+    assert view.live_table([windowed, full], report()).row_count == 3
+    assert view.summary_table([windowed, full]).row_count == 2
+    view.save_plot([windowed, full, stream(name="silent")], tmp_path / "blocks.png")
     assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
 
 

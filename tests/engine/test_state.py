@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pte_vllm.engine.state import IDENTITY_SLOT, LoadedEncoder, StatePool
+from pte_vllm.engine.sequences import IDENTITY_SLOT, LoadedEncoder
+from pte_vllm.engine.state import StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pte_vllm.engine.lora import operators
-from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.lora.punica_view import PunicaView
+from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.kernels.choice import use_kernels
 from pte_vllm.kernels.modulate import modulate_slices, modulate_tokens
 

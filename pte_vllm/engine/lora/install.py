@@ -23,8 +23,8 @@ from pte_vllm.engine.lora.cpu import CPULayerPunica, load_native
 from pte_vllm.engine.lora.cuda import CUDALayerPunica
 from pte_vllm.engine.lora.manager import PTELoRAManager
 from pte_vllm.engine.lora.operators import as_operator
-from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.lora.punica_view import PunicaView
+from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.state import StatePool
 
 

@@ -13,7 +13,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from pte_vllm.adapter.files import AdapterError
 from pte_vllm.adapter.format import ModelShape, load_for_engine
-from pte_vllm.engine.state import LoadedEncoder
+from pte_vllm.engine.sequences import LoadedEncoder
 
 _VOCABULARY = ("embed_tokens", "lm_head")
 

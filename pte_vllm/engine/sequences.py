@@ -1,0 +1,98 @@
+"""What a worker keeps of one request: its plan, what it has folded, and the adapter's encoder.
+
+The thought state itself lies in a slot of the pool (`state.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pte_vllm.engine.thoughts import Thoughts
+from pte_vllm.method.options import PTEConfig
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.reference import LayerEncoder, Sums
+
+IDENTITY_SLOT = 0
+"""The slot of tokens without a thought state; it holds the identity and belongs to nobody."""
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """The encoder of an adapter on the model's device, all its layers stacked."""
+
+    config: PTEConfig
+    layers: list[int]  # [L] indices of decoder layers, ascending
+    encoder: LayerEncoder  # every tensor [L, ...]
+
+    @cached_property
+    def layer_index(self) -> Tensor:
+        """The same on the device, `[L]`, as indexing by the list would wait at every fold."""
+        return torch.tensor(self.layers, device=self.encoder.gain.device)
+
+
+@dataclass(kw_only=True)
+class FoldingSequence:
+    """One request on the worker: how it folds, what it has folded, and where its state lies.
+
+    The state itself, S, is in the pool's slot and nowhere else.
+    """
+
+    plan: FoldPlan
+    adapter: str | None = None
+    rule: str | None = None
+    """The update rule; None where the request has no thought state."""
+    loaded: LoadedEncoder | None = None
+    slot: int = IDENTITY_SLOT
+    sums: Sums = field(default_factory=dict)
+    folded_blocks: int = 0
+    num_tokens: int = 0
+    held_blocks: int = 0
+    peak_blocks: int = 0
+    rho: list[Tensor] = field(default_factory=list)
+    """ρ of each fold, a scalar on the device; nobody waits for it until it is asked for."""
+
+    def thoughts(self, request_id: str, *, state: Tensor | None, with_rho: bool) -> Thoughts:
+        """Return what the API shows of the sequence now.
+
+        Args:
+            request_id: The engine's id of its request.
+            state: Its thought state as `StatePool.state_of` reads it, `[L, G, r]`; None to leave
+                it out.
+            with_rho: Whether to gather the ρ of its folds.
+        """
+        config = self.loaded.config if self.loaded is not None else None
+        return Thoughts(
+            request_id=request_id,
+            finished=False,
+            plan=self.plan,
+            adapter=self.adapter,
+            rule=self.rule,
+            num_tokens=self.num_tokens,
+            folded_blocks=self.folded_blocks,
+            held_blocks=self.held_blocks,
+            peak_blocks=self.peak_blocks,
+            layers=tuple(self.loaded.layers) if self.loaded is not None else (),
+            features=config.features if config is not None else None,
+            read=config.read if config is not None else None,
+            state=state,
+            rho=self._rho() if with_rho else None,
+        )
+
+    def _rho(self) -> Tensor | None:
+        if self.rule == "none":  # folds move nothing
+            return torch.zeros(self.folded_blocks // self.plan.evict_blocks)
+        return torch.stack(self.rho) if self.rho else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A sequence's memory after its last fold, on the host; another may start from it."""
+
+    rule: str | None
+    folded_blocks: int
+    sums: Sums
+    rho: Tensor | None  # [folds]
