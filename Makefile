@@ -18,7 +18,7 @@ demo: setup ## chats with a fixed KV cache beside full attention, live (ARGS='--
 	$(BIN)/pte-vllm demo $(ARGS)
 
 test: setup ## the tests that need no GPU and little time
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-slow: setup ## the long tests
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
@@ -34,7 +34,7 @@ lint: setup ## ruff, mypy, and which folder may import which
 
 coverage: setup ## line coverage of pte_vllm, server and patches by the tests of `make test`
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/coverage run -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Before anything imports torch: several test processes share the machine, and OpenMP threads that
 # spin against each other cost far more than they give.
@@ -16,15 +17,30 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 CACHE = Path(__file__).parent.parent / ".cache"
+SHARE_A_SERVER = [
+    f"tests/server/test_{name}.py"
+    for name in (
+        *("continue", "control", "rollouts", "server", "thoughts"),
+        *("trainer_contracts", "trl_client"),
+    )
+]
+"""Modules that use the fixture `shared` of tests/server."""
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one process run all tests of a file, or of all files that share a server."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+class OneFileOneProcess(LoadScopeScheduling):
+    """Processes of pytest-xdist take whole files; one of them takes all that share a server.
+
+    `--dist loadgroup` would do it by marks, but pytest 9.2 does not see what it adds to names.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "shared server" if file in SHARE_A_SERVER else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneFileOneProcess:
+    return OneFileOneProcess(config, log)
 
 
 @pytest.fixture(scope="session")

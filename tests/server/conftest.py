@@ -55,8 +55,8 @@ def shared(
 ) -> Iterator[Callable[..., Server]]:
     """Gives a server that modules use one after another, with adapters and an empty cache.
 
-    A start costs half a minute of a CPU. A module that uses it is in the group `shared server`, so
-    that one process of pytest-xdist runs all of them; after the module the server must become idle.
+    A start costs half a minute of a CPU. One process of pytest-xdist runs all modules that use
+    it (`SHARE_A_SERVER`); after each the server must become idle.
     """
     running, servers = _running
     given: list[Server] = []

@@ -16,8 +16,6 @@ from tests.harness.parity import TOLERANCE
 from tests.harness.server import IGNORE_EOS, WINDOW, Server
 from tests.server.thinking import PROMPT, complete, finished, replay
 
-pytestmark = pytest.mark.xdist_group("shared server")
-
 
 @pytest.fixture(scope="module")
 def server(

@@ -21,7 +21,6 @@ from tests.harness.server import WINDOW, Server
 from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 KEY = "only-the-trainer"
-pytestmark = pytest.mark.xdist_group("shared server")
 ADMIN = {"Authorization": f"Bearer {KEY}"}
 LONG = 3000
 """How many tokens a request samples that is still running when it is interfered with."""

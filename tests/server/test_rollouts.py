@@ -24,7 +24,6 @@ from tests.harness.server import NUM_BLOCKS, WINDOW, Server
 
 LENGTH = WINDOW + 7 * BLOCK + 5
 ADMIN_KEY = "only-the-trainer"
-pytestmark = pytest.mark.xdist_group("shared server")
 SAMPLING = {"max_tokens": LENGTH, "temperature": 0.8, "seed": 7, "ignore_eos": True}
 
 

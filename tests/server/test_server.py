@@ -17,8 +17,6 @@ from tests.harness.models import random_tokens
 from tests.harness.server import NUM_BLOCKS, WINDOW, Server
 from tests.server.under_way import TEMPERATURE, check
 
-pytestmark = pytest.mark.xdist_group("shared server")
-
 
 @pytest.fixture(scope="module")
 def server(

@@ -22,8 +22,6 @@ from tests.harness.server import IGNORE_EOS, WINDOW, Server
 from tests.server.conftest import SHARED_KEEP_THOUGHTS
 from tests.server.thinking import LENGTH, PROMPT, complete, finished, replay
 
-pytestmark = pytest.mark.xdist_group("shared server")
-
 
 @pytest.fixture(scope="module")
 def server(

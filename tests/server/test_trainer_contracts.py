@@ -21,7 +21,6 @@ from tests.harness.server import WINDOW, Server
 from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 LENGTH = WINDOW + 5 * BLOCK + 7
-pytestmark = pytest.mark.xdist_group("shared server")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "external_trainer.py"
 
 

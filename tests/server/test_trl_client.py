@@ -16,12 +16,9 @@ from tests.harness.server import WINDOW, Server
 from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 LENGTH = WINDOW + 5 * BLOCK + 7
-pytestmark = [
-    pytest.mark.xdist_group("shared server"),
-    pytest.mark.filterwarnings(
-        "ignore:TRL currently supports vLLM", "ignore:You are importing from 'trl.experimental'"
-    ),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:TRL currently supports vLLM", "ignore:You are importing from 'trl.experimental'"
+)
 
 
 @pytest.fixture(scope="module")
