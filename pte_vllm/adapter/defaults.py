@@ -20,12 +20,13 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 BStart = Literal["zero", "random"]
 B_STARTS: tuple[str, ...] = get_args(BStart)
 NEW_RULE: RuleName = "ridge"
-"""The rule that learns to remember best (docs/benchmarks.md)."""
+"""The rule that learns to remember best (docs/benchmarks/learning.md)."""
 _SQUARED_RULES = ("ridge", "delta")
-"""The rule `paper` learned nothing with squares (docs/benchmarks.md)."""
+"""The rule `paper` learned nothing with squares (docs/benchmarks/ablations.md)."""
 _SQUARED_STARTS = ("aligned", "aligned_mean")
 """In these starts A asks with the mixtures by which keys are stored. From a random start `delta`
-learned next to nothing with squares (docs/benchmarks.md); the start `aligned_key` was not tried."""
+learned next to nothing with squares (docs/benchmarks/ablations.md); the start `aligned_key` was not tried.
+"""
 
 
 def _option(default: Any, about: str, **metadata: str) -> Any:

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 from pte_vllm import __version__
-from pte_vllm.cli import serve as cli_serve
+from pte_vllm.cli.serve import configs, parse
 
 if TYPE_CHECKING:
     from pte_vllm.compat.upstream import SourceTree
@@ -51,7 +51,7 @@ def main(args: list[str]) -> int:
     """Run `pte-vllm doctor ...`; returns the exit status."""
     parser = _parser()
     options, rest = parser.parse_known_args(args)
-    serve, rest = cli_serve.parse(rest)
+    serve, rest = parse(rest)
     model = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if rest and model is None:
         parser.error(f"{rest[0]} is no flag of doctor; flags of a server come after MODEL")
@@ -59,7 +59,7 @@ def main(args: list[str]) -> int:
         parser.error("--diff needs --vllm-source, and goes without --json")
     if options.vllm_source is not None and (model or options.adapter):
         parser.error("--vllm-source checks nothing else: leave out MODEL and --adapter")
-    engine, service = cli_serve.configs(serve)
+    engine, service = configs(serve)
 
     from rich.console import Console
 
