@@ -25,8 +25,8 @@ _SQUARED_RULES = ("ridge", "delta")
 """The rule `paper` learned nothing with squares (docs/benchmarks/ablations.md)."""
 _SQUARED_STARTS = ("aligned", "aligned_mean")
 """In these starts A asks with the mixtures by which keys are stored. From a random start `delta`
-learned next to nothing with squares (docs/benchmarks/ablations.md); the start `aligned_key` was not tried.
-"""
+learned next to nothing with squares (docs/benchmarks/ablations.md), and the start `aligned_key`
+was not tried."""
 
 
 def _option(default: Any, about: str, **metadata: str) -> Any:
