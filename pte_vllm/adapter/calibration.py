@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pte_vllm.method.reference import rotate_half
+from pte_vllm.method.rope import rotate_half
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pte_vllm.method.reference import unrotate
+from pte_vllm.method.rope import unrotate
 
 _DIGIT = 64  # every integer below is exact in bf16, fp16 and fp32
 

@@ -107,7 +107,7 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
         k = tl.zeros((TILE, BLOCK_R), dtype=tl.float32)
         v = tl.zeros((TILE, BLOCK_R), dtype=tl.float32)
         for _ in range(num_heads):
-            for start in range(0, HALF, CHUNK):  # undoing RoPE, as method.reference.unrotate
+            for start in range(0, HALF, CHUNK):  # undoing RoPE, as method.rope.unrotate
                 index = start + chunk
                 inside = index < HALF
                 at, mask = turns[:, None] + index[None, :], live[:, None] & inside[None, :]

@@ -2,5 +2,5 @@
 
 `reference.py` has each equation once and `plan.py` says which blocks leave when; the engine, the
 trainer and the server all ask these. Every other folder may import this one. It imports nothing of
-the project, and torch only in `reference.py`; the rest is the standard library.
+the project, and torch only in `reference.py` and `rope.py`; the rest is the standard library.
 """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pte_vllm.method import reference
+from pte_vllm.method import rope
 
 _POSITIONS = (0, 1, 2, 5, 20, 100, 500, 2000)
 """Positions that together turn fast and slow pairs of dimensions alike."""
@@ -68,7 +68,7 @@ def undo_rope(model: Any, k: Tensor, positions: Tensor) -> Tensor:
     """Turn keys `[*, n, H, D]`, cached at `positions: [B, n]`, back to before RoPE, in fp32."""
     cos, sin = model.model.rotary_emb(k, positions)  # rounded to k's dtype, as applied
     half = cos.shape[-1] // 2  # transformers repeats the frequencies
-    return reference.unrotate(k.float(), cos[..., :half].float(), sin[..., :half].float())
+    return rope.unrotate(k.float(), cos[..., :half].float(), sin[..., :half].float())
 
 
 def _telling_token(model: Any) -> Tensor:

@@ -10,7 +10,7 @@ from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable, read_evicted
-from pte_vllm.method.reference import rotate_half
+from pte_vllm.method.rope import rotate_half
 
 
 class _CPUImpl:

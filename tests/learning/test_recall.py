@@ -1,4 +1,4 @@
-"""The recall experiment's machinery on a tiny model; what it learns is in docs/benchmarks/learning.md."""
+"""The recall experiment's machinery on a tiny model; figures are in docs/benchmarks.md."""
 
 from __future__ import annotations
 
