@@ -9,7 +9,13 @@ from types import SimpleNamespace
 import pytest
 from vllm import SamplingParams
 
-from pte_vllm.engine.earlier import EARLIER, MAX_EARLIER, EarlierRequest, EarlierRequests
+from pte_vllm.engine.earlier import (
+    EARLIER,
+    MAX_EARLIER,
+    ONLY_CHECKED,
+    EarlierRequest,
+    EarlierRequests,
+)
 from pte_vllm.method.options import RequestOptions
 from pte_vllm.server.rollouts.generation import validate
 from tests.harness.engine import Engine, Job
@@ -67,12 +73,13 @@ def test_the_oldest_leave() -> None:
 def test_what_is_only_checked_is_not_remembered(tiny: Callable[[str], Path]) -> None:
     engine = Engine(tiny("qwen3"))
     try:
-        known = dict(EARLIER._by_id)
+        EARLIER.forget("job-0")  # of another engine in this process
         prompt = {"type": "token", "prompt_token_ids": [1, 2, 3]}
         service, base = SimpleNamespace(engine=engine.engine), SimpleNamespace(lora=None)
         validate(service, prompt, SamplingParams(max_tokens=5), base)
-        assert EARLIER._by_id == known
+        with pytest.raises(ValueError, match="forgotten"):
+            EARLIER.get(ONLY_CHECKED)
         engine.run([Job([1, 2, 3], max_tokens=5)])
-        assert len(EARLIER._by_id) == len(known) + 1
+        assert EARLIER.get("job-0").num_prompt_tokens == 3
     finally:
         engine.close()

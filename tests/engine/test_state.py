@@ -62,4 +62,5 @@ def test_a_slot_forgets_the_features_and_the_state_of_its_last_owner() -> None:
         pool.check_integrity()
         pool.finish(name)
     assert pool.start("d", PLAN).slot == IDENTITY_SLOT  # without an adapter none is taken
-    assert pool.free_slots == [1] and not pool.squared[IDENTITY_SLOT]
+    assert not pool.squared[IDENTITY_SLOT]
+    assert pool.start("e", PLAN, loaded=_loaded("linear", 4)).slot != IDENTITY_SLOT
