@@ -84,13 +84,17 @@ class Server(launch.Server):
         )
 
     def reset(self, adapters: Mapping[str, Path], *, admin_key: str | None = None) -> None:
-        """Serve these adapters in place of others that were loaded by hand, with an empty cache."""
+        """Serve these adapters in place of all others, loaded or pushed, with an empty cache."""
         headers = {} if admin_key is None else {"Authorization": f"Bearer {admin_key}"}
 
         def post(path: str, body: Mapping[str, str]) -> None:
             answer = httpx.post(self.url + path, json=body, headers=headers, timeout=120)
             assert answer.status_code == 200, answer.text
 
+        pushed = httpx.get(f"{self.url}/pte/v1/adapters", headers=headers, timeout=60).json()
+        for adapter in pushed["adapters"]:
+            url = f"{self.url}/pte/v1/adapters/{adapter['name']}"
+            httpx.delete(url, headers=headers, timeout=60).raise_for_status()
         for name in self.adapters.keys() - adapters.keys():
             post("/v1/unload_lora_adapter", {"lora_name": name})
             del self.adapters[name]
