@@ -52,7 +52,7 @@ install -r "$lock" || fail "pip cannot install $lock (see above)"
 # many containers; then each process of a server would compile vLLM and torch anew, which takes longer
 # than all else at its start. Some packages hold templates that are no Python; compileall reports them.
 echo "==> compiling what was installed (1 minute)"
-"$venv/bin/python" -m compileall -qq -j 0 -x '/tests?/' "$venv"/lib/python*/site-packages || true
+"$venv/bin/python" -W ignore -m compileall -qq -j 0 -x '/tests?/' "$venv"/lib/python*/site-packages || true
 echo "==> installing this checkout"
 install --no-build-isolation -e . || fail "pip cannot install this checkout (see above)"
 echo "$key" >"$stamp"
