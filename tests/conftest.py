@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.harness.kinds import KIND_OF_MODULE
+
+if TYPE_CHECKING:
+    from tests.harness.server import Server
+    from tests.harness.shared import SharedServers
 
 # Before anything imports torch: several test processes share the machine, and OpenMP threads that
 # spin against each other cost far more than they give.
@@ -17,18 +24,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 CACHE = Path(__file__).parent.parent / ".cache"
-SHARE_A_SERVER = [
-    f"tests/server/test_{name}.py"
-    for name in (
-        *("continue", "control", "rollouts", "server", "thoughts"),
-        *("trainer_contracts", "trl_client"),
-    )
-]
-"""Modules that use the fixture `shared` of tests/server."""
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
-class OneFileOneProcess(LoadScopeScheduling):
+class OneServerOneProcess(LoadScopeScheduling):
     """Processes of pytest-xdist take whole files; one of them takes all that share a server.
 
     `--dist loadgroup` would do it by marks, but pytest 9.2 does not see what it adds to names.
@@ -36,11 +35,45 @@ class OneFileOneProcess(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "shared server" if file in SHARE_A_SERVER else file
+        return KIND_OF_MODULE.get(file, file)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneFileOneProcess:
-    return OneFileOneProcess(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneServerOneProcess:
+    return OneServerOneProcess(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests that end their server behind those that share it, so that nothing starts twice."""
+    items.sort(key=lambda item: item.get_closest_marker("ends_server") is not None)
+
+
+@pytest.fixture(scope="session")
+def _shared_servers(
+    tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SharedServers]:
+    from tests.harness.shared import SharedServers
+
+    servers = SharedServers(lambda: tiny("qwen3"), lambda: tmp_path_factory.mktemp("shared"))
+    yield servers
+    servers.close()
+
+
+@pytest.fixture(scope="module")
+def shared(_shared_servers: SharedServers) -> Iterator[Callable[..., Server]]:
+    """Gives a server of a kind, that modules use one after another; see tests/harness/kinds.py.
+
+    After the module it must become idle, unless a test has ended it.
+    """
+    given: list[Server] = []
+
+    def get(kind: str, adapters: Mapping[str, Path] | None = None) -> Server:
+        given.append(_shared_servers.get(kind, adapters or {}))
+        return given[-1]
+
+    yield get
+    for server in given:
+        if server.is_running():
+            server.wait_idle()
 
 
 @pytest.fixture(scope="session")

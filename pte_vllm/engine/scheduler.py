@@ -15,6 +15,7 @@ from pte_vllm.engine.messages import PoolReport, SequenceStart
 from pte_vllm.engine.orphans import end_with_parent
 from pte_vllm.engine.request_ids import RequestId
 from pte_vllm.engine.snapshots import SnapshotIndex
+from pte_vllm.engine.waiting import sleep_while_waiting
 from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, RequestOptions
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class PTESchedulerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        sleep_while_waiting()
         engine = EngineConfig.from_vllm(self.vllm_config)
         assert engine is not None, "the PTE scheduler needs additional_config['pte']"
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers

@@ -17,6 +17,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from pte_vllm.engine import huge_pages
 from pte_vllm.engine.queries import QueriesMixin
+from pte_vllm.engine.waiting import sleep_while_waiting
 from pte_vllm.kernels import native
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
@@ -67,6 +68,7 @@ class PTECPUWorker(QueriesMixin, CPUWorker):
     """vLLM's worker on a CPU with our runner, torch.compile and huge pages."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        sleep_while_waiting()
         compile_with_lora(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
 

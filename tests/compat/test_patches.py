@@ -35,7 +35,7 @@ def test_drift_is_named(patch: Patch) -> None:
 
 
 def test_nothing_is_applied_if_one_check_fails() -> None:
-    (good,) = all_patches()
+    good = all_patches()[0]
     applied = []
     spy = replace(good, name="spy", wrap=lambda original: applied.append(original) or original)
     with pytest.raises(PatchError):

@@ -53,14 +53,17 @@ def paper(model: Path, adapters: Callable[..., Path]) -> Any:
 
 
 def test_parity(engine: Engine, model: Path, paper: Any, adapters: Callable[..., Path]) -> None:
-    """Two rules, no adapter, full attention and folds in the prefill, preempted on the way."""
+    """Two rules, no adapter, full attention and folds in the prefill, preempted on the way.
+
+    Then one of them is continued.
+    """
     ridge = lora("ridge", adapters(model, rank=8, rule="ridge"), 2)
     jobs = [
         Job(random_tokens(20, 500, 1), 120, paper),
-        Job(random_tokens(35, 500, 2), 130, ridge),
+        Job(random_tokens(35, 500, 2), 115, ridge),
         Job(random_tokens(7, 500, 3), 90),
-        Job(random_tokens(90, 500, 4), 40, paper, {"pte_window": 0}),
-        Job(random_tokens(310, 500, 5), 50, ridge, {"pte_pin_tokens": 20}),
+        Job(random_tokens(90, 500, 4), 20, paper, {"pte_window": 0}),
+        Job(random_tokens(310, 500, 5), 20, ridge, {"pte_pin_tokens": 20}),
     ]
     preempted = []
 
@@ -75,13 +78,8 @@ def test_parity(engine: Engine, model: Path, paper: Any, adapters: Callable[...,
     assert len(preempted) == 2
     assert_parity(model, jobs[:2], WINDOW, min_folds=2)
     assert_parity(model, jobs[2:], WINDOW)
-
-
-def test_continues_an_earlier_request(engine: Engine, model: Path, paper: Any) -> None:
-    first = Job(random_tokens(20, 500, 6), 110, paper)
-    engine.run([first])
-    options = {"pte_pin_tokens": 20}
-    later = Job([*first.prompt, *first.tokens, *random_tokens(9)], 40, paper, options)
+    first, options = jobs[0], {"pte_pin_tokens": 20}
+    later = Job([*first.prompt, *first.tokens, *random_tokens(9)], 20, paper, options)
     engine.run([later])
     assert later.cached_tokens == 4 * BLOCK  # past the first fold, at 3 blocks
     assert_parity(model, [later], WINDOW, min_folds=3)

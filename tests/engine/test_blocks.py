@@ -27,8 +27,16 @@ def adapter(model: Path, adapters: Callable[..., Path]) -> Path:
     return adapters(model, rank=8, rule="ridge")
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True])
-def test_peak_blocks_at_16k_tokens(model: Path, adapter: Path, async_scheduling: bool) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "async_scheduling"),
+    [
+        *((2_500, is_async) for is_async in (False, True)),
+        *(pytest.param(15_000, is_async, marks=pytest.mark.slow) for is_async in (False, True)),
+    ],
+)
+def test_peak_blocks_of_long_thoughts(
+    model: Path, adapter: Path, tokens: int, async_scheduling: bool
+) -> None:
     engine = Engine(
         model,
         window_tokens=WINDOW,
@@ -39,10 +47,10 @@ def test_peak_blocks_at_16k_tokens(model: Path, adapter: Path, async_scheduling:
         async_scheduling=async_scheduling,
     )
     thoughts = lora("ridge", adapter, 1)
-    # 40 tokens of question, 15k of thoughts to resume, more to generate; and a shorter one.
+    # 40 tokens of question, thoughts to resume, more to generate; and a shorter one.
     jobs = [
-        Job(random_tokens(15_000, 500, 1), 1_200, thoughts, {"pte_pin_tokens": 40}),
-        Job(random_tokens(40, 500, 2), 1_500, thoughts),
+        Job(random_tokens(tokens, 500, 1), tokens * 2 // 25, thoughts, {"pte_pin_tokens": 40}),
+        Job(random_tokens(40, 500, 2), tokens // 10, thoughts),
     ]
     peaks: dict[str, int] = {}
 
@@ -66,17 +74,17 @@ def test_peak_blocks_at_16k_tokens(model: Path, adapter: Path, async_scheduling:
     print("peak blocks", sorted(peaks.values()))
 
 
-def test_pool_of_640_tokens_serves_four_generations_of_2000(model: Path, adapter: Path) -> None:
+def test_pool_of_640_tokens_serves_four_generations_of_1000(model: Path, adapter: Path) -> None:
     engine = Engine(
         model,
         window_tokens=WINDOW,
         lora_rank=8,
         num_blocks=640 // BLOCK,
-        max_model_len=2_560,
+        max_model_len=1_280,
         max_prompt_tokens=64,
     )
     thoughts = lora("ridge", adapter, 1)
-    jobs = [Job(random_tokens(30 + 9 * i, 500, i), 2_000, thoughts) for i in range(4)]
+    jobs = [Job(random_tokens(30 + 9 * i, 500, i), 1_000, thoughts) for i in range(4)]
     preemptions = 0
     original = engine.scheduler._preempt_request
 
@@ -93,10 +101,10 @@ def test_pool_of_640_tokens_serves_four_generations_of_2000(model: Path, adapter
         engine.close()
     assert preemptions > 0
     print(f"{preemptions} preemptions")
-    assert_parity(model, jobs, WINDOW, min_folds=50)
+    assert_parity(model, jobs, WINDOW, min_folds=25)
 
 
-def test_no_leaks_over_500_requests(model: Path, adapter: Path, adapters: Callable) -> None:
+def test_no_leaks_over_300_requests(model: Path, adapter: Path, adapters: Callable) -> None:
     engine = Engine(
         model,
         window_tokens=2 * BLOCK,
@@ -128,7 +136,7 @@ def test_no_leaks_over_500_requests(model: Path, adapter: Path, adapters: Callab
             engine.preempt(rng.randrange(-1, 1))
 
     try:
-        for batch in range(10):
+        for batch in range(6):
             jobs = [
                 Job(
                     random_tokens(rng.randrange(1, 120), 500, batch * 50 + i),
@@ -140,7 +148,7 @@ def test_no_leaks_over_500_requests(model: Path, adapter: Path, adapters: Callab
             ]
             engine.run(jobs, disturb)
             engine.check_idle()
-        assert aborted > 100
+        assert aborted > 60
         again = [Job(job.prompt, job.max_tokens, job.adapter, seed=5) for job in probes]
         engine.run(again)
         assert [job.tokens for job in again] == before
@@ -157,7 +165,7 @@ def test_window_zero_is_vllm(model: Path, adapters: Callable[..., Path]) -> None
         return [
             Job(
                 random_tokens(20 + 31 * i, 500, i),
-                400,
+                200,
                 None if i % 2 else lora("p", plain, 1),
                 seed=i,
             )

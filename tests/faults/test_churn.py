@@ -10,7 +10,8 @@ import pytest
 
 from tests.faults.churn import check_answers, churn
 from tests.faults.conftest import Held
-from tests.harness.server import NO_KERNEL_CACHE, NUM_BLOCKS, Server
+from tests.harness.kinds import NO_KERNEL_CACHE
+from tests.harness.server import NUM_BLOCKS, Server
 
 REQUESTS, AT_ONCE, EVERY = 10_000, 64, 250
 GROWTH_MIB = 24

@@ -16,11 +16,11 @@ import pytest
 from tests.faults.churn import check_answers, churn
 from tests.faults.conftest import Held
 from tests.harness.engine import BLOCK
+from tests.harness.kinds import LARGE_BODY_BYTES
 from tests.harness.models import random_tokens
 from tests.harness.server import NUM_BLOCKS, Server
 from tests.server.under_way import TEMPERATURE, check, post
 
-MAX_BODY_BYTES = 1 << 20
 JSON_HEADERS = {"Content-Type": "application/json"}
 HUGE, DEEP = "9" * 5000, "[" * 100_000
 ROLLOUT = '{"token_ids": [[5, 6]], "sampling": {"max_tokens": 2}, "adapter": null, %s}'
@@ -28,11 +28,11 @@ ROLLOUT = '{"token_ids": [[5, 6]], "sampling": {"max_tokens": 2}, "adapter": nul
 
 @pytest.fixture(scope="module")
 def server(
-    tiny: Callable[[str], Path], adapters: Callable[..., Path], serve: Callable[..., Server]
+    tiny: Callable[[str], Path], adapters: Callable[..., Path], shared: Callable[..., Server]
 ) -> Server:
-    model = tiny("llama")
+    model = tiny("qwen3")
     served = {rule: adapters(model, rank=8, rule=rule) for rule in ("ridge", "paper")}
-    server = serve(model, served, flags=["--pte-max-body-bytes", str(MAX_BODY_BYTES)])
+    server = shared("loaded", served)
     churn(server, 40, at_once=16, seed=0)  # so that pools and threads are there
     return server
 
@@ -212,13 +212,13 @@ def test_bodies_without_an_end(server: Server, held: None, path: str) -> None:
         client.sendall(head(path, "Content-Type: application/json", "Transfer-Encoding: chunked"))
         sent = 0
         try:
-            while sent < 64 * MAX_BODY_BYTES:
+            while sent < 64 * LARGE_BODY_BYTES:
                 client.sendall(chunk)
                 sent += 0x10000
         except ConnectionError:  # it was answered, and closed
             pass
-    assert sent < 32 * MAX_BODY_BYTES
-    body = b'{"token_ids": [[5]]' + b" " * MAX_BODY_BYTES
+    assert sent < 32 * LARGE_BODY_BYTES
+    body = b'{"token_ids": [[5]]' + b" " * LARGE_BODY_BYTES
     assert post(server, path, content=body, headers=JSON_HEADERS).status_code == 413
 
 

@@ -56,7 +56,7 @@ def test_room_for_a_part_of_a_version(tmp_path: Path) -> None:
 
 @contextmanager
 def full_disk(server: Server) -> Iterator[None]:
-    spool = Path(server.command[server.command.index("--pte-spool") + 1])
+    spool = server.spool
     filler = spool.parent / "filler"
     filler.write_bytes(b"x" * (shutil.disk_usage(spool).free - 20_000))
     try:

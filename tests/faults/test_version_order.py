@@ -46,8 +46,7 @@ def server(tiny: Callable[[str], Path], serve: Callable[..., Server]) -> Server:
 
 
 def incoming(server: Server) -> list[Path]:
-    spool = Path(server.command[server.command.index("--pte-spool") + 1])
-    directory = spool / "incoming"
+    directory = server.spool / "incoming"
     return list(directory.iterdir()) if directory.exists() else []
 
 

@@ -18,15 +18,15 @@ from tests.harness.engine import BLOCK
 
 WINDOW = 4 * BLOCK
 IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}
-NO_KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
-"""For tests of growth: oneDNN keeps up to 1,024 kernels that it compiled, one for each size of a
-matrix, whatever the server does."""
 NUM_BLOCKS = 120
 """Of the pool, vLLM's null block not counted."""
 
 
 class Server(launch.Server):
-    """The server, with what tests ask of it. `adapters` are served with `--lora-modules`."""
+    """The server, with what tests ask of it.
+
+    `adapters` are served with `--lora-modules`; `key` goes with each request of its own methods.
+    """
 
     def __init__(
         self,
@@ -36,8 +36,10 @@ class Server(launch.Server):
         log: Path,
         flags: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        key: str | None = None,
     ) -> None:
         self.model = model
+        self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.adapters = dict(adapters)
         named = [f"{name}={path}" for name, path in adapters.items()]
         super().__init__(
@@ -62,6 +64,10 @@ class Server(launch.Server):
         )
 
     @property
+    def spool(self) -> Path:
+        return Path(self.command[self.command.index("--pte-spool") + 1])
+
+    @property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
@@ -83,18 +89,16 @@ class Server(launch.Server):
             model=model, prompt=prompt, max_tokens=max_tokens, extra_body=body, **kwargs
         )
 
-    def reset(self, adapters: Mapping[str, Path], *, admin_key: str | None = None) -> None:
+    def reset(self, adapters: Mapping[str, Path]) -> None:
         """Serve these adapters in place of all others, loaded or pushed, with an empty cache."""
-        headers = {} if admin_key is None else {"Authorization": f"Bearer {admin_key}"}
 
         def post(path: str, body: Mapping[str, str]) -> None:
-            answer = httpx.post(self.url + path, json=body, headers=headers, timeout=120)
+            answer = httpx.post(self.url + path, json=body, headers=self.headers, timeout=120)
             assert answer.status_code == 200, answer.text
 
-        pushed = httpx.get(f"{self.url}/pte/v1/adapters", headers=headers, timeout=60).json()
-        for adapter in pushed["adapters"]:
+        for adapter in self.get("/pte/v1/adapters")["adapters"]:
             url = f"{self.url}/pte/v1/adapters/{adapter['name']}"
-            httpx.delete(url, headers=headers, timeout=60).raise_for_status()
+            httpx.delete(url, headers=self.headers, timeout=60).raise_for_status()
         for name in self.adapters.keys() - adapters.keys():
             post("/v1/unload_lora_adapter", {"lora_name": name})
             del self.adapters[name]
@@ -107,7 +111,8 @@ class Server(launch.Server):
         post("/reset_prefix_cache", {})
 
     def get(self, path: str) -> dict:
-        return httpx.get(self.url + path, timeout=30).raise_for_status().json()
+        answer = httpx.get(self.url + path, headers=self.headers, timeout=30)
+        return answer.raise_for_status().json()
 
     def pace(self, num_tokens: int) -> None:
         """Return when a request of the base model has had that many tokens.
@@ -122,7 +127,8 @@ class Server(launch.Server):
             "ignore_eos": True,
             "vllm_xargs": {"pte_window": 2 * BLOCK},
         }
-        httpx.post(f"{self.url}/v1/completions", json=body, timeout=300).raise_for_status()
+        url = f"{self.url}/v1/completions"
+        httpx.post(url, json=body, headers=self.headers, timeout=300).raise_for_status()
 
     def wait_running(self, count: int) -> None:
         """Return when that many samples run: a thread told to ask may not have asked yet."""
@@ -142,6 +148,9 @@ class Server(launch.Server):
                 return report
             time.sleep(0.1)
         raise AssertionError(f"not idle: {report}")
+
+    def is_running(self) -> bool:
+        return self._process is not None and self.exit_status() is None
 
     def kill(self) -> None:
         """SIGKILL to all of it, as a crash would; enter it again to restart on the same port."""

@@ -112,14 +112,17 @@ def test_slots_that_squared_and_other_adapters_reuse(
         engine.close()
 
 
-def test_smollm2(smollm2: Path, adapters: Callable[..., Path]) -> None:
-    length = SMALL_WINDOW + 8 * BLOCK + 7
-    engine = Engine(smollm2, window_tokens=SMALL_WINDOW, lora_rank=32)
+@pytest.mark.parametrize(
+    ("ranks", "folds"), [((8,), 3), pytest.param((8, 32), 8, marks=pytest.mark.slow)]
+)
+def test_smollm2(
+    ranks: tuple[int, ...], folds: int, smollm2: Path, adapters: Callable[..., Path]
+) -> None:
+    length = SMALL_WINDOW + folds * BLOCK + 7
+    engine = Engine(smollm2, window_tokens=SMALL_WINDOW, lora_rank=max(ranks))
     try:
-        jobs = _jobs(smollm2, adapters, 8, 40000, length) + _jobs(
-            smollm2, adapters, 32, 40000, length
-        )
-        assert_parity(smollm2, engine.run(jobs), SMALL_WINDOW, min_folds=8)
+        jobs = [j for rank in ranks for j in _jobs(smollm2, adapters, rank, 40000, length)]
+        assert_parity(smollm2, engine.run(jobs), SMALL_WINDOW, min_folds=folds)
         engine.check_idle()
     finally:
         engine.close()

@@ -12,12 +12,13 @@ import pytest
 from fastapi import Request
 
 from pte_vllm.cli.main import main
-from pte_vllm.server.access.auth import ADMIN_KEY, Keys, admit_admin
+from pte_vllm.server.access.auth import ADMIN_KEY as ADMIN_VARIABLE
+from pte_vllm.server.access.auth import Keys, admit_admin
 from pte_vllm.server.options import ServiceConfig
+from tests.harness.kinds import ADMIN_KEY as ADMIN
+from tests.harness.kinds import API_KEY as API
+from tests.harness.kinds import SMALL_BODY_BYTES as MAX_BYTES
 from tests.harness.server import Server
-
-API, ADMIN = "key-of-users-5cd1", "key-of-admins-8e07"
-MAX_BYTES = 100_000
 
 
 def _request(key: str | None) -> Request:
@@ -42,13 +43,13 @@ def test_keys(
     change: set[str | None],
 ) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    monkeypatch.delenv(ADMIN_KEY, raising=False)
+    monkeypatch.delenv(ADMIN_VARIABLE, raising=False)
     if admin is not None:
-        monkeypatch.setenv(ADMIN_KEY, admin)
+        monkeypatch.setenv(ADMIN_VARIABLE, admin)
     _check(Namespace(api_key=api or None), {*api, admin}, use, change)
     # The flag, where it is given, goes before the environment.
     if admin is not None:
-        monkeypatch.setenv(ADMIN_KEY, "stale")
+        monkeypatch.setenv(ADMIN_VARIABLE, "stale")
         options = ServiceConfig(admin_key=admin)
         _check(Namespace(api_key=api or None, pte_service=options), {*api, admin}, use, change)
         assert not Keys(Namespace(api_key=None, pte_service=options)).allow_change(
@@ -89,23 +90,9 @@ def test_wrong_flags_are_named(
 
 @pytest.fixture(scope="module")
 def server(
-    tiny: Callable[[str], Path],
-    adapters: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Server]:
-    """Start a server with both keys, the admin's from a file."""
-    model = tiny("qwen3")
-    directory = tmp_path_factory.mktemp("auth")
-    (directory / "admin-key").write_text(f"{ADMIN}\n")
-    flags = [
-        *("--api-key", API, "--pte-admin-key-file", str(directory / "admin-key")),
-        *("--pte-max-body-bytes", str(MAX_BYTES), "--pte-spool", str(directory / "spool")),
-    ]
-    served = {"paper": adapters(model, rank=8, rule="paper")}
-    env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO"}  # /server_info, log
-    with Server(model, served, log=directory / "log", flags=flags, env=env) as server:
-        server.wait_ready()
-        yield server
+    shared: Callable[..., Server], tiny: Callable[[str], Path], adapters: Callable[..., Path]
+) -> Server:
+    return shared("keys", {"paper": adapters(tiny("qwen3"), rank=8, rule="paper")})
 
 
 def test_log_says_what_speeds_up_a_cpu(server: Server) -> None:
@@ -201,8 +188,13 @@ def test_large_bodies_are_refused(server: Server) -> None:
     ],
 )
 def test_names_never_leave_the_spool(server: Server, name: str) -> None:
-    root = server.log.parent
-    before = {path: path.stat().st_size for path in root.rglob("*") if path != server.log}
+
+    def found() -> dict[Path, int]:
+        roots = (server.log.parent, server.spool.parent)
+        paths = [path for root in roots for path in root.rglob("*") if path != server.log]
+        return {path: path.stat().st_size for path in paths}
+
+    before = found()
     files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}
     url = httpx.URL(f"{server.url}/", raw_path=f"/pte/v1/adapters/{name}".encode())
     for method, options in (("PUT", {"files": files, "data": {"sha256": "0"}}), ("DELETE", {})):
@@ -210,4 +202,4 @@ def test_names_never_leave_the_spool(server: Server, name: str) -> None:
             method, url, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=60, **options
         )
         assert 400 <= answer.status_code < 500, (name, answer.status_code, answer.text)
-    assert {path: path.stat().st_size for path in root.rglob("*") if path != server.log} == before
+    assert found() == before

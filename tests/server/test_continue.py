@@ -24,7 +24,7 @@ def server(
     model = tiny("qwen3")
     served = {rule: adapters(model, rank=8, rule=rule) for rule in ("paper", "ridge")}
     served["delta"] = adapters(model, rank=8, rule="delta", features="squared")
-    return shared(served)
+    return shared("open", served)
 
 
 def _continue(

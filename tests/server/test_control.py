@@ -15,13 +15,13 @@ from fastapi.routing import APIRoute
 
 from pte_vllm.wire.client import RolloutClient
 from tests.harness.engine import BLOCK
+from tests.harness.kinds import ADMIN_KEY
 from tests.harness.models import random_tokens
 from tests.harness.parity import TOLERANCE
 from tests.harness.server import WINDOW, Server
 from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
-KEY = "only-the-trainer"
-ADMIN = {"Authorization": f"Bearer {KEY}"}
+ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 LONG = 3000
 """How many tokens a request samples that is still running when it is interfered with."""
 
@@ -34,8 +34,8 @@ def versions(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> dict
 
 @pytest.fixture(scope="module")
 def server(shared: Callable[..., Server], versions: dict[int, Path]) -> Server:
-    server = shared(admin_key=KEY)
-    with RolloutClient(server.url, admin_key=KEY) as client:
+    server = shared("admin")
+    with RolloutClient(server.url, admin_key=ADMIN_KEY) as client:
         for path in versions.values():
             client.push(path, "policy")
     return server

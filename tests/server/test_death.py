@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from pte_vllm.server.scrape import MIN_INTERVAL_S, PATIENCE_S
 from tests.harness.server import Server
@@ -25,27 +25,28 @@ def _engine(server: Server) -> psutil.Process:
     return engine
 
 
-def test_scrape_of_an_engine_that_hangs_and_dies(tiny: Callable[[str], Path], tmp_path: Path):
+@pytest.mark.ends_server
+def test_scrape_of_an_engine_that_hangs_and_dies(shared: Callable[..., Server]) -> None:
+    server = shared("admin")
+
     def scrape() -> tuple[float, str]:
         began = time.monotonic()
         answer = httpx.get(f"{server.url}/metrics", timeout=60)
         assert answer.status_code == 200
         return time.monotonic() - began, answer.text
 
-    with Server(tiny("llama"), {}, log=tmp_path / "log") as server:
-        server.wait_ready()
-        engine = _engine(server)
-        assert "pte_folds_total" in scrape()[1]
-        time.sleep(MIN_INTERVAL_S)
-        engine.suspend()
-        for _ in range(2):  # the second finds the first one's question unanswered
-            seconds, text = scrape()
-            assert seconds < PATIENCE_S + SLACK_S
-            assert "pte_folds_total" in text and "pte_worker_age_seconds" in text
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(scrape)
-            time.sleep(PATIENCE_S / 4)
-            os.kill(engine.pid, signal.SIGKILL)
-            with suppress(httpx.TransportError):  # the server may be gone before it can answer
-                assert "pte_folds_total" in waiting.result()[1]
-        assert server._process.wait(timeout=60) is not None
+    engine = _engine(server)
+    assert "pte_folds_total" in scrape()[1]
+    time.sleep(MIN_INTERVAL_S)
+    engine.suspend()
+    for _ in range(2):  # the second finds the first one's question unanswered
+        seconds, text = scrape()
+        assert seconds < PATIENCE_S + SLACK_S
+        assert "pte_folds_total" in text and "pte_worker_age_seconds" in text
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(scrape)
+        time.sleep(PATIENCE_S / 4)
+        os.kill(engine.pid, signal.SIGKILL)
+        with suppress(httpx.TransportError):  # the server may be gone before it can answer
+            assert "pte_folds_total" in waiting.result()[1]
+    assert server._process.wait(timeout=60) is not None

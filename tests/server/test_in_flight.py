@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -19,19 +18,20 @@ import torch
 from pte_vllm.wire.client import RolloutClient, ServerError
 from pte_vllm.wire.rollout import Rollout
 from tests.harness.engine import BLOCK
+from tests.harness.kinds import MAX_ROLLOUTS
 from tests.harness.models import random_tokens
 from tests.harness.parity import TOLERANCE, replayed
-from tests.harness.server import NO_KERNEL_CACHE, NUM_BLOCKS, Server
+from tests.harness.server import NUM_BLOCKS, Server
 
-MAX_ROLLOUTS, TEMPERATURE = 22, 0.8
+TEMPERATURE = 0.8
 KEPT_VERSIONS = 3
-EARLY, LENGTH = 200, 2400
+EARLY, LENGTH = 200, 1600
 """How long samples are that a new version should meet: it has seconds to arrive."""
 
 
 @pytest.fixture(scope="module")
 def model(tiny: Callable[[str], Path]) -> Path:
-    return tiny("llama")
+    return tiny("qwen3")
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +41,8 @@ def weights(model: Path, adapters: Callable[..., Path]) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("in_flight") / "log"
-    # In memory where there is such a place: a version is synced before it is served, which takes
-    # seconds on a disk while engines spin on every core, and these samples last no longer.
-    with TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as spool:
-        flags = ["--pte-spool", spool, "--pte-max-rollouts", str(MAX_ROLLOUTS)]
-        with Server(model, {}, log=log, flags=flags, env=NO_KERNEL_CACHE) as server:
-            server.wait_ready()
-            yield server
-            server.wait_idle()
+def server(shared: Callable[..., Server]) -> Server:
+    return shared("loaded")
 
 
 @pytest.fixture
@@ -221,9 +213,8 @@ def test_pushes_under_load(server: Server, weights: list[Path], pushes: int) -> 
         _check(server, weights, record)
     report = server.wait_idle()
     assert report["free_blocks"] == report["usable_blocks"] == NUM_BLOCKS
-    spool = Path(server.command[server.command.index("--pte-spool") + 1])
     for _ in range(60):  # what has just been retired keeps its files for ten seconds
-        kept = [entry for entry in os.listdir(spool) if entry.startswith(f"{name}@")]
+        kept = [entry for entry in os.listdir(server.spool) if entry.startswith(f"{name}@")]
         if len(kept) == KEPT_VERSIONS:
             break
         time.sleep(0.5)

@@ -21,31 +21,22 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pte_vllm.adapter.hashes import content_hash
 from tests.harness.engine import BLOCK
+from tests.harness.kinds import ADMIN_KEY as ADMIN
+from tests.harness.kinds import API_KEY as API
 from tests.harness.models import random_tokens
 from tests.harness.server import Server
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
-API, ADMIN = "sesame", "open-sesame"
 HEADERS = {"Authorization": f"Bearer {ADMIN}"}
 
 
 @pytest.fixture(scope="module")
 def server(
-    tiny: Callable[[str], Path],
-    adapters: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Server]:
+    shared: Callable[..., Server], tiny: Callable[[str], Path], adapters: Callable[..., Path]
+) -> Server:
     model = tiny("qwen3")
-    served = {name: adapters(model, rank=8, rule=name) for name in ("paper", "ridge")}
-    directory = tmp_path_factory.mktemp("observe")
-    flags = [
-        *("--pte-spool", str(directory / "spool")),
-        *("--api-key", API, "--pte-admin-key", ADMIN),
-    ]
-    with Server(model, served, log=directory / "log", flags=flags) as server:
-        server.wait_ready()
-        yield server
+    return shared("keys", {rule: adapters(model, rank=8, rule=rule) for rule in ("paper", "ridge")})
 
 
 def _get(server: Server, path: str) -> httpx.Response:

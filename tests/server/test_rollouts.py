@@ -18,12 +18,12 @@ from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE, conten
 from pte_vllm.wire.client import RolloutClient, ServerError
 from pte_vllm.wire.rollout import Rollout
 from tests.harness.engine import BLOCK
+from tests.harness.kinds import ADMIN_KEY
 from tests.harness.models import random_tokens
 from tests.harness.parity import TOLERANCE, replayed
 from tests.harness.server import NUM_BLOCKS, WINDOW, Server
 
 LENGTH = WINDOW + 7 * BLOCK + 5
-ADMIN_KEY = "only-the-trainer"
 SAMPLING = {"max_tokens": LENGTH, "temperature": 0.8, "seed": 7, "ignore_eos": True}
 
 
@@ -45,7 +45,7 @@ def versions(model: Path, adapters: Callable[..., Path]) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server(shared: Callable[..., Server], versions: dict[str, Path]) -> Server:
-    server = shared(admin_key=ADMIN_KEY)
+    server = shared("admin")
     with RolloutClient(server.url, admin_key=ADMIN_KEY) as client:
         for engine_name, path in versions.items():
             name, _, number = engine_name.partition("@")

@@ -28,7 +28,7 @@ def server(
         "ridge": adapters(model, rank=8, rule="ridge"),
         "plain": adapters(model, plain=True, rank=8),
     }
-    return shared(served)
+    return shared("open", served)
 
 
 def _complete(server: Server, model: str, prompt: list[int], tokens: int, **options: object):

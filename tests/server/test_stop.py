@@ -7,23 +7,20 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.harness.server import Server
 
 
-def test_sigterm_answers_what_runs(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.ends_server
+def test_sigterm_answers_what_runs(shared: Callable[..., Server]) -> None:
+    server = shared("open")
     body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 4000, "ignore_eos": True}
     rollouts = {"token_ids": [[5, 6, 7]], "n": 2, "sampling": {"max_tokens": 4000}}
     rollouts["sampling"]["ignore_eos"] = True
-    flags = ["--pte-spool", str(tmp_path / "spool")]
-    with (
-        ThreadPoolExecutor() as pool,
-        Server(tiny("llama"), {}, log=tmp_path / "log", flags=flags) as server,
-    ):
-        server.wait_ready()
+    with ThreadPoolExecutor() as pool:
         asked = [
             pool.submit(httpx.post, f"{server.url}{path}", json=sent, timeout=300)
             for path, sent in (
@@ -36,7 +33,7 @@ def test_sigterm_answers_what_runs(tiny: Callable[[str], Path], tmp_path: Path) 
         server.pace(20)
         assert server._process is not None
         os.kill(server._process.pid, signal.SIGTERM)
-        assert server._process.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
+        assert server._process.wait(120) == 0, server.log.read_text()[-3000:]
         whole, streamed, sampled = (future.result(120) for future in asked)
     assert whole.json()["choices"][0]["finish_reason"] == "abort"
     assert 0 < whole.json()["usage"]["completion_tokens"] < 4000

@@ -18,8 +18,8 @@ from pte_vllm.method.plan import FoldPlan
 from pte_vllm.server.thought_routes import MAX_LISTENERS
 from pte_vllm.wire.client import RolloutClient
 from tests.harness.engine import BLOCK
+from tests.harness.kinds import KEEP_THOUGHTS
 from tests.harness.server import IGNORE_EOS, WINDOW, Server
-from tests.server.conftest import SHARED_KEEP_THOUGHTS
 from tests.server.thinking import LENGTH, PROMPT, complete, finished, replay
 
 
@@ -35,7 +35,7 @@ def server(
             model, rank=4, global_tokens=6, rule="sum", features="squared", layers=[0, 2]
         ),
     }
-    return shared(served)
+    return shared("open", served)
 
 
 def _get(server: Server, path: str) -> httpx.Response:
@@ -141,7 +141,7 @@ def test_unknown_forgotten_and_dropped(server: Server) -> None:
     assert httpx.delete(url, timeout=30).status_code == httpx.get(url).status_code == 404
     oldest = complete(server, "paper", 5)
     finished(server, oldest.id)
-    for _ in range(SHARED_KEEP_THOUGHTS):
+    for _ in range(KEEP_THOUGHTS):
         assert _get(server, oldest.id).status_code == 200
         newest = complete(server, "paper", 2)
         finished(server, newest.id)

@@ -32,7 +32,7 @@ def steps(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> list[Pa
 
 @pytest.fixture(scope="module")
 def server(shared: Callable[..., Server]) -> Server:
-    return shared()
+    return shared("open")
 
 
 def _ok(answer: httpx.Response) -> Any:

@@ -29,7 +29,7 @@ def versions(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> list
 
 @pytest.fixture(scope="module")
 def server(shared: Callable[..., Server], versions: list[Path]) -> Server:
-    return shared({"thoughts": versions[0]})
+    return shared("open", {"thoughts": versions[0]})
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from pte_vllm.engine.huge_pages import Arena
-from pte_vllm.engine.lora.punica_view import PunicaView
+from pte_vllm.engine.lora.punica_view import OpaquePunicaView
 from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.kernels import native
 from pte_vllm.kernels.modulate import modulate_segments, modulate_tokens
@@ -107,7 +107,7 @@ class NativeLoRA:
         )
 
 
-class CPULayerPunica(PunicaView):
+class CPULayerPunica(OpaquePunicaView):
     """A view of vLLM's punica wrapper for one linear of the decoder, on a CPU.
 
     Args:

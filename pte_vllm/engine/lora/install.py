@@ -23,12 +23,12 @@ from pte_vllm.engine.lora.cpu import CPULayerPunica, load_native
 from pte_vllm.engine.lora.cuda import CUDALayerPunica
 from pte_vllm.engine.lora.manager import PTELoRAManager
 from pte_vllm.engine.lora.operators import as_operator
-from pte_vllm.engine.lora.punica_view import PunicaView
+from pte_vllm.engine.lora.punica_view import OpaquePunicaView, PunicaView
 from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.state import StatePool
 
 
-class VocabularyPunica(PunicaView):
+class VocabularyPunica(OpaquePunicaView):
     """A view of vLLM's punica wrapper for embedding and output layer, on CPU and in fp32.
 
     vLLM multiplies the vectors and the logits of every token by an all-zero LoRA where no adapter
@@ -105,6 +105,6 @@ def install_views(
             view = VocabularyPunica(module, manager)
         else:
             continue
-        if on_cpu and traced_layers is not None:
+        if isinstance(view, OpaquePunicaView) and on_cpu and traced_layers is not None:
             view.apply = as_operator(traced_layers, name, view.add)
         module.punica_wrapper = view

@@ -7,6 +7,7 @@ have the views of the decoder's linears, `install.py` that of embedding and outp
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -20,19 +21,23 @@ class PunicaView:
         wrapper: vLLM's punica wrapper, which does everything else.
     """
 
-    apply: Callable[[Tensor, Tensor], None]
-    """What a layer calls in place of `add`: `add` itself, or an operator that does the same."""
-
     def __init__(self, wrapper: Any) -> None:
         self._wrapper = wrapper
-        self.apply = self.add
-
-    def add(self, y: Tensor, x: Tensor) -> None:
-        """Add what the adapters make of `x: [T, ...]` to `y: [T, D]`, in place.
-
-        Views whose layer torch.compile must not look into define it.
-        """
-        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wrapper, name)
+
+
+class OpaquePunicaView(PunicaView, ABC):
+    """A view whose work torch.compile must not look into; the layer calls `apply`."""
+
+    apply: Callable[[Tensor, Tensor], None]
+    """`add` itself, or an operator that does the same."""
+
+    def __init__(self, wrapper: Any) -> None:
+        super().__init__(wrapper)
+        self.apply = self.add
+
+    @abstractmethod
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Add what the adapters make of `x: [T, ...]` to `y: [T, D]`, in place."""

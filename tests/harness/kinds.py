@@ -1,0 +1,73 @@
+"""Kinds of servers that modules of tests share: a start costs half a minute of a CPU.
+
+Every test process imports this before it knows what it will run, so it imports nothing large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+NO_KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+"""For tests of growth: oneDNN keeps up to 1,024 kernels that it compiled, one for each size of a
+matrix, whatever the server does."""
+API_KEY, ADMIN_KEY = "key-of-users-5cd1", "key-of-admins-8e07"
+KEEP_THOUGHTS = 12
+"""`--pte-keep-thoughts` of the kinds `open` and `admin`."""
+SMALL_BODY_BYTES, LARGE_BODY_BYTES = 100_000, 1 << 20
+"""`--pte-max-body-bytes` of the kinds `keys` and `loaded`."""
+MAX_ROLLOUTS = 22
+"""`--pte-max-rollouts` of the kind `loaded`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How a shared server is started.
+
+    Args:
+        modules: of the tests that use it, below tests/; one process of pytest-xdist runs them all.
+        flags: of `pte-vllm serve`, after those of every test server.
+        env: added to the environment.
+        key: opens every route, where there are keys.
+    """
+
+    modules: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    key: str | None = None
+
+
+_FLAGS = ("--enable-prompt-tokens-details", "--pte-keep-thoughts", str(KEEP_THOUGHTS))
+KINDS = {
+    "open": Kind(
+        modules=(
+            *("server/test_continue", "server/test_server", "server/test_thoughts"),
+            *("server/test_trainer_contracts", "server/test_trl_client", "server/test_stop"),
+        ),
+        flags=_FLAGS,
+    ),
+    "admin": Kind(
+        modules=("server/test_control", "server/test_rollouts", "server/test_death"),
+        flags=_FLAGS,
+        env={"PTE_ADMIN_KEY": ADMIN_KEY},
+        key=ADMIN_KEY,
+    ),
+    "keys": Kind(
+        modules=("server/test_auth", "server/test_observe"),
+        flags=(
+            *("--api-key", API_KEY, "--pte-admin-key-file", "{directory}/admin-key"),
+            *("--pte-max-body-bytes", str(SMALL_BODY_BYTES)),
+        ),
+        env={"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO"},  # /server_info, log
+        key=ADMIN_KEY,
+    ),
+    "loaded": Kind(
+        modules=("server/test_in_flight", "faults/test_clients"),
+        flags=(
+            *("--pte-max-rollouts", str(MAX_ROLLOUTS)),
+            *("--pte-max-body-bytes", str(LARGE_BODY_BYTES)),
+        ),
+        env=NO_KERNEL_CACHE,
+    ),
+}
+KIND_OF_MODULE = {f"tests/{m}.py": name for name, kind in KINDS.items() for m in kind.modules}
