@@ -93,7 +93,9 @@ def complete(url: str, prompt: list[int], *, session: str, **options: object) ->
 
 def test_a_session_stays_on_its_server(servers: list[Server], router: str) -> None:
     owners = set()
-    for i in range(8):
+    for i in range(64):  # ports differ from run to run, and some split sessions unevenly
+        if len(owners) == 2 and i >= 4:
+            break
         session = f"session-{i}"
         reply = complete(router, PROMPT, session=session).raise_for_status().json()
         prompt = [*PROMPT, *reply["choices"][0]["token_ids"], 7]
