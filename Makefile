@@ -2,7 +2,8 @@ PYTHON ?= python3.11
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 ARGS ?=
-JOBS ?= 2
+# One more than CI has cores: tests of servers wait for most of their time.
+JOBS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint coverage format bench lock hooks release clean
