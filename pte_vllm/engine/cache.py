@@ -74,6 +74,11 @@ class PTEManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: PTESpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.plans: dict[str, FoldPlan] = {}
+        self._gaps: dict[str, tuple[int, int]] = {}  # the blocks freed last, by request
+        # vLLM has the worker zero new blocks where a model needs it. Here they always are: what an
+        # adapter gone wrong leaves in a block may be no number, and attention multiplies what lies
+        # behind a sequence's end by zero, which is no number either.
+        self._record_new_block_ids = True
 
     def get_num_blocks_to_allocate(
         self,
@@ -113,8 +118,13 @@ class PTEManager(FullAttentionManager):
 
         Judged by processed tokens: the worker folds these blocks before the step that reuses them.
         """
-        first, last = self.plans[request_id].gap(processed_computed_tokens)
-        self._remove_blocks_in_range(request_id, first, last)
+        gap = self._gaps[request_id] = self.plans[request_id].gap(processed_computed_tokens)
+        self._remove_blocks_in_range(request_id, *gap)
+
+    def forget(self, request_id: str) -> None:
+        """Drop the plan of a request whose blocks are freed for good."""
+        self.plans.pop(request_id, None)
+        self._gaps.pop(request_id, None)
 
     def cache_blocks(
         self,
@@ -133,8 +143,13 @@ class PTEManager(FullAttentionManager):
         )
 
     def num_held_blocks(self, request_id: str) -> int:
-        """Return how many blocks of the pool the request holds now."""
-        return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
+        """Return how many blocks of the pool the request holds now.
+
+        Every step asks for it, of every request: so what it costs must not grow with their length.
+        """
+        blocks = len(self.req_to_blocks.get(request_id, ()))
+        first, last = self._gaps.get(request_id, (0, 0))
+        return blocks - max(0, min(last, blocks) - first)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless plans and blocks agree."""
@@ -142,7 +157,9 @@ class PTEManager(FullAttentionManager):
         assert not stray, f"requests with blocks but no plan: {sorted(stray)[:5]}"
         for request_id, blocks in self.req_to_blocks.items():
             plan = self.plans[request_id]
-            held = self.num_held_blocks(request_id)
+            held = sum(not block.is_null for block in blocks)
+            counted = self.num_held_blocks(request_id)
+            assert counted == held, f"{request_id} holds {held} blocks, and {counted} are counted"
             peak = plan.peak_blocks(len(blocks) * self.block_size)
             assert held <= peak, f"{request_id} holds {held} blocks, its plan allows {peak}"
 

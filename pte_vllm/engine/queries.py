@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.outputs import AsyncModelRunnerOutput
+
 from pte_vllm.engine.sequences import IDENTITY_SLOT
 from pte_vllm.engine.thoughts import Thoughts
 
@@ -11,10 +13,38 @@ if TYPE_CHECKING:
     from pte_vllm.engine.runner_base import PTERunnerMixin
 
 
+class _FailedOutput(AsyncModelRunnerOutput):
+    """An output that is still under way, of a step in which adapters could not be loaded."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, failed: dict[int, str]) -> None:
+        self._output, self._failed = output, failed
+
+    def get_output(self) -> Any:
+        output: Any = self._output.get_output()
+        output.pte_failed = self._failed
+        return output
+
+
 class QueriesMixin:
     """A mixin over vLLM's workers; the answers come from the worker's PTE model runner."""
 
     model_runner: PTERunnerMixin
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        return self._with_failed(super().execute_model(*args, **kwargs))  # type: ignore[misc]
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        return self._with_failed(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+
+    def _with_failed(self, output: Any) -> Any:
+        """Tell the scheduler which adapters could not be loaded in the step of this output."""
+        manager = getattr(self.model_runner, "lora_manager", None)
+        if output is None or manager is None or not (failed := manager.take_failed()):
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _FailedOutput(output, failed)
+        output.pte_failed = failed
+        return output
 
     def pte_requests(self) -> dict[str, Any]:
         """Return running and recently finished requests, and the pool as of the last step."""

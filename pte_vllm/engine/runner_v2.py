@@ -116,3 +116,7 @@ class PTEGPUModelRunnerV2(PTERunnerV2Mixin, GPUModelRunner):
 
 class PTECPUModelRunnerV2(PTERunnerV2Mixin, CPUModelRunner):
     """The V2 runner on a CPU, whose Triton can compile for it, or interprets."""
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)
+        self._init_kv_zero_meta()  # vLLM's worker on a GPU does it

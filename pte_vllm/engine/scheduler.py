@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import FinishReason
+from vllm.v1.request import RequestStatus
 
 from pte_vllm.engine.cache import PTEManager
 from pte_vllm.engine.messages import PoolReport, SequenceStart
@@ -21,6 +23,8 @@ from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, RequestOption
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
 
@@ -30,6 +34,7 @@ class PTESchedulerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         sleep_while_waiting()
+        self.needs_kv_cache_zeroing = True  # see PTEManager
         engine = EngineConfig.from_vllm(self.vllm_config)
         assert engine is not None, "the PTE scheduler needs additional_config['pte']"
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
@@ -59,7 +64,8 @@ class PTESchedulerMixin:
         PTE there is no connector.
         """
         folds = self._folds_of(request)
-        self.pte_snapshots.end(request)
+        if request.status != RequestStatus.FINISHED_ERROR:
+            self.pte_snapshots.end(request)
         kv_params, ec_params = super()._free_request(request, *args, **kwargs)
         return kv_params or folds, ec_params
 
@@ -80,7 +86,7 @@ class PTESchedulerMixin:
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
-        self.pte_plans.pop(request.request_id, None)
+        self.pte_manager.forget(request.request_id)
         self.pte_rules.pop(request.request_id, None)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
@@ -137,6 +143,39 @@ class PTESchedulerMixin:
             for request_id in starting
         }
         return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Also end, with an error, the requests whose adapter could not be loaded in this step."""
+        adapters = getattr(model_runner_output, "pte_failed", None)
+        if not adapters:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        failed = {
+            request.request_id
+            for request in map(self.requests.get, scheduler_output.num_scheduled_tokens)
+            if request is not None
+            and request.lora_request is not None
+            and request.lora_request.lora_int_id in adapters
+        }
+        for request_id in failed:  # what the base model computed is found by nobody
+            self.kv_cache_manager.evict_blocks(
+                {block.block_id for block in self.pte_manager.req_to_blocks[request_id]}
+            )
+        self.encoder_cache_mismatch_reqs |= failed  # vLLM's own list of what to end so
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for sent in outputs.values():
+            # What the base model sampled in their place goes to nobody.
+            sent.outputs = [
+                output
+                for output in sent.outputs
+                if output.request_id not in failed or output.finish_reason is not None
+            ]
+            for output in sent.outputs:
+                if output.request_id in failed:
+                    output.finish_reason = FinishReason.ERROR
+                    output.new_token_ids, output.new_logprobs = [], None
+        return outputs
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         self.pte_snapshots.clear()  # weights may have changed

@@ -31,6 +31,11 @@ class PTEGPUWorker(QueriesMixin, Worker):
         logger.info("PTE on Model Runner V1; VLLM_USE_V2_MODEL_RUNNER=1 chooses V2")
         return PTEGPUModelRunner(self.vllm_config, self.device)
 
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        if not kv_cache_config.needs_kv_cache_zeroing:  # else the parent has done it
+            self.model_runner._init_kv_zero_meta()
+
     def compile_or_warm_up_model(self) -> Any:
         if not self.use_v2_model_runner:
             return super().compile_or_warm_up_model()

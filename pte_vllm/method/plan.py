@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 UNBOUNDED = 2**62
 """A position no sequence reaches; boundaries of a plan without a window lie there."""
@@ -20,6 +21,7 @@ class FoldPlan:
 
     The token at position `pos` attends to `[0, pinned_blocks * bs)` and to
     `[(pinned_blocks + folded_blocks(pos)) * bs, pos]`; the thought state holds what lies between.
+    What follows from the fields alone is computed once: every step asks for it, of every sequence.
 
     Raises:
         ValueError: If a value is out of range; the message names the option.
@@ -52,34 +54,34 @@ class FoldPlan:
         if not 0.0 < self.evict_ratio < 1.0:
             raise ValueError(f"evict ratio must lie in (0, 1), got {self.evict_ratio}")
 
-    @property
+    @cached_property
     def bounded(self) -> bool:
         """Whether the sequence ever folds."""
         return self.window_tokens > 0
 
-    @property
+    @cached_property
     def pinned_blocks(self) -> int:
         """The number of blocks that are never evicted; the last one may hold a few thoughts."""
         return -(-self.pin_tokens // self.block_size)
 
-    @property
+    @cached_property
     def window_blocks(self) -> int:
         """The number of blocks of the window."""
         return self.window_tokens // self.block_size
 
-    @property
+    @cached_property
     def evict_blocks(self) -> int:
         """The number of blocks that one fold frees."""
         return max(1, round(self.evict_ratio * self.window_blocks))
 
-    @property
+    @cached_property
     def first_fold(self) -> int:
         """The position of the first token that is computed after a fold."""
         if not self.bounded:
             return UNBOUNDED
         return (self.pinned_blocks + self.window_blocks) * self.block_size
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """The number of tokens between two folds, which is also what one fold encodes."""
         return self.evict_blocks * self.block_size

@@ -41,6 +41,7 @@ class Job:
     logprobs: list[float] = field(default_factory=list)
     prompt_scores: list[float] = field(default_factory=list)
     finished: bool = False
+    finish_reason: str | None = None
     cached_tokens: int = 0
     """Of the prompt, those that were not read again."""
 
@@ -219,7 +220,7 @@ def _fill(job: Job, output: Any) -> None:
             entry[token].logprob
             for token, entry in zip(job.prompt[1:], output.prompt_logprobs[1:], strict=True)
         ]
-    job.finished = output.finished
+    job.finished, job.finish_reason = output.finished, completion.finish_reason
     job.cached_tokens = output.num_cached_tokens or 0
 
 

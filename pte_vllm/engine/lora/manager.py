@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
+from vllm.lora.layers import LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
@@ -14,6 +17,8 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from pte_vllm.adapter.files import AdapterError
 from pte_vllm.adapter.format import ModelShape, load_for_engine
 from pte_vllm.engine.sequences import LoadedEncoder
+
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
 _VOCABULARY = ("embed_tokens", "lm_head")
 
@@ -30,6 +35,7 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         self._load_numbers = itertools.count()
         self.targeted: set[str] = set()
         """Linears, such as q_proj or lm_head, that any adapter loaded so far has weights for."""
+        self._failed: dict[int, str] = {}  # in this step: an adapter's id, and why
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Load an adapter as vLLM does; where that unloads others, their encoders go too.
@@ -88,5 +94,51 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         """Return the adapter's encoder, loading the adapter if need be; None for a plain LoRA."""
         adapter_id = lora_request.lora_int_id
         if adapter_id not in self._encoders and adapter_id not in self._plain:
-            self.add_adapter(lora_request)
+            self._load_in_step(lora_request)
         return self._encoders.get(adapter_id)
+
+    # -- in a step, where an error would end the engine -------------------------------------------
+
+    def set_active_adapters(self, requests: set[LoRARequest], mapping: LoRAMapping | None) -> None:
+        """Prepare a step; where an adapter cannot be loaded, its tokens get the base model.
+
+        Their requests then end with an error: see `take_failed`.
+        """
+        self._apply_adapters(requests)
+        if mapping is not None:
+            if self._failed:
+                mapping = replace(
+                    mapping,
+                    index_mapping=self._without_failed(mapping.index_mapping),
+                    prompt_mapping=self._without_failed(mapping.prompt_mapping),
+                )
+            self._adapter_manager.set_adapter_mapping(mapping)
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        # First those that are there, so that loading the others drops none that the step needs.
+        there = self.list_adapters()
+        super()._apply_adapters({r for r in lora_requests if r.lora_int_id in there})
+        for request in lora_requests:
+            self._load_in_step(request)
+
+    def _without_failed(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(0 if i in self._failed else i for i in ids)
+
+    def _load_in_step(self, lora_request: LoRARequest) -> None:
+        """Load an adapter that is not there any more, as its files may not be either."""
+        adapter_id = lora_request.lora_int_id
+        if adapter_id in self._failed or adapter_id in self.list_adapters():
+            return
+        try:
+            self.add_adapter(lora_request)
+        except Exception as error:
+            logger.exception("adapter %s cannot be loaded again", lora_request.lora_name)
+            self._failed[adapter_id] = str(error)
+
+    def take_failed(self) -> dict[int, str]:
+        """Return adapters that could not be loaded since the last call, by id, and why.
+
+        The next step tries again, if a request names one.
+        """
+        failed, self._failed = self._failed, {}
+        return failed
