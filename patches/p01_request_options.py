@@ -16,6 +16,7 @@ from vllm.v1.engine import EngineCoreRequest
 
 from pte_vllm.adapter.files import read_pte_config
 from pte_vllm.engine.earlier import EARLIER, EarlierRequest
+from pte_vllm.engine.loads import loading
 from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, RequestOptions, check_rule_fits
 from pte_vllm.patches.base import Patch
 
@@ -67,6 +68,8 @@ def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, p
         _check_rule(options.rule, request)
         # Before the first fold some rules start from different states; never share their blocks.
         request.cache_salt = f"{request.cache_salt or ''}|pte_update={options.rule}"
+    if lora is not None:
+        request.cache_salt = f"{request.cache_salt or ''}|loading={loading(lora)}"
     continued = EarlierRequest.of(
         options,
         pin_tokens=plan.pin_tokens,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from pte_vllm.server.access.auth import may_change
 from pte_vllm.server.adapters.catalog import ConflictError
 from pte_vllm.server.adapters.registry import AdapterRegistry
 from pte_vllm.server.adapters.spool import Incoming, SpoolError, check_name
@@ -35,7 +34,7 @@ async def get_adapter(name: str, request: Request) -> dict[str, Any]:
         raise HTTPException(404, str(error)) from error
 
 
-@router.delete("/adapters/{name}", dependencies=[Depends(may_change)])
+@router.delete("/adapters/{name}")
 async def delete_adapter(name: str, request: Request) -> dict[str, Any]:
     """Stop serving `name` or `name@version`; what runs finishes."""
     try:
@@ -45,7 +44,7 @@ async def delete_adapter(name: str, request: Request) -> dict[str, Any]:
     return {"deleted": [version.engine_name for version in retired]}
 
 
-@router.put("/adapters/{name}", dependencies=[Depends(may_change)], openapi_extra=BODY_SCHEMA)
+@router.put("/adapters/{name}", openapi_extra=BODY_SCHEMA)
 async def put_adapter(name: str, request: Request) -> JSONResponse:
     """Push a version: 201 where it is new, 200 where the same files are there already."""
     state = service(request)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from fastapi.concurrency import run_in_threadpool
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.datastructures import State
 from vllm import envs
@@ -18,18 +17,16 @@ from vllm.entrypoints.openai.models.api_router import models
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
-from vllm.lora.utils import get_adapter_absolute_path
 
 from pte_vllm import __version__
-from pte_vllm.adapter.files import AdapterError
-from pte_vllm.adapter.format import ModelShape, load_for_engine
 from pte_vllm.method.names import FEATURES, RULE_NAMES
 from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig
 from pte_vllm.server import adapter_routes, page, thought_routes
-from pte_vllm.server.access.auth import Keys, admit_admin, may_change, may_use
+from pte_vllm.server.access.auth import Keys, admit_admin
+from pte_vllm.server.access.guard import Guard
 from pte_vllm.server.access.limits import BodyLimit
+from pte_vllm.server.beam_search import refuse_beam_search
 from pte_vllm.server.ending import answer_at_shutdown
-from pte_vllm.server.metrics import timed_load
 from pte_vllm.server.options import ServiceConfig
 from pte_vllm.server.rollouts import routes as rollout_routes
 from pte_vllm.server.scrape import COLLECTOR, RefreshOnScrape
@@ -78,28 +75,12 @@ async def requests(request: Request) -> dict[str, Any]:
 
 
 async def load_lora_adapter(body: LoadLoRAAdapterRequest, request: Request) -> Response:
-    """Check a PTE adapter before vLLM's route loads it, so that a broken one gets 400, not 500."""
-    config = _engine(request).vllm_config
-    if config.lora_config is not None:
-        try:
-            await run_in_threadpool(
-                load_for_engine,
-                get_adapter_absolute_path(body.lora_path),
-                model=ModelShape.from_hf(config.model_config.hf_config.get_text_config()),
-                max_lora_rank=config.lora_config.max_lora_rank,
-                load_inplace=body.load_inplace,
-            )
-        except AdapterError as error:
-            raise HTTPException(400, str(error)) from error
-    return _answer(await timed_load(models(request), body))
+    """Load a directory; `adapters/loads.py` says what is checked."""
+    return _answer(await models(request).load_lora_adapter(body))
 
 
 async def unload_lora_adapter(body: UnloadLoRAAdapterRequest, request: Request) -> Response:
     """Retire a pushed adapter as `DELETE /pte/v1/adapters/{name}` does; vLLM unloads others."""
-    state = getattr(request.app.state, "pte_service", None)
-    if state is not None and state.registry.catalog.is_pushed(body.lora_name):
-        await state.registry.retire(body.lora_name)
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
     return _answer(await models(request).unload_lora_adapter(body))
 
 
@@ -119,18 +100,17 @@ class PTEEndpointPlugin:
         """Add the routes, and what bounds and guards them."""
         before = len(app.routes)
         for ours in (router, adapter_routes.router, rollout_routes.router, thought_routes.router):
-            app.include_router(
-                ours, prefix="/pte/v1", tags=["pte"], dependencies=[Depends(may_use)]
-            )
+            app.include_router(ours, prefix="/pte/v1", tags=["pte"])
         app.include_router(page.router)
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
             for route in (load_lora_adapter, unload_lora_adapter):
                 app.post(
                     f"/v1/{route.__name__}",
-                    dependencies=[Depends(may_change), Depends(validate_json_request)],
+                    dependencies=[Depends(validate_json_request)],
                     response_class=PlainTextResponse,
                 )(route)
-        if EngineConfig.from_vllm(app.state.args) is not None:  # else plain vLLM stays as it is
+        is_ours = EngineConfig.from_vllm(app.state.args) is not None
+        if is_ours:  # else plain vLLM stays as it is
             control.attach(app, info)
             trainer_routes.attach(app)
         # Last, so that it sees every route of ours.
@@ -143,6 +123,7 @@ class PTEEndpointPlugin:
             exempt=[adapter_routes.put_adapter],
         )
         app.add_middleware(RefreshOnScrape)
+        app.add_middleware(Guard, only_below="/" if is_ours else "/pte")
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -156,6 +137,7 @@ class PTEEndpointPlugin:
             state.serving_tokens = serving_tokens(
                 engine_client, state, args, found.registry.catalog
             )
+            refuse_beam_search(state)
             state.pte_service = found
             COLLECTOR.watch(found)
             answer_at_shutdown(engine_client)

@@ -6,13 +6,12 @@ What the worker counts is in `scrape`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from prometheus_client import REGISTRY, Gauge, Histogram
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
 _LOAD_EDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _REQUEST_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
@@ -51,13 +50,14 @@ for _outcome in ("loaded", "refused"):
     _loads.labels(_outcome)  # there from the start, so that rates have a zero to rise from
 
 
-async def timed_load(
-    models: OpenAIServingModels, body: LoadLoRAAdapterRequest
-) -> ErrorResponse | str:
-    """Call `models.load_lora_adapter`, and count and time it."""
+Load = Callable[..., Awaitable[ErrorResponse | str]]
+
+
+async def timed_load(load: Load, *args: Any) -> ErrorResponse | str:
+    """Call `OpenAIServingModels.load_lora_adapter` of vLLM, and count and time it."""
     start, outcome = time.monotonic(), "refused"
     try:
-        result = await models.load_lora_adapter(body)
+        result = await load(*args)
         if not isinstance(result, ErrorResponse):
             outcome = "loaded"
         return result

@@ -1,11 +1,11 @@
-"""Keys decide who may call our routes; vLLM's own check covers its own prefixes only."""
+"""The keys of a server, and whether a request has one."""
 
 from __future__ import annotations
 
 import os
 from argparse import Namespace
 
-from fastapi import HTTPException, Request
+from starlette.requests import HTTPConnection
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
@@ -26,17 +26,22 @@ class Keys:
         self._api = AuthenticationMiddleware(None, [*api, *admin]) if api else None
         self._admin = AuthenticationMiddleware(None, admin or api) if admin or api else None
 
-    def allow_use(self, request: Request) -> bool:
+    @property
+    def any(self) -> bool:
+        """Whether there is a key at all."""
+        return self._admin is not None
+
+    def allow_use(self, request: HTTPConnection) -> bool:
         """Return whether a request has a key of the server, where it needs one."""
         return self._api is None or self._api.verify_token(request.headers)
 
-    def allow_change(self, request: Request) -> bool:
+    def allow_change(self, request: HTTPConnection) -> bool:
         """Return whether a request may change what others get."""
         return self._admin is None or self._admin.verify_token(request.headers)
 
 
 def admit_admin(args: Namespace) -> None:
-    """Make vLLM's check of `/v1` let the admin key through to the check of our routes there."""
+    """Make vLLM's check of `/v1` let the admin key through to the guard."""
     if api := _api_keys(args):
         args.api_key = list(dict.fromkeys([*api, *_admin_keys(args)]))
 
@@ -49,20 +54,3 @@ def _admin_keys(args: Namespace) -> list[str]:
     options = getattr(args, "pte_service", None)
     given = options.admin_key if options is not None else None
     return [key for key in (given or os.environ.get(ADMIN_KEY),) if key]
-
-
-async def may_use(request: Request) -> None:
-    """Refuse, with 401, a request without a key of the server; every route depends on this."""
-    keys: Keys | None = getattr(request.app.state, "pte_keys", None)
-    if keys is not None and not keys.allow_use(request):
-        raise HTTPException(401, "this server needs its API key as a bearer token")
-
-
-async def may_change(request: Request) -> None:
-    """Refuse, with 401, a request without the admin key, where one is set.
-
-    Routes that change what others get (adapters, pause, abort) depend on this.
-    """
-    keys: Keys | None = getattr(request.app.state, "pte_keys", None)
-    if keys is not None and not keys.allow_change(request):
-        raise HTTPException(401, "this needs the server's admin key (--pte-admin-key)")

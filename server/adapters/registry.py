@@ -54,7 +54,8 @@ class AdapterRegistry:
         refusal: str | None = None,
     ) -> None:
         self._engine = engine
-        self._models = models
+        # vLLM's own: what routes call asks this registry first (`loads.py`).
+        self._load, self._unload = models.load_lora_adapter, models.unload_lora_adapter
         self.catalog = Catalog(models)
         self._spool = spool
         self.use = AdapterUse(engine, spool, on_idle=self._retire_and_delete_soon)
@@ -225,7 +226,7 @@ class AdapterRegistry:
             EngineDeadError: if the engine has died.
         """
         result = await timed_load(
-            self._models,
+            self._load,
             LoadLoRAAdapterRequest(lora_name=version.engine_name, lora_path=version.path),
         )
         if isinstance(result, ErrorResponse):
@@ -239,8 +240,6 @@ class AdapterRegistry:
         """Have no new request find a version, and no restart bring it back."""
         self.catalog.retire(version)
         del self._features[version.engine_name]
-        await self._models.unload_lora_adapter(
-            UnloadLoRAAdapterRequest(lora_name=version.engine_name)
-        )
+        await self._unload(UnloadLoRAAdapterRequest(lora_name=version.engine_name))
         await asyncio.to_thread(self._spool.retire, version)
         self.use.retire(version)

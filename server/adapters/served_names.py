@@ -24,13 +24,13 @@ class ServedNames(dict[str, LoRARequest]):
         """The engine's name of the newest version, by pushed name."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or name in self.newest
+        return super().__contains__(name) or super().__contains__(self.newest.get(name))
 
     def __missing__(self, name: str) -> LoRARequest:
         return self[self.newest[name]]
 
     def values(self) -> Any:
-        named = {name: self[engine_name] for name, engine_name in self.newest.items()}
+        named = {name: self[found] for name, found in self.newest.items() if found in self}
         return [
             *super().values(),
             *(LoRARequest(name, lora.lora_int_id, lora.lora_path) for name, lora in named.items()),

@@ -23,8 +23,6 @@ from vllm.entrypoints.serve.dev.cache import api_router as cache
 from vllm.entrypoints.serve.dev.server_info import api_router as server_info
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from pte_vllm.server.access.auth import may_change, may_use
-
 Describe = Callable[[Request], Awaitable[dict[str, Any]]]
 
 
@@ -81,19 +79,17 @@ def attach(app: FastAPI, describe: Describe) -> None:
         answer = await server_info.show_server_info(raw_request, config_format)
         return JSONResponse({**json.loads(answer.body), "pte": await describe(raw_request)})
 
-    changing = APIRouter(tags=["control"], dependencies=[Depends(may_change)])
-    changing.post("/pause")(rl.pause_generation)
-    changing.post("/resume")(rl.resume_generation)
-    changing.post("/abort_requests")(abort_requests)
-    changing.post("/reset_prefix_cache")(reset_prefix_cache)
-    reading = APIRouter(tags=["control"], dependencies=[Depends(may_use)])
-    reading.get("/is_paused")(rl.is_paused)
-    reading.get("/weight_info")(rl.weight_info)
-    reading.get("/get_world_size")(rl.get_world_size)
-    reading.get("/server_info")(show_server_info)
+    router = APIRouter(tags=["control"])
+    router.post("/pause")(rl.pause_generation)
+    router.post("/resume")(rl.resume_generation)
+    router.post("/abort_requests")(abort_requests)
+    router.post("/reset_prefix_cache")(reset_prefix_cache)
+    router.get("/is_paused")(rl.is_paused)
+    router.get("/weight_info")(rl.weight_info)
+    router.get("/get_world_size")(rl.get_world_size)
+    router.get("/server_info")(show_server_info)
     # vLLM answers 403 here without --enable-scale-out.
-    reading.post("/inference/v1/generate", dependencies=[Depends(validate_json_request)])(
+    router.post("/inference/v1/generate", dependencies=[Depends(validate_json_request)])(
         tokens.generate
     )
-    app.include_router(changing)
-    app.include_router(reading)
+    app.include_router(router)

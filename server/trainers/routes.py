@@ -19,7 +19,6 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE
-from pte_vllm.server.access.auth import may_change
 from pte_vllm.server.adapters.spool import SpoolError
 from pte_vllm.server.adapters.upload import not_stored
 from pte_vllm.server.service import service
@@ -102,7 +101,7 @@ async def refuse_base_weights(request: Request) -> Response:
 
 def attach(app: FastAPI) -> None:
     """Register the routes. Loads by path are there only where vLLM's own would be."""
-    router = APIRouter(tags=["trainers"], dependencies=[Depends(may_change)])
+    router = APIRouter(tags=["trainers"])
     router.post("/areal_pause_generation")(pause_and_abort)
     router.post("/areal_continue_generation")(rl.resume_generation)
     if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:

@@ -107,7 +107,7 @@ def _call(server: Server, method: str, path: str, key: str | None, **options) ->
 
 def _routes(server: Server) -> list[tuple[str, str]]:
     """Return our routes as `(method, path)`, as the server's own description lists them."""
-    paths = _call(server, "GET", "/openapi.json", None).json()["paths"]
+    paths = _call(server, "GET", "/openapi.json", API).json()["paths"]
     ours = [
         (method.upper(), path.replace("{name}", "policy").replace("{request_id}", "cmpl-1"))
         for path, methods in paths.items()

@@ -1,0 +1,114 @@
+"""Who may call which route: every route of the app is named here, vLLM's and ours.
+
+`guard.py` goes by this table. A route that is not in it needs the server's API key, and
+tests/server/test_access.py fails until it is named: so a new vLLM opens nothing unseen.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Access(Enum):
+    """What a caller of a route needs."""
+
+    OPEN = "nothing"
+    """It tells nothing about users or models, and costs nothing."""
+    USE = "an API key"
+    CHANGE = "the admin key"
+    """It changes what others get. Where no admin key is set, an API key will do."""
+
+
+OPEN = frozenset({"/health", "/metrics", "/ping", "/version", "/pte"})
+"""Paths that probes, scrapers and a browser open without a key. The page `/pte` holds no data."""
+
+CHANGE = frozenset(
+    {
+        "PUT /pte/v1/adapters/{name}",
+        "DELETE /pte/v1/adapters/{name}",
+        # Loads by path, under vLLM's name and the names of SageMaker and of trainers.
+        "POST /v1/load_lora_adapter",
+        "POST /v1/unload_lora_adapter",
+        "POST /adapters",
+        "DELETE /adapters/{adapter_name}",
+        "POST /load_lora_adapter",
+        "POST /skyrl/v1/load_lora_adapter",
+        # They stop or slow down what others run.
+        "POST /pause",
+        "POST /resume",
+        "POST /abort_requests",
+        "POST /inference/v1/abort_requests",
+        "POST /areal_pause_generation",
+        "POST /areal_continue_generation",
+        "POST /sleep",
+        "POST /wake_up",
+        "POST /release_kv_cache_memory",
+        "POST /reset_prefix_cache",
+        "POST /reset_mm_cache",
+        "POST /reset_encoder_cache",
+        "POST /scale_elastic_ep",
+        "POST /start_profile",
+        "POST /stop_profile",
+        # They run code in the engine, or change the weights.
+        "POST /collective_rpc",
+        "POST /init_weight_transfer_engine",
+        "POST /shutdown_weight_transfer_engine",
+        "POST /start_weight_update",
+        "POST /start_draft_weight_update",
+        "POST /update_weights",
+        "POST /update_weight_version",
+        "POST /finish_weight_update",
+        "POST /reload_weights",
+        "POST /init_broadcaster",
+        "POST /areal_update_weights",
+        "POST /areal_init_weights_update_group",
+        "POST /areal_set_update_weight_meta",
+        "POST /areal_set_update_weight_meta_lora",
+        "POST /areal_update_weights_xccl",
+        "POST /areal_update_weights_lora_xccl",
+        # It changes counters that show faults, and restarts ranks.
+        "POST /fault_tolerance/apply",
+    }
+)
+"""Method and path template."""
+
+USE = frozenset(
+    {
+        *(f"GET {path}" for path in ("/docs", "/docs/oauth2-redirect", "/openapi.json", "/redoc")),
+        *("GET /load", "GET /kv_event_sources", "GET /tokenizer_info", "GET /is_sleeping"),
+        *("POST /tokenize", "POST /detokenize", "POST /is_scaling_elastic_ep"),
+        *("GET /fault_tolerance/status", "POST /weight_checker"),
+        # Text or tokens, from a model.
+        *("POST /v1/completions", "POST /v1/chat/completions", "POST /v1/chat/completions/batch"),
+        *("POST /v1/responses", "GET /v1/responses/{response_id}"),
+        *("POST /v1/responses/{response_id}/cancel", "POST /v1/messages"),
+        *("POST /v1/messages/count_tokens", "POST /v1/systemone", "GET /v1/models"),
+        *("POST /invocations", "POST /generative_scoring", "POST /inference/v1/generate"),
+        *("POST /cohere/v2/chat", "POST /cohere/v2/chat/render"),
+        *("POST /v1/completions/render", "POST /v1/completions/derender"),
+        *("POST /v1/chat/completions/render", "POST /v1/chat/completions/derender"),
+        *("POST /v1/messages/render", "POST /v1/responses/render"),
+        # What ours tell and make.
+        *("GET /pte/v1/info", "GET /pte/v1/requests", "GET /pte/v1/adapters"),
+        *("GET /pte/v1/adapters/{name}", "POST /pte/v1/rollouts", "POST /pte/v1/score"),
+        *("GET /pte/v1/thoughts/{id}", "DELETE /pte/v1/thoughts/{id}"),
+        "GET /pte/v1/thoughts/{id}/events",
+        *("GET /is_paused", "GET /weight_info", "GET /get_world_size", "GET /server_info"),
+    }
+)
+"""Method and path template."""
+
+
+def access_of(method: str, template: str) -> Access | None:
+    """Return what a caller of a route needs; None where the table does not name the route.
+
+    Args:
+        method: HEAD is taken for the GET that it stands for.
+        template: the route's path as its app names it, such as `/adapters/{adapter_name}`.
+    """
+    route = f"{'GET' if method == 'HEAD' else method} {template}"
+    if template in OPEN:
+        return Access.OPEN
+    if route in CHANGE:
+        return Access.CHANGE
+    return Access.USE if route in USE else None

@@ -1,0 +1,114 @@
+"""Every way into and out of vLLM's list of LoRAs: whatever route asks, the same checks hold.
+
+vLLM's list has one method to load by path and one to unload. `/v1/load_lora_adapter`, SageMaker's
+`/adapters` and whatever vLLM adds next call these two, so that is where ours stand.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from pathlib import Path
+
+from fastapi.concurrency import run_in_threadpool
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+from vllm.lora.utils import get_adapter_absolute_path
+
+from pte_vllm.adapter.format import ModelShape, load_for_engine
+from pte_vllm.engine.loads import loaded_in_place
+from pte_vllm.server.adapters.registry import AdapterRegistry
+from pte_vllm.server.adapters.spool import SpoolError
+from pte_vllm.server.adapters.upload import not_stored
+from pte_vllm.server.metrics import timed_load
+
+
+class Loads:
+    """Takes the place of two methods of vLLM's list of LoRAs.
+
+    Args:
+        models: vLLM's list.
+        registry: the pushed versions. It has to be made before, as it loads by vLLM's own methods.
+        shape: the sizes of the base model.
+        max_lora_rank: the largest rank that the engine has room for.
+    """
+
+    def __init__(
+        self,
+        models: OpenAIServingModels,
+        registry: AdapterRegistry,
+        *,
+        shape: ModelShape,
+        max_lora_rank: int,
+    ) -> None:
+        self._models, self._registry = models, registry
+        self._shape, self._max_lora_rank = shape, max_lora_rank
+        self._load, self._unload = models.load_lora_adapter, models.unload_lora_adapter
+        models.load_lora_adapter = self.load  # type: ignore[method-assign]
+        models.unload_lora_adapter = self.unload  # type: ignore[method-assign]
+
+    async def load(
+        self, request: LoadLoRAAdapterRequest, base_model_name: str | None = None
+    ) -> ErrorResponse | str:
+        """Load a directory as vLLM does, after a check of a PTE adapter: so a broken one gets 400.
+
+        With `load_inplace` a PTE adapter, or a directory under a pushed name, becomes the name's
+        next version, as if it were pushed: no sequence ever runs on a mixture of two.
+        """
+        if not request.lora_name or not request.lora_path:
+            return await self._load(request, base_model_name)  # which says what is missing
+        name, path = request.lora_name, get_adapter_absolute_path(request.lora_path)
+        try:
+            adapter = await run_in_threadpool(
+                load_for_engine,
+                path,
+                model=self._shape,
+                max_lora_rank=self._max_lora_rank,
+                load_inplace=False,
+            )
+            if request.load_inplace and (adapter or self._registry.catalog.is_pushed(name)):
+                return await self._push(name, Path(path))
+        except SpoolError as error:
+            raise not_stored("--pte-spool", error) from error
+        except ValueError as error:
+            message = str(error).replace(f"{path}/", "")
+            return create_error_response(message, "BadRequestError", HTTPStatus.BAD_REQUEST)
+        result = await timed_load(self._load, request, base_model_name)
+        if request.load_inplace and not isinstance(result, ErrorResponse):
+            loaded = self._models.lora_requests[name]
+            loaded.load_inplace = False  # else vLLM 0.32 reads the files again in every step
+            loaded_in_place(loaded.lora_int_id)
+        return result
+
+    async def _push(self, name: str, path: Path) -> str:
+        """Make the directory the next version of `name`, in place of a LoRA loaded by path.
+
+        Raises:
+            ValueError: if it cannot be served, or `name` is one version of a pushed adapter.
+        """
+        catalog = self._registry.catalog
+        if catalog.is_pushed(name) and name not in catalog.names():
+            raise ValueError(
+                f"{name} is a version, which does not change: load under the name without its "
+                "version, and it becomes the next one"
+            )
+        replaced = None if catalog.is_pushed(name) else self._models.lora_requests.pop(name, None)
+        try:
+            version = await self._registry.push_directory(name, path)
+        except BaseException:
+            if replaced is not None:
+                self._models.lora_requests[name] = replaced
+            raise
+        return f"Success: LoRA adapter '{name}' is now version {version.number}."
+
+    async def unload(self, request: UnloadLoRAAdapterRequest) -> ErrorResponse | str:
+        """Retire a pushed adapter, `name` or `name@version`; vLLM unloads others."""
+        name = request.lora_name
+        if not self._registry.catalog.is_pushed(name):
+            return await self._unload(request)
+        try:
+            await self._registry.retire(name)
+        except LookupError as error:  # somebody else was faster
+            return create_error_response(str(error), "NotFoundError", HTTPStatus.NOT_FOUND)
+        return f"Success: LoRA adapter '{name}' removed successfully."

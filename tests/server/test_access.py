@@ -1,0 +1,91 @@
+"""Every route of the app, vLLM's and ours, is in the table of who may call it, and is guarded."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.tasks import SupportedTask
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from pte_vllm.server.access.auth import Keys
+from pte_vllm.server.access.table import CHANGE, OPEN, USE, Access, access_of
+
+API, ADMIN = "key-of-users", "key-of-admins"
+TASKS: tuple[SupportedTask, ...] = ("generate", "render")
+
+
+def _app(monkeypatch: pytest.MonkeyPatch, *, development: bool, pte: bool = True) -> FastAPI:
+    """Build vLLM's app as a server does, with what makes it attach all that it has."""
+    monkeypatch.setenv("VLLM_PLUGINS", "pte")
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", str(int(development)))
+    words = ["--model", "any", "--api-key", API, "--enable-tokenizer-info-endpoint"]
+    words += ["--enable-fault-tolerance", "--profiler-config.profiler", "torch"]
+    words += ["--profiler-config.torch_profiler_dir", "/tmp"]
+    if pte:
+        words += ["--additional-config", '{"pte": {"window_tokens": 128}}']
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    monkeypatch.setenv("PTE_ADMIN_KEY", ADMIN)
+    app = build_app(args, TASKS)
+    app.state.pte_keys = Keys(Namespace(api_key=[API]))
+    return app
+
+
+def _routes(app: FastAPI) -> set[tuple[str, str]]:
+    found = set()
+    for route in app.routes:
+        for method in getattr(route, "methods", None) or {"GET"}:
+            found.add((method, getattr(route, "path", "")))
+    return found
+
+
+@pytest.fixture(params=[False, True], ids=["production", "development"])
+def app(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+    return _app(monkeypatch, development=request.param)
+
+
+def test_every_route_is_in_the_table(app: FastAPI) -> None:
+    unknown = [route for route in _routes(app) if access_of(*route) is None]
+    assert not unknown, f"say in server/access/table.py who may call {sorted(unknown)}"
+    assert not CHANGE & USE and not {path for _, path in map(str.split, CHANGE | USE)} & OPEN
+
+
+def test_no_route_opens_without_its_key(app: FastAPI) -> None:
+    client = TestClient(app, raise_server_exceptions=False)
+    checked = 0
+    for method, template in sorted(_routes(app)):
+        access, path = access_of(method, template), re.sub(r"\{\w+\}", "x", template)
+        for key in (None, "wrong", API):
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            if access is Access.OPEN or (access is Access.USE and key == API):
+                continue
+            answer = client.request(method, path, headers=headers)
+            assert answer.status_code == 401, (method, path, key, answer.text)
+            checked += 1
+    assert checked > 150
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/adapters/", "/tokenize/", "/pte/v1"])
+def test_what_nobody_answers_needs_a_key(app: FastAPI, path: str) -> None:
+    client = TestClient(app, follow_redirects=False)
+    assert client.get(path).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/version", "/pte", "/metrics", "/metrics/"])
+def test_what_is_open_is_not_refused(app: FastAPI, path: str) -> None:
+    client = TestClient(app, raise_server_exceptions=False)
+    assert client.get(path).status_code != 401  # without an engine, /health has no answer
+
+
+def test_plain_vllm_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = TestClient(
+        _app(monkeypatch, development=False, pte=False), raise_server_exceptions=False
+    )
+    assert client.post("/tokenize", json={}).status_code != 401
+    assert client.get("/pte/v1/info").status_code == 401
