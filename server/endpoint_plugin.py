@@ -8,15 +8,9 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi import APIRouter, FastAPI, Request
 from starlette.datastructures import State
-from vllm import envs
 from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.openai.models.api_router import models
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from pte_vllm import __version__
 from pte_vllm.method.names import FEATURES, RULE_NAMES
@@ -36,6 +30,9 @@ from pte_vllm.server.trainers import routes as trainer_routes
 from pte_vllm.server.trainers.tokens import serving_tokens
 
 router = APIRouter()
+
+LOAD_ROUTES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+"""Of vLLM; what they do is checked in `adapters/loads.py`."""
 
 
 def _engine(request: Request) -> EngineClient:
@@ -74,22 +71,6 @@ async def requests(request: Request) -> dict[str, Any]:
     return (await _engine(request).collective_rpc("pte_requests"))[0]
 
 
-async def load_lora_adapter(body: LoadLoRAAdapterRequest, request: Request) -> Response:
-    """Load a directory; `adapters/loads.py` says what is checked."""
-    return _answer(await models(request).load_lora_adapter(body))
-
-
-async def unload_lora_adapter(body: UnloadLoRAAdapterRequest, request: Request) -> Response:
-    """Retire a pushed adapter as `DELETE /pte/v1/adapters/{name}` does; vLLM unloads others."""
-    return _answer(await models(request).unload_lora_adapter(body))
-
-
-def _answer(result: ErrorResponse | str) -> Response:
-    if isinstance(result, ErrorResponse):
-        return JSONResponse(result.model_dump(), status_code=result.error.code)
-    return PlainTextResponse(result)
-
-
 class PTEEndpointPlugin:
     """Adds our routes to vLLM's app, as `vllm/plugins/endpoint_plugins/interface.py` asks."""
 
@@ -102,23 +83,17 @@ class PTEEndpointPlugin:
         for ours in (router, adapter_routes.router, rollout_routes.router, thought_routes.router):
             app.include_router(ours, prefix="/pte/v1", tags=["pte"])
         app.include_router(page.router)
-        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-            for route in (load_lora_adapter, unload_lora_adapter):
-                app.post(
-                    f"/v1/{route.__name__}",
-                    dependencies=[Depends(validate_json_request)],
-                    response_class=PlainTextResponse,
-                )(route)
         is_ours = EngineConfig.from_vllm(app.state.args) is not None
         if is_ours:  # else plain vLLM stays as it is
             control.attach(app, info)
             trainer_routes.attach(app)
-        # Last, so that it sees every route of ours.
+        # Last, so that they see every route of ours. vLLM's loads by path are bounded as ours are.
+        loads = [r for r in app.routes[:before] if getattr(r, "path", None) in LOAD_ROUTES]
         options: ServiceConfig = getattr(app.state.args, "pte_service", None) or ServiceConfig()
         admit_admin(app.state.args)
         app.add_middleware(
             BodyLimit,
-            routes=app.routes[before:],
+            routes=[*loads, *app.routes[before:]],
             max_bytes=options.max_body_bytes,
             exempt=[adapter_routes.put_adapter],
         )

@@ -12,7 +12,6 @@ from fastapi import HTTPException, Request
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
-from pte_vllm.adapter.format import ModelShape
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.server.access.admission import Admission
 from pte_vllm.server.adapters.loads import Loads
@@ -55,10 +54,8 @@ def make_service(
     if engine.vllm_config.lora_config is None:
         refusal = "this server takes no adapters: start it with --enable-lora"
     registry = AdapterRegistry(engine, models, spool, keep=options.keep_versions, refusal=refusal)
-    lora = engine.vllm_config.lora_config
-    if lora is not None:
-        shape = ModelShape.from_hf(engine.vllm_config.model_config.hf_config.get_text_config())
-        Loads(models, registry, shape=shape, max_lora_rank=lora.max_lora_rank)
+    if refusal is None:
+        Loads(models, registry).install()
     return Service(
         engine=engine,
         config=config,

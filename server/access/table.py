@@ -22,6 +22,23 @@ class Access(Enum):
 OPEN = frozenset({"/health", "/metrics", "/ping", "/version", "/pte"})
 """Paths that probes, scrapers and a browser open without a key. The page `/pte` holds no data."""
 
+BASE_WEIGHT_ROUTES = (
+    "/update_weights",  # prime-rl; vLLM's own is there in its development mode
+    "/reload_weights",
+    "/init_broadcaster",
+    "/init_weight_transfer_engine",
+    "/start_weight_update",
+    "/finish_weight_update",
+    "/areal_update_weights",
+    "/areal_init_weights_update_group",
+    "/areal_set_update_weight_meta",
+    "/areal_set_update_weight_meta_lora",
+    "/areal_update_weights_xccl",
+    "/areal_update_weights_lora_xccl",
+)
+"""By which trainers would replace the base weights. Where vLLM's own are not there, they answer 400
+and say why: to some trainers a 404 means that there is nothing to update."""
+
 CHANGE = frozenset(
     {
         "PUT /pte/v1/adapters/{name}",
@@ -50,22 +67,11 @@ CHANGE = frozenset(
         "POST /start_profile",
         "POST /stop_profile",
         # They run code in the engine, or change the weights.
+        *(f"POST {path}" for path in BASE_WEIGHT_ROUTES),
         "POST /collective_rpc",
-        "POST /init_weight_transfer_engine",
         "POST /shutdown_weight_transfer_engine",
-        "POST /start_weight_update",
         "POST /start_draft_weight_update",
-        "POST /update_weights",
         "POST /update_weight_version",
-        "POST /finish_weight_update",
-        "POST /reload_weights",
-        "POST /init_broadcaster",
-        "POST /areal_update_weights",
-        "POST /areal_init_weights_update_group",
-        "POST /areal_set_update_weight_meta",
-        "POST /areal_set_update_weight_meta_lora",
-        "POST /areal_update_weights_xccl",
-        "POST /areal_update_weights_lora_xccl",
         # It changes counters that show faults, and restarts ranks.
         "POST /fault_tolerance/apply",
     }

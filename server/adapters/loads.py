@@ -16,7 +16,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.lora.utils import get_adapter_absolute_path
 
-from pte_vllm.adapter.format import ModelShape, load_for_engine
+from pte_vllm.adapter.format import load_for_engine
 from pte_vllm.engine.loads import loaded_in_place
 from pte_vllm.server.adapters.registry import AdapterRegistry
 from pte_vllm.server.adapters.spool import SpoolError
@@ -30,23 +30,16 @@ class Loads:
     Args:
         models: vLLM's list.
         registry: the pushed versions. It has to be made before, as it loads by vLLM's own methods.
-        shape: the sizes of the base model.
-        max_lora_rank: the largest rank that the engine has room for.
     """
 
-    def __init__(
-        self,
-        models: OpenAIServingModels,
-        registry: AdapterRegistry,
-        *,
-        shape: ModelShape,
-        max_lora_rank: int,
-    ) -> None:
+    def __init__(self, models: OpenAIServingModels, registry: AdapterRegistry) -> None:
         self._models, self._registry = models, registry
-        self._shape, self._max_lora_rank = shape, max_lora_rank
         self._load, self._unload = models.load_lora_adapter, models.unload_lora_adapter
-        models.load_lora_adapter = self.load  # type: ignore[method-assign]
-        models.unload_lora_adapter = self.unload  # type: ignore[method-assign]
+
+    def install(self) -> None:
+        """Have whatever calls vLLM's list call this from now on."""
+        self._models.load_lora_adapter = self.load  # type: ignore[method-assign]
+        self._models.unload_lora_adapter = self.unload  # type: ignore[method-assign]
 
     async def load(
         self, request: LoadLoRAAdapterRequest, base_model_name: str | None = None
@@ -63,8 +56,8 @@ class Loads:
             adapter = await run_in_threadpool(
                 load_for_engine,
                 path,
-                model=self._shape,
-                max_lora_rank=self._max_lora_rank,
+                model=self._registry.shape,
+                max_lora_rank=self._registry.max_rank,
                 load_inplace=False,
             )
             if request.load_inplace and (adapter or self._registry.catalog.is_pushed(name)):

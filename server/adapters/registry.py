@@ -62,11 +62,9 @@ class AdapterRegistry:
         self._looking: asyncio.Task[None] | None = None
         self._keep = keep
         self._refusal = refusal
-        self._shape = ModelShape.from_hf(
-            engine.vllm_config.model_config.hf_config.get_text_config()
-        )
+        self.shape = ModelShape.from_hf(engine.vllm_config.model_config.hf_config.get_text_config())
         lora = engine.vllm_config.lora_config
-        self._max_rank = lora.max_lora_rank if lora is not None else 0
+        self.max_rank = lora.max_lora_rank if lora is not None else 0
         self._features: dict[str, str | None] = {}
         """The features of a served version, by its name in the engine; None of a plain LoRA."""
         self._lock = asyncio.Lock()
@@ -117,9 +115,7 @@ class AdapterRegistry:
             elif number <= newest:
                 what = "has other files" if number in mine else "is not above the newest"
                 raise ConflictError(f"version {number} of {name} {what}; the newest is {newest}")
-            pte = await asyncio.to_thread(
-                check_servable, incoming.path, self._shape, self._max_rank
-            )
+            pte = await asyncio.to_thread(check_servable, incoming.path, self.shape, self.max_rank)
             version = await asyncio.to_thread(
                 self._spool.commit,
                 incoming,

@@ -19,25 +19,10 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE
+from pte_vllm.server.access.table import BASE_WEIGHT_ROUTES
 from pte_vllm.server.adapters.spool import SpoolError
 from pte_vllm.server.adapters.upload import not_stored
 from pte_vllm.server.service import service
-
-BASE_WEIGHT_ROUTES = (
-    "/update_weights",  # prime-rl; vLLM's own is there in its development mode
-    "/reload_weights",
-    "/init_broadcaster",
-    "/init_weight_transfer_engine",
-    "/start_weight_update",
-    "/finish_weight_update",
-    "/areal_update_weights",
-    "/areal_init_weights_update_group",
-    "/areal_set_update_weight_meta",
-    "/areal_set_update_weight_meta_lora",
-    "/areal_update_weights_xccl",
-    "/areal_update_weights_lora_xccl",
-)
-"""Refused with a reason: to some trainers a 404 means that there is nothing to update."""
 
 
 class LoadRequest(BaseModel):
