@@ -53,6 +53,7 @@ async def info(request: Request) -> dict[str, Any]:
             "max_prompt_tokens": engine.max_prompt_tokens,
             "block_size": config.cache_config.block_size,
         },
+        "reserve_windows": engine.reserve_windows,
         "keep_thoughts": engine.keep_thoughts,
         "keep_thoughts_mib": engine.keep_thoughts_mib,
         "request_options": list(REQUEST_OPTIONS),

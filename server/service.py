@@ -17,7 +17,9 @@ from pte_vllm.server.access.admission import Admission
 from pte_vllm.server.adapters.loads import Loads
 from pte_vllm.server.adapters.registry import AdapterRegistry
 from pte_vllm.server.adapters.spool import Spool, default_root
+from pte_vllm.server.failures import say_why
 from pte_vllm.server.options import ServiceConfig
+from pte_vllm.server.rollouts.rho import RhoReader
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Service:
     spool: Spool
     registry: AdapterRegistry
     admission: Admission
+    rho: RhoReader
     listeners: Listeners = field(default_factory=Listeners)
 
     @property
@@ -56,12 +59,14 @@ def make_service(
     registry = AdapterRegistry(engine, models, spool, keep=options.keep_versions, refusal=refusal)
     if refusal is None:
         Loads(models, registry).install()
+    say_why(engine)
     return Service(
         engine=engine,
         config=config,
         spool=spool,
         registry=registry,
         admission=Admission(options.max_rollouts),
+        rho=RhoReader(engine),
     )
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from pte_vllm.adapter.files import (
     read_lora,
 )
 from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE
+from pte_vllm.adapter.numbers import check_lora
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.reference import LayerEncoder
 
@@ -154,6 +156,12 @@ class Adapter:
         adapter._validate(path, model)
         return adapter
 
+    def check_numbers(self, path: str | Path, dtype: torch.dtype) -> None:
+        """Raise AdapterError unless what it adds stays finite in an engine of that precision."""
+        for module, a in self.lora_a.items():
+            where = f"{Path(path) / LORA_FILE}: {module}"
+            check_lora(where, a, self.lora_b[module], scale=self.scale, dtype=dtype)
+
     def save(self, path: str | Path) -> None:
         """Write the directory; the config comes last, so a half-written adapter does not load."""
         path = Path(path)
@@ -203,9 +211,21 @@ class Adapter:
 
 
 def load_for_engine(
-    path: str | Path, *, model: ModelShape, max_lora_rank: int, load_inplace: bool
+    path: str | Path,
+    *,
+    model: ModelShape,
+    max_lora_rank: int,
+    dtype: torch.dtype,
+    load_inplace: bool,
 ) -> Adapter | None:
     """Load the adapter as an engine would; None for a plain LoRA, which is vLLM's to check.
+
+    Args:
+        path: The adapter's directory.
+        model: The sizes of the base model.
+        max_lora_rank: The largest rank that the engine has room for.
+        dtype: The engine's precision of LoRAs.
+        load_inplace: Whether it is to take the place of another under the same name.
 
     Raises:
         AdapterError: if the adapter is broken, does not fit the model or the engine, or would
@@ -225,6 +245,7 @@ def load_for_engine(
         raise AdapterError(
             f"{path}: rank {rank} exceeds this server's --max-lora-rank {max_lora_rank}"
         )
+    adapter.check_numbers(path, dtype)
     return adapter
 
 

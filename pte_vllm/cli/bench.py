@@ -17,6 +17,7 @@ _ABOUT = {
     "throughput": "tokens/s of many long rollouts in a small KV pool: full cache, window, PTE",
     "lora": "tokens/s of a batch: base model, vLLM's LoRA, ours, PTE",
     "latency": "time per token by position, and time to the first token",
+    "schedule": "planning a step, at short and long sequences and in a full pool; no model runs",
     "fold": "what folding costs per token",
     "prefix": "a group that shares a question: how much of it is read once",
     "push": "tokens/s while new adapter versions arrive, against the steady state",
@@ -38,6 +39,10 @@ def main(argv: list[str]) -> int:
         from pte_vllm.bench.gpu.run import main as gpu
 
         return gpu(argv[1:])
+    if argv[:1] == ["schedule"]:
+        from pte_vllm.bench.schedule import main as schedule
+
+        return schedule(argv[1:])
     args = _parser().parse_args(argv)
     if not Path(args.model).exists():
         raise ValueError(

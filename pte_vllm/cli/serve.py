@@ -26,7 +26,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pte-vllm serve",
         usage="pte-vllm serve MODEL [--pte-window N] [--pte-evict-ratio F] "
-        "[--pte-max-prompt-tokens N] [--pte-spool DIR] [--pte-keep-versions N] "
+        "[--pte-max-prompt-tokens N] [--no-pte-reserve-windows] "
+        "[--pte-spool DIR] [--pte-keep-versions N] "
         "[--pte-keep-thoughts N] [--pte-keep-thoughts-mib N] "
         "[--pte-admin-key KEY | --pte-admin-key-file FILE] [--pte-max-body-bytes N] "
         "[--pte-max-rollouts N] "
@@ -60,6 +61,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most tokens a request may pin; a smaller bound lets more sequences run at once "
         "(default: only vLLM's --max-model-len bounds them)",
+    )
+    parser.add_argument(
+        "--pte-reserve-windows",
+        action=argparse.BooleanOptionalAction,
+        default=EngineConfig.reserve_windows,
+        help="start a request only when its whole window fits beside those of the requests that "
+        "run, so that none is preempted and computed again (the default); --no-pte-reserve-windows "
+        "starts it when its prompt fits, which suits answers much shorter than the window",
     )
     parser.add_argument(
         "--pte-spool",
@@ -155,6 +164,7 @@ def configs(options: argparse.Namespace) -> tuple[EngineConfig, ServiceConfig]:
         max_prompt_tokens=options.pte_max_prompt_tokens,
         keep_thoughts=options.pte_keep_thoughts,
         keep_thoughts_mib=options.pte_keep_thoughts_mib,
+        reserve_windows=options.pte_reserve_windows,
     )
     admin_key = options.pte_admin_key
     if options.pte_admin_key_file is not None:

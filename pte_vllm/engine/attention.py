@@ -86,7 +86,7 @@ def cut_gaps(
     rows = common.num_reqs
     table, seq_lens = common.block_table_tensor[:rows], common.seq_lens[:rows]
     changes: dict[str, object] = {}
-    columns = width = table.shape[1]
+    width, longest = table.shape[1], common.max_seq_len
     upper = common.seq_lens_cpu_upper_bound
     # Without gaps the caller's bounds stand. When a graph is captured the longest sequence is
     # `max_model_len`, far beyond the batch's own: kernels keep that number for all replays.
@@ -94,8 +94,8 @@ def cut_gaps(
         physical = upper[:rows] - gaps.length_cpu[:rows] * block_size
         changes["seq_lens_cpu_upper_bound"] = physical
         changes["max_seq_len"] = longest = int(physical.max())
-        if out is not None:
-            columns = min(width, -(-longest // block_size))  # nobody reads the rest
+    # Nobody reads the rest, which grows with the longest sequence that the model allows.
+    columns = min(width, -(-longest // block_size))
     first, length = gaps.first[:rows, None], gaps.length[:rows, None]
     column = torch.arange(columns, device=table.device, dtype=torch.int32)[None]
     source = torch.where(column < first, column, column + length)

@@ -15,6 +15,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from pte_vllm.engine.reserve import WindowReserve
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.method.plan import FoldPlan
 
@@ -75,6 +76,8 @@ class PTEManager(FullAttentionManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.plans: dict[str, FoldPlan] = {}
         self._gaps: dict[str, tuple[int, int]] = {}  # the blocks freed last, by request
+        self.reserve: WindowReserve | None = None
+        """What keeps room for windows; the scheduler sets it where the engine's options ask."""
         # vLLM has the worker zero new blocks where a model needs it. Here they always are: what an
         # adapter gone wrong leaves in a block may be no number, and attention multiplies what lies
         # behind a sequence's end by zero, which is no number either.
@@ -91,13 +94,21 @@ class PTEManager(FullAttentionManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
+        others = 0
         if apply_admission_cap:
             # Admission asks for the whole sequence at once; it never holds more than its peak. The
             # gap of an earlier sequence that it takes up costs nothing.
-            peak = self.plans[request_id].peak_blocks(num_tokens)
             gap = sum(block.is_null for block in new_computed_blocks)
+            peak = self.plans[request_id].peak_blocks(num_tokens)
             num_tokens = min(num_tokens, (peak + gap) * self.block_size)
-        return super().get_num_blocks_to_allocate(
+            if self.reserve is not None and any(
+                other != request_id for other in self.req_to_blocks
+            ):
+                others = self.reserve.growth(request_id)
+                whole = self.reserve.peak(request_id)
+                if whole is not None:  # what it will hold, and not only what its prompt will
+                    num_tokens = (whole + gap) * self.block_size
+        return others + super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
             new_computed_blocks,
@@ -125,6 +136,8 @@ class PTEManager(FullAttentionManager):
         """Drop the plan of a request whose blocks are freed for good."""
         self.plans.pop(request_id, None)
         self._gaps.pop(request_id, None)
+        if self.reserve is not None:
+            self.reserve.forget(request_id)
 
     def cache_blocks(
         self,

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.outputs import AsyncModelRunnerOutput
-
+from pte_vllm.engine.failures import with_failures
 from pte_vllm.engine.sequences import IDENTITY_SLOT
 from pte_vllm.engine.thoughts import Thoughts
 
 if TYPE_CHECKING:
     from pte_vllm.engine.runner_base import PTERunnerMixin
-
-
-class _FailedOutput(AsyncModelRunnerOutput):
-    """An output that is still under way, of a step in which adapters could not be loaded."""
-
-    def __init__(self, output: AsyncModelRunnerOutput, failed: dict[int, str]) -> None:
-        self._output, self._failed = output, failed
-
-    def get_output(self) -> Any:
-        output: Any = self._output.get_output()
-        output.pte_failed = self._failed
-        return output
 
 
 class QueriesMixin:
@@ -31,20 +18,18 @@ class QueriesMixin:
     model_runner: PTERunnerMixin
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        return self._with_failed(super().execute_model(*args, **kwargs))  # type: ignore[misc]
+        return self._with_failures(super().execute_model(*args, **kwargs))  # type: ignore[misc]
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        return self._with_failed(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+        return self._with_failures(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
 
-    def _with_failed(self, output: Any) -> Any:
-        """Tell the scheduler which adapters could not be loaded in the step of this output."""
+    def _with_failures(self, output: Any) -> Any:
+        """Tell the scheduler what failed in the step of this output."""
+        if output is None:
+            return None
         manager = getattr(self.model_runner, "lora_manager", None)
-        if output is None or manager is None or not (failed := manager.take_failed()):
-            return output
-        if isinstance(output, AsyncModelRunnerOutput):
-            return _FailedOutput(output, failed)
-        output.pte_failed = failed
-        return output
+        adapters = manager.take_failed() if manager is not None else {}
+        return with_failures(output, adapters, self.model_runner.pte_take_check())
 
     def pte_requests(self) -> dict[str, Any]:
         """Return running and recently finished requests, and the pool as of the last step."""
@@ -100,10 +85,13 @@ class QueriesMixin:
             "events": thoughts.events(since),
         }
 
-    def pte_rho(self, name: str) -> list[float] | None:
-        """Return ρ of each fold of a request, running or finished lately; None if it is unknown."""
+    def pte_rho(self, names: list[str]) -> list[list[float] | None]:
+        """Return ρ of each fold of each request, running or finished lately; None if unknown.
+
+        The device is waited for once, whatever their number.
+        """
         self.model_runner._sync_device()
-        return self.model_runner.pte_pool.rho(name)
+        return [self.model_runner.pte_pool.rho(name) for name in names]
 
     def _settled(self, name: str, *, with_state: bool = True) -> Thoughts | None:
         thoughts = self.model_runner.pte_pool.thoughts(name, with_state=with_state)

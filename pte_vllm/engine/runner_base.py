@@ -24,6 +24,7 @@ from vllm.v1.worker import lora_model_runner_mixin
 
 from pte_vllm.adapter.files import layer_of
 from pte_vllm.engine.attention import Gaps, set_gaps
+from pte_vllm.engine.failures import FiniteCheck
 from pte_vllm.engine.folding import EvictedBlocks
 from pte_vllm.engine.lora.install import install_views
 from pte_vllm.engine.lora.manager import PTELoRAManager
@@ -64,6 +65,7 @@ class PTERunnerMixin(ABC):
         )
         self.pte_snapshots: dict[bytes, Snapshot] = {}
         self.pte_report = PoolReport(usable_blocks=0, free_blocks=0)
+        self.pte_check: FiniteCheck | None = None  # of the step whose tokens are being sampled
         set_gaps(self.pte_gaps)
 
     # -- start-up ---------------------------------------------------------------------------------
@@ -241,6 +243,11 @@ class PTERunnerMixin(ABC):
             sequence.peak_blocks = max(sequence.peak_blocks, sequence.held_blocks)
         self.pte_gaps.publish(first, length)
         self.pte_tokens.publish(segments)
+
+    def pte_take_check(self) -> FiniteCheck | None:
+        """Return the check of the step's output, once; None for a step without one."""
+        check, self.pte_check = self.pte_check, None
+        return check
 
     def _publish_nobody(self) -> None:
         """Let rows and tokens belong to no sequence, as in profiling and graph capture."""

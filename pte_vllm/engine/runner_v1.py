@@ -10,6 +10,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from pte_vllm.engine.failures import FiniteCheck
 from pte_vllm.engine.runner_base import PTERunnerMixin
 
 if TYPE_CHECKING:
@@ -54,6 +55,13 @@ class PTERunnerV1Mixin(PTERunnerMixin):
             num_computed_tokens=request.num_computed_tokens,
             snapshot=snapshot,
         )
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.execute_model_state
+        if state is not None and state.sample_hidden_states is not None:
+            # A row for each request, in the order of the batch.
+            self.pte_check = FiniteCheck.start(self.input_batch.req_ids, state.sample_hidden_states)
+        return super().sample_tokens(*args, **kwargs)
 
     def _evicted_blocks(self, request_ids: list[str], first: list[int], count: int) -> Tensor:
         ids = [

@@ -18,6 +18,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from pte_vllm.engine.failures import FiniteCheck
 from pte_vllm.engine.messages import SequenceStart, SnapshotOrders
 from pte_vllm.engine.runner_base import PTERunnerMixin
 from pte_vllm.method.plan import FoldPlan
@@ -80,6 +81,12 @@ class PTERunnerV2Mixin(PTERunnerMixin):
             )
         )
         return batch
+
+    def sample(self, hidden_states: Tensor, input_batch: InputBatch, *args: Any) -> Any:
+        self.pte_check = FiniteCheck.start(
+            input_batch.req_ids, hidden_states[input_batch.logits_indices]
+        )
+        return super().sample(hidden_states, input_batch, *args)
 
     def capture_model(self, *args: Any, **kwargs: Any) -> int:
         # V1 captures through `_dummy_run`, V2 does not.

@@ -13,9 +13,12 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
 from pte_vllm.engine.cache import PTEManager
+from pte_vllm.engine.failures import ATTRIBUTE as FAILURES
+from pte_vllm.engine.failures import StepFailures
 from pte_vllm.engine.messages import PoolReport, SequenceStart
 from pte_vllm.engine.orphans import end_with_parent
 from pte_vllm.engine.request_ids import RequestId
+from pte_vllm.engine.reserve import WindowReserve
 from pte_vllm.engine.snapshots import SnapshotIndex
 from pte_vllm.engine.waiting import sleep_while_waiting
 from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, RequestOptions
@@ -42,17 +45,22 @@ class PTESchedulerMixin:
         self.pte_engine = engine
         self.pte_manager = manager
         self.pte_plans = manager.plans
+        if engine.reserve_windows:
+            manager.reserve = WindowReserve(manager.req_to_blocks, manager.num_held_blocks)
         self.pte_rules: dict[str, str] = {}  # of requests that chose one
         self.pte_snapshots = SnapshotIndex(manager, _capacity(engine, self.vllm_config))
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
             options = RequestOptions.of(request.sampling_params)
-            self.pte_plans[request.request_id] = options.plan(
+            plan = self.pte_plans[request.request_id] = options.plan(
                 self.pte_engine,
                 num_prompt_tokens=request.num_prompt_tokens,
                 block_size=self.pte_manager.block_size,
             )
+            if self.pte_manager.reserve is not None:
+                most = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+                self.pte_manager.reserve.enter(request.request_id, plan, most)
             if options.rule is not None:
                 self.pte_rules[request.request_id] = options.rule
         super().add_request(request)
@@ -128,6 +136,8 @@ class PTESchedulerMixin:
         return max(0, min(num_new_tokens, end - num_computed_tokens))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if self.pte_manager.reserve is not None:
+            self.pte_manager.reserve.begin_step()
         output = super().schedule(*args, **kwargs)
         output.pte_pool = self.pte_pool_report()
         output.pte_snapshots = self.pte_snapshots.orders(
@@ -147,25 +157,18 @@ class PTESchedulerMixin:
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Also end, with an error, the requests whose adapter could not be loaded in this step."""
-        adapters = getattr(model_runner_output, "pte_failed", None)
-        if not adapters:
+        """Also end, with an error that says why, the requests that failed in this step."""
+        failed = self._failed(scheduler_output, model_runner_output)
+        if not failed:
             return super().update_from_output(scheduler_output, model_runner_output)
-        failed = {
-            request.request_id
-            for request in map(self.requests.get, scheduler_output.num_scheduled_tokens)
-            if request is not None
-            and request.lora_request is not None
-            and request.lora_request.lora_int_id in adapters
-        }
-        for request_id in failed:  # what the base model computed is found by nobody
+        for request_id in failed:  # what was computed for them is found by nobody
             self.kv_cache_manager.evict_blocks(
                 {block.block_id for block in self.pte_manager.req_to_blocks[request_id]}
             )
-        self.encoder_cache_mismatch_reqs |= failed  # vLLM's own list of what to end so
+        self.encoder_cache_mismatch_reqs |= failed.keys()  # vLLM's own list of what to end so
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for sent in outputs.values():
-            # What the base model sampled in their place goes to nobody.
+            # What was sampled for them goes to nobody.
             sent.outputs = [
                 output
                 for output in sent.outputs
@@ -174,8 +177,33 @@ class PTESchedulerMixin:
             for output in sent.outputs:
                 if output.request_id in failed:
                     output.finish_reason = FinishReason.ERROR
+                    output.stop_reason = failed[output.request_id]
                     output.new_token_ids, output.new_logprobs = [], None
+                    output.new_prompt_logprobs_tensors = None
         return outputs
+
+    def _failed(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[str, str]:
+        """Return the requests of a step that failed in it, and why."""
+        failures: StepFailures | None = getattr(model_runner_output, FAILURES, None)
+        if failures is None:
+            return {}
+        failed: dict[str, str] = {}
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(request_id)
+            if request is None:
+                continue
+            lora = request.lora_request
+            if lora is not None and lora.lora_int_id in failures.adapters:
+                why = failures.adapters[lora.lora_int_id]
+                failed[request_id] = f"adapter {lora.lora_name} cannot be loaded again: {why}"
+            elif request_id in failures.not_finite:
+                whose = "the model" if lora is None else f"adapter {lora.lora_name}"
+                failed[request_id] = (
+                    f"the output of {whose} is not finite: its numbers overflow, or are none"
+                )
+        return failed
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         self.pte_snapshots.clear()  # weights may have changed

@@ -125,6 +125,8 @@ class EngineConfig:
     """`--pte-keep-thoughts`: finished requests whose thought states the API still shows."""
     keep_thoughts_mib: int = 256
     """`--pte-keep-thoughts-mib`: most memory for them, in the host's RAM; the oldest leave."""
+    reserve_windows: bool = True
+    """`--pte-reserve-windows`: start a request only when its whole window fits beside others."""
 
     def __post_init__(self) -> None:
         if _as_int("--pte-window", self.window_tokens) < 0:

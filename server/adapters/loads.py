@@ -58,6 +58,7 @@ class Loads:
                 path,
                 model=self._registry.shape,
                 max_lora_rank=self._registry.max_rank,
+                dtype=self._registry.lora_dtype,
                 load_inplace=False,
             )
             if request.load_inplace and (adapter or self._registry.catalog.is_pushed(name)):

@@ -65,6 +65,7 @@ class AdapterRegistry:
         self.shape = ModelShape.from_hf(engine.vllm_config.model_config.hf_config.get_text_config())
         lora = engine.vllm_config.lora_config
         self.max_rank = lora.max_lora_rank if lora is not None else 0
+        self.lora_dtype = lora.lora_dtype if lora is not None else engine.model_config.dtype
         self._features: dict[str, str | None] = {}
         """The features of a served version, by its name in the engine; None of a plain LoRA."""
         self._lock = asyncio.Lock()
@@ -115,7 +116,9 @@ class AdapterRegistry:
             elif number <= newest:
                 what = "has other files" if number in mine else "is not above the newest"
                 raise ConflictError(f"version {number} of {name} {what}; the newest is {newest}")
-            pte = await asyncio.to_thread(check_servable, incoming.path, self.shape, self.max_rank)
+            pte = await asyncio.to_thread(
+                check_servable, incoming.path, self.shape, self.max_rank, self.lora_dtype
+            )
             version = await asyncio.to_thread(
                 self._spool.commit,
                 incoming,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import torch
 from fastapi import HTTPException, Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -116,13 +117,16 @@ async def _read_upload(request: Request) -> Upload:
     )
 
 
-def check_servable(path: Path, shape: ModelShape, max_lora_rank: int) -> PTEConfig | None:
+def check_servable(
+    path: Path, shape: ModelShape, max_lora_rank: int, dtype: torch.dtype
+) -> PTEConfig | None:
     """Read and check an adapter, every tensor of it.
 
     Args:
         path: its directory.
         shape: the sizes of the base model.
         max_lora_rank: the largest rank that the engine has room for.
+        dtype: the engine's precision of LoRAs.
 
     Returns:
         What its config says of the method; None of a plain LoRA.
@@ -138,6 +142,7 @@ def check_servable(path: Path, shape: ModelShape, max_lora_rank: int) -> PTEConf
             rank = max(rank, adapter.pte.rank)
         if rank > max_lora_rank:
             raise AdapterError(f"rank {rank} exceeds this server's --max-lora-rank {max_lora_rank}")
+        adapter.check_numbers(path, dtype)
     except AdapterError as error:
         raise AdapterError(str(error).replace(f"{path}/", "")) from error
     return adapter.pte

@@ -103,8 +103,7 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
     if part.adapter.lora is not None and num_folds(job.plan, num_tokens):
         # The last part knows: it folded everything before it again on its own version.
         name = f"{request_id}-{parts}"
-        (measured,) = await service.engine.collective_rpc("pte_rho", args=(name,))
-        rho = rho_of_folds(job.plan, num_tokens, measured)
+        rho = rho_of_folds(job.plan, num_tokens, await service.rho.read(name))
     return Rollout(
         prompt_ids=done.prompt_ids,
         completion_ids=done.completion_ids,

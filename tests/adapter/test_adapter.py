@@ -230,7 +230,7 @@ def test_what_an_engine_refuses(
     directory: Path, model: ModelShape, tiny: Callable[[str], Path], adapters: Callable[..., Path]
 ) -> None:
     def load(path: Path, **options: Any) -> Adapter | None:
-        given = {"max_lora_rank": 8, "load_inplace": False, **options}
+        given = {"max_lora_rank": 8, "dtype": torch.float32, "load_inplace": False, **options}
         return load_for_engine(path, model=model, **given)
 
     assert load(directory) is not None
@@ -239,6 +239,27 @@ def test_what_an_engine_refuses(
         load(directory, max_lora_rank=4)
     with pytest.raises(AdapterError, match="load_inplace is not supported"):
         load(directory, load_inplace=True)
+
+
+@pytest.mark.parametrize(
+    ("side", "value", "dtype", "message"),
+    [
+        ("lora_B", 3e38, torch.float32, "q_proj: lora_A and lora_B are too large together"),
+        ("lora_A", 1e20, torch.bfloat16, "q_proj: lora_A and lora_B are too large together"),
+        ("lora_B", 3.4e38, torch.bfloat16, "q_proj: lora_B has values that are not finite in bf"),
+        ("lora_A", 1e5, torch.float16, "q_proj: lora_A has values that are not finite in float16"),
+        ("lora_B", 6e4, torch.float16, "q_proj: lora_A and lora_B are too large together"),
+    ],
+)
+def test_finite_weights_that_overflow_are_refused(
+    side: str, value: float, dtype: torch.dtype, message: str, directory: Path, model: ModelShape
+) -> None:
+    tensors = load_file(directory / LORA_FILE)
+    tensors[f"{LORA}.{side}.weight"].fill_(value)
+    save_file(tensors, directory / LORA_FILE)
+    Adapter.load(directory, model)  # they are finite
+    with pytest.raises(AdapterError, match=message):
+        load_for_engine(directory, model=model, max_lora_rank=8, dtype=dtype, load_inplace=False)
 
 
 def test_half_written_does_not_load(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ def test_fold_finds_the_steps_that_fold(bench: Callable) -> None:
     assert "of a step" in shown and "cores of" in found["machine"]
 
 
+@pytest.mark.slow
 def test_profile_of_parts_that_do_not_overlap(bench: Callable) -> None:
     shown, found = bench("profile --seqs 2 --prompt 20 --tokens 100 --eager")
     parts = found["parts_ms"]
@@ -119,3 +120,20 @@ def test_mistakes_name_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--repeats must be at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "speed"])
+
+
+def test_schedule_beside_vllm(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No time is judged here: what is counted must add up."""
+    words = "--seqs 4 --positions 100,3000 --steps 40 --repeats 1 --requests 24 --peaks 4"
+    options = [*words.split(), "--tokens", "150", "--window", "64", "--out", str(tmp_path)]
+    assert main(["bench", "schedule", *options]) == 0
+    shown, found = capfd.readouterr().out, json.loads((tmp_path / "schedule.json").read_text())
+    assert "ms a step" in shown and "computed twice" in shown
+    assert set(found["ms_per_step"]) == {"4 at 100", "4 at 3000"}
+    prompt, window = (
+        found["crowded"]["when its prompt fits"],
+        found["crowded"]["when its window fits"],
+    )
+    assert window["preemptions"] == 0 and window["tokens_computed"] == window["tokens_needed"]
+    assert window["mean_running"] <= 4
+    assert prompt["preemptions"] > 0 and prompt["tokens_computed"] > prompt["tokens_needed"]

@@ -87,6 +87,7 @@ class Engine:
         evict_ratio: float = 0.25,
         max_prompt_tokens: int | None = None,
         keep_thoughts: int = EngineConfig.keep_thoughts,
+        reserve_windows: bool = True,
         num_blocks: int = 400,
         pte: bool = True,
         async_scheduling: bool = False,
@@ -99,6 +100,7 @@ class Engine:
             evict_ratio=evict_ratio,
             max_prompt_tokens=max_prompt_tokens,
             keep_thoughts=keep_thoughts,
+            reserve_windows=reserve_windows,
         )
         args: dict[str, Any] = {
             "model": str(model),

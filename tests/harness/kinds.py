@@ -41,7 +41,8 @@ _FLAGS = ("--enable-prompt-tokens-details", "--pte-keep-thoughts", str(KEEP_THOU
 KINDS = {
     "open": Kind(
         modules=(
-            *("server/test_continue", "server/test_loads", "server/test_server"),
+            *("server/test_continue", "server/test_failures", "server/test_loads"),
+            "server/test_server",
             "server/test_thoughts",
             *("server/test_trainer_contracts", "server/test_trl_client", "server/test_stop"),
         ),

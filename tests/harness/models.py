@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from pte_vllm.adapter.format import Adapter, ModelShape
+from pte_vllm.adapter.hashes import LORA_FILE
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.reference import LayerEncoder
 
@@ -139,6 +142,22 @@ def make_plain_lora(
     lora_a, lora_b = _random_lora(shape, rank, rank, range(shape.num_layers), TARGETS, strength)
     peft = _peft(rank, TARGETS)
     Adapter(peft=peft, pte=None, lora_a=lora_a, lora_b=lora_b, encoders={}).save(directory)
+
+
+def enlarge(adapter: Path, directory: Path, largest: float) -> Path:
+    """Copy an adapter; each linear of the copy's MLPs may add as much as `largest` to an input.
+
+    With 1e18 a server takes it, and the MLP's product of what its linears add overflows.
+    """
+    shutil.copytree(adapter, directory)
+    tensors = load_file(directory / LORA_FILE)
+    for name, b in tensors.items():
+        if "mlp" in name and "lora_B" in name:
+            a = tensors[name.replace("lora_B", "lora_A")]
+            b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(0)))
+            b *= largest / (2 * a.norm() * b.norm() * a.shape[1] ** 0.5)  # alpha is twice the rank
+    save_file(tensors, directory / LORA_FILE)
+    return directory
 
 
 def make_random_adapter(

@@ -45,7 +45,7 @@ def server(shared: Callable[..., Server], versions: dict[int, Path]) -> Server:
     ("interfere", "preempted"),
     [
         (("/pause?mode=keep&clear_cache=true", None), 1),
-        (("/pause?mode=keep&clear_cache=false", None), 0),
+        pytest.param(("/pause?mode=keep&clear_cache=false", None), 0, marks=pytest.mark.slow),
         (("/reset_prefix_cache", {"reset_running_requests": True}), 1),
     ],
 )

@@ -18,7 +18,7 @@ from tests.harness.models import random_tokens
 from tests.harness.server import Server
 
 FUZZ = settings(
-    max_examples=30,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     database=None,

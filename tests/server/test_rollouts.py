@@ -308,6 +308,7 @@ def test_disconnect_frees_everything(server: Server, client: RolloutClient) -> N
     assert counts == [0] * len(counts)
 
 
+@pytest.mark.slow  # faults/test_server_killed.py does so at more points, with a trainer
 def test_kill_and_restart_in_the_middle(
     server: Server, client: RolloutClient, versions: dict[str, Path]
 ) -> None:

@@ -142,7 +142,7 @@ def test_server_that_returns_with_another_plan_is_refused(
     assert read_state(Checkpoints(tmp_path, keep=2).newest()).step == 2
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_weights_under_a_new_number_are_not_stale(
     staleness: int, start: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -170,7 +170,7 @@ def test_weights_under_a_new_number_are_not_stale(
     assert torch.equal(weights(tmp_path / "a/adapter"), weights(tmp_path / "b/adapter"))
 
 
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_step_whose_push_fails_is_logged_once(
     step: int, start: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -322,7 +322,7 @@ def test_checkpoints_are_whole_or_absent(start: tuple[Path, Path], tmp_path: Pat
         train(options(start, tmp_path, run={"resume": False}), FakeServer(start[0]))
 
 
-@pytest.mark.parametrize("when", ["sampling", "learning"])
+@pytest.mark.parametrize("when", ["sampling", pytest.param("learning", marks=pytest.mark.slow)])
 def test_signal_saves_and_resumes(when: str, start: tuple[Path, Path], tmp_path: Path) -> None:
     class Signalled(FakeServer):
         def rollouts(self, *args: Any, **kwargs: Any) -> Any:

@@ -26,6 +26,7 @@ def test_curve_of_a_tiny_model(
     assert "| window, PTE |" in printed and "PTE / windowed LoRA" in printed
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_is_told(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from pte_vllm.adapter.files import AdapterError
 from pte_vllm.adapter.format import ModelShape, load_for_engine
+from pte_vllm.adapter.numbers import check_lora
 from pte_vllm.engine.sequences import LoadedEncoder
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
@@ -63,11 +64,14 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
             path,
             model=self._shape,
             max_lora_rank=self.lora_config.max_lora_rank,
+            dtype=self.lora_config.lora_dtype,
             load_inplace=lora_request.load_inplace,
         )
         if lora_request.load_inplace and adapter_id in self._encoders:
             raise AdapterError(f"{path}: load_inplace cannot replace a PTE adapter")
         model = super()._load_adapter(lora_request)
+        if adapter is None:
+            _check_plain(path, model)
         vocabulary = {name for name in model.loras if name.endswith(_VOCABULARY)}
         if vocabulary and self._in_fp32_on_gpu():
             raise AdapterError(
@@ -142,3 +146,13 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         """
         failed, self._failed = self._failed, {}
         return failed
+
+
+def _check_plain(path: str, model: LoRAModel) -> None:
+    """Raise AdapterError unless what a plain LoRA adds stays finite, whatever file it came from."""
+    for module, lora in model.loras.items():
+        # Linears that vLLM packs into one have a list of matrices, with None where there is none.
+        sides = (side if isinstance(side, list) else [side] for side in (lora.lora_a, lora.lora_b))
+        for a, b in zip(*sides, strict=True):
+            if a is not None and b is not None:
+                check_lora(f"{path}: {module}", a, b, scale=lora.scaling or 1.0, dtype=a.dtype)
