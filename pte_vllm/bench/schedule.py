@@ -2,13 +2,14 @@
 
 No model runs. The scheduler is the real one, vLLM's beside ours; see `simulated.py`. Two questions:
 
-    time per step     of decoding at each position: does it grow with the length of the sequences?
-    computed twice    many requests in a small pool, with and without room kept for whole windows
+    CPU time per step   of decoding at each position: does it grow with the sequences' length?
+    computed twice      many requests in a small pool, with and without room kept for whole windows
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     for name in ("seqs", "positions"):
         if min(getattr(args, name)) < 1:
             raise ValueError(f"--{name} must be positive")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it would tell of each configuration
     args.out.mkdir(parents=True, exist_ok=True)
     report.announce(args)
     times = _times(args)
@@ -48,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             for arm in ("vLLM", "PTE")
         },
         "position",
-        "ms to plan a step",
+        "CPU ms to plan a step",
     )
     return 0
 
@@ -119,7 +121,7 @@ def _turns(args: argparse.Namespace, seqs: int, position: int) -> dict[str, list
 
 
 def _show_times(times: Times) -> None:
-    table = Table("sequences", "position", "vLLM, ms a step", "PTE, ms a step", "ratio")
+    table = Table("sequences", "position", "vLLM, CPU ms a step", "PTE, CPU ms a step", "ratio")
     for (seqs, position), arms in times.items():
         vllm, pte = (statistics.median(arms[name]) for name in ("vLLM", "PTE"))
         row = (f"{seqs:,}", f"{position:,}", f"{vllm:.2f}", f"{pte:.2f}", f"{pte / vllm:.2f}")

@@ -129,8 +129,10 @@ class PTEManager(FullAttentionManager):
 
         Judged by processed tokens: the worker folds these blocks before the step that reuses them.
         """
-        gap = self._gaps[request_id] = self.plans[request_id].gap(processed_computed_tokens)
-        self._remove_blocks_in_range(request_id, *gap)
+        gap = self.plans[request_id].gap(processed_computed_tokens)
+        if gap != self._gaps.get(request_id):  # most steps of most sequences free nothing
+            self._gaps[request_id] = gap
+            self._remove_blocks_in_range(request_id, *gap)
 
     def forget(self, request_id: str) -> None:
         """Drop the plan of a request whose blocks are freed for good."""

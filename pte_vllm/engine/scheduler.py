@@ -124,13 +124,15 @@ class PTESchedulerMixin:
         With async scheduling a fold may still be under way, its blocks not yet free: then the
         chunk may fill one block more than the plan holds, and no further.
         """
-        num_new_tokens = super()._reserve_prefill_lookahead(
-            request, num_computed_tokens, num_new_tokens
-        )
+        if self.num_prefill_lookahead:
+            num_new_tokens = super()._reserve_prefill_lookahead(
+                request, num_computed_tokens, num_new_tokens
+            )
         plan = self.pte_plans[request.request_id]
-        if not plan.bounded:
+        in_flight = request.num_in_flight_tokens
+        if not plan.bounded or (num_new_tokens == 1 and not in_flight):
             return num_new_tokens
-        processed = max(0, num_computed_tokens - request.num_in_flight_tokens)
+        processed = max(0, num_computed_tokens - in_flight)
         room = plan.pinned_blocks + plan.window_blocks + 1 + plan.folded_blocks(processed)
         end = min(plan.next_boundary(num_computed_tokens), room * plan.block_size)
         return max(0, min(num_new_tokens, end - num_computed_tokens))

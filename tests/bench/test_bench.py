@@ -128,7 +128,7 @@ def test_schedule_beside_vllm(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     options = [*words.split(), "--tokens", "150", "--window", "64", "--out", str(tmp_path)]
     assert main(["bench", "schedule", *options]) == 0
     shown, found = capfd.readouterr().out, json.loads((tmp_path / "schedule.json").read_text())
-    assert "ms a step" in shown and "computed twice" in shown
+    assert "CPU ms a step" in shown and "computed twice" in shown
     assert set(found["ms_per_step"]) == {"4 at 100", "4 at 3000"}
     prompt, window = (
         found["crowded"]["when its prompt fits"],

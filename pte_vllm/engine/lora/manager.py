@@ -151,8 +151,11 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
 def _check_plain(path: str, model: LoRAModel) -> None:
     """Raise AdapterError unless what a plain LoRA adds stays finite, whatever file it came from."""
     for module, lora in model.loras.items():
-        # Linears that vLLM packs into one have a list of matrices, with None where there is none.
-        sides = (side if isinstance(side, list) else [side] for side in (lora.lora_a, lora.lora_b))
-        for a, b in zip(*sides, strict=True):
+        # Linears that vLLM packs into one have lists of matrices, with None where there is none.
+        sides = (
+            side if isinstance(side, list) else [side]
+            for side in (lora.lora_a, lora.lora_b, lora.scaling)
+        )
+        for a, b, scale in zip(*sides, strict=True):
             if a is not None and b is not None:
-                check_lora(f"{path}: {module}", a, b, scale=lora.scaling or 1.0, dtype=a.dtype)
+                check_lora(f"{path}: {module}", a, b, scale=scale, dtype=a.dtype)
