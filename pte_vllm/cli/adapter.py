@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from pte_vllm.adapter.defaults import parse_layers
 from pte_vllm.adapter.flags import add_flags, new_adapter
+from pte_vllm.models.location import check_model
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,7 +40,7 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _init(options: argparse.Namespace) -> int:
     adapter = new_adapter(options)  # a mistake shows before anything is loaded
     config = adapter.pte()
-    _check_model(options.model)
+    check_model(options.model)
     if adapter.text is not None and not os.path.isfile(adapter.text):
         raise FileNotFoundError(f"--text: {adapter.text} does not exist")
     from pte_vllm.adapter.make import make_adapter
@@ -72,14 +73,8 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _inspect(options: argparse.Namespace) -> int:
     if options.model is not None:
-        _check_model(options.model)
+        check_model(options.model, flag="--model")
     from pte_vllm.adapter.inspect import inspect
 
     inspect(options.path, model=options.model, as_json=options.json)
     return 0
-
-
-def _check_model(model: str) -> None:
-    """Refuse a mistyped path before anything slow is imported."""
-    if model.startswith(("/", "./", "../", "~")) and not os.path.isdir(model):
-        raise FileNotFoundError(f"model directory {model} does not exist")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pte_vllm.bench.flags import adapter_features, add_adapter_flags
 from pte_vllm.engine.cpu_defaults import choose_dtype, on_cpu
+from pte_vllm.models.location import check_model
 
 _ABOUT = {
     "throughput": "tokens/s of many long rollouts in a small KV pool: full cache, window, PTE",
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
             f"--model {args.model} does not exist; make it with "
             f"`pte-vllm model fetch smollm2 {args.model}`"
         )
+    check_model(args.model, flag="--model")
     for name, least in (
         *(("repeats", 1), ("window", 0), ("tokens", 2), ("seqs", 1)),
         *(("streams", 1), ("minutes", 0), ("every", 0), ("pool", 1)),

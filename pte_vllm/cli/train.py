@@ -10,12 +10,15 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from pte_vllm.models.location import check_model
+
 
 def _grpo(arguments: Sequence[str]) -> int:
     """Run `pte-vllm train grpo ...`; returns the exit status."""
     from pte_vllm.train.options.runs import GrpoRun
 
     run = GrpoRun.parse(arguments, prog="pte-vllm train grpo")
+    check_model(run.model.base, flag="--model.base")
     from pte_vllm.train.grpo.loop import main
 
     return main(run)
@@ -26,6 +29,7 @@ def _distill(arguments: Sequence[str]) -> int:
     from pte_vllm.train.options.runs import DistillRun
 
     run = DistillRun.parse(arguments, prog="pte-vllm train distill")
+    check_model(run.model.base, flag="--model.base")
     from pte_vllm.train.distill.loop import main
 
     return main(run)

@@ -46,6 +46,20 @@ def test_help(command: str) -> None:
         ("train experiment memory --steps none", "--steps"),
         ("adapter init MODEL OUT --rule ridges", "--rule"),
         ("bench lora --model nowhere", "--model nowhere does not exist"),
+        ("serve ./nowhere", "MODEL: the model directory ./nowhere does not exist"),
+        ("adapter init ./nowhere OUT", "MODEL: the model directory ./nowhere does not exist"),
+        ("adapter inspect A --model ./nowhere", "--model: the model directory ./nowhere does not"),
+        ("bench gpu --model ./nowhere", "--model: the model directory ./nowhere does not exist"),
+        (
+            "train grpo --model.base ./nowhere --data.source gsm8k",
+            "--model.base: the model directory ./nowhere does",
+        ),
+        ("train distill --model.base ./nowhere", "--model.base: the model directory ./nowhere"),
+        ("train memory-curve ./nowhere", "MODEL: the model directory ./nowhere does not exist"),
+        (
+            "train experiment recall ./nowhere",
+            "MODEL: the model directory ./nowhere does not exist",
+        ),
     ],
 )
 def test_mistakes(command: str, message: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from pte_vllm.bench.flags import adapter_features, add_adapter_flags
 from pte_vllm.bench.roofline import Model, hardware_of, parse_tokens, plan_rows
+from pte_vllm.models.location import check_model
 
 PARTS = ("kernels", "parity", "throughput", "profile")
 _START_S = 150
@@ -32,6 +33,8 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     args.features = adapter_features(args)
     parts = _choices("--parts", args.parts, PARTS)
+    if args.model:
+        check_model(args.model, flag="--model")
     try:
         args.windows = [parse_tokens(part) for part in args.windows.split(",")]
         args.rollouts = sorted(parse_tokens(part) for part in args.rollouts.split(","))

@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pte_vllm.models.location import check_model
+
 ARMS = {
     "full attention, LoRA": {"window": False, "encoder": False},
     "window, LoRA": {"window": True, "encoder": False},
@@ -55,6 +57,7 @@ def main(args: Sequence[str]) -> int:
     """Measure every arm at every length; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(args)
+    check_model(options.model)
     lengths = [int(part) for part in options.lengths.split(",")]
     if options.one is not None:
         arm, length = json.loads(options.one)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pte_vllm.adapter.defaults import parse_layers
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.models.location import check_model
 from pte_vllm.train.experiments.recall_arms import ABLATIONS, ARMS
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def main(args: Sequence[str]) -> int:
     """Run the experiment; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(args)
+    check_model(options.model)
     known = {**ARMS, **ABLATIONS}
     names = options.arms.split(",")
     for flag in ("eval_text", "train_text"):
