@@ -5,6 +5,8 @@ Without `additional_config["pte"]` (a plain `vllm serve`) everything registered 
 
 from __future__ import annotations
 
+import os
+
 VLLM_VERSION = "0.32.0"
 
 
@@ -19,6 +21,7 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from pte_vllm.engine.cache import register_spec
+    from pte_vllm.engine.orphans import ENABLED, end_with_parent
     from pte_vllm.patches import all_patches
     from pte_vllm.patches.base import apply_all
 
@@ -27,6 +30,8 @@ def register() -> None:
             f"pte-vllm supports vLLM {VLLM_VERSION}, found {vllm.__version__}: install "
             f"vllm=={VLLM_VERSION}, or remove pte-vllm"
         )
+    if os.environ.get(ENABLED):
+        end_with_parent()  # first: to load a model takes long
     register_spec()
     if current_platform.is_cpu():
         # The CPU platform takes CPU_ATTN's path whatever backend is selected.

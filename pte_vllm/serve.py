@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from pte_vllm.engine.cpu_defaults import choose_dtype, fitting_utilization
+from pte_vllm.engine.orphans import ENABLED
+from pte_vllm.engine.starting import end_at_once_when_stopped
 from pte_vllm.method.options import EngineConfig
+from pte_vllm.models.location import check_model
 from pte_vllm.server.options import ServiceConfig
 
 SCHEDULER_CLS = "pte_vllm.engine.scheduler.make_scheduler"
@@ -25,8 +28,10 @@ def engine_args(engine: EngineConfig) -> dict[str, Any]:
 
     Also sets variables of vLLM's for this process and those it starts, unless they are set:
     VLLM_USE_V2_MODEL_RUNNER selects Model Runner V1, and on a CPU VLLM_USE_AOT_COMPILE lets a
-    second start find what the first one compiled.
+    second start find what the first one compiled. A variable of ours has the processes that vLLM
+    starts end with the one that started them.
     """
+    os.environ.setdefault(ENABLED, "1")
     # Until Model Runner V2, vLLM's default on a GPU, has been seen to work there with PTE.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     from vllm.platforms import current_platform
@@ -51,7 +56,7 @@ def serve(
     engine: EngineConfig,
     vllm_args: list[str],
     service: ServiceConfig | None = None,
-) -> None:
+) -> int:
     """Run the server until it is stopped.
 
     Args:
@@ -60,22 +65,66 @@ def serve(
         vllm_args: any of `vllm serve`'s flags.
         service: options of our routes.
 
+    Returns:
+        The exit status: 0 after a stop, 1 if the engine died. A stop while the server starts ends
+        the process with 128 + the signal.
+
     Raises:
-        ValueError: naming the flag, if a combination is not supported.
+        ValueError, OSError: naming the flag, if a combination is not supported, or something that
+            it names is not there or in use.
     """
+    end_at_once_when_stopped()
     _allow_plugins(os.environ)
     args, chosen = parse_vllm_args(model, engine, vllm_args)
     for line in chosen:
         print(f"pte-vllm: CPU: {line}", file=sys.stderr)  # vLLM sets up its log later
-    args.pte_service = service or ServiceConfig()  # vLLM hands `args` to the endpoint plugin
+    args.model = args.model_tag  # as vLLM's command does
     if args.api_server_count is None and not args.headless:
         args.api_server_count = 1  # vLLM's own default is one per engine
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
+    from pte_vllm.server.early import check_early
+    from pte_vllm.server.ending import Ending
+
     command = ServeSubcommand()
-    command.validate(args)
+    try:
+        command.validate(args)
+    except TypeError as error:  # flags that do not go together
+        raise ValueError(str(error)) from error
+    # vLLM hands `args` to the endpoint plugin.
+    args.pte_service = service or ServiceConfig()
+    args.pte_ending = ending = Ending()
+    args.pte_spool = check_early(args, args.pte_service)
+    if _runs_here(args):
+        import uvloop
+
+        uvloop.run(_run_server(args))
+        return ending.exit_status
     command.cmd(args)
+    return 0
+
+
+def _runs_here(args: Namespace) -> bool:
+    """Whether vLLM's command would run its HTTP server in this process."""
+    from vllm import envs
+
+    elsewhere = args.headless or args.data_parallel_multi_port_external_lb or args.grpc
+    return not (elsewhere or envs.VLLM_USE_RUST_FRONTEND)
+
+
+async def _run_server(args: Namespace) -> None:
+    """Do as vLLM's `run_server` does, but leave the handler of SIGTERM alone."""
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup_server
+    from vllm.utils.system_utils import decorate_logs
+
+    decorate_logs("APIServer", skip_if_decorated=True)
+    args.api_server_count = None
+    try:
+        address, sock = setup_server(args, reuse_port=False)
+    except KeyError as error:  # no such parser of tools or reasoning
+        raise ValueError(str(error.args[0])) from error
+    await run_server_worker(address, sock, args)
 
 
 def parse_vllm_args(
@@ -87,10 +136,12 @@ def parse_vllm_args(
         What vLLM's command runs with; and what was chosen for this CPU, a line each.
 
     Raises:
-        ValueError: naming the flag, if a combination is not supported.
+        ValueError, FileNotFoundError: naming the flag, if there is no model, or a combination is
+            not supported.
         SystemExit: if vLLM's parser refuses the flags, after a message on stderr.
     """
-    overrides = engine_args(engine)  # first: it sets variables that vLLM reads
+    check_model(model)
+    overrides = engine_args(engine)  # before vLLM: it sets variables that vLLM reads
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

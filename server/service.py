@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from argparse import Namespace
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fastapi import HTTPException, Request
 from vllm.engine.protocol import EngineClient
@@ -16,7 +13,9 @@ from pte_vllm.method.options import EngineConfig
 from pte_vllm.server.access.admission import Admission
 from pte_vllm.server.adapters.loads import Loads
 from pte_vllm.server.adapters.registry import AdapterRegistry
-from pte_vllm.server.adapters.spool import Spool, default_root
+from pte_vllm.server.adapters.resolving import Resolving
+from pte_vllm.server.adapters.spool import Spool
+from pte_vllm.server.early import open_spool
 from pte_vllm.server.failures import say_why
 from pte_vllm.server.options import ServiceConfig
 from pte_vllm.server.rollouts.rho import RhoReader
@@ -52,13 +51,14 @@ def make_service(
 ) -> Service:
     """Make the service of a server with these command-line arguments."""
     options: ServiceConfig = getattr(args, "pte_service", None) or ServiceConfig()
-    spool = Spool(Path(options.spool) if options.spool else default_spool(args.model, args.port))
+    spool: Spool = getattr(args, "pte_spool", None) or open_spool(args, options)
     refusal = None
     if engine.vllm_config.lora_config is None:
         refusal = "this server takes no adapters: start it with --enable-lora"
     registry = AdapterRegistry(engine, models, spool, keep=options.keep_versions, refusal=refusal)
     if refusal is None:
         Loads(models, registry).install()
+        Resolving(models).install()
     say_why(engine)
     return Service(
         engine=engine,
@@ -68,14 +68,6 @@ def make_service(
         admission=Admission(options.max_rollouts),
         rho=RhoReader(engine),
     )
-
-
-def default_spool(model: str, port: int | None) -> Path:
-    """Return a directory of the user's cache, one for each model and port."""
-    where = str(Path(model).resolve()) if Path(model).exists() else model
-    label = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model).name) or "model"
-    digest = hashlib.sha256(where.encode()).hexdigest()[:8]
-    return default_root() / f"{label}-{digest}-{port or 0}"
 
 
 def service(request: Request) -> Service:

@@ -17,6 +17,9 @@ Every other flag is handed to `vllm serve` as it stands. To see those:
 example:
     pte-vllm serve MODEL --pte-window 1024 --enable-lora --max-lora-rank 32 \\
         --lora-modules math=ADAPTER_DIR
+exit status:
+    0 after SIGTERM or Ctrl-C, once running requests have been answered; 1 if the engine failed;
+    2 for a mistake in flags or files; 143 or 130 after SIGTERM or Ctrl-C while the server starts
 """
 
 
@@ -143,8 +146,7 @@ def main(args: list[str]) -> int:
     config, service = configs(options)
     from pte_vllm.serve import serve
 
-    serve(rest[0], config, rest[1:], service)
-    return 0
+    return serve(rest[0], config, rest[1:], service)
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -6,7 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pte_vllm.doctor.checks import Check, Checks, broken, ok, warning
-from pte_vllm.engine.refusals import UnsupportedError, check_vllm_config, refused_flags
+from pte_vllm.engine.refusals import (
+    UnsupportedError,
+    allowed_lora_rank,
+    check_vllm_config,
+    refused_flags,
+)
 from pte_vllm.method.options import EngineConfig
 
 _V2 = "VLLM_USE_V2_MODEL_RUNNER"
@@ -109,13 +114,8 @@ class Subject:
             yield warning(
                 "adapter and flags",
                 f"{allowed}, the adapter has rank {rank}",
-                f"serve with --enable-lora --max-lora-rank {_allowed_rank(rank)}",
+                f"serve with --enable-lora --max-lora-rank {allowed_lora_rank(rank)}",
             )
-
-
-def _allowed_rank(rank: int) -> int:
-    """Return the smallest `--max-lora-rank` of vLLM's that fits."""
-    return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
 
 
 def model_runner(environ_value: str | None) -> Checks:

@@ -1,9 +1,10 @@
-"""An engine whose API server is gone ends too.
+"""An engine whose API server is gone ends too, and a worker whose engine is gone.
 
-vLLM's workers end with their engine core, but its engine core does not hear of the end of the API
-server that started it: killed alone, as by the kernel when memory runs out, the server would leave
-behind a model and a KV cache that nobody can reach, and no room for the next one.
-TODO(vllm>=0.33): drop if `EngineCoreProc` watches its parent.
+vLLM's engine core does not hear of the end of the API server that started it: killed alone, as by
+the kernel when memory runs out, the server would leave behind a model and a KV cache that nobody
+can reach, and no room for the next one. Its workers end with their engine core only once they have
+loaded their model.
+TODO(vllm>=0.33): drop if `EngineCoreProc` and `WorkerProc` watch their parents from the start.
 """
 
 from __future__ import annotations
@@ -18,20 +19,26 @@ from multiprocessing.connection import wait
 POLL_S = 2.0
 GRACE_S = 10.0
 """Between SIGTERM, at which the core stops its workers, and SIGKILL."""
-_PROCESS_NAME = "EngineCore"
-"""How vLLM names the process, as a prefix."""
+_PROCESS_NAMES = ("EngineCore", "VllmWorker")
+"""How vLLM names the processes, as prefixes."""
+_THREAD_NAME = "pte-orphans"
+ENABLED = "PTE_END_WITH_PARENT"
+"""A variable that `pte_vllm.serve.engine_args` sets for the processes that it starts."""
 
 
 def end_with_parent() -> None:
-    """Watch this process's parent from a thread; does nothing unless this is an engine core's own.
+    """Watch this process's parent from a thread, unless a thread does so already.
 
-    An engine that runs inside somebody's process is theirs to end.
+    Does nothing unless this is a process that vLLM started for an engine core or a worker: an
+    engine that runs inside somebody's process is theirs to end.
     """
     parent = multiprocessing.parent_process()
-    if parent is None or not multiprocessing.current_process().name.startswith(_PROCESS_NAME):
+    if parent is None or not multiprocessing.current_process().name.startswith(_PROCESS_NAMES):
+        return
+    if any(thread.name == _THREAD_NAME for thread in threading.enumerate()):
         return
     watcher = threading.Thread(
-        target=_watch, args=(parent.sentinel, os.getppid()), name="pte-orphans", daemon=True
+        target=_watch, args=(parent.sentinel, os.getppid()), name=_THREAD_NAME, daemon=True
     )
     watcher.start()
 

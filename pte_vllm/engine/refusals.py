@@ -23,6 +23,9 @@ _REASONS = {
     "--enable-dbo": "dual-batch overlap splits a step that has one set of gaps",
 }
 
+CPU_BLOCK_SIZE = 128
+"""Of vLLM on a CPU, where --block-size is not given."""
+
 
 class UnsupportedError(ValueError):
     """A combination that PTE refuses; the message names the flag, the value and the reason."""
@@ -59,9 +62,10 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
             "--api-server-count": _more_than_one(getattr(args, "api_server_count", None)),
         }
     )
-    if args.block_size is not None:
-        check_block_size(args.block_size)
-        check_window(engine, args.block_size)
+    block_size = args.block_size or _default_block_size()
+    if block_size is not None:
+        check_block_size(block_size)
+        check_window(engine, block_size)
 
 
 def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
@@ -94,6 +98,13 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
         raise UnsupportedError(f"{model.model} has cross-attention, which PTE does not support")
     check_block_size(vllm_config.cache_config.block_size)
     check_window(engine, vllm_config.cache_config.block_size)
+
+
+def _default_block_size() -> int | None:
+    """Return what vLLM takes without --block-size; None on a GPU, where its backend decides."""
+    from vllm.platforms import current_platform
+
+    return CPU_BLOCK_SIZE if current_platform.is_cpu() else None
 
 
 def check_block_size(block_size: int) -> None:
@@ -130,6 +141,11 @@ def check_window(engine: EngineConfig, block_size: int) -> None:
             f"--pte-window {engine.window_tokens}: {error}; choose another --pte-window or "
             "--block-size"
         ) from error
+
+
+def allowed_lora_rank(rank: int) -> int:
+    """Return the smallest `--max-lora-rank` of vLLM's that an adapter of this rank fits."""
+    return next((r for r in (1, 8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
 
 
 def _quantised(dtype: str) -> str | None:

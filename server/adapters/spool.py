@@ -120,6 +120,14 @@ def default_root() -> Path:
     return cache / "pte-vllm" / "spool"
 
 
+def default_spool(model: str, port: int | None) -> Path:
+    """Return a directory of the user's cache, one for each model and port."""
+    where = str(Path(model).resolve()) if Path(model).exists() else model
+    label = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model).name) or "model"
+    digest = hashlib.sha256(where.encode()).hexdigest()[:8]
+    return default_root() / f"{label}-{digest}-{port or 0}"
+
+
 class Spool:
     """Keeps the directory of one server. Its calls block: keep them off the event loop.
 
