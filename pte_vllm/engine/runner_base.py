@@ -98,6 +98,8 @@ class PTERunnerMixin(ABC):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         (group,) = kv_cache_config.kv_cache_groups
         self.pte_block_size = group.kv_cache_spec.block_size
+        num_blocks = kv_cache_config.num_blocks - 1  # as the scheduler reports from the first step
+        self.pte_report = PoolReport(usable_blocks=num_blocks, free_blocks=num_blocks)
         for attn_group in self.attn_groups[0]:
             if attn_group.kernel_block_size not in (None, self.pte_block_size):
                 raise ValueError(

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.exceptions import VLLMValidationError
 
-from pte_vllm.engine.refusals import UnsupportedError, check_serve_args
+from pte_vllm.engine.refusals import CPU_BLOCK_SIZE, UnsupportedError, check_serve_args
 from pte_vllm.method.options import EngineConfig
+from pte_vllm.serve import parse_vllm_args, resolve_config
 from tests.harness.engine import BLOCK, Engine, Job, lora
 from tests.harness.models import random_tokens
 
@@ -22,6 +23,11 @@ from tests.harness.models import random_tokens
 @pytest.fixture(scope="module")
 def model(tiny: Callable[[str], Path]) -> Path:
     return tiny("qwen2")
+
+
+def test_pool_is_known_before_the_first_step(engine: Engine) -> None:
+    report = engine.worker.pte_requests()
+    assert report["usable_blocks"] == report["free_blocks"] == 30
 
 
 @pytest.mark.parametrize(
@@ -167,12 +173,20 @@ def _serve_args(**changes: object) -> Namespace:
         ({"block_size": 16}, "--block-size 16 .* such as 32, 64, 128"),
         ({"block_size": 48}, "--block-size 48"),
         ({"block_size": 96}, "--pte-window"),
+        ({"block_size": None, "window": 1000}, "--pte-window 1000: .* 128"),
     ],
 )
 def test_unsupported_flags(change: dict, flag: str) -> None:
     check_serve_args(_serve_args(), EngineConfig())
+    check_serve_args(_serve_args(block_size=None), EngineConfig())
+    window = change.pop("window", EngineConfig.window_tokens)
     with pytest.raises(UnsupportedError, match=flag):
-        check_serve_args(_serve_args(**change), EngineConfig())
+        check_serve_args(_serve_args(**change), EngineConfig(window_tokens=window))
+
+
+def test_block_size_that_vllm_takes_by_default(tiny: Callable[[str], Path]) -> None:
+    args, _ = parse_vllm_args(str(tiny("qwen2")), EngineConfig(), [])
+    assert resolve_config(args).cache_config.block_size == CPU_BLOCK_SIZE
 
 
 def test_unsupported_models_and_windows(tiny: Callable[[str], Path], tmp_path: Path) -> None:
