@@ -66,7 +66,7 @@ class PTESchedulerMixin:
         super().add_request(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Also tell a client that sent PTE options how much of its request was folded.
+        """Also tell a client that asked how much of its request was pinned and folded.
 
         The dict of a KV connector is what vLLM hands through to the response as it is, and with
         PTE there is no connector.
@@ -78,8 +78,11 @@ class PTESchedulerMixin:
         return kv_params or folds, ec_params
 
     def _folds_of(self, request: Request) -> dict[str, Any] | None:
-        given = getattr(request.sampling_params, "extra_args", None) or {}
-        if not any(name in given for name in REQUEST_OPTIONS):
+        """Return it for one that sent PTE options, or wants log-probs of what may be pinned."""
+        params = request.sampling_params
+        given = getattr(params, "extra_args", None) or {}
+        scored = params is not None and params.prompt_logprobs is not None
+        if not scored and not any(name in given for name in REQUEST_OPTIONS):
             return None
         if RequestId.parse(request.request_id).choice is not None:
             return None  # the response has one dict for all its choices
@@ -87,6 +90,7 @@ class PTESchedulerMixin:
         folded = plan.folded_blocks(max(0, request.num_tokens - 2))  # the last was never computed
         return {
             "pte": {
+                "pin_tokens": plan.pin_tokens,
                 "folds": folded // plan.evict_blocks,
                 "folded_tokens": folded * plan.block_size,
             }
@@ -258,7 +262,7 @@ class PTEAsyncScheduler(PTESchedulerMixin, AsyncScheduler):
 def make_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
     """Build the scheduler that vLLM's config asks for.
 
-    It lives in the engine core's process, and nothing else of ours does from the start to the end.
+    It lives in the engine core's process, which ends with its parent from now on at the latest.
     """
     end_with_parent()
     config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]

@@ -153,7 +153,11 @@ def test_folds_in_the_response(server: Server) -> None:
     response = complete(server, "paper", pte_window=2 * BLOCK)
     found = finished(server, response.id)
     told = response.kv_transfer_params["pte"]
-    assert told == {"folds": found["folds"], "folded_tokens": found["folded_tokens"]}
+    assert told == {
+        "pin_tokens": len(PROMPT),
+        "folds": found["folds"],
+        "folded_tokens": found["folded_tokens"],
+    }
     chat = server.client.chat.completions.create(
         model="paper",
         messages=[{"role": "user", "content": "Hello"}],
