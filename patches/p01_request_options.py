@@ -36,6 +36,8 @@ def check_request(vllm_config: Any, request: EngineCoreRequest) -> None:
         return
     try:
         _check(engine, vllm_config, request, params)
+    except VLLMValidationError:
+        raise
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
 
@@ -46,6 +48,7 @@ def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, p
     if prompt is None:
         raise ValueError("prompt embeddings are not supported with PTE")
     num_prompt_tokens = len(prompt)
+    _check_allowed(params)
     adapter = (lora.lora_name, lora.lora_path) if lora is not None else None
     if options.state_id is not None:
         earlier = EARLIER.get(options.state_id)
@@ -79,6 +82,27 @@ def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, p
         prompt=prompt,
     )
     EARLIER.add(request.request_id, continued)
+
+
+def _check_allowed(params: Any) -> None:
+    """Refuse `allowed_token_ids` of which nothing is left: vLLM would answer with token 0.
+
+    Raises:
+        VLLMValidationError: If other options of the request ban all of them.
+    """
+    if not params.allowed_token_ids:
+        return
+    bans = {"bad_words": {ids[0] for ids in params.bad_words_token_ids or () if len(ids) == 1}}
+    if params.min_tokens:  # until then nothing may end the answer
+        bans["min_tokens"] = params.all_stop_token_ids
+    allowed = set(params.allowed_token_ids)
+    if not allowed.difference(*bans.values()):
+        why = " and ".join(name for name, ids in bans.items() if ids & allowed)
+        raise VLLMValidationError(
+            f"allowed_token_ids: nothing is left of them after {why}, so no token can be sampled",
+            parameter="allowed_token_ids",
+            value=params.allowed_token_ids,
+        )
 
 
 def _adapter_rule(request: EngineCoreRequest) -> str | None:

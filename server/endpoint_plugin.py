@@ -15,12 +15,13 @@ from vllm.engine.protocol import EngineClient
 from pte_vllm import __version__
 from pte_vllm.method.names import FEATURES, RULE_NAMES
 from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig
-from pte_vllm.server import adapter_routes, page, thought_routes
+from pte_vllm.server import adapter_routes, page, text_only, thought_routes
 from pte_vllm.server.access.auth import Keys, admit_admin
 from pte_vllm.server.access.guard import Guard
 from pte_vllm.server.access.limits import BodyLimit
 from pte_vllm.server.beam_search import refuse_beam_search
-from pte_vllm.server.ending import answer_at_shutdown
+from pte_vllm.server.client_errors import mend_client_errors
+from pte_vllm.server.ending import Ending, answer_at_shutdown
 from pte_vllm.server.options import ServiceConfig
 from pte_vllm.server.rollouts import routes as rollout_routes
 from pte_vllm.server.scrape import COLLECTOR, RefreshOnScrape
@@ -88,6 +89,7 @@ class PTEEndpointPlugin:
         if is_ours:  # else plain vLLM stays as it is
             control.attach(app, info)
             trainer_routes.attach(app)
+            text_only.attach(app)
         # Last, so that they see every route of ours. vLLM's loads by path are bounded as ours are.
         loads = [r for r in app.routes[:before] if getattr(r, "path", None) in LOAD_ROUTES]
         options: ServiceConfig = getattr(app.state.args, "pte_service", None) or ServiceConfig()
@@ -114,6 +116,7 @@ class PTEEndpointPlugin:
                 engine_client, state, args, found.registry.catalog
             )
             refuse_beam_search(state)
+            mend_client_errors(state)
             state.pte_service = found
             COLLECTOR.watch(found)
-            answer_at_shutdown(engine_client)
+            answer_at_shutdown(engine_client, getattr(args, "pte_ending", None) or Ending())

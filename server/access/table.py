@@ -94,6 +94,12 @@ USE = frozenset(
         *("POST /v1/completions/render", "POST /v1/completions/derender"),
         *("POST /v1/chat/completions/render", "POST /v1/chat/completions/derender"),
         *("POST /v1/messages/render", "POST /v1/responses/render"),
+        # Theirs where they have them; else ours, which say that this server makes text only.
+        *("POST /v1/embeddings", "POST /v2/embed", "POST /pooling", "POST /classify"),
+        *("POST /score", "POST /v1/score", "POST /rerank", "POST /v1/rerank", "POST /v2/rerank"),
+        *("POST /v1/audio/transcriptions", "POST /v1/audio/translations"),
+        *("POST /v1/audio/speech", "POST /v1/images/generations", "POST /v1/images/edits"),
+        "POST /v1/moderations",
         # What ours tell and make.
         *("GET /pte/v1/info", "GET /pte/v1/requests", "GET /pte/v1/adapters"),
         *("GET /pte/v1/adapters/{name}", "POST /pte/v1/rollouts", "POST /pte/v1/score"),

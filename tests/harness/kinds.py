@@ -27,7 +27,7 @@ class Kind:
     Args:
         modules: of the tests that use it, below tests/; one process of pytest-xdist runs them all.
         flags: of `pte-vllm serve`, after those of every test server.
-        env: added to the environment.
+        env: added to the environment. In flags and env {directory} is one of this server's own.
         key: opens every route, where there are keys.
     """
 
@@ -45,8 +45,10 @@ KINDS = {
             "server/test_server",
             "server/test_thoughts",
             *("server/test_trainer_contracts", "server/test_trl_client", "server/test_stop"),
+            "server/test_errors",
         ),
         flags=_FLAGS,
+        env={"VLLM_LORA_RESOLVER_CACHE_DIR": "{directory}/adapters"},
     ),
     "admin": Kind(
         modules=("server/test_control", "server/test_rollouts", "server/test_death"),
@@ -55,7 +57,7 @@ KINDS = {
         key=ADMIN_KEY,
     ),
     "keys": Kind(
-        modules=("server/test_auth", "server/test_observe"),
+        modules=("server/test_auth", "server/test_observe", "server/test_death_of_worker"),
         flags=(
             *("--api-key", API_KEY, "--pte-admin-key-file", "{directory}/admin-key"),
             *("--pte-max-body-bytes", str(SMALL_BODY_BYTES)),
@@ -64,7 +66,7 @@ KINDS = {
         key=ADMIN_KEY,
     ),
     "loaded": Kind(
-        modules=("server/test_in_flight", "faults/test_clients"),
+        modules=("server/test_in_flight", "server/test_interrupt", "faults/test_clients"),
         flags=(
             *("--pte-max-rollouts", str(MAX_ROLLOUTS)),
             *("--pte-max-body-bytes", str(LARGE_BODY_BYTES)),

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 
 from pte_vllm import launch
 from tests.harness.engine import BLOCK
@@ -148,6 +149,11 @@ class Server(launch.Server):
                 return report
             time.sleep(0.1)
         raise AssertionError(f"not idle: {report}")
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the API server and all that it started."""
+        root = psutil.Process(self.pid)
+        return [root, *root.children(recursive=True)]
 
     def is_running(self) -> bool:
         return self._process is not None and self.exit_status() is None

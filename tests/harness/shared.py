@@ -40,6 +40,7 @@ class SharedServers:
     def _start(self, kind: Kind) -> Server:
         directory = self._make_directory()
         (directory / "admin-key").write_text(f"{ADMIN_KEY}\n")
+        (directory / "adapters").mkdir()
         # In memory where there is such a place: a version is synced before it is served, which
         # takes seconds on a busy disk, and some samples that it should meet last no longer.
         in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -50,7 +51,7 @@ class SharedServers:
             {},
             log=directory / "log",
             flags=["--pte-spool", str(spool), *flags],
-            env=kind.env,
+            env={name: value.format(directory=directory) for name, value in kind.env.items()},
             key=kind.key,
         )
         self._exit.enter_context(server).wait_ready()
