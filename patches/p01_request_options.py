@@ -16,6 +16,7 @@ from vllm.v1.engine import EngineCoreRequest
 
 from pte_vllm.adapter.files import read_pte_config
 from pte_vllm.engine.earlier import EARLIER, EarlierRequest
+from pte_vllm.engine.headers import with_headers
 from pte_vllm.engine.loads import loading
 from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, RequestOptions, check_rule_fits
 from pte_vllm.patches.base import Patch
@@ -43,6 +44,7 @@ def check_request(vllm_config: Any, request: EngineCoreRequest) -> None:
 
 
 def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, params: Any) -> None:
+    params.extra_args = with_headers(params.extra_args)  # params are the request's own
     options = RequestOptions.parse(params.extra_args)
     cache, prompt, lora = vllm_config.cache_config, request.prompt_token_ids, request.lora_request
     if prompt is None:
@@ -56,8 +58,14 @@ def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, p
         earlier.check(options, adapter=adapter, adapter_rule=rule, prompt=prompt)
         options = earlier.apply(options)
         others = {k: v for k, v in params.extra_args.items() if k not in REQUEST_OPTIONS}
-        params.extra_args = {**others, **options.to_args()}  # params are the request's own
+        params.extra_args = {**others, **options.to_args()}
     plan = options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=cache.block_size)
+    if engine.require_pin_tokens and plan.bounded and options.pin_tokens is None:
+        raise ValueError(
+            "pte_pin_tokens is missing, and this server runs with --pte-require-pin-tokens: send "
+            "the length of the question in tokens, as an option or as the header X-PTE-Pin-Tokens, "
+            "or pte_window 0 for full attention"
+        )
     if plan.bounded and request.resumable:
         raise ValueError("streaming input sessions need full attention: send pte_window 0")
     longest = min(num_prompt_tokens + params.max_tokens, vllm_config.model_config.max_model_len)

@@ -13,6 +13,8 @@ class ServiceConfig:
     """`--pte-spool`: directory that keeps pushed adapters; None: one in the user's cache."""
     keep_versions: int = 3
     """`--pte-keep-versions`: newest versions of a pushed adapter that stay; older ones leave."""
+    keep_loaded: int = 16
+    """`--pte-keep-loaded`: newest adapters `name-vN`, loaded by path, that stay; 0: all of them."""
     admin_key: str | None = field(default=None, repr=False)
     """`--pte-admin-key` or its file; None: PTE_ADMIN_KEY, if that is set."""
     max_body_bytes: int = 64 << 20
@@ -23,6 +25,8 @@ class ServiceConfig:
     def __post_init__(self) -> None:
         if self.keep_versions < 1:
             raise ValueError(f"--pte-keep-versions must be positive, got {self.keep_versions}")
+        if self.keep_loaded < 0:
+            raise ValueError(f"--pte-keep-loaded must not be negative, got {self.keep_loaded}")
         if self.admin_key is not None and not self.admin_key.strip():
             raise ValueError("--pte-admin-key is empty")
         if self.max_body_bytes < 1:

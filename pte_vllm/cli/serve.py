@@ -29,8 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pte-vllm serve",
         usage="pte-vllm serve MODEL [--pte-window N] [--pte-evict-ratio F] "
-        "[--pte-max-prompt-tokens N] [--no-pte-reserve-windows] "
-        "[--pte-spool DIR] [--pte-keep-versions N] "
+        "[--pte-max-prompt-tokens N] [--pte-pin-tokens N | --pte-require-pin-tokens] "
+        "[--no-pte-reserve-windows] "
+        "[--pte-spool DIR] [--pte-keep-versions N] [--pte-keep-loaded N] "
         "[--pte-keep-thoughts N] [--pte-keep-thoughts-mib N] "
         "[--pte-admin-key KEY | --pte-admin-key-file FILE] [--pte-max-body-bytes N] "
         "[--pte-max-rollouts N] "
@@ -65,6 +66,21 @@ def _parser() -> argparse.ArgumentParser:
         help="most tokens a request may pin; a smaller bound lets more sequences run at once "
         "(default: only vLLM's --max-model-len bounds them)",
     )
+    pins = parser.add_mutually_exclusive_group()
+    pins.add_argument(
+        "--pte-pin-tokens",
+        type=int,
+        default=EngineConfig.pin_tokens,
+        metavar="N",
+        help="tokens at the start of a sequence that are never folded, prompt or not, where a "
+        "request does not say; for clients that send question and answer as one prompt (default: "
+        "the whole prompt)",
+    )
+    pins.add_argument(
+        "--pte-require-pin-tokens",
+        action="store_true",
+        help="answer HTTP 400 to a request that folds and does not say pte_pin_tokens",
+    )
     parser.add_argument(
         "--pte-reserve-windows",
         action=argparse.BooleanOptionalAction,
@@ -86,6 +102,14 @@ def _parser() -> argparse.ArgumentParser:
         default=ServiceConfig.keep_versions,
         metavar="N",
         help="newest versions of a pushed adapter that stay (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pte-keep-loaded",
+        type=int,
+        default=ServiceConfig.keep_loaded,
+        metavar="N",
+        help="newest of the adapters NAME-v1, NAME-v2, ... loaded from directories that stay; 0 "
+        "keeps all, and those in use stay too (default: %(default)s)",
     )
     admin = parser.add_mutually_exclusive_group()
     admin.add_argument(
@@ -164,6 +188,8 @@ def configs(options: argparse.Namespace) -> tuple[EngineConfig, ServiceConfig]:
         window_tokens=options.pte_window,
         evict_ratio=options.pte_evict_ratio,
         max_prompt_tokens=options.pte_max_prompt_tokens,
+        pin_tokens=options.pte_pin_tokens,
+        require_pin_tokens=options.pte_require_pin_tokens,
         keep_thoughts=options.pte_keep_thoughts,
         keep_thoughts_mib=options.pte_keep_thoughts_mib,
         reserve_windows=options.pte_reserve_windows,
@@ -174,6 +200,7 @@ def configs(options: argparse.Namespace) -> tuple[EngineConfig, ServiceConfig]:
     service = ServiceConfig(
         spool=options.pte_spool,
         keep_versions=options.pte_keep_versions,
+        keep_loaded=options.pte_keep_loaded,
         admin_key=admin_key,
         max_body_bytes=options.pte_max_body_bytes,
         max_rollouts=options.pte_max_rollouts,

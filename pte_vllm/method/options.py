@@ -121,6 +121,10 @@ class EngineConfig:
     """`--pte-evict-ratio`: part of a full window that is folded at once."""
     max_prompt_tokens: int | None = None
     """`--pte-max-prompt-tokens`: bound on pinned tokens; None: only `max_model_len` bounds them."""
+    pin_tokens: int | None = None
+    """`--pte-pin-tokens`: what a request pins that does not say; None pins its prompt."""
+    require_pin_tokens: bool = False
+    """`--pte-require-pin-tokens`: refuse a request that folds and does not say what it pins."""
     keep_thoughts: int = 64
     """`--pte-keep-thoughts`: finished requests whose thought states the API still shows."""
     keep_thoughts_mib: int = 256
@@ -137,10 +141,26 @@ class EngineConfig:
             raise ValueError(
                 f"--pte-max-prompt-tokens must be positive, got {self.max_prompt_tokens}"
             )
+        if self.pin_tokens is not None:
+            self._check_pin_tokens(self.pin_tokens)
         for name in ("keep_thoughts", "keep_thoughts_mib"):
             flag, value = f"--pte-{name.replace('_', '-')}", getattr(self, name)
             if _as_int(flag, value) < 0:
                 raise ValueError(f"{flag} must not be negative, got {value}")
+
+    def _check_pin_tokens(self, pin_tokens: int) -> None:
+        if _as_int("--pte-pin-tokens", pin_tokens) < 0:
+            raise ValueError(f"--pte-pin-tokens must not be negative, got {pin_tokens}")
+        limit = self.max_prompt_tokens
+        if limit is not None and pin_tokens > limit:
+            raise ValueError(
+                f"--pte-pin-tokens {pin_tokens} exceeds --pte-max-prompt-tokens {limit}"
+            )
+        if self.require_pin_tokens:
+            raise ValueError(
+                "--pte-pin-tokens is a default, and --pte-require-pin-tokens allows none: leave "
+                "one of them out"
+            )
 
     KEY = "pte"  # not annotated, so not a field: the key in `additional_config`
 
@@ -176,7 +196,7 @@ class RequestOptions:
     window_tokens: int | None = None
     """`pte_window` sets it; None is the engine's window, 0 is unbounded."""
     pin_tokens: int | None = None
-    """`pte_pin_tokens` sets it; None pins the whole prompt."""
+    """`pte_pin_tokens` sets it; None is the engine's default, which is the whole prompt."""
     rule: str | None = None
     """`pte_update` sets it; None is the adapter's rule."""
     state_id: str | None = None
@@ -242,8 +262,11 @@ class RequestOptions:
             ValueError: If the pinned part exceeds the prompt or the engine's bound, or the window
                 does not fit the block size.
         """
-        pin_tokens = num_prompt_tokens if self.pin_tokens is None else self.pin_tokens
-        if pin_tokens > num_prompt_tokens:
+        # The engine's number holds for prompts of any length, so that a sequence has the same plan
+        # whatever part of it comes as a prompt.
+        default = num_prompt_tokens if engine.pin_tokens is None else engine.pin_tokens
+        pin_tokens = default if self.pin_tokens is None else self.pin_tokens
+        if pin_tokens > max(num_prompt_tokens, engine.pin_tokens or 0):
             raise ValueError(
                 f"pte_pin_tokens is {pin_tokens}, beyond the prompt of {num_prompt_tokens} tokens"
             )

@@ -36,7 +36,12 @@ async def rollouts(body: RolloutRequest, request: Request) -> Response:
         prompts, body.group_ids(len(prompts)), body.wanted(len(prompts)), strict=True
     ):
         rendered = await render(state, prompt)
-        options = _xargs(body.window_tokens, body.pin_tokens, body.rule)
+        # Said in any case: a default of the server is for requests that tell no question from
+        # its answer.
+        pin_tokens = (
+            len(rendered["prompt_token_ids"]) if body.pin_tokens is None else body.pin_tokens
+        )
+        options = _xargs(body.window_tokens, pin_tokens, body.rule)
         for index in wanted:
             seed = sample_seed(body.sampling.seed, group_id, index)
             params = _sampling_params(state, body.sampling, rendered, seed, options)

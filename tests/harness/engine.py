@@ -86,6 +86,7 @@ class Engine:
         window_tokens: int = 4 * BLOCK,
         evict_ratio: float = 0.25,
         max_prompt_tokens: int | None = None,
+        pin_tokens: int | None = None,
         keep_thoughts: int = EngineConfig.keep_thoughts,
         reserve_windows: bool = True,
         num_blocks: int = 400,
@@ -99,6 +100,7 @@ class Engine:
             window_tokens=window_tokens,
             evict_ratio=evict_ratio,
             max_prompt_tokens=max_prompt_tokens,
+            pin_tokens=pin_tokens,
             keep_thoughts=keep_thoughts,
             reserve_windows=reserve_windows,
         )
