@@ -57,7 +57,7 @@ def make_service(
         refusal = "this server takes no adapters: start it with --enable-lora"
     registry = AdapterRegistry(engine, models, spool, keep=options.keep_versions, refusal=refusal)
     if refusal is None:
-        Loads(models, registry).install()
+        Loads(models, registry, keep=options.keep_loaded).install()
         Resolving(models).install()
     say_why(engine)
     return Service(

@@ -17,7 +17,10 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadL
 from vllm.lora.utils import get_adapter_absolute_path
 
 from pte_vllm.adapter.format import load_for_engine
+from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE
 from pte_vllm.engine.loads import loaded_in_place
+from pte_vllm.server.adapters.families import Families
+from pte_vllm.server.adapters.reasons import reason_of
 from pte_vllm.server.adapters.registry import AdapterRegistry
 from pte_vllm.server.adapters.spool import SpoolError
 from pte_vllm.server.adapters.upload import not_stored
@@ -30,11 +33,15 @@ class Loads:
     Args:
         models: vLLM's list.
         registry: the pushed versions. It has to be made before, as it loads by vLLM's own methods.
+        keep: how many of the adapters `name-v1`, `name-v2`, ... stay; 0 keeps all.
     """
 
-    def __init__(self, models: OpenAIServingModels, registry: AdapterRegistry) -> None:
+    def __init__(
+        self, models: OpenAIServingModels, registry: AdapterRegistry, *, keep: int
+    ) -> None:
         self._models, self._registry = models, registry
         self._load, self._unload = models.load_lora_adapter, models.unload_lora_adapter
+        self._families = Families(models, keep=keep, rollouts=registry.use.rollouts)
 
     def install(self) -> None:
         """Have whatever calls vLLM's list call this from now on."""
@@ -52,6 +59,9 @@ class Loads:
         if not request.lora_name or not request.lora_path:
             return await self._load(request, base_model_name)  # which says what is missing
         name, path = request.lora_name, get_adapter_absolute_path(request.lora_path)
+        missing = await run_in_threadpool(_missing, Path(path))
+        if missing is not None:  # vLLM's 404 means to clients that there is no such route
+            return _bad_request(f"lora_path {request.lora_path} {missing}, as this server sees it")
         try:
             adapter = await run_in_threadpool(
                 load_for_engine,
@@ -66,13 +76,18 @@ class Loads:
         except SpoolError as error:
             raise not_stored("--pte-spool", error) from error
         except ValueError as error:
-            message = str(error).replace(f"{path}/", "")
-            return create_error_response(message, "BadRequestError", HTTPStatus.BAD_REQUEST)
+            return _bad_request(str(error).replace(f"{path}/", ""))
         result = await timed_load(self._load, request, base_model_name)
-        if request.load_inplace and not isinstance(result, ErrorResponse):
+        if isinstance(result, ErrorResponse):
+            # With a live engine it is the adapter that is wrong, and vLLM says 500.
+            failed = result.error.code == HTTPStatus.INTERNAL_SERVER_ERROR
+            alive = not self._models.engine_client.errored
+            return _bad_request(reason_of(result)) if failed and alive else result
+        if request.load_inplace:
             loaded = self._models.lora_requests[name]
             loaded.load_inplace = False  # else vLLM 0.32 reads the files again in every step
             loaded_in_place(loaded.lora_int_id)
+        await self._families.loaded(name)
         return result
 
     async def _push(self, name: str, path: Path) -> str:
@@ -106,3 +121,18 @@ class Loads:
         except LookupError as error:  # somebody else was faster
             return create_error_response(str(error), "NotFoundError", HTTPStatus.NOT_FOUND)
         return f"Success: LoRA adapter '{name}' removed successfully."
+
+
+def _missing(path: Path) -> str | None:
+    """Return what is wrong with a directory that holds no adapter at all."""
+    if not path.is_dir():
+        return "is no directory"
+    if not (path / CONFIG_FILE).is_file():
+        return f"has no {CONFIG_FILE}"
+    weights = Path(LORA_FILE).stem  # of a plain LoRA, vLLM also reads what torch saved
+    found = any((path / f"{weights}.{kind}").is_file() for kind in ("safetensors", "bin", "pt"))
+    return None if found else f"has no {LORA_FILE}"
+
+
+def _bad_request(message: str) -> ErrorResponse:
+    return create_error_response(message, "BadRequestError", HTTPStatus.BAD_REQUEST)

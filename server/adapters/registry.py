@@ -19,6 +19,7 @@ from pte_vllm.adapter.hashes import content_hash
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.server.adapters.catalog import Catalog, ConflictError
 from pte_vllm.server.adapters.in_use import AdapterUse
+from pte_vllm.server.adapters.reasons import reason_of
 from pte_vllm.server.adapters.spool import Incoming, Spool, Version, check_name
 from pte_vllm.server.adapters.upload import MAX_ADAPTER_BYTES, check_servable
 from pte_vllm.server.metrics import timed_load
@@ -231,7 +232,7 @@ class AdapterRegistry:
         if isinstance(result, ErrorResponse):
             if self._engine.errored:
                 raise EngineDeadError()
-            raise ValueError(result.error.message.replace(f"{version.path}/", ""))
+            raise ValueError(reason_of(result).replace(f"{version.path}/", ""))
         self._features[version.engine_name] = pte.features if pte is not None else None
         self.catalog.add(version)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +12,13 @@ from typing import Any
 import httpx
 import pytest
 
+from pte_vllm.server.adapters.families import surplus
+from pte_vllm.server.options import ServiceConfig
 from pte_vllm.wire.client import RolloutClient
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import Server
-from tests.server.under_way import TEMPERATURE, check, post
+from tests.server.under_way import IN_FLIGHT, TEMPERATURE, check, post, under_way, wait_folds
 
 PROMPT = random_tokens(3 * BLOCK + 9, 500, 71)
 
@@ -147,6 +151,113 @@ def test_every_load_checks(server: Server, made: dict[str, Path], tmp_path: Path
     ):
         answer = post(server, path, body)
         assert answer.status_code == 400 and "pte_encoder" in answer.text, answer.text
+
+
+def _edited(adapter: Path, directory: Path, **changes: Any) -> Path:
+    """Write the adapter with another `adapter_config.json`."""
+    write(adapter, directory)
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["plain", "pte"])
+@pytest.mark.parametrize("fault", ["rank", "DoRA", "PiSSA", "no weights", "no config", "nothing"])
+def test_a_wrong_directory_gets_400_and_a_reason_by_every_route(
+    server: Server,
+    tiny: Callable[[str], Path],
+    adapters: Callable[..., Path],
+    made: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    fault: str,
+) -> None:
+    """Not 500, which clients try again, nor 404, which to them means that there is no route."""
+    directory = tmp_path / "adapter"
+    if fault == "rank":
+        options = {"plain": True} if kind == "plain" else {"rule": "paper"}
+        write(adapters(tiny("qwen3"), rank=16, seed=5, **options), directory)
+    else:
+        changes = {"DoRA": {"use_dora": True}, "PiSSA": {"init_lora_weights": "pissa"}}
+        _edited(made[kind], directory, **changes.get(fault, {}))
+    if fault == "no weights":
+        (directory / "adapter_model.safetensors").unlink()
+    if fault == "no config":
+        (directory / "adapter_config.json").unlink()
+    if fault == "nothing":
+        shutil.rmtree(directory)
+    reason = {
+        "rank": r"[Rr]ank 16 .*8",
+        "DoRA": "DoRA|use_dora",
+        "PiSSA": "init_lora_weights",
+        "no weights": "adapter_model.safetensors",
+        "no config": "adapter_config.json",
+        "nothing": "lora_path|directory|adapter_config.json",
+    }[fault]
+    listed = [model["id"] for model in server.get("/v1/models")["data"]]
+    later = 404 if fault.startswith("no") else 400  # files may lag: prime-rl tries again on 404
+    for path, body, status in (
+        ("/v1/load_lora_adapter", {"lora_name": "b", "lora_path": str(directory)}, 400),
+        ("/adapters", {"name": "b", "src": str(directory)}, 400),
+        ("/load_lora_adapter", {"lora_name": "b", "lora_path": str(directory)}, later),
+        ("/skyrl/v1/load_lora_adapter", {"lora_name": "b", "lora_path": str(directory)}, later),
+    ):
+        for options in ({}, {"load_inplace": True}):
+            answer = post(server, path, {**body, **options})
+            assert answer.status_code == status, (path, answer.status_code, answer.text)
+            assert re.search(reason, answer.text), (path, answer.text)
+            assert "stack trace" not in answer.text, answer.text  # of the server's log
+    assert [model["id"] for model in server.get("/v1/models")["data"]] == listed
+
+
+def test_numbered_names_do_not_pile_up(server: Server, made: dict[str, Path]) -> None:
+    """As AReaL loads: `actor-v{N}` for every step, and nothing is ever unloaded."""
+    keep = ServiceConfig.keep_loaded
+    assert load(server, "critic-v1", made["plain"]).status_code == 200  # of another family
+    assert load(server, "actor", made["plain"]).status_code == 200
+
+    def actors() -> list[str]:
+        listed = [model["id"] for model in server.get("/v1/models")["data"]]
+        return [name for name in listed if name.startswith("actor-")]
+
+    def step(number: int) -> None:
+        answer = load(server, f"actor-v{number}", made["pte"])
+        assert answer.status_code == 200, answer.text
+
+    def generate() -> httpx.Response:
+        body = {"model": "actor-v8", "prompt": PROMPT, "max_tokens": IN_FLIGHT, "ignore_eos": True}
+        return post(server, "/v1/completions", body)
+
+    for number in range(8, 8 + keep):
+        step(number)
+    with under_way(generate) as results:
+        wait_folds(server, 1)
+        step(8 + keep)
+        step(9 + keep)
+        assert actors() == [f"actor-v{n}" for n in (8, *range(10, 10 + keep))]
+    assert results[0].status_code == 200
+    server.wait_idle()
+    step(10 + keep)
+    assert actors() == [f"actor-v{n}" for n in range(11, 11 + keep)]
+    for name in (*actors(), "actor", "critic-v1"):
+        assert unload(server, name).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("newest", "keep", "gone"),
+    [
+        ("a-v10", 2, ["a-v2", "a-v3"]),  # by number, not by text
+        ("a-v2", 2, ["a-v3"]),  # what was just loaded stays
+        ("a-v10", 0, []),
+        ("a-v10", 9, []),
+        ("b-v1", 1, []),
+        ("a", 1, []),
+        ("a-v-v1", 1, []),
+    ],
+)
+def test_which_of_a_family_are_surplus(newest: str, keep: int, gone: list[str]) -> None:
+    names = ["a", "a-v10", "a-v2", "b-v1", "a-v9", "a-v3", "a-vx", "a-v-v1", "ba-v1"]
+    assert surplus(names, newest, keep) == gone
 
 
 @pytest.mark.parametrize("options", [{}, {"vllm_xargs": {"pte_window": 0}}])
