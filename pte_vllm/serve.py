@@ -154,7 +154,10 @@ def parse_vllm_args(
     flags = ServeSubcommand().subparser_init(parser.add_subparsers(required=True, dest="subparser"))
     utilization = flags.get_default("gpu_memory_utilization")
     # Rollouts report log-probs of the distribution that was sampled from, after the temperature.
-    flags.set_defaults(logprobs_mode="processed_logprobs", gpu_memory_utilization=None)
+    # Trainers read and write tokens: vLLM would answer 403 on those routes without the flag.
+    flags.set_defaults(
+        logprobs_mode="processed_logprobs", gpu_memory_utilization=None, enable_scale_out=True
+    )
     args: Namespace = parser.parse_args(["serve", model, *vllm_args])
     for name in ("scheduler_cls", "attention_backend"):
         given = getattr(args, name, None)

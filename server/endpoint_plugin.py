@@ -19,6 +19,7 @@ from pte_vllm.server import adapter_routes, page, text_only, thought_routes
 from pte_vllm.server.access.auth import Keys, admit_admin
 from pte_vllm.server.access.guard import Guard
 from pte_vllm.server.access.limits import BodyLimit
+from pte_vllm.server.access.option_headers import OptionHeaders
 from pte_vllm.server.beam_search import refuse_beam_search
 from pte_vllm.server.client_errors import mend_client_errors
 from pte_vllm.server.ending import Ending, answer_at_shutdown
@@ -32,8 +33,11 @@ from pte_vllm.server.trainers.tokens import serving_tokens
 
 router = APIRouter()
 
-LOAD_ROUTES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-"""Of vLLM; what they do is checked in `adapters/loads.py`."""
+BOUNDED_ROUTES = (
+    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+    *("/inference/v1/generate", "/inference/v1/abort_requests"),
+)
+"""Routes of vLLM whose bodies are bounded as those of ours are."""
 
 
 def _engine(request: Request) -> EngineClient:
@@ -52,6 +56,7 @@ async def info(request: Request) -> dict[str, Any]:
             "window_tokens": engine.window_tokens,
             "evict_ratio": engine.evict_ratio,
             "max_prompt_tokens": engine.max_prompt_tokens,
+            "pin_tokens": engine.pin_tokens,
             "block_size": config.cache_config.block_size,
         },
         "reserve_windows": engine.reserve_windows,
@@ -91,16 +96,17 @@ class PTEEndpointPlugin:
             trainer_routes.attach(app)
             text_only.attach(app)
         # Last, so that they see every route of ours. vLLM's loads by path are bounded as ours are.
-        loads = [r for r in app.routes[:before] if getattr(r, "path", None) in LOAD_ROUTES]
+        bounded = [r for r in app.routes[:before] if getattr(r, "path", None) in BOUNDED_ROUTES]
         options: ServiceConfig = getattr(app.state.args, "pte_service", None) or ServiceConfig()
         admit_admin(app.state.args)
         app.add_middleware(
             BodyLimit,
-            routes=[*loads, *app.routes[before:]],
+            routes=[*bounded, *app.routes[before:]],
             max_bytes=options.max_body_bytes,
             exempt=[adapter_routes.put_adapter],
         )
         app.add_middleware(RefreshOnScrape)
+        app.add_middleware(OptionHeaders)
         app.add_middleware(Guard, only_below="/" if is_ours else "/pte")
 
     async def init_state(

@@ -20,6 +20,9 @@ _REASONS = {
     "--kv-cache-dtype": "quantised KV caches cannot be encoded; use auto",
     "--fully-sharded-loras": "the thought state needs A's whole output on every rank",
     "--api-server-count": "adapters, and requests to continue, live in one API server",
+    "--weight-transfer-config": "the base model of a server does not change; push adapters with "
+    "PUT /pte/v1/adapters/{name}, or have them loaded from a directory with POST "
+    "/v1/load_lora_adapter",
     "--enable-dbo": "dual-batch overlap splits a step that has one set of gaps",
 }
 
@@ -60,6 +63,7 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
             "--fully-sharded-loras": getattr(args, "fully_sharded_loras", False),
             "--enable-dbo": getattr(args, "enable_dbo", False),
             "--api-server-count": _more_than_one(getattr(args, "api_server_count", None)),
+            "--weight-transfer-config": _backend(getattr(args, "weight_transfer_config", None)),
         }
     )
     block_size = args.block_size or _default_block_size()
@@ -146,6 +150,10 @@ def check_window(engine: EngineConfig, block_size: int) -> None:
 def allowed_lora_rank(rank: int) -> int:
     """Return the smallest `--max-lora-rank` of vLLM's that an adapter of this rank fits."""
     return next((r for r in (1, 8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
+
+
+def _backend(weight_transfer: Any) -> str | None:
+    return None if weight_transfer is None else str(getattr(weight_transfer, "backend", "given"))
 
 
 def _quantised(dtype: str) -> str | None:

@@ -23,11 +23,13 @@ OPEN = frozenset({"/health", "/metrics", "/ping", "/version", "/pte"})
 """Paths that probes, scrapers and a browser open without a key. The page `/pte` holds no data."""
 
 BASE_WEIGHT_ROUTES = (
-    "/update_weights",  # prime-rl; vLLM's own is there in its development mode
+    "/update_weights",  # prime-rl's and vLLM's
     "/reload_weights",
     "/init_broadcaster",
     "/init_weight_transfer_engine",
+    "/shutdown_weight_transfer_engine",
     "/start_weight_update",
+    "/start_draft_weight_update",
     "/finish_weight_update",
     "/areal_update_weights",
     "/areal_init_weights_update_group",
@@ -36,8 +38,12 @@ BASE_WEIGHT_ROUTES = (
     "/areal_update_weights_xccl",
     "/areal_update_weights_lora_xccl",
 )
-"""By which trainers would replace the base weights. Where vLLM's own are not there, they answer 400
-and say why: to some trainers a 404 means that there is nothing to update."""
+"""By which trainers would replace the base weights. They answer 400 and say why: to some trainers a
+404 means that there is nothing to update."""
+
+SLEEP_ROUTES = ("/sleep", "/wake_up", "/release_kv_cache_memory")
+"""By which trainers would take the accelerator's memory. Outside vLLM's development mode they
+answer 400 and say why, as `/collective_rpc` does."""
 
 CHANGE = frozenset(
     {
@@ -57,9 +63,7 @@ CHANGE = frozenset(
         "POST /inference/v1/abort_requests",
         "POST /areal_pause_generation",
         "POST /areal_continue_generation",
-        "POST /sleep",
-        "POST /wake_up",
-        "POST /release_kv_cache_memory",
+        *(f"POST {path}" for path in SLEEP_ROUTES),
         "POST /reset_prefix_cache",
         "POST /reset_mm_cache",
         "POST /reset_encoder_cache",
@@ -69,9 +73,8 @@ CHANGE = frozenset(
         # They run code in the engine, or change the weights.
         *(f"POST {path}" for path in BASE_WEIGHT_ROUTES),
         "POST /collective_rpc",
-        "POST /shutdown_weight_transfer_engine",
-        "POST /start_draft_weight_update",
         "POST /update_weight_version",
+        "POST /weight_checker",  # action "reset" sets all weights to zero
         # It changes counters that show faults, and restarts ranks.
         "POST /fault_tolerance/apply",
     }
@@ -83,7 +86,7 @@ USE = frozenset(
         *(f"GET {path}" for path in ("/docs", "/docs/oauth2-redirect", "/openapi.json", "/redoc")),
         *("GET /load", "GET /kv_event_sources", "GET /tokenizer_info", "GET /is_sleeping"),
         *("POST /tokenize", "POST /detokenize", "POST /is_scaling_elastic_ep"),
-        *("GET /fault_tolerance/status", "POST /weight_checker"),
+        "GET /fault_tolerance/status",
         # Text or tokens, from a model.
         *("POST /v1/completions", "POST /v1/chat/completions", "POST /v1/chat/completions/batch"),
         *("POST /v1/responses", "GET /v1/responses/{response_id}"),

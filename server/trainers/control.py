@@ -14,14 +14,13 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from vllm.entrypoints.rl.online import api_router as rl
-from vllm.entrypoints.scale_out.token_in_token_out import api_router as tokens
 from vllm.entrypoints.serve.dev.cache import api_router as cache
 from vllm.entrypoints.serve.dev.server_info import api_router as server_info
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.entrypoints.serve.dev.sleep import api_router as sleep
 
 Describe = Callable[[Request], Awaitable[dict[str, Any]]]
 
@@ -88,8 +87,5 @@ def attach(app: FastAPI, describe: Describe) -> None:
     router.get("/weight_info")(rl.weight_info)
     router.get("/get_world_size")(rl.get_world_size)
     router.get("/server_info")(show_server_info)
-    # vLLM answers 403 here without --enable-scale-out.
-    router.post("/inference/v1/generate", dependencies=[Depends(validate_json_request)])(
-        tokens.generate
-    )
+    router.get("/is_sleeping")(sleep.is_sleeping)
     app.include_router(router)

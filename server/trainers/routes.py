@@ -19,10 +19,17 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE
-from pte_vllm.server.access.table import BASE_WEIGHT_ROUTES
+from pte_vllm.server.access.table import BASE_WEIGHT_ROUTES, SLEEP_ROUTES
 from pte_vllm.server.adapters.spool import SpoolError
 from pte_vllm.server.adapters.upload import not_stored
 from pte_vllm.server.service import service
+
+PUSH_INSTEAD = (
+    "Train an adapter, and push its files with PUT /pte/v1/adapters/{name}. Or have the server "
+    "read them from a directory, with POST /v1/load_lora_adapter or POST /load_lora_adapter "
+    "(VLLM_ALLOW_RUNTIME_LORA_UPDATING=1)"
+)
+"""What to do where the base weights were to change."""
 
 
 class LoadRequest(BaseModel):
@@ -77,10 +84,26 @@ async def pause_and_abort(request: Request) -> JSONResponse:
 async def refuse_base_weights(request: Request) -> Response:
     """Answer 400 and say why: the base model of a server does not change."""
     raise HTTPException(
+        400, f"{request.url.path}: the base model of this server does not change. {PUSH_INSTEAD}"
+    )
+
+
+async def refuse_sleep(request: Request) -> Response:
+    """Answer 400 and say why: weights, KV cache and thoughts stay where they are."""
+    raise HTTPException(
         400,
-        f"{request.url.path}: the base model of this server does not change, its adapters do. "
-        "Train an adapter, and push it with PUT /pte/v1/adapters/{name} or, as a directory, with "
-        "POST /v1/load_lora_adapter or /load_lora_adapter (VLLM_ALLOW_RUNTIME_LORA_UPDATING=1)",
+        f"{request.url.path}: this server does not sleep, as thoughts would be lost with their KV "
+        "cache. To stop generation, use POST /pause and POST /resume. To free the memory, end the "
+        "server: it serves pushed adapters again when it starts",
+    )
+
+
+async def refuse_rpc(request: Request) -> Response:
+    """Answer 400 and say why: a call of any method of the workers is for development."""
+    raise HTTPException(
+        400,
+        f"{request.url.path} calls any method of the workers, and needs VLLM_SERVER_DEV_MODE=1. "
+        f"It is not needed for adapters. {PUSH_INSTEAD}",
     )
 
 
@@ -93,8 +116,10 @@ def attach(app: FastAPI) -> None:
         json_only: dict[str, Any] = {"dependencies": [Depends(validate_json_request)]}
         router.post("/load_lora_adapter", **json_only)(load_lora_adapter)
         router.post("/skyrl/v1/load_lora_adapter", **json_only)(load_lora_adapter)
-    there = {getattr(route, "path", None) for route in app.routes}
     for path in BASE_WEIGHT_ROUTES:
-        if path not in there:
-            router.post(path)(refuse_base_weights)
+        router.post(path)(refuse_base_weights)
+    if not envs.VLLM_SERVER_DEV_MODE:
+        for path in SLEEP_ROUTES:
+            router.post(path)(refuse_sleep)
+        router.post("/collective_rpc")(refuse_rpc)
     app.include_router(router)

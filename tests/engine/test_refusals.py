@@ -170,6 +170,10 @@ def _serve_args(**changes: object) -> Namespace:
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
         ({"fully_sharded_loras": True}, "--fully-sharded-loras"),
         ({"api_server_count": 2}, "--api-server-count 2"),
+        (
+            {"weight_transfer_config": Namespace(backend="nccl")},
+            "--weight-transfer-config nccl .* PUT /pte/v1/adapters",
+        ),
         ({"block_size": 16}, "--block-size 16 .* such as 32, 64, 128"),
         ({"block_size": 48}, "--block-size 48"),
         ({"block_size": 96}, "--pte-window"),

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.tasks import SupportedTask
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from pte_vllm.method.options import EngineConfig
+from pte_vllm.serve import parse_vllm_args
 from pte_vllm.server.access.auth import Keys
-from pte_vllm.server.access.table import CHANGE, OPEN, USE, Access, access_of
+from pte_vllm.server.access.table import (
+    BASE_WEIGHT_ROUTES,
+    CHANGE,
+    OPEN,
+    SLEEP_ROUTES,
+    USE,
+    Access,
+    access_of,
+)
+from tests.harness.engine import BLOCK
 
 API, ADMIN = "key-of-users", "key-of-admins"
+RENDERING = ("render", "derender")
 TASKS: tuple[SupportedTask, ...] = ("generate", "render")
 
 
@@ -26,7 +42,12 @@ def _app(monkeypatch: pytest.MonkeyPatch, *, development: bool, pte: bool = True
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", str(int(development)))
     words = ["--model", "any", "--api-key", API, "--enable-tokenizer-info-endpoint"]
-    words += ["--enable-fault-tolerance", "--profiler-config.profiler", "torch"]
+    words += [
+        "--enable-scale-out",
+        "--enable-fault-tolerance",
+        "--profiler-config.profiler",
+        "torch",
+    ]
     words += ["--profiler-config.torch_profiler_dir", "/tmp"]
     if pte:
         words += ["--additional-config", '{"pte": {"window_tokens": 128}}']
@@ -89,3 +110,53 @@ def test_plain_vllm_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert client.post("/tokenize", json={}).status_code != 401
     assert client.get("/pte/v1/info").status_code == 401
+
+
+@pytest.mark.parametrize("development", [False, True])
+def test_every_route_is_there_once(monkeypatch: pytest.MonkeyPatch, development: bool) -> None:
+    """Our routes work beside vLLM's own, where the operator switched those on."""
+    from vllm.entrypoints.rl.factories import register_rl_api_routers
+    from vllm.entrypoints.scale_out.factories import register_scale_out_api_routers
+    from vllm.entrypoints.serve import register_vllm_dev_api_routers
+    from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
+
+    monkeypatch.setenv("VLLM_PLUGINS", "pte")
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", str(int(development)))
+    app = FastAPI()
+    app.state.args = Namespace(
+        additional_config={"pte": {}},
+        api_key=None,
+        enable_scale_out=True,  # as pte-vllm serve starts it
+        tokens_only=False,
+    )
+    if development:
+        register_vllm_dev_api_routers(app)
+        register_rl_api_routers(app)
+    register_scale_out_api_routers(app, ("generate",))
+    attach_endpoint_plugins(app, ("generate",))
+    counts = Counter(
+        (route.path, method)
+        for route in app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods
+    )
+    assert counts["/pause", "POST"] == counts["/inference/v1/generate", "POST"] == 1
+    assert counts["/update_weights", "POST"] == 1
+    assert max(counts.values()) == 1
+    endpoints = {route.path: route.endpoint for route in app.routes if isinstance(route, APIRoute)}
+    for path in (*SLEEP_ROUTES, "/collective_rpc"):  # vLLM's in its development mode, else refused
+        assert endpoints[path].__module__.startswith("vllm.") == development, path
+    for path in BASE_WEIGHT_ROUTES:  # no weight transfer can be configured
+        assert endpoints[path].__module__.startswith("pte_vllm."), path
+    tokens = {f"/v1/{kind}completions/{name}" for kind in ("", "chat/") for name in RENDERING}
+    tokens |= {"/inference/v1/generate", "/inference/v1/abort_requests"}
+    assert tokens | {"/pause"} <= app.openapi()["paths"].keys()
+
+
+@pytest.mark.parametrize("flag", [None, "--enable-scale-out", "--no-enable-scale-out"])
+def test_routes_of_tokens_are_open_unless_the_operator_says_no(
+    tiny: Callable[[str], Path], flag: str | None
+) -> None:
+    flags = ["--block-size", str(BLOCK), *([flag] if flag else [])]
+    args, _ = parse_vllm_args(str(tiny("qwen3")), EngineConfig(window_tokens=4 * BLOCK), flags)
+    assert args.enable_scale_out == (flag != "--no-enable-scale-out")

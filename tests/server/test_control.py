@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
-from fastapi import FastAPI
-from fastapi.routing import APIRoute
 
 from pte_vllm.wire.client import RolloutClient
 from tests.harness.engine import BLOCK
@@ -253,37 +249,3 @@ def test_changes_need_the_admin_key(server: Server) -> None:
         answer = post(server, f"/{path}", {"lora_name": "x", "lora_path": "/x"})
         assert answer.status_code == 401, (path, answer.text)
     assert server.get("/is_paused") == {"is_paused": False}
-
-
-@pytest.mark.parametrize("development", [False, True])
-def test_every_route_is_there_once(monkeypatch: pytest.MonkeyPatch, development: bool) -> None:
-    """Our routes work beside vLLM's own, where the operator switched those on."""
-    from vllm.entrypoints.rl.factories import register_rl_api_routers
-    from vllm.entrypoints.scale_out.factories import register_scale_out_api_routers
-    from vllm.entrypoints.serve import register_vllm_dev_api_routers
-    from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
-
-    monkeypatch.setenv("VLLM_PLUGINS", "pte")
-    app = FastAPI()
-    app.state.args = Namespace(
-        additional_config={"pte": {}},
-        api_key=None,
-        enable_scale_out=development,
-        tokens_only=False,
-    )
-    if development:
-        register_vllm_dev_api_routers(app)
-        register_rl_api_routers(app)
-    register_scale_out_api_routers(app, ("generate",))
-    attach_endpoint_plugins(app, ("generate",))
-    counts = Counter(
-        (route.path, method)
-        for route in app.routes
-        if isinstance(route, APIRoute)
-        for method in route.methods
-    )
-    assert counts["/pause", "POST"] == counts["/inference/v1/generate", "POST"] == 1
-    assert counts["/update_weights", "POST"] == 1
-    assert max(counts.values()) == 1
-    assert (("/collective_rpc", "POST") in counts) == development
-    assert {"/pause", "/inference/v1/generate"} <= app.openapi()["paths"].keys()

@@ -82,6 +82,8 @@ def test_control_calls(client: Any) -> None:
         client.init_communicator()  # merged weights cannot hold a delta that depends on the text
     with pytest.raises(Exception, match="400, .*PUT /pte/v1/adapters"):
         client._start_weight_update()
+    with pytest.raises(Exception, match="400, .*POST /v1/load_lora_adapter"):
+        client._post(f"{client.base_url}/init_weight_transfer_engine", json={"init_info": {}})
 
 
 def test_adapters_of_the_asynchronous_trainer(
@@ -96,6 +98,8 @@ def test_adapters_of_the_asynchronous_trainer(
     client = VLLMClient(server.url, server_timeout=30.0)
     client.wait_for_server_ready()
     assert client.get_max_model_len() == 4096 and client.get_dtype() == "torch.float32"
+    with pytest.raises(Exception, match="400, .*is no directory"):  # a 404 would hide the reason
+        client.load_lora_adapter("trl-policy-v0", str(tmp_path / "trl-policy-v0"))
     prompt = random_tokens(40, 500, 3)
 
     def push(version: int) -> None:
