@@ -42,8 +42,7 @@ KINDS = {
     "open": Kind(
         modules=(
             *("server/test_continue", "server/test_failures", "server/test_loads"),
-            "server/test_server",
-            "server/test_thoughts",
+            *("server/test_server", "server/test_thoughts", "server/test_token_clients"),
             *("server/test_trainer_contracts", "server/test_trl_client", "server/test_stop"),
             "server/test_errors",
         ),
