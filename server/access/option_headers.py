@@ -20,9 +20,8 @@ class OptionHeaders:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sent = options_of(scope["headers"]) if scope["type"] == "http" else {}
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if not sent or path.startswith(OURS):
-            await self.app(scope, receive, send)
+        if not sent or scope["path"].removeprefix(scope.get("root_path", "")).startswith(OURS):
+            await self.app(scope, receive, send)  # also what is no request, and has no path
             return
         token = SENT.set(sent)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from argparse import Namespace
 from collections import Counter
@@ -17,9 +18,11 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.tasks import SupportedTask
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from pte_vllm.engine.headers import SENT
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.serve import parse_vllm_args
 from pte_vllm.server.access.auth import Keys
+from pte_vllm.server.access.option_headers import OptionHeaders
 from pte_vllm.server.access.table import (
     BASE_WEIGHT_ROUTES,
     CHANGE,
@@ -160,3 +163,23 @@ def test_routes_of_tokens_are_open_unless_the_operator_says_no(
     flags = ["--block-size", str(BLOCK), *([flag] if flag else [])]
     args, _ = parse_vllm_args(str(tiny("qwen3")), EngineConfig(window_tokens=4 * BLOCK), flags)
     assert args.enable_scale_out == (flag != "--no-enable-scale-out")
+
+
+def test_headers_of_options_let_all_else_pass() -> None:
+    """What starts and ends an app goes through the same middleware, and has no path."""
+    seen: list[dict] = []
+
+    async def app(scope: dict, receive: object, send: object) -> None:
+        seen.append({**scope, "sent": SENT.get()})
+
+    async def run() -> None:
+        for scope in (
+            {"type": "lifespan"},
+            {"type": "websocket", "path": "/", "headers": [(b"x-pte-window", b"64")]},
+            {"type": "http", "path": "/v1/x", "headers": [(b"X-PTE-Window", b" 64")]},
+            {"type": "http", "path": "/pte/v1/x", "headers": [(b"x-pte-window", b"64")]},
+        ):
+            await OptionHeaders(app)(scope, None, None)
+
+    asyncio.run(run())
+    assert [scope["sent"] for scope in seen] == [None, None, {"pte_window": "64"}, None]
