@@ -50,6 +50,7 @@ def test_pool_of_two_sequences(
         max_prompt_tokens=PINNED_BLOCKS * BLOCK,
         max_num_seqs=REQUESTS,
         async_scheduling=async_scheduling,
+        reserve_windows=False,  # so that they preempt each other
     )
     preempted: Counter[str] = Counter()
     original = engine.scheduler._preempt_request
