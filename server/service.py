@@ -18,7 +18,7 @@ from pte_vllm.server.adapters.spool import Spool
 from pte_vllm.server.early import open_spool
 from pte_vllm.server.failures import say_why
 from pte_vllm.server.options import ServiceConfig
-from pte_vllm.server.rollouts.rho import RhoReader
+from pte_vllm.server.rho import RhoReader
 
 
 @dataclass

@@ -36,6 +36,7 @@ from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE
 from pte_vllm.adapter.numbers import check_lora
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.reference import LayerEncoder
+from pte_vllm.models.permissions import allow_as_umask
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _UNSUPPORTED_PEFT = ("use_dora", "bias", "modules_to_save", *_PATTERNS)
@@ -167,12 +168,10 @@ class Adapter:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         (path / CONFIG_FILE).unlink(missing_ok=True)
-        tensors = lora_tensors(self.lora_a, self.lora_b)
-        save_file(tensors, path / LORA_FILE, metadata={"format": "pt"})
+        _save(lora_tensors(self.lora_a, self.lora_b), path / LORA_FILE)
         config = dict(self.peft)
         if self.pte is not None:
-            tensors = encoder_tensors(self.encoders)
-            save_file(tensors, path / ENCODER_FILE, metadata={"format": "pt"})
+            _save(encoder_tensors(self.encoders), path / ENCODER_FILE)
             config["pte"] = self.pte.to_dict()
         else:
             (path / ENCODER_FILE).unlink(missing_ok=True)
@@ -208,6 +207,11 @@ class Adapter:
             if layer >= model.num_layers:
                 raise AdapterError(f"{where}: layer {layer}, but the model has {model.num_layers}")
             _expect(where, f"layers.{layer}.w_k columns (d_kv)", encoder.w_k.shape[1], model.d_kv)
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    allow_as_umask(file)
 
 
 def load_for_engine(

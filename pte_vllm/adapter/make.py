@@ -99,9 +99,10 @@ def _summary(
     rho = [value for report in reports for value in report.rho]
     heads = [f"{r.layer}.{r.query_head}" for r in reports if r.query_head is not None]
     if heads:
-        console.print(f"layer.head asked: {', '.join(heads)}")
-    console.print(
-        f"gain, which rules paper and sum use, calibrated on {num_tokens} tokens: "
-        f"median rho {statistics.median(rho):.3f} ({min(rho):.3f} to {max(rho):.3f})"
-    )
+        console.print(f"each layer starts from one attention head (layer.head): {', '.join(heads)}")
+    if adapter.pte is not None and adapter.pte.rule in ("paper", "sum"):  # others have no gain
+        console.print(
+            f"gain calibrated on {num_tokens} tokens: a fold changes the state by "
+            f"{statistics.median(rho):.3f} of its size ({min(rho):.3f} to {max(rho):.3f})"
+        )
     console.print(f"wrote {out}: {len(adapter.layers)} layers, {len(adapter.lora_a)} linears")

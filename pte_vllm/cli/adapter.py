@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from pte_vllm.adapter.defaults import parse_layers
 from pte_vllm.adapter.flags import add_flags, new_adapter
+from pte_vllm.adapter.hashes import CONFIG_FILE
 from pte_vllm.models.location import check_model
 
 
@@ -34,6 +35,9 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("out", metavar="OUT", help="directory to write")
     add_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="Seed of all that starts random")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the adapter that OUT holds already"
+    )
     parser.set_defaults(command=_init)
 
 
@@ -41,6 +45,11 @@ def _init(options: argparse.Namespace) -> int:
     adapter = new_adapter(options)  # a mistake shows before anything is loaded
     config = adapter.pte()
     check_model(options.model)
+    if os.path.exists(os.path.join(options.out, CONFIG_FILE)) and not options.overwrite:
+        raise ValueError(
+            f"OUT: {options.out} holds an adapter already: name another directory, or give "
+            "--overwrite to lose it"
+        )
     if adapter.text is not None and not os.path.isfile(adapter.text):
         raise FileNotFoundError(f"--text: {adapter.text} does not exist")
     from pte_vllm.adapter.make import make_adapter

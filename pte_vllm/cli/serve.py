@@ -6,6 +6,7 @@ Imports the standard library only, so that help and mistakes are answered at onc
 from __future__ import annotations
 
 import argparse
+import difflib
 
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.server.options import ServiceConfig
@@ -18,8 +19,9 @@ example:
     pte-vllm serve MODEL --pte-window 1024 --enable-lora --max-lora-rank 32 \\
         --lora-modules math=ADAPTER_DIR
 exit status:
-    0 after SIGTERM or Ctrl-C, once running requests have been answered; 1 if the engine failed;
-    2 for a mistake in flags or files; 143 or 130 after SIGTERM or Ctrl-C while the server starts
+    0 after SIGTERM or Ctrl-C: requests that run end with what they have and finish_reason abort,
+    or have --shutdown-timeout seconds to finish; 1 if the engine failed; 2 for a mistake in flags
+    or files; 143 or 130 after SIGTERM or Ctrl-C while the server starts
 """
 
 
@@ -174,8 +176,21 @@ def main(args: list[str]) -> int:
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return our flags, and what is left: MODEL first, if it is named, then vLLM's."""
-    return _parser().parse_known_args(args)
+    """Return our flags, and what is left: MODEL first, if it is named, then vLLM's.
+
+    Raises:
+        ValueError: for a flag that begins as ours do, and is none.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(args)
+    for word in rest:
+        flag = word.partition("=")[0]
+        if flag.startswith(("--pte-", "--no-pte-")):
+            ours = [name for action in parser._actions for name in action.option_strings]
+            near = difflib.get_close_matches(flag, ours, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"there is no flag {flag}{hint} (pte-vllm serve --help lists ours)")
+    return options, rest
 
 
 def configs(options: argparse.Namespace) -> tuple[EngineConfig, ServiceConfig]:

@@ -120,7 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, default=1000, help="tokens each chat generates (%(default)s)")
     add("--window", type=int, default=256, help="KV room for thoughts, in tokens (%(default)s)")
     add("--model", type=Path, help="checkpoint directory (default: SmolLM2-135M-Instruct, fetched)")
-    add("--adapter", type=Path, help="adapter directory (default: a fresh one, rule paper, B = 0)")
+    add("--adapter", type=Path, help="adapter directory (default: a fresh one, B = 0)")
     add("--port", type=int, default=0, help="port of the server; 0 takes a free one")
     add("--out", type=Path, default=Path("out/demo"), help="results go here (%(default)s)")
     add("--server-log", type=Path, help="the server's output (default: server.log in --out)")

