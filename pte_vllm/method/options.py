@@ -157,7 +157,7 @@ class EngineConfig:
                 f"--pte-pin-tokens {pin_tokens} exceeds --pte-max-prompt-tokens {limit}"
             )
         if self.require_pin_tokens:
-            raise ValueError("--pte-pin-tokens is a default; --pte-require-pin-tokens allows none")
+            raise ValueError("--pte-pin-tokens, --pte-require-pin-tokens: leave one of them out")
 
     KEY = "pte"  # not annotated, so not a field: the key in `additional_config`
 
