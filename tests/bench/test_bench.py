@@ -116,6 +116,7 @@ def test_growth_is_told_from_noise() -> None:
 def test_mistakes_name_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "lora", "--model", str(tmp_path / "absent")]) == 2
     assert "--model" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
     assert main(["bench", "fold", "--model", str(tmp_path), "--repeats", "0"]) == 2
     assert "--repeats must be at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
