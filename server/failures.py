@@ -7,6 +7,7 @@ The engine ends it with the finish reason `error`, and the reason of ours beside
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
@@ -28,10 +29,12 @@ def say_why(engine: EngineClient) -> None:
     generate: Any = engine.generate
 
     async def saying_why(*args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
-        async for output in generate(*args, **kwargs):
-            for choice in output.outputs:
-                if choice.finish_reason == "error" and isinstance(choice.stop_reason, str):
-                    raise RequestFailed(choice.stop_reason)
-            yield output
+        # Closed with this one: vLLM's aborts the request when its client leaves.
+        async with aclosing(generate(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                for choice in output.outputs:
+                    if choice.finish_reason == "error" and isinstance(choice.stop_reason, str):
+                        raise RequestFailed(choice.stop_reason)
+                yield output
 
     engine.generate = saying_why  # type: ignore[method-assign]

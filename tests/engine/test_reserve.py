@@ -109,7 +109,7 @@ def test_a_shared_question_counts_once(watched: Callable[..., Watched]) -> None:
     engine.run(jobs)
     # Three of its four blocks are found by all; each computes the fourth, and has its window.
     assert engine.preemptions == 0
-    assert max(engine.running) == 22 // (1 + 3) - 1
+    assert max(engine.running) == (4 + 6 * 3 - 3) // (1 + 2 + 1)
 
 
 def test_what_exceeds_the_room_waits_and_runs_alone(watched: Callable[..., Watched]) -> None:
