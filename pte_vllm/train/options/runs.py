@@ -48,6 +48,11 @@ class SamplingOptions(Options):
     """Questions in one step."""
 
 
+class DistillSamplingOptions(SamplingOptions):
+    group_size: Count = 1
+    """Answers sampled for one question."""
+
+
 class ServerOptions(Options):
     url: str = "http://127.0.0.1:8000"
     """Base URL of `pte-vllm serve`."""
@@ -253,7 +258,7 @@ class DistillRun(RunOptions):
     """The algorithm."""
     data: DataOptions | None = None
     """Questions, for distill.data samples."""
-    sampling: SamplingOptions = SamplingOptions()
+    sampling: DistillSamplingOptions = DistillSamplingOptions()
     """What the server is asked for, for distill.data samples."""
     server: ServerOptions = ServerOptions()
     """The server that samples, for distill.data samples."""
