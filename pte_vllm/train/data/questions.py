@@ -55,6 +55,21 @@ class QuestionSource(Protocol):
         """Question number `index`, which is less than `size`."""
 
 
+class ListSource:
+    """A finite source that makes a question from its row when it is asked for."""
+
+    def __init__(self, rows: Sequence[Any], make: Callable[[int, Any], Problem]) -> None:
+        self._rows = rows
+        self._make = make
+
+    @property
+    def size(self) -> int:
+        return len(self._rows)
+
+    def problem(self, index: int) -> Problem:
+        return self._make(index, self._rows[index])
+
+
 class StreamState(TypedDict):
     """Position of a stream; plain integers, for a checkpoint."""
 

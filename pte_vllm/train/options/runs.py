@@ -27,7 +27,20 @@ from pte_vllm.train.options.sections import (
     PositiveOrZero,
 )
 
-DATA_SOURCES = Literal["dapo-math-17k", "math", "gsm8k", "jsonl", "reasoning-gym", "memory"]
+DATA_SOURCES = Literal[
+    "dapo-math-17k",
+    "math",
+    "gsm8k",
+    "math-500",
+    "aime-2024",
+    "aime-2025",
+    "amc-2023",
+    "minerva",
+    "olympiadbench",
+    "jsonl",
+    "reasoning-gym",
+    "memory",
+]
 REWARD_NAMES = Literal["auto", "math", "reasoning-gym", "exact", "memory"]
 
 # In half precision engine and replay round at different places: in bfloat16, log-probs of SmolLM2
