@@ -10,7 +10,9 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.datastructures import State
+from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from pte_vllm import __version__
 from pte_vllm.method.names import FEATURES, RULE_NAMES
@@ -44,6 +46,14 @@ def _engine(request: Request) -> EngineClient:
     return service(request).engine
 
 
+def _kv_bytes_per_token(config: VllmConfig) -> int:
+    """Return what the keys and values of one token weigh in all layers, on all devices."""
+    model, parallel = config.model_config, config.parallel_config
+    dtype = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model)
+    numbers = 2 * model.get_total_num_kv_heads() * model.get_head_size()
+    return numbers * dtype.itemsize * model.get_num_layers(parallel)
+
+
 @router.get("/info")
 async def info(request: Request) -> dict[str, Any]:
     """Tell the method, the default plan and the limits of this server."""
@@ -59,6 +69,8 @@ async def info(request: Request) -> dict[str, Any]:
             "pin_tokens": engine.pin_tokens,
             "block_size": config.cache_config.block_size,
         },
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "kv_bytes_per_token": _kv_bytes_per_token(config),
         "reserve_windows": engine.reserve_windows,
         "keep_thoughts": engine.keep_thoughts,
         "keep_thoughts_mib": engine.keep_thoughts_mib,

@@ -62,6 +62,10 @@ _COMMANDS: dict[tuple[str, ...], tuple[Callable[[Sequence[str]], int], str]] = {
         _later("pte_vllm.train.experiments.recall"),
         "facts in plain text, on a real model",
     ),
+    ("experiment", "thoughts"): (
+        _later("pte_vllm.eval.experiment"),
+        "a real model's own thoughts, distilled into every kind of memory",
+    ),
     ("memory-curve",): (
         _later("pte_vllm.train.experiments.memory_curve"),
         "peak training memory against the length of an answer",

@@ -1,0 +1,165 @@
+"""Arms of a sweep: what one of them asks the server for, and how much cache an answer then takes.
+
+An arm is a memory: the full cache, a window and nothing else, a window with an adapter's thought
+state, or one of the controls. Every arm answers the same problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pte_vllm.method.plan import FoldPlan
+
+FULL = "full"
+"""The key of the arm with the full cache, which all others are compared with."""
+SINK_TOKENS = 4
+"""Pinned tokens of the control with attention sinks (StreamingLLM, arXiv 2309.17453)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One memory under which all problems are answered."""
+
+    window_tokens: int
+    """KV room for thoughts; 0 is the full cache."""
+    adapter: str | None = None
+    """Name of an adapter; None is the base model, which forgets what leaves the window."""
+    rule: str | None = None
+    """Update rule in place of the adapter's."""
+    evict: str = "oldest"
+    """Which blocks leave a full window: `oldest` or `random`."""
+    sinks: bool = False
+    """Whether only the first tokens are pinned, and the question is a thought like any other."""
+    equal_to: str | None = None
+    """The adapter whose state this arm holds as a longer window; its own `adapter` is None."""
+
+    @property
+    def key(self) -> str:
+        """A short name without spaces, unique within a sweep."""
+        if not self.window_tokens:
+            return FULL if self.adapter is None else f"{FULL}-{self.adapter}"
+        parts = [f"w{self.window_tokens}"]
+        if self.equal_to is not None:
+            parts.append(f"as-{self.equal_to}")
+        if self.sinks:
+            parts.append("sinks")
+        if self.evict != "oldest":
+            parts.append(self.evict)
+        if self.adapter is not None:
+            parts.append(self.adapter)
+        if self.rule is not None:
+            parts.append(self.rule)
+        return "-".join(parts)
+
+    @property
+    def title(self) -> str:
+        """What a table calls it."""
+        if not self.window_tokens:
+            return "full cache" if self.adapter is None else f"full cache, {self.adapter}"
+        memory = self.adapter or "no memory"
+        if self.rule is not None:
+            memory += f", rule {self.rule}"
+        if self.equal_to is not None:
+            memory = f"no memory, bytes of {self.equal_to}"
+        if self.sinks:
+            memory = "attention sinks"
+        if self.evict != "oldest":
+            memory += f", evicting at {self.evict}"
+        return f"window {self.window_tokens}, {memory}"
+
+    def request_args(self, *, prompt_tokens: int, block_size: int, seed: int) -> dict[str, Any]:
+        """Return the request options of one answer, as `vllm_xargs` takes them.
+
+        Args:
+            prompt_tokens: length of the question; only the control with sinks depends on it.
+            block_size: tokens in a block of the server's KV cache.
+            seed: of what this answer draws, for the control that evicts at random.
+        """
+        if not self.window_tokens:
+            return {"pte_window": 0}
+        args: dict[str, Any] = {"pte_window": self.window_tokens}
+        if self.sinks:
+            args["pte_window"] = self.sink_window(prompt_tokens, block_size)
+            args["pte_pin_tokens"] = min(SINK_TOKENS, prompt_tokens)
+        if self.rule is not None:
+            args["pte_update"] = self.rule
+        if self.evict != "oldest":
+            args["pte_evict"] = self.evict
+            args["pte_evict_seed"] = seed
+        return args
+
+    def sink_window(self, prompt_tokens: int, block_size: int) -> int:
+        """Return the window that holds as many blocks with sinks as the plain window beside it."""
+        question, sink = -(-prompt_tokens // block_size), -(-SINK_TOKENS // block_size)
+        return self.window_tokens + max(0, question - sink) * block_size
+
+    def peak_tokens(
+        self, *, prompt_tokens: int, num_tokens: int, block_size: int, evict_ratio: float
+    ) -> int:
+        """Return the most KV room that an answer takes, in tokens; thought states not included.
+
+        Args:
+            prompt_tokens: length of the question.
+            num_tokens: length of question and answer.
+            block_size: tokens in a block of the server's KV cache.
+            evict_ratio: part of a full window that one fold frees.
+        """
+        pinned, window = prompt_tokens, self.window_tokens
+        if self.sinks:
+            pinned, window = (
+                min(SINK_TOKENS, prompt_tokens),
+                self.sink_window(prompt_tokens, block_size),
+            )
+        plan = FoldPlan(
+            pin_tokens=pinned,
+            window_tokens=window,
+            evict_ratio=evict_ratio,
+            block_size=block_size,
+        )
+        if num_tokens <= plan.first_fold:
+            return -(-num_tokens // block_size) * block_size
+        return (plan.pinned_blocks + plan.window_blocks) * block_size
+
+
+def make_arms(
+    windows: Iterable[int],
+    *,
+    adapters: Sequence[str] = (),
+    rules: Sequence[str | None] = (None,),
+    evict: Sequence[str] = ("oldest",),
+    sinks: bool = False,
+    plain_windows: Iterable[int] = (),
+    state_tokens: Mapping[str, int] | None = None,
+    block_size: int = 16,
+) -> list[Arm]:
+    """Return the arms of a sweep, each once, the full cache first.
+
+    Args:
+        windows: windows to try; 0 is the full cache, which is always among the arms.
+        adapters: names of adapters; each is tried under every window.
+        rules: update rules to try with each adapter; None is the adapter's own.
+        evict: which blocks leave, for windows without memory.
+        sinks: whether the control with attention sinks is among the arms.
+        plain_windows: further windows, without memory and controls.
+        state_tokens: what the state of an adapter weighs in KV tokens, for windows of equal bytes;
+            None leaves these out.
+        block_size: tokens in a block of the KV cache, to which such windows are rounded up.
+    """
+    arms = [Arm(window_tokens=0)]
+    for window in windows:
+        if not window:
+            continue
+        arms += [Arm(window_tokens=window, evict=how) for how in evict]
+        if sinks:
+            arms.append(Arm(window_tokens=window, sinks=True))
+        for name in adapters:
+            for rule in rules:
+                arms.append(Arm(window_tokens=window, adapter=name, rule=rule))
+            if state_tokens is not None:
+                more = -(-state_tokens[name] // block_size) * block_size
+                arms.append(Arm(window_tokens=window + more, equal_to=name))
+    arms += [Arm(window_tokens=window) for window in plain_windows if window]
+    unique = {arm.key: arm for arm in arms}
+    return list(unique.values())

@@ -1,0 +1,163 @@
+"""`pte-vllm train experiment thoughts`: what a memory learns of a real model's own thoughts.
+
+The model answers questions under full attention. Those answers are distilled under a window into
+every arm, with the same steps, data and rank; then fidelity and accuracy are measured beside
+windows without memory, by `eval fidelity` and `eval run`.
+
+    OUT/thoughts.jsonl          the model's own answers
+    OUT/train.jsonl, held.jsonl what is distilled, and what fidelity is measured on
+    OUT/arms/ARM-SEED/          one distillation (`train distill`); adapter/ is its result
+    OUT/fidelity/, accuracy/    reports of `eval fidelity` and `eval run`
+    OUT/results.json, table.md  both together, seeds averaged
+
+Whatever is finished is not done again: the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pte_vllm.models.location import check_model
+
+ARMS: dict[str, dict[str, Any]] = {
+    "lora": {"plain": True},
+    "global-only": {"rule": "none"},
+    "paper": {"rule": "paper"},
+    "ridge": {"rule": "ridge", "features": "squared"},
+    "delta": {"rule": "delta", "features": "squared"},
+}
+"""By name, the options of the adapter: LoRA_c, the paper's static and folded states, and ours."""
+
+QUICK: dict[str, Any] = {
+    "questions": 8,
+    "held": 2,
+    "max_tokens": 120,
+    "steps": 2,
+    "batch": 2,
+    "problems": 3,
+    "rank": 8,
+    "arms": ["lora", "ridge"],
+    "plain_windows": [96],
+}
+"""What `--quick` sets where a flag does not: whether everything works, in a minute."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the experiment, or go on with it; returns the exit status.
+
+    Raises:
+        ValueError, OSError: naming the flag, if something does not fit or is not there.
+        DeadServer, LaunchError: if a server dies, or does not start.
+    """
+    options = parse(arguments)
+    check_model(options.model)
+    from pte_vllm.eval.experiment_steps import measure_accuracy, measure_fidelity, sample, train
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    sample(options)
+    adapters = train(options)
+    fidelity = measure_fidelity(options, adapters)
+    status, accuracy = measure_accuracy(options, adapters)
+    from pte_vllm.eval.experiment_report import write_report
+
+    write_report(options, fidelity, accuracy)
+    return status
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the flags.
+
+    Raises:
+        ValueError: naming the flag, if a value is out of range.
+    """
+    from pte_vllm.engine.cpu_defaults import on_cpu
+
+    parser = argparse.ArgumentParser(
+        prog="pte-vllm train experiment thoughts",
+        description="Distil a model's own thoughts into adapters under a window, and compare them "
+        "with each other, with windows without memory, and with the full cache.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="directory of the base model")
+    add("--out", type=Path, default=Path("out/thoughts"), metavar="DIR", help="all files")
+    add("--arms", type=_names, default=list(ARMS), metavar="A,B", help=f"of {', '.join(ARMS)}")
+    add("--seeds", type=_numbers, default=[0], metavar="N,N", help="of training")
+    add("--quick", action="store_true", help="tiny: two arms, few steps, problems and tokens")
+    add("--url", help="sample and answer on this server in place of ones that are started")
+    add("--api-key-env", metavar="NAME", help="variable that holds its key")
+    group = parser.add_argument_group("thoughts")
+    add = group.add_argument
+    add("--task", default="gsm_symbolic", help="task of reasoning-gym that is asked")
+    add("--questions", type=int, default=504, metavar="N", help="answers that are sampled")
+    add("--held", type=int, default=24, metavar="N", help="of these, held out for fidelity")
+    add("--max-tokens", type=int, default=400, metavar="N", help="longest answer")
+    add("--temperature", type=float, default=0.7, metavar="T", help="of the thoughts")
+    group = parser.add_argument_group("memory and training")
+    add = group.add_argument
+    add("--window", type=int, default=64, metavar="N", help="window of all trained arms")
+    add(
+        "--plain-windows",
+        type=_numbers,
+        default=[96, 128, 256],
+        metavar="N,N",
+        help="further windows, without memory",
+    )
+    add("--evict-ratio", type=float, default=0.25, metavar="F", help="part that one fold frees")
+    add("--block-size", type=int, default=32 if on_cpu() else 16, metavar="N", help="of the cache")
+    add("--rank", type=int, default=64, metavar="R", help="of all arms")
+    add("--steps", type=int, default=60, metavar="N", help="of each distillation")
+    add("--batch", type=int, default=8, metavar="N", help="answers in a step")
+    add("--lr", type=float, default=1e-3, metavar="F", help="highest learning rate")
+    group = parser.add_argument_group("accuracy")
+    add = group.add_argument
+    add("--problems", type=int, default=200, metavar="N", help="greedy, others than the questions")
+    add("--concurrency", type=int, default=64, metavar="N", help="answers at once")
+    given = parser.parse_args(arguments)
+    if given.quick:
+        for name, value in QUICK.items():
+            if getattr(given, name) == parser.get_default(name):
+                setattr(given, name, value)
+    _check(given)
+    return given
+
+
+def _check(given: argparse.Namespace) -> None:
+    for name in given.arms:
+        if name not in ARMS:
+            raise ValueError(f"--arms must be among {', '.join(ARMS)}, got {name!r}")
+    for name in ("questions", "held", "max_tokens", "rank", "steps", "batch", "problems"):
+        if getattr(given, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be positive, got {getattr(given, name)}")
+    if given.held >= given.questions:
+        raise ValueError(f"--held {given.held} leaves nothing of --questions {given.questions}")
+    for window in (given.window, *given.plain_windows):
+        if window % given.block_size or window < 2 * given.block_size:
+            raise ValueError(
+                f"--window, --plain-windows: {window} must be a multiple of --block-size "
+                f"{given.block_size}, and two blocks at least"
+            )
+
+
+def adapter_name(arm: str, seed: int, seeds: Sequence[int]) -> str:
+    """Return the name of one trained adapter; the seed is in it where there are several."""
+    return arm if len(seeds) == 1 else f"{arm}-{seed}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]

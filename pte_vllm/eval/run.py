@@ -1,0 +1,253 @@
+"""`pte-vllm eval run`: accuracy under a cache budget, for every arm of a sweep.
+
+    OUT/logs/           inspect-ai's logs: every answer; `inspect view --log-dir OUT/logs`
+    OUT/results.json    options and numbers, by problem too
+    OUT/table.md        the table
+    OUT/bytes.png       accuracy over KV bytes of a sequence, its thought state included
+    OUT/tokens.png      share solved over generated tokens
+    OUT/server.log      of the server, where one was started
+
+The same command goes on where it stopped: answers that are in the logs are not asked for again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pte_vllm.eval.arms import Arm, make_arms
+from pte_vllm.eval.options import RunOptions
+from pte_vllm.eval.report import Weights, write_report
+from pte_vllm.eval.results import Row, rows_of
+from pte_vllm.eval.serving import (
+    DeadServer,
+    OwnServer,
+    ServerFacts,
+    Watch,
+    ask,
+    count_prompts,
+    started,
+)
+from pte_vllm.eval.tasks import problems_of, problems_under
+from pte_vllm.eval.weights import state_weight
+
+PROMPT_ROOM = 1024
+"""Tokens that a question may have on a server that we start."""
+LOGS = "logs"
+
+
+def run(options: RunOptions) -> int:
+    """Run a sweep, or go on with it; returns the exit status: 0, 1 if an arm failed.
+
+    Raises:
+        ValueError: naming the flag, if the server or a benchmark cannot do what is asked.
+        DeadServer: if the server dies or stays silent.
+        LaunchError: if a server that we start does not come up.
+        OSError: if data or logs cannot be read or written.
+    """
+    console = Console(stderr=True, highlight=False)
+    problems = {name: _problems(options, name) for name in options.benchmarks}
+    counts = ", ".join(f"{name}: {len(found)} problems" for name, found in problems.items())
+    console.print(counts)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with _server(options, console) as (facts, process):
+        weights = _weights(options, facts)
+        arms = _arms(options, facts, weights)
+        answers = (
+            sum(len(found) for found in problems.values())
+            * len(arms)
+            * (len(options.max_tokens) * len(options.seeds) * options.epochs)
+        )
+        console.print(f"{len(arms)} memories, {answers} answers")
+        rows = _ask_all(options, facts, arms, process)
+    write_report(options, rows, facts, weights, options.out, console)
+    return 1 if any(row.error for row in rows) else 0
+
+
+def _problems(options: RunOptions, name: str) -> Any:
+    return problems_of(
+        name,
+        options.limit,
+        options.data,
+        options.data_seed,
+        options.template,
+        options.system,
+    )
+
+
+@contextmanager
+def _server(options: RunOptions, console: Console) -> Iterator[tuple[ServerFacts, Any]]:
+    key = _api_key(options)
+    if options.url is not None:
+        yield ask(options.url, api_key=key), None
+        return
+    assert options.model is not None
+    own = OwnServer(
+        model=options.model,
+        adapters={name: path for name, path in options.adapters.items() if path is not None},
+        max_model_len=PROMPT_ROOM + max(options.max_tokens),
+        concurrency=options.concurrency,
+        block_size=options.block_size,
+        evict_ratio=options.evict_ratio,
+        extra=options.server_flags,
+    )
+    log = options.out / "server.log"
+    with console.status("starting the server") as status:
+
+        def show(line: str) -> None:
+            status.update(f"starting the server: {line[-100:]}")
+
+        with started(own, log=log, on_wait=show) as process:
+            status.stop()
+            yield ask(process.url, api_key=key), process
+
+
+def _api_key(options: RunOptions) -> str | None:
+    if options.api_key_env is None:
+        return None
+    key = os.environ.get(options.api_key_env)
+    if not key:
+        raise ValueError(f"--api-key-env: {options.api_key_env} is not set in the environment")
+    return key
+
+
+def _weights(options: RunOptions, facts: ServerFacts) -> dict[str, Weights]:
+    """Weigh the state of each adapter whose files are known."""
+    return {
+        name: state_weight(path, dtype=facts.dtype, kv_bytes_per_token=facts.kv_bytes_per_token)
+        for name, path in options.adapters.items()
+        if path is not None
+    }
+
+
+def _arms(options: RunOptions, facts: ServerFacts, weights: dict[str, Weights]) -> list[Arm]:
+    missing = [name for name in options.adapters if name not in facts.models]
+    if missing:
+        raise ValueError(
+            f"--adapter: {facts.url} has no {missing[0]!r}; it serves {', '.join(facts.models)}"
+        )
+    if not facts.pte:
+        if options.adapters or options.sinks or "random" in options.evict:
+            raise ValueError(f"--url: {facts.url} runs without PTE, and has the full cache only")
+        return [Arm(window_tokens=0)]
+    for window in (*options.windows, *options.plain_windows):
+        if window % facts.block_size or window == facts.block_size:
+            raise ValueError(
+                f"--window {window} must be a multiple of the block size, {facts.block_size}, and "
+                "at least two blocks"
+            )
+    if "random" in options.evict and "pte_evict" not in facts.options:
+        raise ValueError(f"--evict random: {facts.url} does not know pte_evict; update it")
+    state_tokens = None
+    if options.equal_bytes:
+        unknown = [name for name, weight in weights.items() if weight.kv_tokens is None]
+        if unknown:
+            raise ValueError(f"--equal-bytes: {facts.url} does not say what a KV token weighs")
+        state_tokens = {name: weight.kv_tokens or 0 for name, weight in weights.items()}
+    return make_arms(
+        options.windows,
+        adapters=tuple(options.adapters),
+        rules=options.rules,
+        evict=options.evict,
+        sinks=options.sinks,
+        plain_windows=options.plain_windows,
+        state_tokens=state_tokens,
+        block_size=facts.block_size,
+    )
+
+
+def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: Any) -> list[Row]:
+    """Ask what the logs do not have yet, and read all rows from them."""
+    os.environ.setdefault("INSPECT_DISABLE_MODEL_API_WARNING", "1")
+    from inspect_ai import eval_set
+
+    logs = options.out / LOGS
+    with Watch(facts.url, process) as watch:
+        try:
+            _, found = eval_set(
+                _tasks(options, facts, arms),
+                log_dir=str(logs),
+                log_dir_allow_dirty=True,  # further arms may join a sweep later
+                retry_attempts=0,
+                fail_on_error=True,
+                max_tasks=4,
+                max_samples=options.concurrency,
+                max_connections=options.concurrency,
+                adaptive_connections=False,
+                log_buffer=1,  # an answer is on disk once it is there
+                log_realtime=False,
+                log_model_api=False,
+                ctl_server=False,
+                acp_server=False,
+                display="rich" if sys.stderr.isatty() and sys.stdout.isatty() else "plain",
+            )
+        except KeyboardInterrupt:
+            if watch.found is None:
+                raise
+            found = []
+    if watch.found is not None:
+        raise DeadServer(
+            f"{watch.found}\nThe answers so far are in {logs}; the same command goes on from there"
+        )
+    if any(log.status == "cancelled" for log in found):
+        raise KeyboardInterrupt
+    return rows_of(_with_summaries(log) for log in found)
+
+
+def _tasks(options: RunOptions, facts: ServerFacts, arms: list[Arm]) -> list[Any]:
+    from inspect_ai.model import GenerateConfig, get_model
+
+    key = _api_key(options) or "none"
+    prompt_tokens: dict[str, int] = {}
+    if any(arm.sinks for arm in arms):
+        for name in options.benchmarks:
+            prompts = {k: problem.prompt for k, problem in _problems(options, name).items()}
+            prompt_tokens |= count_prompts(facts, prompts, api_key=key)
+    made = []
+    for benchmark in options.benchmarks:
+        for length in options.max_tokens:
+            for seed in options.seeds:
+                for arm in arms:
+                    model = get_model(
+                        f"openai-api/pte/{arm.adapter or facts.models[0]}",
+                        base_url=f"{facts.url}/v1",
+                        api_key=key,
+                        config=GenerateConfig(max_connections=options.concurrency),
+                    )
+                    made.append(
+                        problems_under(
+                            benchmark=benchmark,
+                            arm=asdict(arm) if facts.pte else None,
+                            limit=options.limit,
+                            data=options.data,
+                            data_seed=options.data_seed,
+                            template=options.template,
+                            system=options.system,
+                            epochs=options.epochs,
+                            pass_at=list(options.pass_at),
+                            max_tokens=length,
+                            temperature=options.temperature,
+                            top_p=options.top_p,
+                            seed=seed,
+                            block_size=facts.block_size,
+                            prompt_tokens=prompt_tokens if arm.sinks else None,
+                        )
+                    )
+                    made[-1].model = model
+    return made
+
+
+def _with_summaries(log: Any) -> Any:
+    """Return a log with the summaries of its samples, which have all that rows need."""
+    from inspect_ai.log import read_eval_log_sample_summaries
+
+    if log.location and Path(log.location.removeprefix("file://")).exists():
+        log.samples = read_eval_log_sample_summaries(log.location)
+    return log

@@ -1,0 +1,269 @@
+"""The server that a sweep asks: one at a URL, or one started for it and ended after it."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from pte_vllm.engine.cpu_defaults import choose_dtype, on_cpu
+from pte_vllm.launch import LaunchError, Server, log_tail
+
+READY_TIMEOUT_S = 1800.0
+GIVE_UP_S = 60.0
+"""How long a server may stay silent before it is called dead; inspect-ai asks again meanwhile."""
+BASE_NAME = "base"
+"""Name of the base model on a server that we start."""
+
+
+class DeadServer(RuntimeError):
+    """The server ended or stays silent; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerFacts:
+    """What a sweep must know of a server."""
+
+    url: str
+    """Base URL, without `/v1`."""
+    models: tuple[str, ...]
+    """Names that requests may give, the base model first."""
+    block_size: int = 16
+    """Tokens in a block of its KV cache; meaningless without PTE."""
+    evict_ratio: float = 0.25
+    kv_bytes_per_token: int | None = None
+    """Bytes of one token in the KV caches of all layers; None where the server does not say."""
+    dtype: str = "bfloat16"
+    """Of its model."""
+    pte: bool = True
+    """Whether it knows windows."""
+    options: tuple[str, ...] = ()
+    """Names of the request options that it knows."""
+
+
+def ask(url: str, *, api_key: str | None = None, client: httpx.Client | None = None) -> ServerFacts:
+    """Read what a server says of itself.
+
+    Raises:
+        DeadServer: if nothing answers at the URL.
+        ValueError: if what answers is no OpenAI-compatible server, or it wants another key.
+    """
+    base = url.rstrip("/").removesuffix("/v1")
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    own = client or httpx.Client(trust_env=False, timeout=30.0)
+    try:
+        models = own.get(f"{base}/v1/models", headers=headers)
+        if models.status_code == 401:
+            raise ValueError(f"--url: {base} wants an API key: name its variable by --api-key-env")
+        if models.status_code != 200:
+            raise ValueError(f"--url: {base}/v1/models answers HTTP {models.status_code}")
+        names = tuple(entry["id"] for entry in models.json()["data"])
+        if not names:
+            raise ValueError(f"--url: {base} serves no model")
+        info = own.get(f"{base}/pte/v1/info", headers=headers)
+    except httpx.HTTPError as error:
+        raise DeadServer(f"--url: nothing answers at {base}: {error}") from error
+    finally:
+        if client is None:
+            own.close()
+    if info.status_code != 200:
+        return ServerFacts(url=base, models=names, pte=False)
+    found = info.json()
+    return ServerFacts(
+        url=base,
+        models=names,
+        block_size=found["plan"]["block_size"],
+        evict_ratio=found["plan"]["evict_ratio"],
+        kv_bytes_per_token=found.get("kv_bytes_per_token"),
+        dtype=found.get("dtype", "bfloat16"),
+        options=tuple(found["request_options"]),
+    )
+
+
+def count_prompts(
+    facts: ServerFacts,
+    prompts: Mapping[str, Sequence[Mapping[str, str]]],
+    *,
+    api_key: str | None = None,
+) -> dict[str, int]:
+    """Return how many tokens the server makes of each chat, by its key.
+
+    Raises:
+        ValueError: if the server refuses.
+        DeadServer: if it does not answer.
+    """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    counts = {}
+    with httpx.Client(trust_env=False, timeout=60.0, headers=headers) as client:
+        for key, messages in prompts.items():
+            body = {"model": facts.models[0], "messages": list(messages)}
+            try:
+                reply = client.post(f"{facts.url}/tokenize", json=body)
+            except httpx.HTTPError as error:
+                raise DeadServer(f"--url: {facts.url} does not answer: {error}") from error
+            if reply.status_code != 200:
+                raise ValueError(f"--sinks: {facts.url}/tokenize answers {reply.text[:200]}")
+            counts[key] = int(reply.json()["count"])
+    return counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnServer:
+    """What to start, where no URL is given."""
+
+    model: str
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Directories by name."""
+    max_model_len: int
+    """Most tokens of question and answer."""
+    concurrency: int
+    """Answers that are sampled at once."""
+    block_size: int | None = None
+    evict_ratio: float = 0.25
+    extra: tuple[str, ...] = ()
+    """Further flags of `pte-vllm serve`; they win."""
+
+    def arguments(self) -> list[str]:
+        """Return what follows `pte-vllm serve`."""
+        size = self.block_size or (32 if on_cpu() else 16)
+        arguments = {
+            "--served-model-name": BASE_NAME,
+            "--max-model-len": self.max_model_len,
+            "--max-num-seqs": self.concurrency,
+            "--block-size": size,
+            "--pte-evict-ratio": self.evict_ratio,
+        }
+        flags = ["--disable-uvicorn-access-log"]
+        if self.adapters:
+            ranks, modules = zip(*map(_rank_and_modules, self.adapters.values()), strict=True)
+            arguments |= {"--max-lora-rank": _served_rank(max(ranks))}
+            arguments |= {"--max-loras": len(self.adapters)}
+            flags += ["--enable-lora", "--lora-modules"]
+            flags += [f"{name}={path}" for name, path in self.adapters.items()]
+            if all(isinstance(m, list) for m in modules):
+                # Else vLLM also computes a LoRA of the output layer, a third of a step on a CPU.
+                flags += ["--lora-target-modules", *sorted({name for m in modules for name in m})]
+        if on_cpu():
+            flags.append("--enforce-eager")  # a minute of torch.compile would gain little here
+            arguments |= {"--kv-cache-memory-bytes": self._kv_bytes(size)}
+        return [
+            self.model,
+            *(str(part) for pair in arguments.items() for part in pair),
+            *flags,
+            *self.extra,
+        ]
+
+    def _kv_bytes(self, block_size: int) -> int:
+        """Return room for every answer at full length, and half of the free memory at most."""
+        config = json.loads((Path(self.model) / "config.json").read_text())
+        dtype = choose_dtype(self.model)[0]
+        itemsize = 4 if dtype == "float32" else 2
+        blocks = self.concurrency * (-(-self.max_model_len // block_size) + 1) + 1
+        wanted = blocks * block_size * kv_bytes_per_token(config, itemsize)
+        return min(wanted, _free_bytes() // 2)
+
+
+def kv_bytes_per_token(config: Mapping[str, Any], itemsize: int) -> int:
+    """Return the bytes of one token's keys and values in all layers, from a `config.json`."""
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    return 2 * int(config["num_hidden_layers"]) * kv_heads * head_dim * itemsize
+
+
+def _rank_and_modules(adapter: str) -> tuple[int, Any]:
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    return int(config["r"]), config.get("target_modules")
+
+
+def _served_rank(rank: int) -> int:
+    """Round up to a rank that vLLM takes for `--max-lora-rank`."""
+    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
+
+
+def _free_bytes() -> int:
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    raise LaunchError("/proc/meminfo does not say how much memory is free; give --url")
+
+
+class Watch:
+    """Interrupts the main thread when a server has died, which inspect-ai would wait for.
+
+    Args:
+        url: base URL of the server.
+        process: the server, where it is ours.
+    """
+
+    def __init__(self, url: str, process: Server | None = None) -> None:
+        self._url = url
+        self._process = process
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.found: str | None = None
+        """What has happened to the server; None while it lives."""
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        silent_s = 0.0
+        with httpx.Client(trust_env=False, timeout=10.0) as client:
+            while not self._stop.wait(2.0):
+                if self._process is not None and self._process.exit_status() is not None:
+                    self._give_up(f"the server ended; end of {self._process.log}:\n{self._tail()}")
+                    return
+                try:
+                    client.get(f"{self._url}/health")
+                    silent_s = 0.0
+                except httpx.TimeoutException:
+                    silent_s = 0.0  # busy: it took the connection
+                except httpx.HTTPError:
+                    silent_s += 2.0
+                if silent_s >= GIVE_UP_S:
+                    self._give_up(f"nothing has answered at {self._url} for {GIVE_UP_S:.0f} s")
+                    return
+
+    def _tail(self) -> str:
+        assert self._process is not None
+        return log_tail(self._process.log, 15)
+
+    def _give_up(self, why: str) -> None:
+        self.found = why
+        _thread.interrupt_main()
+
+
+@contextmanager
+def started(own: OwnServer, *, log: Path, on_wait: Any = lambda line: None) -> Iterator[Server]:
+    """Start a server, wait until it answers, and end it afterwards.
+
+    Raises:
+        LaunchError: if it does not start; the message has the end of its log.
+    """
+    env = {}
+    if on_cpu():
+        # One core of two would else be kept for the front end, which has little to do here.
+        env["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+    with Server(own.arguments(), log=log, env=env) as server:
+        server.wait_ready(timeout_s=READY_TIMEOUT_S, on_wait=on_wait)
+        yield server
