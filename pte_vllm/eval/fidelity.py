@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,13 @@ def main(arguments: Sequence[str]) -> int:
     for name, directory in options.adapter.items():
         if not (directory / "adapter_config.json").is_file():
             raise FileNotFoundError(f"--adapter {name}: {directory} holds no adapter")
-    run(options)
+    from pte_vllm.wire.transport import ServerError
+
+    try:
+        run(options)
+    except ServerError as error:
+        print(f"pte-vllm: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -259,7 +266,7 @@ def _by_replay(
     base = PTEModel.from_pretrained(chosen.base, dtype=chosen.dtype, device=chosen.device).base
     with ProgressBar(console, len(examples), arms, options.batch) as progress:
         return fidelity_replay.measure(
-            base, examples, arms, adapters, batch_sequences=options.batch, progress=progress
+            base, examples, arms, adapters, batch_sequences=options.batch, on_done=progress
         )
 
 
@@ -282,7 +289,7 @@ def _by_server(
             fidelity_server.push_adapters(client, options.adapter),
             batch_sequences=options.batch,
             top_logprobs=options.top_logprobs,
-            progress=progress,
+            on_done=progress,
         )
 
 

@@ -8,21 +8,13 @@ from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import (
-    Progress as Bar,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pte_vllm.eval.fidelity_arms import Arm
 from pte_vllm.eval.fidelity_tokens import ArmTokens, Array, MeasuredTokens
 from pte_vllm.train.distill.examples import Example
 
-Progress = Callable[[str], None]
+OnDone = Callable[[str], None]
 """Hears the name of each part that is done: full attention, or an arm, on one batch."""
 
 
@@ -90,7 +82,7 @@ class ProgressBar:
         self, console: Console, num_examples: int, arms: Sequence[Arm], batch_sequences: int
     ) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Bar(TextColumn("{task.description}"), *columns, console=console)
+        self._bar = Progress(TextColumn("{task.description}"), *columns, console=console)
         batches = -(-num_examples // batch_sequences)
         self._task = self._bar.add_task("start", total=batches * (1 + len(Parts(arms).different)))
 

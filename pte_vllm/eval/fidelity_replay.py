@@ -8,7 +8,7 @@ from typing import Any
 
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.eval.fidelity_arms import Arm
-from pte_vllm.eval.fidelity_parts import Parts, Progress
+from pte_vllm.eval.fidelity_parts import OnDone, Parts
 from pte_vllm.eval.fidelity_tokens import MeasuredTokens
 from pte_vllm.train.distill.agreement import compare
 from pte_vllm.train.distill.examples import Example, align
@@ -24,7 +24,7 @@ def measure(
     adapters: Mapping[str, Adapter],
     *,
     batch_sequences: int,
-    progress: Progress = lambda name: None,
+    on_done: OnDone = lambda name: None,
 ) -> MeasuredTokens:
     """Measure all arms on the tokens that `examples` want; arms that do the same run once.
 
@@ -34,7 +34,7 @@ def measure(
         arms: what is compared.
         adapters: those of the arms, by name.
         batch_sequences: how many answers are read at once; does not change the result.
-        progress: hears `batches × (1 + different arms)` times of a part.
+        on_done: hears `batches × (1 + different arms)` times of a part.
 
     Raises:
         ValueError: if the model cannot be replayed, or an adapter does not fit it.
@@ -47,7 +47,7 @@ def measure(
         rows, tokens = (x.cpu() for x in (teacher.index >= 0).nonzero(as_tuple=True))
         parts.place(chosen, rows.numpy(), tokens.numpy(), first=done)
         parts.add_full(-teacher.logprobs.cpu()[rows, tokens].numpy())
-        progress("full attention")
+        on_done("full attention")
         for arm in parts.different:
             adapter = None if arm.adapter is None else adapters[arm.adapter]
             plans = [arm.plan(example.plan.pin_tokens) for example in chosen]
@@ -59,7 +59,7 @@ def measure(
                 kls=found.kls.cpu()[rows, tokens].numpy(),
                 same_top=found.same_top.cpu()[rows, tokens].numpy(),
             )
-            progress(arm.name)
+            on_done(arm.name)
         done += len(chosen)
     return parts.together(kl_is_bound=False)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from pte_vllm.adapter.hashes import content_hash, file_hashes
 from pte_vllm.eval.fidelity_arms import Arm
-from pte_vllm.eval.fidelity_parts import Parts, Progress
+from pte_vllm.eval.fidelity_parts import OnDone, Parts
 from pte_vllm.eval.fidelity_tokens import MeasuredTokens
 from pte_vllm.train.distill.examples import Example
 from pte_vllm.train.distill.step import of_like_length
@@ -52,7 +52,7 @@ def measure(
     *,
     batch_sequences: int,
     top_logprobs: int,
-    progress: Progress = lambda name: None,
+    on_done: OnDone = lambda name: None,
 ) -> MeasuredTokens:
     """Measure all arms on the tokens that `examples` want; arms that do the same run once.
 
@@ -63,7 +63,7 @@ def measure(
         adapters: the server's names of the arms' adapters, by theirs.
         batch_sequences: how many answers a request has.
         top_logprobs: how many tokens are named in each place, k.
-        progress: hears `batches × (1 + different arms)` times of a part.
+        on_done: hears `batches × (1 + different arms)` times of a part.
 
     Raises:
         ServerError: if the server refuses or stays away.
@@ -78,7 +78,7 @@ def measure(
         parts.place(chosen, rows, tokens, first=done)
         full = _score(client, chosen, 0, None, top_logprobs)
         parts.add_full(-np.array([_own(full[b], t) for b, t in places]))
-        progress("full attention")
+        on_done("full attention")
         for arm in parts.different:
             adapter = None if arm.adapter is None else adapters[arm.adapter]
             found = _score(client, chosen, arm.window_tokens, adapter, top_logprobs)
@@ -88,7 +88,7 @@ def measure(
                 kls=np.array([_kl_at_least(full[b], found[b], t) for b, t in places]),
                 same_top=np.array([_top(full[b], t) == _top(found[b], t) for b, t in places]),
             )
-            progress(arm.name)
+            on_done(arm.name)
         done += len(chosen)
     return parts.together(kl_is_bound=True)
 

@@ -36,12 +36,14 @@ def main(arguments: Sequence[str]) -> int:
     check_model(options.model)
     if options.out.exists():
         raise ValueError(f"OUT: {options.out} exists already: name another file, or remove it")
+    from pte_vllm.wire.transport import ServerError
+
     options.out.parent.mkdir(parents=True, exist_ok=True)
     # Without this SIGTERM would end us at once and leave the server running.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _sample(options)
-    except LaunchError as error:
+    except (LaunchError, ServerError) as error:
         print(f"pte-vllm: error: {error}", file=sys.stderr)
         return 2
     finally:
