@@ -21,6 +21,7 @@ _COMMANDS = {
     "demo": ("pte_vllm.demo.run", "watch chats with and without a window"),
     "doctor": ("pte_vllm.cli.doctor", "check installation and machine"),
     "bench": ("pte_vllm.cli.bench", "measure speed against vLLM as it is"),
+    "eval": ("pte_vllm.cli.eval", "measure accuracy and fidelity under a cache budget"),
     "adapter": ("pte_vllm.cli.adapter", "make or check an adapter"),
     "plan": ("pte_vllm.cli.plan", "what a window buys on given hardware"),
     "model": ("pte_vllm.cli.model", "get a small model to try things with"),

@@ -183,11 +183,13 @@ class RolloutClient:
         pin_tokens: int | None = None,
         rule: str | None = None,
         min_weight_version: int | None = None,
+        top_logprobs: int = 0,
     ) -> list[Rollout]:
         """Return the log-probs, at temperature 1, of what follows `prompt_tokens` of each sequence.
 
         The tokens go through the same evictions and folds as a rollout's. Records come in the
-        order of `token_ids`; options and errors are those of `rollouts`.
+        order of `token_ids`; options and errors are those of `rollouts`. With `top_logprobs` k they
+        also name the k most probable tokens in each place, up to the server's `--max-logprobs`.
         """
         groups: dict[str, Group] = {}
         for i, (tokens, num_prompt) in enumerate(zip(token_ids, prompt_tokens, strict=True)):
@@ -206,6 +208,7 @@ class RolloutClient:
             "pin_tokens": pin_tokens,
             "update": rule,
             "min_weight_version": min_weight_version,
+            **({"top_logprobs": top_logprobs} if top_logprobs else {}),  # older servers refuse it
         }
 
         def body(missing: dict[str, Group]) -> dict[str, Any]:
@@ -219,7 +222,11 @@ class RolloutClient:
         request = Request(
             path="/pte/v1/score",
             expected=Expected(
-                groups=groups, window_tokens=window_tokens, adapter=adapter, rule=rule
+                groups=groups,
+                window_tokens=window_tokens,
+                adapter=adapter,
+                rule=rule,
+                top_logprobs=top_logprobs,
             ),
             body=body,
         )

@@ -49,6 +49,8 @@ class Expected:
     """`name` or `name@version`; None is the base model."""
     rule: str | None = None
     """The rule by which folds add up; None leaves it to the adapter."""
+    top_logprobs: int = 0
+    """How many of the most probable tokens a score names in each place."""
 
     def missing(self) -> dict[str, Group]:
         """Return the groups that lack a sample, by their id."""
@@ -84,7 +86,7 @@ class Expected:
     def _wrong_policy(
         self, record: Rollout, group: Group, default_plan: Mapping[str, Any]
     ) -> str | None:
-        """Say which of plan, adapter and rule differs, if one does."""
+        """Say which of plan, adapter, rule and top tokens differs, if one does."""
         expected = self._plan(group, len(record.prompt_ids), default_plan)
         if record.plan != expected:
             return f"plan is {record.plan}, asked for was {expected}"
@@ -93,6 +95,8 @@ class Expected:
             return f"adapter is {name}, asked for was {asked}"
         if self.rule is not None and record.rule != self.rule:
             return f"rule is {record.rule or 'not said'}, asked for was {self.rule}"
+        if record.num_top != self.top_logprobs:
+            return f"{record.num_top} top_logprobs, asked for were {self.top_logprobs}"
         return None
 
     def _plan(self, group: Group, num_prompt: int, default: Mapping[str, Any]) -> FoldPlan:

@@ -37,6 +37,9 @@ LogProb = Annotated[float, Field(le=_ROUNDING)]
 Bit = Annotated[int, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1)]
 
+_OPTIONAL = Field(exclude_if=lambda value: value is None)
+"""Of fields that a line leaves out where they say nothing: most records have none of them."""
+
 # The rules of reading. They hold for the parts of a record too: no value changes its type, no
 # field is unknown, and no number is NaN or infinite.
 _exact = with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
@@ -80,6 +83,11 @@ class _Fields:
     """Which sample of its group this is, from 0."""
     num_preempted: Count | None
     """How often the engine evicted and replayed it; None where the server keeps no statistics."""
+    top_ids: Annotated[tuple[tuple[TokenId, ...], ...] | None, _OPTIONAL] = None
+    """`[N, k]`: the k most probable tokens in the place of each completion token, best first; None
+    unless a score was asked for them. A record without them has no such field."""
+    top_logprobs: Annotated[tuple[tuple[LogProb, ...], ...] | None, _OPTIONAL] = None
+    """`[N, k]`: their log-probs."""
 
 
 @_exact
@@ -120,8 +128,22 @@ class Rollout(_Fields):
                 f"plan: {self.plan.pin_tokens} pinned tokens, but the prompt has "
                 f"{len(self.prompt_ids)}"
             )
+        self._check_top()
         self._check_rho()
         self._check_versions()
+
+    def _check_top(self) -> None:
+        if self.top_ids is None and self.top_logprobs is None:
+            return
+        ids, logprobs = self.top_ids or (), self.top_logprobs or ()
+        wanted = [self.num_top] * len(self.completion_ids)
+        for name, rows in (("top_ids", ids), ("top_logprobs", logprobs)):
+            if [len(row) for row in rows] != wanted:
+                raise ValueError(
+                    f"{name} must have {self.num_top} values for each of {len(wanted)} tokens"
+                )
+        if not math.isfinite(sum(map(sum, logprobs))):
+            raise ValueError("top_logprobs must be finite")
 
     def _check_rho(self) -> None:
         if self.rho is None:
@@ -147,6 +169,11 @@ class Rollout(_Fields):
             raise ValueError(
                 f"weight_versions cover {position} of {len(self.completion_ids)} completion tokens"
             )
+
+    @property
+    def num_top(self) -> int:
+        """How many of the most probable tokens the record names in each place, k."""
+        return len(self.top_ids[0]) if self.top_ids else 0
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -39,6 +39,8 @@ class Outcome:
     completion_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
+    top_ids: tuple[tuple[int, ...], ...] | None = None
+    top_logprobs: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,8 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
             completion_ids=done.completion_ids + outcome.completion_ids,
             logprobs=done.logprobs + outcome.logprobs,
             finish_reason=outcome.finish_reason,
+            top_ids=outcome.top_ids,  # of a score, which has one part
+            top_logprobs=outcome.top_logprobs,
         )
         preempted = final.metrics.num_preemptions if final.metrics is not None else None
         num_preempted = None if None in (num_preempted, preempted) else num_preempted + preempted
@@ -118,6 +122,8 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
         group_id=job.group_id,
         index=job.index,
         num_preempted=num_preempted,
+        top_ids=done.top_ids,
+        top_logprobs=done.top_logprobs,
     )
 
 

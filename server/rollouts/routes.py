@@ -11,6 +11,7 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response
 from vllm.exceptions import RetryableRequestError
 from vllm.inputs import EngineInput
+from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -57,6 +58,7 @@ async def score(body: ScoreRequest, request: Request) -> Response:
     """Send log-probs of given tokens under the request's plan, in the order they finish."""
     state = service(request)
     check_logprobs_mode(state)
+    _check_top(state, body.top_logprobs)
     adapter = resolve(state, body)
     jobs: list[Job] = []
     for tokens, num_prompt, group_id in zip(
@@ -67,7 +69,7 @@ async def score(body: ScoreRequest, request: Request) -> Response:
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
-            prompt_logprobs=0,
+            prompt_logprobs=body.top_logprobs,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=_xargs(body.window_tokens, pin_tokens, body.rule),
@@ -76,6 +78,17 @@ async def score(body: ScoreRequest, request: Request) -> Response:
         validate(state, rendered, params, adapter)
         jobs.append(_job(state, rendered, params, adapter, group_id, 0, num_prompt))
     return stream(state, jobs)
+
+
+def _check_top(state: Service, count: int) -> None:
+    """Refuse, with 400, to name more tokens in each place than this server does."""
+    most = state.engine.model_config.max_logprobs
+    if most == -1:
+        most = state.engine.model_config.get_vocab_size()
+    if count > most:
+        raise HTTPException(
+            400, f"top_logprobs is {count}, more than this server's --max-logprobs {most}"
+        )
 
 
 def sample_seed(seed: int | None, group_id: str, index: int) -> int | None:
@@ -149,12 +162,21 @@ def _job(
     def scored(final: RequestOutput) -> Outcome:
         if final.outputs[0].finish_reason == "abort":  # a part of a score is of no use
             raise RetryableRequestError("the score was aborted; ask again")
-        pairs = zip(tokens[num_prompt:], (final.prompt_logprobs or ())[num_prompt:], strict=True)
-        return Outcome(
+        entries = list((final.prompt_logprobs or ())[num_prompt:])
+        pairs = zip(tokens[num_prompt:], entries, strict=True)
+        outcome = Outcome(
             prompt_ids=tokens[:num_prompt],
             completion_ids=tokens[num_prompt:],
             logprobs=tuple(entry[token].logprob for token, entry in pairs),
             finish_reason="scored",
+        )
+        if not (count := params.prompt_logprobs):
+            return outcome
+        top = [_best(entry, count) for entry in entries]
+        return replace(
+            outcome,
+            top_ids=tuple(tuple(token for token, _ in row) for row in top),
+            top_logprobs=tuple(tuple(logprob for _, logprob in row) for row in top),
         )
 
     return Job(
@@ -167,3 +189,13 @@ def _job(
         kind="rollout" if num_prompt is None else "score",
         read=sampled if num_prompt is None else scored,
     )
+
+
+def _best(entry: Mapping[int, Logprob], count: int) -> list[tuple[int, float]]:
+    """Return the `count` most probable tokens of one place and their log-probs, best first.
+
+    vLLM gives these and the token that stands there, whose rank is then beyond them.
+    """
+    found = [(token, value) for token, value in entry.items() if (value.rank or 0) <= count]
+    found.sort(key=lambda pair: pair[1].rank or 0)
+    return [(token, value.logprob) for token, value in found]

@@ -105,6 +105,8 @@ class ScoreRequest(_Request):
     """The sequences, questions with their answers."""
     prompt_tokens: list[Annotated[int, Field(ge=1)]]
     """How many tokens of each sequence are its question; those after it are scored."""
+    top_logprobs: int = Field(0, ge=0)
+    """How many of the most probable tokens are named in each place, up to `--max-logprobs`."""
 
     @model_validator(mode="after")
     def _check(self) -> ScoreRequest:

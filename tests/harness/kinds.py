@@ -50,7 +50,10 @@ KINDS = {
         env={"VLLM_LORA_RESOLVER_CACHE_DIR": "{directory}/adapters"},
     ),
     "admin": Kind(
-        modules=("server/test_control", "server/test_rollouts", "server/test_death"),
+        modules=(
+            *("server/test_control", "server/test_rollouts", "server/test_death"),
+            "eval/test_fidelity_server",
+        ),
         flags=_FLAGS,
         env={"PTE_ADMIN_KEY": ADMIN_KEY},
         key=ADMIN_KEY,

@@ -115,6 +115,48 @@ def test_scores_agree_with_rollouts(server: Server, client: RolloutClient) -> No
     assert max(abs(a - b) for a, b in zip(other.logprobs, scored[0].logprobs, strict=True)) > 0.01
 
 
+@pytest.mark.parametrize("adapter", [None, "ridge"])
+def test_scores_name_the_most_probable_tokens(
+    server: Server, client: RolloutClient, versions: dict[str, Path], adapter: str | None
+) -> None:
+    """Beside the same log-probs as without, and with the likeliest token where it stands itself."""
+    tokens, question = random_tokens(WINDOW + 3 * BLOCK, 500, 9), 20
+    sequences = [tokens, random_tokens(60, 500, 10)]
+    plain = client.score(sequences, [question] * 2, adapter=adapter)
+    most = 5  # the server's --max-logprobs
+    for record, before in zip(
+        client.score(sequences, [question] * 2, adapter=adapter, top_logprobs=most),
+        plain,
+        strict=True,
+    ):
+        assert record.num_top == most and before.num_top == 0
+        assert record.logprobs == pytest.approx(before.logprobs, abs=1e-5)
+        for own, value, ids, top in zip(
+            record.completion_ids,
+            record.logprobs,
+            record.top_ids,
+            record.top_logprobs,
+            strict=True,
+        ):
+            assert len(set(ids)) == most and list(top) == sorted(top, reverse=True)
+            if own in ids:
+                assert top[ids.index(own)] == pytest.approx(value, abs=1e-6)
+            else:
+                assert value <= top[-1]
+    # The likeliest token is the one that greedy sampling takes.
+    (greedy,) = client.rollouts(
+        [tokens[:question]],
+        adapter=adapter,
+        sampling={"temperature": 0.0, "max_tokens": WINDOW + 2 * BLOCK, "ignore_eos": True},
+    )
+    (record,) = client.score([greedy.token_ids], [question], adapter=adapter, top_logprobs=1)
+    gaps = [top[0] - own for own, top in zip(record.logprobs, record.top_logprobs, strict=True)]
+    same = [own == ids[0] for own, ids in zip(record.completion_ids, record.top_ids, strict=True)]
+    assert max(gaps) < 1e-3 and sum(same) >= len(same) - 1  # up to near ties
+    with pytest.raises(ServerError, match="top_logprobs is 6, more than .* --max-logprobs 5"):
+        client.score([tokens], [question], top_logprobs=6)
+
+
 def test_names_versions_and_seeds(
     server: Server, client: RolloutClient, versions: dict[str, Path]
 ) -> None:

@@ -60,6 +60,25 @@ def test_round_trip(num_completion: int) -> None:
     assert rollout.token_ids == rollout.prompt_ids + rollout.completion_ids
 
 
+def test_most_probable_tokens_are_there_where_they_were_asked_for() -> None:
+    top = {
+        "top_ids": ((3, 4),) * 40,
+        "top_logprobs": tuple((-0.5, -1.0 / (i + 1)) for i in range(40)),
+    }
+    rollout = _rollout(**top)
+    assert rollout.num_top == 2 and Rollout.from_json(rollout.to_line()) == rollout
+    without = _rollout()
+    assert without.num_top == 0 and not top.keys() & without.to_json().keys()
+    for name, value, message in (
+        ("top_ids", None, "top_ids must have"),
+        ("top_logprobs", None, "top_logprobs must have 2"),
+        ("top_ids", ((3, 4),) * 39 + ((3,),), "top_ids must have 2 values for each of 40"),
+        ("top_logprobs", ((-0.5, math.nan),) * 40, "top_logprobs must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _rollout(**{**top, name: value})
+
+
 def test_rho_of_folds() -> None:
     count = num_folds(PLAN, 45)
     rho = tuple(0.5 / (i + 1) for i in range(count))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pte_vllm.train.distill.agreement import compare
 from pte_vllm.train.distill.examples import Example, align
 from pte_vllm.train.distill.teacher import CHUNK_TOKENS, Teacher, ask_teacher
 from pte_vllm.train.replay.aligned import AlignedBatch
@@ -103,9 +104,14 @@ def accumulate_gradient(
 
 def micro_batches(examples: Sequence[Example], size: int) -> Iterable[AlignedBatch]:
     """Align at most `size` examples at a time, of like length, so that little is padded."""
+    for chosen in of_like_length(examples, size):
+        yield align(chosen)
+
+
+def of_like_length(examples: Sequence[Example], size: int) -> list[list[Example]]:
+    """Cut examples, ordered by their length, into parts of at most `size`."""
     ordered = sorted(examples, key=lambda example: len(example.tokens))
-    for first in range(0, len(ordered), size):
-        yield align(ordered[first : first + size])
+    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 
 
 def take_step(
@@ -196,18 +202,15 @@ def evaluate(
     """
     sums = torch.zeros(5, dtype=torch.float64)
     tokens = 0
-    for batch in micro_batches(examples, micro_batch_sequences):
-        teacher = ask_teacher(model, batch)
+    for chosen in of_like_length(examples, micro_batch_sequences):
+        sequences, plans = [e.tokens for e in chosen], [e.plan for e in chosen]
+        teacher = ask_teacher(model, align(chosen))
         tokens += teacher.num_tokens
-
-        def kl(scores: Scores, teacher: Teacher = teacher) -> Tensor:
-            return teacher.kl(scores).sum()
-
         with model.adapter_disabled():
-            window = replay(model, batch, loss=kl)
-        student = replay(model, batch, loss=kl, rule=rule)
-        nll = (-x.logprobs.double().sum().cpu() for x in (teacher, window, student))
-        sums += torch.stack([*nll, *(torch.tensor(x.loss).double() for x in (window, student))])
+            window = compare(model, sequences, plans, teacher)
+        student = compare(model, sequences, plans, teacher, rule=rule)
+        values = [-x.logprobs for x in (teacher, window, student)] + [window.kls, student.kls]
+        sums += torch.stack([x.double().sum().cpu() for x in values])
     if not tokens:
         raise ValueError("no token of the evaluation lies beyond its first fold")
     full, window_nll, student_nll, window_kl, student_kl = (sums / tokens).tolist()

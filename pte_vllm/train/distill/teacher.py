@@ -32,6 +32,7 @@ class Teacher:
     model: PTEModel
     temperature: float
     logprobs: Tensor  # [B, longest] of the tokens themselves, as `ReplayResult.logprobs`
+    best: Tensor  # [M] int64: the most probable token
     index: Tensor  # [B, longest] int64: the row of token t below; -1 where not wanted
     hidden: Tensor | None  # [M, d] inputs of the output layer; the exact form
     top_logprobs: Tensor | None  # [M, k + 1] fp32: the k best, then all others together
@@ -99,6 +100,7 @@ def ask_teacher(
     everything = unbounded(batch.to(model.device))
     index = torch.full_like(everything.ids, -1)
     inputs: list[Tensor] = []  # of the output layer; the last one belongs to the scores at hand
+    best: list[Tensor] = []
     top: list[tuple[Tensor, Tensor]] = []
     count = 0
 
@@ -108,6 +110,7 @@ def ask_teacher(
             count, count + len(scores.rows), device=index.device
         )
         count += len(scores.rows)
+        best.append(scores.logits.argmax(-1))
         if top_k:
             ids = scores.logits.topk(top_k, -1).indices
             top.append((merged_log_softmax(scores.logits, ids), ids))
@@ -129,6 +132,7 @@ def ask_teacher(
         model=model,
         temperature=temperature,
         logprobs=found.logprobs,
+        best=torch.cat(best) if best else index.new_zeros(0),
         index=index,
         hidden=torch.cat(inputs) if inputs else None,
         top_logprobs=torch.cat([log_p for log_p, _ in top]) if top else None,

@@ -1,0 +1,1 @@
+"""Accuracy and fidelity under a cache budget."""

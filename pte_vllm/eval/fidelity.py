@@ -1,0 +1,327 @@
+"""`pte-vllm eval fidelity`: how well an arm predicts the model's own thoughts, without sampling.
+
+    OUT/fidelity.json   all figures
+    OUT/fidelity.png    KL by distance from the first fold
+
+Standard library only until the flags are read and checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pte_vllm.models.location import check_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pte_vllm.eval.fidelity_arms import Arm, Eviction
+    from pte_vllm.eval.fidelity_tokens import MeasuredTokens
+    from pte_vllm.train.distill.examples import Example
+
+KV_DTYPES = ("bfloat16", "float16", "float32", "fp8")
+EVICTIONS = ("oldest", "random")
+BLOCK_SIZE, EVICT_RATIO = 32, 0.25
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `pte-vllm eval fidelity ...`; returns the exit status.
+
+    Raises:
+        ValueError, OSError: naming the flag, if something does not fit or is not there.
+    """
+    options = parse(arguments)
+    check_model(options.model)
+    if not options.thoughts.is_file():
+        raise FileNotFoundError(
+            f"THOUGHTS: {options.thoughts} does not exist; make it with "
+            f"`pte-vllm eval thoughts {options.model} {options.thoughts} --task TASK`"
+        )
+    for name, directory in options.adapter.items():
+        if not (directory / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"--adapter {name}: {directory} holds no adapter")
+    from pte_vllm.wire.transport import ServerError
+
+    try:
+        run(options)
+    except ServerError as error:
+        print(f"pte-vllm: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the flags."""
+    parser = argparse.ArgumentParser(
+        prog="pte-vllm eval fidelity",
+        description="Measure how well windows, adapters and controls predict answers that the "
+        "model gave under full attention: loss, KL to full attention, share of the same top token. "
+        "Nothing is sampled. It reads the answers in the trainer's replay, or with --url on a "
+        "running server.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="name or directory of the base model")
+    add("thoughts", metavar="THOUGHTS", type=Path, help="file of `pte-vllm eval thoughts`")
+    add(
+        "--window",
+        type=_windows,
+        default="64",
+        metavar="W,W,...",
+        help="plain windows, in tokens; adapters and controls have the first (%(default)s)",
+    )
+    add(
+        "--adapter",
+        type=_named,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="an adapter under the first window, and a plain window of the same bytes; repeatable",
+    )
+    add(
+        "--evict",
+        type=_evictions,
+        default="oldest",
+        metavar="HOW,...",
+        help="controls that fold other blocks than the oldest: random (%(default)s)",
+    )
+    add(
+        "--sinks",
+        action="store_true",
+        help="a control of the same memory that pins four tokens, and not the question",
+    )
+    add("--sequences", type=_count, default=24, metavar="N", help="answers to read (%(default)s)")
+    add("--block-size", type=_count, metavar="N", help=f"tokens of a KV block ({BLOCK_SIZE})")
+    add(
+        "--evict-ratio",
+        type=float,
+        metavar="R",
+        help=f"part of a full window that one fold frees ({EVICT_RATIO})",
+    )
+    add(
+        "--evict-tokens",
+        type=_count,
+        metavar="N",
+        help="tokens that one fold frees, the same for all windows; in place of --evict-ratio",
+    )
+    add(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        default="bfloat16",
+        help="dtype of the KV cache that a state's bytes are compared with (%(default)s)",
+    )
+    add("--url", help="score on this server in place of the replay; adapters are pushed to it")
+    add(
+        "--api-key-env",
+        metavar="NAME",
+        help="environment variable that holds the server's key; pushing may need the admin key",
+    )
+    add(
+        "--top-logprobs",
+        type=_count,
+        default=20,
+        metavar="K",
+        help="tokens that the server names in each place, up to its --max-logprobs (%(default)s)",
+    )
+    add(
+        "--batch",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="answers read at once; bounds memory, does not change the result (%(default)s)",
+    )
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the replay")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the replay")
+    add("--out", type=Path, default=Path("out/fidelity"), metavar="DIR", help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    names = [name for name, _ in options.adapter]
+    if len(set(names)) < len(names):
+        parser.error("--adapter: two adapters have the same name")
+    options.adapter = dict(options.adapter)
+    if options.evict_tokens is not None and options.evict_ratio is not None:
+        parser.error("--evict-tokens and --evict-ratio exclude each other")
+    if options.url is not None:
+        options.url = options.url.rstrip("/")
+        if not options.url.startswith(("http://", "https://")):
+            parser.error(f"--url must start with http:// or https://, got {options.url}")
+        if options.sinks or options.evict != ["oldest"] or options.evict_tokens is not None:
+            parser.error(
+                "--sinks, --evict and --evict-tokens: a server evicts as it was started; leave "
+                "them out, or leave out --url"
+            )
+    return options
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and write the report; returns it."""
+    from rich.console import Console
+    from transformers import AutoConfig
+
+    from pte_vllm.adapter.format import Adapter, ModelShape
+    from pte_vllm.eval import fidelity_arms, fidelity_report
+
+    console = Console(stderr=True, highlight=False)
+    shape = ModelShape.from_hf(AutoConfig.from_pretrained(options.model))
+    adapters = {name: Adapter.load(path, shape) for name, path in options.adapter.items()}
+    bytes_per_token = fidelity_arms.kv_bytes_per_token(shape, options.kv_dtype)
+    for how in options.evict:
+        if not fidelity_arms.can_evict(how):
+            console.print(f"--evict {how}: this version cannot evict that way; it is left out")
+    eviction = _eviction(options)
+    arms = fidelity_arms.build_arms(
+        options.window,
+        {name: fidelity_arms.state_bytes(adapter) for name, adapter in adapters.items()},
+        eviction=eviction,
+        bytes_per_token=bytes_per_token,
+        evict=options.evict,
+        sinks=options.sinks,
+    )
+    examples = _read(options.thoughts, arms, options.sequences)
+    console.print(f"{len(examples)} answers, {len(arms)} arms")
+    by = _by_replay if options.url is None else _by_server
+    measured = by(options, examples, arms, adapters, console)
+    report = {
+        "model": options.model,
+        "thoughts": str(options.thoughts),
+        "measured_by": "replay" if options.url is None else options.url,
+        "block_size": eviction.block_size,
+        "evict_ratio": None if eviction.evict_tokens else eviction.evict_ratio,
+        "evict_tokens": eviction.evict_tokens,
+        "kv_dtype": options.kv_dtype,
+        **fidelity_report.summarize(measured, arms, examples, bytes_per_token=bytes_per_token),
+    }
+    fidelity_report.write(report, options.out, Console(highlight=False))
+    return report
+
+
+def _eviction(options: argparse.Namespace) -> Eviction:
+    """Return how windows evict: as the flags say, or as the server does.
+
+    Raises:
+        ValueError: if the flags say something else than the server.
+    """
+    from pte_vllm.eval.fidelity_arms import Eviction
+
+    block_size, ratio = options.block_size, options.evict_ratio
+    if options.url is not None:
+        with _client(options) as client:
+            plan = client.info()["plan"]
+        for flag, given, name in (
+            ("--block-size", block_size, "block_size"),
+            ("--evict-ratio", ratio, "evict_ratio"),
+        ):
+            if given not in (None, plan[name]):
+                raise ValueError(f"{flag} is {given}, and that of the server {plan[name]}")
+        block_size, ratio = plan["block_size"], plan["evict_ratio"]
+    return Eviction(
+        block_size=BLOCK_SIZE if block_size is None else block_size,
+        evict_ratio=EVICT_RATIO if ratio is None else ratio,
+        evict_tokens=options.evict_tokens,
+    )
+
+
+def _read(path: Path, arms: Sequence[Arm], count: int) -> list[Example]:
+    """Read answers that reach beyond the first fold of the smallest window.
+
+    Of more than `count` those are taken that are spread over the file: a server writes short
+    answers first.
+
+    Raises:
+        ValueError: if there is none, or a record is malformed.
+    """
+    from pte_vllm.train.distill.examples import read_rollouts
+
+    smallest = min((arm for arm in arms if arm.kind == "window"), key=lambda arm: arm.window_tokens)
+    with path.open(encoding="utf-8") as lines:
+        examples = read_rollouts(lines, smallest.plan)
+    if not examples:
+        raise ValueError(
+            f"{path}: no answer reaches beyond the first fold of a window of "
+            f"{smallest.window_tokens} tokens"
+        )
+    count = min(count, len(examples))
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
+def _by_replay(
+    options: argparse.Namespace,
+    examples: Sequence[Example],
+    arms: Sequence[Arm],
+    adapters: dict[str, Any],
+    console: Console,
+) -> MeasuredTokens:
+    import torch
+
+    from pte_vllm.eval import fidelity_replay
+    from pte_vllm.eval.fidelity_parts import ProgressBar
+    from pte_vllm.train.options.sections import ModelOptions
+    from pte_vllm.train.replay.modeling import PTEModel
+
+    chosen = ModelOptions(base=options.model, dtype=options.dtype, device=options.device)
+    chosen = chosen.resolve(cuda=torch.cuda.is_available())
+    base = PTEModel.from_pretrained(chosen.base, dtype=chosen.dtype, device=chosen.device).base
+    with ProgressBar(console, len(examples), arms, options.batch) as progress:
+        return fidelity_replay.measure(
+            base, examples, arms, adapters, batch_sequences=options.batch, on_done=progress
+        )
+
+
+def _by_server(
+    options: argparse.Namespace,
+    examples: Sequence[Example],
+    arms: Sequence[Arm],
+    adapters: dict[str, Any],
+    console: Console,
+) -> MeasuredTokens:
+    from pte_vllm.eval import fidelity_server
+    from pte_vllm.eval.fidelity_parts import ProgressBar
+
+    bar = ProgressBar(console, len(examples), arms, options.batch)
+    with _client(options) as client, bar as progress:
+        return fidelity_server.measure(
+            client,
+            examples,
+            arms,
+            fidelity_server.push_adapters(client, options.adapter),
+            batch_sequences=options.batch,
+            top_logprobs=options.top_logprobs,
+            on_done=progress,
+        )
+
+
+def _client(options: argparse.Namespace) -> Any:
+    from pte_vllm.wire.client import RolloutClient
+
+    name = options.api_key_env
+    if name is not None and not os.environ.get(name):
+        raise ValueError(f"--api-key-env {name}: there is no such environment variable")
+    return RolloutClient(options.url, api_key=os.environ[name] if name else None)
+
+
+def _windows(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _evictions(text: str) -> list[str]:
+    found = text.split(",")
+    for how in found:
+        if how not in EVICTIONS:
+            raise argparse.ArgumentTypeError(f"{how!r} is none of {', '.join(EVICTIONS)}")
+    return found
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, sign, path = text.partition("=")
+    if not (name and sign and path):
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=DIR")
+    return name, Path(path)

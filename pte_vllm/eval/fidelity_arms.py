@@ -1,0 +1,206 @@
+"""What is compared: windows, adapters, and controls, each as a plan and what it holds in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from pte_vllm.adapter.format import Adapter, ModelShape
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.reference import UPDATE_RULES
+
+SINK_TOKENS = 4
+"""Tokens at the start that the control `sinks` pins, as many as StreamingLLM (arXiv 2309.17453)."""
+KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+"""Bytes of one number of a KV cache, by its dtype."""
+
+Kind = Literal["window", "adapter", "equal-bytes", "evict", "sinks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eviction:
+    """How the window of any size evicts."""
+
+    block_size: int
+    evict_ratio: float = 0.25
+    """Part of a full window that one fold frees."""
+    evict_tokens: int | None = None
+    """Tokens that one fold frees, whatever the window; in place of `evict_ratio`."""
+
+    def plan(self, pin_tokens: int, window_tokens: int, **more: Any) -> FoldPlan:
+        """Return the plan of a sequence.
+
+        Raises:
+            ValueError: naming the flag, if the numbers do not go together.
+        """
+        ratio = self.evict_ratio
+        if self.evict_tokens is not None:
+            if self.evict_tokens % self.block_size or not 0 < self.evict_tokens < window_tokens:
+                raise ValueError(
+                    f"--evict-tokens {self.evict_tokens}: it must be a multiple of the block size, "
+                    f"{self.block_size}, and less than each window, of which one is {window_tokens}"
+                )
+            ratio = self.evict_tokens / window_tokens
+        try:
+            return FoldPlan(
+                pin_tokens=pin_tokens,
+                window_tokens=window_tokens,
+                evict_ratio=ratio,
+                block_size=self.block_size,
+                **more,
+            )
+        except ValueError as error:
+            raise ValueError(f"--window, --block-size, --evict-ratio: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to answer with less than the whole cache."""
+
+    name: str
+    kind: Kind
+    window_tokens: int
+    eviction: Eviction
+    adapter: str | None = None
+    """The name of the adapter that is on; None: the base model."""
+    evict: str = "oldest"
+    """Which blocks of a full window a fold takes."""
+    baseline: str | None = None
+    """The plain window of the same size, with which the arm is compared; None: it is one."""
+    state_bytes: int = 0
+    """What its thought state holds of one sequence."""
+
+    def plan(self, pin_tokens: int) -> FoldPlan:
+        """Return the plan of a sequence whose question has `pin_tokens`."""
+        if self.kind == "sinks":
+            return self._sinks(pin_tokens)
+        more = {} if self.evict == "oldest" else {"evict": self.evict}
+        return self.eviction.plan(pin_tokens, self.window_tokens, **more)
+
+    def _sinks(self, pin_tokens: int) -> FoldPlan:
+        """Pin the first tokens only; what the question's other blocks held, the window gets.
+
+        The first fold, the tokens between two folds, and the blocks that are held are those of the
+        plain window: only what is forgotten differs.
+        """
+        like = self.eviction.plan(pin_tokens, self.window_tokens)
+        window = self.window_tokens + max(0, like.pinned_blocks - 1) * like.block_size
+        return FoldPlan(
+            pin_tokens=min(pin_tokens, SINK_TOKENS),
+            window_tokens=window,
+            evict_ratio=like.stride / window,
+            block_size=like.block_size,
+        )
+
+    @property
+    def does(self) -> tuple[Any, ...]:
+        """What it computes: arms for which this is the same have the same numbers."""
+        return self.kind == "sinks", self.window_tokens, self.adapter, self.evict
+
+
+def can_evict(how: str) -> bool:
+    """Say whether plans of this version know such an eviction."""
+    return how == "oldest" or "evict" in {field.name for field in fields(FoldPlan)}
+
+
+def kv_bytes_per_token(model: ModelShape, dtype: str) -> int:
+    """Return what one token holds in the KV cache of all layers."""
+    return 2 * model.num_layers * model.d_kv * KV_BYTES[dtype]
+
+
+def state_bytes(adapter: Adapter) -> int:
+    """Return what the thought state of one sequence holds, in fp32: S, and what it is read from."""
+    if adapter.pte is None:
+        return 0
+    encoder = adapter.stacked_encoder()
+    sums = UPDATE_RULES[adapter.pte.rule].start(encoder, adapter.pte.normalize)
+    states = len(adapter.layers) * adapter.pte.global_tokens * adapter.pte.rank
+    return 4 * (states + sum(t.numel() for name, t in sums.items() if name != "S"))
+
+
+def in_kv_tokens(num_bytes: int, bytes_per_token: int) -> int:
+    """Return how many tokens of a KV cache hold as many bytes, rounded up."""
+    return -(-num_bytes // bytes_per_token)
+
+
+def build_arms(
+    windows: Sequence[int],
+    adapters: Mapping[str, int],
+    *,
+    eviction: Eviction,
+    bytes_per_token: int,
+    evict: Sequence[str] = ("oldest",),
+    sinks: bool = False,
+) -> list[Arm]:
+    """List what is compared; adapters and controls have the first of the windows.
+
+    Args:
+        windows: sizes of plain windows, in tokens.
+        adapters: by name, what the thought state of a sequence holds, in bytes.
+        eviction: how a window of any size evicts.
+        bytes_per_token: what one token holds in the KV cache.
+        evict: which blocks a fold may take; those that this version does not know are left out.
+        sinks: whether there is an arm that pins the first tokens and not the question.
+
+    Raises:
+        ValueError: naming the flag, if the numbers do not go together.
+    """
+    first = windows[0]
+    baseline = _window_name(first)
+    arms = [
+        Arm(name=_window_name(w), kind="window", window_tokens=w, eviction=eviction)
+        for w in dict.fromkeys(windows)
+    ]
+    for how in evict:
+        if how != "oldest" and can_evict(how):
+            arms.append(
+                Arm(
+                    name=f"evict {how}",
+                    kind="evict",
+                    window_tokens=first,
+                    eviction=eviction,
+                    evict=how,
+                    baseline=baseline,
+                )
+            )
+    if sinks:
+        arms.append(
+            Arm(
+                name="sinks",
+                kind="sinks",
+                window_tokens=first,
+                eviction=eviction,
+                baseline=baseline,
+            )
+        )
+    for name, size in adapters.items():
+        arms.append(
+            Arm(
+                name=name,
+                kind="adapter",
+                window_tokens=first,
+                eviction=eviction,
+                adapter=name,
+                baseline=baseline,
+                state_bytes=size,
+            )
+        )
+        if size:
+            blocks = -(-in_kv_tokens(size, bytes_per_token) // eviction.block_size)
+            arms.append(
+                Arm(
+                    name=f"bytes of {name}",
+                    kind="equal-bytes",
+                    window_tokens=first + blocks * eviction.block_size,
+                    eviction=eviction,
+                    baseline=baseline,
+                )
+            )
+    for arm in arms:
+        arm.plan(0)  # a number that does not fit shows before anything is loaded
+    return arms
+
+
+def _window_name(window_tokens: int) -> str:
+    return f"window {window_tokens}"
