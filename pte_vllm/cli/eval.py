@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 _COMMANDS = {
+    "run": ("pte_vllm.eval.flags", "accuracy under windows, adapters and controls"),
     "thoughts": ("pte_vllm.eval.thoughts", "sample a model's own answers under full attention"),
     "fidelity": ("pte_vllm.eval.fidelity", "how well windows and adapters predict such answers"),
 }

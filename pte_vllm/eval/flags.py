@@ -3,12 +3,48 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.eval.options import PRESETS
+from pte_vllm.eval.options import PRESETS, read_options
 from pte_vllm.method.names import RULE_NAMES
+from pte_vllm.models.location import check_model
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `pte-vllm eval run ...`; returns the exit status: 0, 1 if an arm failed, 2 for mistakes.
+
+    Raises:
+        ValueError, OSError: naming the flag, if something does not fit or is not there.
+    """
+    parser = argparse.ArgumentParser(
+        prog="pte-vllm eval run",
+        description="Measure accuracy under a cache budget: the same problems under the full cache "
+        "and under windows, with adapters and controls. It starts a server, or asks one. The same "
+        "command goes on where it stopped.",
+        epilog="example: pte-vllm eval run --model MODEL --benchmark gsm_symbolic --window 64,128 "
+        "--adapter thoughts=ADAPTER --max-tokens 400",
+    )
+    add_flags(parser)
+    options = read_options(parser.parse_args(arguments))
+    if options.model is not None:
+        check_model(options.model, flag="--model")
+    from pte_vllm.eval.run import run
+    from pte_vllm.eval.serving import DeadServer
+    from pte_vllm.launch import LaunchError
+
+    # Without this SIGTERM would end us at once and leave our server running.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return run(options)
+    except (DeadServer, LaunchError) as error:
+        print(f"pte-vllm: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

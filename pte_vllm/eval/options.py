@@ -1,4 +1,4 @@
-"""What a sweep is told: presets, defaults, and its flags checked together. Standard library only."""
+"""What a sweep is told: presets, defaults, its flags checked together. Standard library only."""
 
 from __future__ import annotations
 
