@@ -87,6 +87,7 @@ def load_problems(
     data: str | None = None,
     seed: int = 0,
     template: str | None = None,
+    judge: str = "auto",
     system: str | None = None,
 ) -> list[Problem]:
     """Load the problems of a benchmark, the same ones in the same order for the same arguments.
@@ -98,6 +99,7 @@ def load_problems(
             (or .parquet, .json, .csv); None: the hub.
         seed: of generated problems.
         template: text around the question in place of the benchmark's own.
+        judge: who judges answers in place of the benchmark's own judge; auto: that one.
         system: a system message.
 
     Raises:
@@ -111,7 +113,7 @@ def load_problems(
         split=found.split,
         task=found.task,
         task_options=found.task_options,
-        reward=found.reward,  # type: ignore[arg-type]
+        reward=found.reward if judge == "auto" else judge,  # type: ignore[arg-type]
         seed=seed,
         prompt_template=template or found.template,
         system=system,

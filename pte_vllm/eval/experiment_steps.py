@@ -156,6 +156,7 @@ def measure_accuracy(
         data=None,
         limit=options.problems,
         template=TEMPLATE,
+        judge="auto",
         system=None,
         data_seed=PROBLEM_SEED,
         windows=(options.window,),

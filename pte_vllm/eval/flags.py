@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.eval.options import PRESETS, read_options
+from pte_vllm.eval.options import JUDGES, PRESETS, read_options
 from pte_vllm.method.names import RULE_NAMES
 from pte_vllm.models.location import check_model
 
@@ -119,6 +119,13 @@ def _add_problems(parser: argparse.ArgumentParser) -> None:
         help="only the first N of each (default: all; 200 of a task of reasoning-gym)",
     )
     group.add_argument("--template", metavar="TEXT", help="text around a question: {prompt}")
+    group.add_argument(
+        "--judge",
+        choices=JUDGES,
+        default="auto",
+        help="who judges answers; auto: what fits the benchmark; math: the last box or answer, by "
+        "math-verify; exact: the whole text",
+    )
     group.add_argument("--system", metavar="TEXT", help="system message")
     group.add_argument(
         "--data-seed", type=int, default=0, metavar="N", help="of generated problems (default: 0)"

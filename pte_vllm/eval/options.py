@@ -23,6 +23,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Settings of arXiv 2602.16839 as far as it gives them; flags override them."""
 
+JUDGES = ("auto", "math", "reasoning-gym", "exact")
+"""Reward functions of the trainer that judge text."""
+
 DEFAULTS: dict[str, Any] = {
     "benchmark": None,
     "window": [0, 256, 1024],
@@ -43,6 +46,7 @@ class RunOptions:
     data: str | None
     limit: int | None
     template: str | None
+    judge: str
     system: str | None
     data_seed: int
     windows: tuple[int, ...]
@@ -109,6 +113,7 @@ def read_options(given: argparse.Namespace) -> RunOptions:
         data=given.data,
         limit=given.limit,
         template=given.template,
+        judge=given.judge,
         system=given.system,
         data_seed=given.data_seed,
         windows=tuple(dict.fromkeys(chosen["window"])),

@@ -123,7 +123,10 @@ def _cells(entry: Mapping[str, Any], ks: Sequence[str], with_bytes: bool) -> lis
 
 
 def _interval(mean: Mapping[str, float], sign: str = "") -> str:
-    return f"[{mean['low']:{sign}.3f}, {mean['high']:{sign}.3f}]"
+    low, high = mean["low"], mean["high"]
+    if not sign:  # an accuracy, which cannot leave [0, 1]
+        low, high = max(low, 0.0), min(high, 1.0)
+    return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def _columns(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str], bool]:

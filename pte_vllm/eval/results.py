@@ -8,6 +8,7 @@ pass for several problems.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -183,8 +184,7 @@ def _row_of(log: Any) -> Row:
     about = log.eval.metadata or {}
     error = None
     if log.status != "success":
-        message = log.error.message if log.error is not None else f"the run was {log.status}"
-        error = " ".join(message.split())
+        error = f"the run was {log.status}" if log.error is None else reason_of(log.error.message)
     pass_at: dict[int, float] = {}
     for scores in log.results.scores if log.results is not None else ():
         if scores.reducer and scores.reducer.startswith("pass_at_"):
@@ -200,6 +200,13 @@ def _row_of(log: Any) -> Row:
         error=error,
         seconds=_seconds(log.samples or ()),
     )
+
+
+def reason_of(message: str) -> str:
+    """Return why a request failed in one line, without the request that inspect-ai quotes."""
+    found = re.findall(r"Error code: \d+ - (.+)", message)
+    text = found[-1].rstrip("')\"") if found else message.rpartition("\n\n")[2]
+    return " ".join(text.split())
 
 
 def _answers(samples: Iterable[Any], seed: int) -> Iterable[Answer]:

@@ -52,7 +52,8 @@ def run(options: RunOptions) -> int:
         LaunchError: if a server that we start does not come up.
         OSError: if data or logs cannot be read or written.
     """
-    console = Console(stderr=True, highlight=False)
+    # A file has room for a table; a terminal has what it has.
+    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 150)
     problems = {name: _problems(options, name) for name in options.benchmarks}
     counts = ", ".join(f"{name}: {len(found)} problems" for name, found in problems.items())
     console.print(counts)
@@ -78,6 +79,7 @@ def _problems(options: RunOptions, name: str) -> Any:
         options.data,
         options.data_seed,
         options.template,
+        options.judge,
         options.system,
     )
 
@@ -176,6 +178,7 @@ def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: 
                 log_dir=str(logs),
                 log_dir_allow_dirty=True,  # further arms may join a sweep later
                 retry_attempts=0,
+                retry_immediate=False,  # what it would say about the other setting is no news
                 fail_on_error=True,
                 max_tasks=4,
                 max_samples=options.concurrency,
@@ -198,7 +201,9 @@ def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: 
         )
     if any(log.status == "cancelled" for log in found):
         raise KeyboardInterrupt
-    return rows_of(_with_summaries(log) for log in found)
+    places = {arm.key: place for place, arm in enumerate(arms)}
+    rows = rows_of(_with_summaries(log) for log in found)
+    return sorted(rows, key=lambda row: places.get(row.key, len(places)))
 
 
 def _tasks(options: RunOptions, facts: ServerFacts, arms: list[Arm]) -> list[Any]:
@@ -229,6 +234,7 @@ def _tasks(options: RunOptions, facts: ServerFacts, arms: list[Arm]) -> list[Any
                             data=options.data,
                             data_seed=options.data_seed,
                             template=options.template,
+                            judge=options.judge,
                             system=options.system,
                             epochs=options.epochs,
                             pass_at=list(options.pass_at),

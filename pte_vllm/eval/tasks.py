@@ -27,7 +27,7 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from pte_vllm.eval.arms import Arm
 from pte_vllm.eval.benchmarks import load_problems
 from pte_vllm.train.data.questions import Problem
-from pte_vllm.train.rewards.functions import score as judge
+from pte_vllm.train.rewards.functions import score as reward
 
 CUT = ("max_tokens", "model_length")
 """Stop reasons of answers that did not end by themselves."""
@@ -40,11 +40,18 @@ def problems_of(
     data: str | None,
     data_seed: int,
     template: str | None,
+    judge: str,
     system: str | None,
 ) -> Mapping[str, Problem]:
     """Return problems by key, loaded once for all arms; arguments as of `load_problems`."""
     found = load_problems(
-        benchmark, limit=limit, data=data, seed=data_seed, template=template, system=system
+        benchmark,
+        limit=limit,
+        data=data,
+        seed=data_seed,
+        template=template,
+        judge=judge,
+        system=system,
     )
     return {problem.key: problem for problem in found}
 
@@ -57,6 +64,7 @@ def problems_under(
     data: str | None = None,
     data_seed: int = 0,
     template: str | None = None,
+    judge: str = "auto",
     system: str | None = None,
     epochs: int = 1,
     pass_at: Sequence[int] = (),
@@ -70,12 +78,13 @@ def problems_under(
     """Make the task that asks the problems of a benchmark under one arm.
 
     Args:
-        benchmark: as `eval.benchmarks.load_problems` takes it, like the next five.
+        benchmark: as `eval.benchmarks.load_problems` takes it, like the next six.
         arm: fields of an `Arm`; None sends no request option, for a server without PTE.
         limit: how many problems are asked; None: all, or 200 of a generator.
         data: directory with local copies of data sets.
         data_seed: of generated problems.
         template: text around a question.
+        judge: who judges answers.
         system: a system message.
         epochs: answers to each problem.
         pass_at: values of k to estimate pass@k for; none is above `epochs`.
@@ -86,7 +95,7 @@ def problems_under(
         block_size: tokens in a block of the server's KV cache.
         prompt_tokens: tokens of each question by problem, for the control with attention sinks.
     """
-    problems = problems_of(benchmark, limit, data, data_seed, template, system)
+    problems = problems_of(benchmark, limit, data, data_seed, template, judge, system)
     samples = [
         Sample(id=key, input=as_messages(problem), target=str(problem.answer))
         for key, problem in problems.items()
@@ -162,7 +171,7 @@ def judged(problem_of: Callable[[str], Problem]) -> Scorer:
     async def score(state: TaskState, target: Target) -> Score:
         problem, text = problem_of(str(state.sample_id)), state.output.completion
         # Some rewards wait for a process of theirs.
-        value = await anyio.to_thread.run_sync(lambda: judge(problem, text, ()))
+        value = await anyio.to_thread.run_sync(lambda: reward(problem, text, ()))
         usage = state.output.usage
         return Score(
             value=value,

@@ -1,0 +1,73 @@
+"""Arms: which there are, what they ask a server for, and how much cache an answer takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from pte_vllm.eval.arms import Arm, make_arms
+from pte_vllm.method.plan import FoldPlan
+
+BLOCK = 32
+
+
+def test_all_axes() -> None:
+    arms = make_arms(
+        [0, 64, 128],
+        adapters=["a", "b"],
+        rules=[None, "delta"],
+        evict=["oldest", "random"],
+        sinks=True,
+        plain_windows=[96],
+        state_tokens={"a": 40, "b": 0},
+        block_size=BLOCK,
+    )
+    keys = [arm.key for arm in arms]
+    assert keys[0] == "full" and len(set(keys)) == len(keys)
+    for window in (64, 128):
+        assert {
+            f"w{window}",
+            f"w{window}-random",
+            f"w{window}-sinks",
+            f"w{window}-a",
+            f"w{window}-a-delta",
+            f"w{window}-b",
+        } <= set(keys)
+        # A state of 40 tokens weighs as much as two blocks; one of nothing as no block.
+        assert {f"w{window + 64}-as-a", f"w{window}-as-b"} <= set(keys)
+    assert "w96" in keys and len(keys) == 1 + 2 * 9 + 1
+
+
+def test_what_is_asked() -> None:
+    def asked(arm: Arm) -> dict[str, object]:
+        return arm.request_args(prompt_tokens=70, block_size=BLOCK, seed=9)
+
+    assert asked(Arm(window_tokens=0)) == {"pte_window": 0}
+    assert asked(Arm(window_tokens=64, adapter="a", rule="delta")) == {
+        "pte_window": 64,
+        "pte_update": "delta",
+    }
+    assert asked(Arm(window_tokens=64, evict="random")) == {
+        "pte_window": 64,
+        "pte_evict": "random",
+        "pte_evict_seed": 9,
+    }
+    # The question has three blocks; one of them is a sink, and the window gets the other two.
+    assert asked(Arm(window_tokens=64, sinks=True)) == {"pte_window": 128, "pte_pin_tokens": 4}
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 70, 160, 161, 192, 500, 512])
+def test_peak_is_the_plan_s(sinks: bool, num_tokens: int) -> None:
+    arm = Arm(window_tokens=64, sinks=sinks)
+    args = arm.request_args(prompt_tokens=70, block_size=BLOCK, seed=0)
+    plan = FoldPlan(
+        pin_tokens=args.get("pte_pin_tokens", 70),
+        window_tokens=args["pte_window"],
+        evict_ratio=0.25,
+        block_size=BLOCK,
+    )
+    held = max(plan.held_blocks(pos) for pos in range(num_tokens))
+    peak = arm.peak_tokens(
+        prompt_tokens=70, num_tokens=num_tokens, block_size=BLOCK, evict_ratio=0.25
+    )
+    assert peak == held * BLOCK

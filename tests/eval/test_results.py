@@ -1,0 +1,58 @@
+"""Means, intervals and paired differences of a sweep."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from pte_vllm.eval.arms import Arm
+from pte_vllm.eval.results import Answer, Row, difference, full_of, mean_of
+
+
+def _row(values: dict[str, list[float]], arm: Arm, *, tokens: int = 10, cut: bool = False) -> Row:
+    return Row(
+        benchmark="b",
+        arm=arm,
+        max_tokens=100,
+        answers=tuple(
+            Answer(
+                problem=key,
+                epoch=epoch,
+                seed=0,
+                value=value,
+                cut=cut,
+                prompt_tokens=5,
+                answer_tokens=tokens,
+            )
+            for key, found in values.items()
+            for epoch, value in enumerate(found)
+        ),
+    )
+
+
+def test_problems_are_the_unit() -> None:
+    row = _row({"p": [1, 0], "q": [1, 1], "r": [0, 0]}, Arm(window_tokens=0))
+    mean = row.accuracy()
+    assert mean.value == pytest.approx(0.5) and mean.count == 3
+    assert mean.stderr == pytest.approx(statistics.stdev([0.5, 1, 0]) / 3**0.5)
+    assert mean.low < mean.value < mean.high
+    assert mean_of([1.0]).stderr == 0.0
+
+
+def test_paired_intervals_are_narrower() -> None:
+    hard, easy = {f"h{i}": [0.0] for i in range(10)}, {f"e{i}": [1.0] for i in range(10)}
+    full = _row(hard | easy, Arm(window_tokens=0))
+    window = _row(hard | easy | {"e0": [0.0]}, Arm(window_tokens=64))
+    found = difference(window, full)
+    assert found.value == pytest.approx(-0.05) and found.count == 20
+    assert found.stderr < full.accuracy().stderr / 2
+    assert full_of([window, full], window) is full and full_of([window], window) is None
+    # What only one of them answered says nothing.
+    assert difference(_row({"e0": [0.0]}, Arm(window_tokens=64)), full).count == 1
+
+
+def test_solved_within() -> None:
+    row = _row({"p": [1.0], "q": [0.0]}, Arm(window_tokens=0), tokens=30)
+    assert [row.solved_within(n) for n in (0, 29, 30, 100)] == [0, 0, 0.5, 0.5]
+    assert _row({"p": [1.0]}, Arm(window_tokens=0), cut=True).solved_within(100) == 0
