@@ -47,8 +47,8 @@ class PackagedModel:
         return 2 * self.gguf_bytes + self.result_bytes
 
 
-# Names and licences come from the authors' repositories: the packages have no licence texts. What the
-# parts make together is, by its hash, the Q4_K_M file in the authors' own `...-GGUF` repository.
+# The packages have no licence text: the licence is that of the authors' repositories. By its hash,
+# what the parts make together is the file `*-q4_k_m.gguf` in the authors' own `...-Instruct-GGUF`.
 _CODER_PARTS = (
     "92124822fec8a47cecae859a57227d3dd6c6cae8031c29e7f022f81ae2855deb",
     "6c46825cdfb1cf4349b81976b6e3d4cf8cb8e3f89324f274de96936814ee31f2",
@@ -133,6 +133,6 @@ MODELS = {
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         gguf_bytes=1_117_320_768,
         result_bytes=3_570_000_000,
-        seconds=300,
+        seconds=180,
     ),
 }

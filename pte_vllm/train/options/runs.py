@@ -271,7 +271,7 @@ class DistillRun(RunOptions):
             raise ValueError("--data.source is missing: --distill.data samples asks its questions")
         if self.plan.window_tokens == "prompt":
             raise ValueError(
-                "--plan.window_tokens prompt follows the questions of each step of train grpo: give "
-                "a number of tokens here, such as --plan.window_tokens 512"
+                "--plan.window_tokens prompt follows the questions of each step of train grpo; "
+                "here it must be a number, such as --plan.window_tokens 512"
             )
         return self
