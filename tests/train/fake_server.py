@@ -34,6 +34,7 @@ class FakeServer:
         self.versions: dict[str, dict[int, Adapter]] = {}
         self.pushed: list[int] = []
         self.asked: list[tuple[str, ...]] = []
+        self.windows: list[int] = []
 
     def wait_ready(self, timeout_s: float = 0.0) -> dict[str, Any]:
         return {"plan": {"block_size": BLOCK, "evict_ratio": 0.25, "window_tokens": 32}}
@@ -65,7 +66,9 @@ class FakeServer:
         group_ids: Sequence[str] | None = None,
     ) -> Iterator[Rollout]:
         assert adapter is not None and sampling is not None and group_ids is not None
+        assert window_tokens is not None
         self.asked.append(tuple(group_ids))
+        self.windows.append(window_tokens)
         if self._forget_after is not None and len(self.pushed) >= self._forget_after:
             self.versions, self._forget_after = {}, None
         name, _, version = adapter.rpartition("@")
@@ -79,11 +82,15 @@ class FakeServer:
             for index in reversed(range(n)):
                 key = f"{sampling['seed']}/{group_id}/{index}"
                 rng = random.Random(hashlib.sha256(key.encode()).hexdigest())
-                yield self._answer(list(prompt), group_id, index, rng, int(version), sampling)
+                plan = FoldPlan(
+                    pin_tokens=len(prompt), window_tokens=window_tokens, block_size=BLOCK
+                )
+                yield self._answer(prompt, plan, group_id, index, rng, int(version), sampling)
 
     def _answer(
         self,
-        prompt: list[int],
+        prompt: Sequence[int],
+        plan: FoldPlan,
         group_id: str,
         index: int,
         rng: random.Random,
@@ -93,7 +100,6 @@ class FakeServer:
         assert self._model is not None
         count = rng.randrange(60, sampling["max_tokens"] + 1)
         answer = [rng.randrange(2, 500) for _ in range(count)]
-        plan = FoldPlan(pin_tokens=len(prompt), window_tokens=32, block_size=BLOCK)
         logprobs = replay(
             self._model,
             AlignedBatch.align([[*prompt, *answer]], [plan]),

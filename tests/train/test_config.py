@@ -154,6 +154,7 @@ def test_every_option_is_described() -> None:
         (["--grpo.max_logprob_drift", "-3"], ["'auto' or should be greater than 0", "'-3'"]),
         (["--plan.window_tokens", "100"], ["--plan.window_tokens", "100", "block size, 16"]),
         (["--plan.window_tokens", "16"], ["--plan.window_tokens", "less than two blocks"]),
+        (["--plan.window_tokens", "promt"], ["--plan.window_tokens", "'prompt'", "'promt'"]),
         (["--adapter.layers", "5-3"], ["--adapter.layers: 5-3 runs backwards"]),
         (["--adapter.target_modules", "[]"], ["--adapter.target_modules", "at least one"]),
         (
@@ -226,6 +227,17 @@ def test_the_drift_limit_follows_the_dtype(file: str) -> None:
     assert found == [1e-4, 3e-2, 0.15]
     run = GrpoRun.parse([file, "--grpo.max_logprob_drift", "0.5"], prog=PROG)
     assert run.grpo.drift_limit("float32") == 0.5
+
+
+def test_a_window_of_the_longest_question(file: str) -> None:
+    flags = ["--plan.window_tokens", "prompt"]
+    plan = GrpoRun.parse([file, *flags], prog=PROG).plan
+    found = [plan.window_for(longest) for longest in (0, 1, 32, 33, 48, 49, 1000)]
+    assert found == [32, 32, 32, 48, 48, 64, 1008]
+    number = GrpoRun.parse([file, "--plan.window_tokens", "64"], prog=PROG).plan
+    assert (number.window_for(1000), GrpoRun.load(file).plan.window_for(7)) == (64, 1024)
+    message = fails(DistillRun, "--model.base", "m", *flags)
+    assert "--plan.window_tokens prompt" in message and "512" in message
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

@@ -32,13 +32,16 @@ Adapters = Callable[..., Path]
 class Questions:
     size = 7
 
+    def __init__(self, growth: int) -> None:
+        self.growth = growth
+
     def problem(self, index: int) -> Problem:
-        tokens = random_tokens(12 + 3 * index, seed=index)
+        tokens = random_tokens(12 + self.growth * index, seed=index)
         return Problem(key=str(index), prompt=tokens, answer=[index], reward="exact")
 
 
-def stream() -> QuestionStream:
-    return QuestionStream(Questions(), seed=5)
+def stream(growth: int = 3) -> QuestionStream:
+    return QuestionStream(Questions(growth), seed=5)
 
 
 @pytest.fixture(autouse=True)
@@ -76,18 +79,29 @@ def weights_of(adapter: Adapter) -> torch.Tensor:
     return torch.cat([b.flatten() for b in adapter.lora_b.values()])
 
 
-def test_resume_gives_the_same_curve(start: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("window", "growth", "windows"), [(32, 3, [32] * 4), ("prompt", 6, [32, 48, 48, 48])]
+)
+def test_resume_gives_the_same_curve(
+    window: int | str,
+    growth: int,
+    windows: list[int],
+    start: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    plan = {"window_tokens": window}
     whole, server = tmp_path / "whole", FakeServer(start[0])
-    assert train(options(start, whole), server, stream=stream())
+    assert train(options(start, whole, plan=plan), server, stream=stream(growth))
     assert server.pushed == [1, 2, 3, 4, 5]
     curve = read_metrics(whole / "metrics.jsonl")
     assert [r["step"] for r in curve] == [1, 2, 3, 4]
-    assert all(r["drift"] < 1e-5 and r["folds"] > 2 for r in curve)
+    assert all(r["drift"] < 1e-5 and r["folds"] >= 1 for r in curve)
+    assert [r["window_tokens"] for r in curve] == server.windows == windows
     assert (whole / "training.png").stat().st_size > 1000
-    assert GrpoRun.load(whole / "run.toml") == options(start, whole)
+    assert GrpoRun.load(whole / "run.toml") == options(start, whole, plan=plan)
 
     cut = tmp_path / "cut"
-    run = options(start, cut)
+    run = options(start, cut, plan=plan)
 
     class Killed(BaseException):
         """Nothing is saved: what the run holds is lost."""
@@ -100,13 +114,13 @@ def test_resume_gives_the_same_curve(start: tuple[Path, Path], tmp_path: Path) -
 
     server = Deadly(start[0])
     with pytest.raises(Killed):
-        train(run, server, stream=stream())
+        train(run, server, stream=stream(growth))
     assert read_state(Checkpoints(cut, keep=2).newest()).step == 2
     again = FakeServer(start[0])
     again.versions = server.versions  # the server knows version 4; the checkpoint is at 3
     torch.manual_seed(123)
-    assert train(run, again, stream=stream())
-    assert again.pushed == [5, 6, 7]
+    assert train(run, again, stream=stream(growth))
+    assert again.pushed == [5, 6, 7] and again.windows == windows[2:]
     resumed = read_metrics(cut / "metrics.jsonl")
     for a, b in zip(curve, resumed, strict=True):
         for name in ("loss", "reward", "length", "lr", "entropy", "grad_norm", "ratio_off"):
@@ -279,6 +293,40 @@ def test_dynamic_sampling_replaces_and_gives_up(
     record = read_metrics(tmp_path / "b/metrics.jsonl")[-1]
     assert server.asked == [("1.1.0", "1.1.1"), ("1.2.0",)]
     assert record["dropped_groups"] == 1 and record["samples"] == 6 and "loss" in record
+
+
+def test_questions_that_are_asked_later_have_the_window_of_their_step(
+    start: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a restarted server is asked again, and what replaces groups that teach nothing."""
+
+    class Shorter:
+        size = None
+
+        def problem(self, index: int) -> Problem:
+            tokens = random_tokens((60, 20, 30, 10)[index], seed=index)
+            return Problem(key=str(index), prompt=tokens, answer=[index], reward="exact")
+
+    class Forgetful(FakeServer):
+        def rollouts(self, *args: Any, **kwargs: Any) -> Any:
+            for count, rollout in enumerate(super().rollouts(*args, **kwargs)):
+                if count == 3 and len(self.asked) == 1:
+                    self.versions.clear()
+                    raise ServerError("there is no adapter policy@1", 404)
+                yield rollout
+
+    monkeypatch.setattr(sampling, "score", lambda problem, text, ids, **_: 1.0)
+    tries = {"dynamic_sampling": True, "dynamic_sampling_max_tries": 2}
+    run = options(start, tmp_path, plan={"window_tokens": "prompt"}, grpo=tries)
+    server = Forgetful(start[0])
+    publisher = sampling.Publisher(server, "policy")
+    publisher.publish(Adapter.load(start[1]))
+    batch = sampling.Sampler(run, server, publisher, None).batch(
+        QuestionStream(Shorter(), seed=0), step=1
+    )
+    assert server.asked == [("1.1.0", "1.1.1"), ("1.1.1",), ("1.2.0", "1.2.1")]
+    assert server.windows == [64, 64, 64] and batch.window_tokens == 64
+    assert {sample.rollout.plan.window_tokens for sample in batch.seen} == {64}
 
 
 def test_rewards_know_which_answers_stopped(

@@ -227,6 +227,7 @@ def step_values(batch: StepRollouts, result: StepResult | None) -> dict[str, flo
         "dropped_groups": float(batch.dropped_groups),
         "stale_samples": float(batch.stale_samples),
         "sampling_rounds": float(batch.rounds),
+        "window_tokens": float(batch.window_tokens),
     }
     if result is not None:
         found = result.to_dict()

@@ -127,6 +127,8 @@ class StepRollouts:
     """How many samples were dropped for their age."""
     rounds: int
     """How often the server was asked."""
+    window_tokens: int
+    """The window that the server was asked for, in the last round; 0: full attention."""
 
 
 class Sampler:
@@ -163,10 +165,14 @@ class Sampler:
         options, wanted = self._run.grpo, self._run.sampling.groups_per_step
         kept: list[ScoredRollout] = []
         seen: list[ScoredRollout] = []
-        found, dropped, stale, rounds = 0, 0, 0, 0
+        found, dropped, stale, rounds, longest = 0, 0, 0, 0, 0
         while found < wanted:
             rounds += 1
-            answers = self._current(self._ask(stream.take(wanted - found), f"{step}.{rounds}"))
+            problems = stream.take(wanted - found)
+            # Over all of a step's rounds: questions that replace others get no smaller window.
+            longest = max(longest, *(len(prompt_ids(p, self._tokenizer)) for p in problems))
+            window = self._run.plan.window_for(longest)
+            answers = self._current(self._ask(problems, f"{step}.{rounds}", window))
             seen += answers
             fresh = [
                 sample
@@ -188,20 +194,23 @@ class Sampler:
             dropped_groups=dropped,
             stale_samples=stale,
             rounds=rounds,
+            window_tokens=self._run.plan.window_for(longest),
         )
 
     def _current(self, samples: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         """Give samples the current version, as a later answer may have met a restarted server."""
         return [replace(s, rollout=self._publisher.as_current(s.rollout)) for s in samples]
 
-    def _ask(self, problems: Sequence[Problem], label: str) -> list[ScoredRollout]:
+    def _ask(
+        self, problems: Sequence[Problem], label: str, window_tokens: int
+    ) -> list[ScoredRollout]:
         """Return all samples of some questions, group by group."""
         open_groups = {f"{label}.{i}": problem for i, problem in enumerate(problems)}
         order = list(open_groups)
         done: dict[str, list[ScoredRollout]] = {}
         for attempt in range(_MAX_RECOVERIES + 1):
             try:
-                for group_id, members in self._complete_groups(open_groups, label):
+                for group_id, members in self._complete_groups(open_groups, label, window_tokens):
                     problem = open_groups.pop(group_id)
                     done[group_id] = [self._sample(problem, rollout) for rollout in members]
                 break
@@ -214,7 +223,7 @@ class Sampler:
         return [sample for group_id in order for sample in done.get(group_id, ())]
 
     def _complete_groups(
-        self, problems: Mapping[str, Problem], label: str
+        self, problems: Mapping[str, Problem], label: str, window_tokens: int
     ) -> Iterator[tuple[str, list[Rollout]]]:
         """Yield groups as they are complete, with their rollouts in order."""
         sampling, size = self._run.sampling, self._run.sampling.group_size
@@ -234,7 +243,7 @@ class Sampler:
                     "max_tokens": sampling.max_tokens,
                     "seed": step_seed(self._run.run.seed, label),
                 },
-                window_tokens=self._run.plan.window_tokens,
+                window_tokens=window_tokens,
                 pin_tokens=None if pin_tokens < 0 else pin_tokens,
                 group_ids=list(chosen),
             ):

@@ -282,4 +282,9 @@ class DistillRun(RunOptions):
     def _check(self) -> Self:
         if self.distill.data == "samples" and self.data is None:
             raise ValueError("--data.source is missing: --distill.data samples asks its questions")
+        if self.plan.window_tokens == "prompt":
+            raise ValueError(
+                "--plan.window_tokens prompt follows the questions of each step of train grpo; "
+                "here it must be a number, such as --plan.window_tokens 512"
+            )
         return self

@@ -88,8 +88,9 @@ for _name, _option in OPTIONS.items():  # these have no docstrings that pydantic
 
 
 class PlanOptions(Options):
-    window_tokens: CountOrZero = 1024
-    """KV room for the thoughts of one sequence, a multiple of block_size; 0 is full attention."""
+    window_tokens: Literal["prompt"] | CountOrZero = 1024
+    """KV room for the thoughts of one sequence, a multiple of block_size; 0 is full attention;
+    prompt, for GRPO only: what the longest question of a step takes."""
     evict_ratio: Fraction = 0.25
     """Part of a full window that is folded at once."""
     block_size: Count = 16
@@ -103,11 +104,23 @@ class PlanOptions(Options):
             raise ValueError(f"--plan.window_tokens: {error}") from error
         return self
 
+    def window_for(self, longest_prompt: int) -> int:
+        """Return the window, in tokens, of a step whose longest question has `longest_prompt`.
+
+        With "prompt" it is that, in whole blocks, of which a window has at least two.
+        """
+        if self.window_tokens != "prompt":
+            return self.window_tokens
+        return max(2, -(-longest_prompt // self.block_size)) * self.block_size
+
     def fold_plan(self, *, pin_tokens: int) -> FoldPlan:
-        """Return the plan of a sequence that pins its first `pin_tokens`."""
+        """Return the plan of a sequence that pins its first `pin_tokens`.
+
+        With "prompt" it has the smallest window.
+        """
         return FoldPlan(
             pin_tokens=pin_tokens,
-            window_tokens=self.window_tokens,
+            window_tokens=self.window_for(longest_prompt=0),
             evict_ratio=self.evict_ratio,
             block_size=self.block_size,
         )
