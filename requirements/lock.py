@@ -67,7 +67,7 @@ def pins(kind: str, project: dict, build: list[str]) -> list[str]:
         wanted, leave_out = [TORCH_CUDA, *extras(project, ["train"])], set()
     else:
         engine = only(project["optional-dependencies"][kind])
-        wanted = extras(project, ["dev", "demo", "train"])
+        wanted = extras(project, ["dev", "demo", "train", "eval"])
         if kind == "cuda":
             wanted, leave_out = [engine, TORCH_CUDA, *wanted], set()
         else:

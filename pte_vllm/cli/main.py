@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
-        return _fail(f"{error}; pte-vllm's extras are cpu, cuda, train and demo")
+        return _fail(f"{error}; pte-vllm's extras are cpu, cuda, train, eval and demo")
     except KeyboardInterrupt:
         return 130
 
