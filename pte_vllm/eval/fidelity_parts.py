@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -69,7 +70,7 @@ class Parts:
 
 
 class ProgressBar:
-    """Shows how much of a measurement is done.
+    """Shows how much of a measurement is done; a line for each part without a terminal.
 
     Args:
         console: where it is shown.
@@ -82,9 +83,16 @@ class ProgressBar:
         self, console: Console, num_examples: int, arms: Sequence[Arm], batch_sequences: int
     ) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(TextColumn("{task.description}"), *columns, console=console)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            *columns,
+            console=console,
+            disable=not console.is_terminal,
+        )
         batches = -(-num_examples // batch_sequences)
-        self._task = self._bar.add_task("start", total=batches * (1 + len(Parts(arms).different)))
+        self._console, self._began, self._done = console, time.monotonic(), 0
+        self._total = batches * (1 + len(Parts(arms).different))
+        self._task = self._bar.add_task("reading", total=self._total)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -100,4 +108,8 @@ class ProgressBar:
 
     def __call__(self, name: str) -> None:
         """Hear that a part is done."""
+        self._done += 1
         self._bar.update(self._task, advance=1, description=f"done: {name}")
+        if not self._console.is_terminal:
+            seconds = time.monotonic() - self._began
+            self._console.print(f"{self._done}/{self._total}: {name}, {seconds:.0f} s")

@@ -43,7 +43,7 @@ def measure(
     parts = Parts(arms)
     done = 0
     for chosen in of_like_length(examples, batch_sequences):
-        teacher = ask_teacher(bare, align(chosen))
+        teacher = ask_teacher(bare, align(chosen), keep_cache=True)
         rows, tokens = (x.cpu() for x in (teacher.index >= 0).nonzero(as_tuple=True))
         parts.place(chosen, rows.numpy(), tokens.numpy(), first=done)
         parts.add_full(-teacher.logprobs.cpu()[rows, tokens].numpy())
@@ -52,7 +52,13 @@ def measure(
             adapter = None if arm.adapter is None else adapters[arm.adapter]
             plans = [arm.plan(example.plan.pin_tokens) for example in chosen]
             with _student(base, adapter) as student:
-                found = compare(student, [e.tokens for e in chosen], plans, teacher)
+                found = compare(
+                    student,
+                    [e.tokens for e in chosen],
+                    plans,
+                    teacher,
+                    same_weights=adapter is None,
+                )
             parts.add(
                 arm,
                 losses=-found.logprobs.cpu()[rows, tokens].numpy(),

@@ -1,9 +1,8 @@
 """Measures the arms by a running server: the same answers, scored under each arm's options.
 
 A server names the k most probable tokens in each place and their log-probs, not the whole
-distribution. Losses and most probable tokens are exact. Of a KL it gives a lower bound: the tokens
-that both full attention and the arm have named are classes of their own, all others are one class.
-Merging classes can only lower a KL.
+distribution. Losses and most probable tokens are exact. Of a KL that gives a lower bound: the least
+one that agrees with what is known of full attention and of the arm.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ def measure(
             parts.add(
                 arm,
                 losses=-np.array([_own(found[b], t) for b, t in places]),
-                kls=np.array([_kl_at_least(full[b], found[b], t) for b, t in places]),
+                kls=np.array([_kl_of(full[b], found[b], t) for b, t in places]),
                 same_top=np.array([_top(full[b], t) == _top(found[b], t) for b, t in places]),
             )
             on_done(arm.name)
@@ -139,10 +138,33 @@ def _known(record: Rollout, token: int) -> dict[int, float]:
     return {**named, record.completion_ids[i]: record.logprobs[i]}
 
 
-def _kl_at_least(full: Rollout, arm: Rollout, token: int) -> float:
-    """Return KL(full ‖ arm) of one place with the tokens that both name, and one class beside."""
-    p, q = _known(full, token), _known(arm, token)
+def _kl_of(full: Rollout, arm: Rollout, token: int) -> float:
+    """Return the bound of KL(full ‖ arm) in one place."""
+    assert arm.top_logprobs is not None
+    least = arm.top_logprobs[token - len(arm.prompt_ids)][-1]
+    return kl_at_least(_known(full, token), _known(arm, token), most=least)
+
+
+def kl_at_least(p: Mapping[int, float], q: Mapping[int, float], *, most: float) -> float:
+    """Return the least KL(p ‖ q), in nats, that agrees with what is known of both.
+
+    All tokens that p does not name are one class. Those that p names and q does not are shared out
+    so that the KL is least: in proportion to p, but none gets more than q's least token has.
+
+    Args:
+        p: log-probs of some tokens, by token.
+        q: those of some tokens of another distribution.
+        most: the most that a token not named by q can have, as a log-prob.
+    """
     both = p.keys() & q.keys()
     found = sum(math.exp(p[i]) * (p[i] - q[i]) for i in both)
-    rest_p, rest_q = (max(_LEAST, 1.0 - sum(math.exp(x[i]) for i in both)) for x in (p, q))
-    return found + rest_p * math.log(rest_p / rest_q)
+    mass = max(_LEAST, 1.0 - sum(math.exp(q[i]) for i in both))  # of q, to be shared out
+    others = max(_LEAST, 1.0 - sum(map(math.exp, p.values())))
+    open_ = sorted((math.exp(p[i]) for i in p.keys() - both), reverse=True)
+    weight, cap = others + sum(open_), math.exp(most)
+    for share in open_:  # once one is below the cap, so are all that are smaller
+        if share * mass <= cap * weight:
+            break
+        found += share * math.log(share / cap)
+        mass, weight = max(_LEAST, mass - cap), weight - share
+    return found + weight * math.log(weight / mass)

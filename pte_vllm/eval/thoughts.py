@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pte_vllm.engine.cpu_defaults import on_cpu
 from pte_vllm.launch import LaunchError, Server
@@ -21,7 +21,24 @@ from pte_vllm.models.location import check_model
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pte_vllm.train.options.runs import DistillRun
+
 TEMPLATE = "{prompt}\nThink step by step, and end with the answer in \\boxed{}."
+_FLAGS = {
+    "model.base": "model",
+    "data.source": "source",
+    "data.task": "task",
+    "data.path": "path",
+    "data.seed": "seed",
+    "data.prompt_template": "template",
+    "data.max_prompt_tokens": "max_prompt_tokens",
+    "sampling.temperature": "temperature",
+    "sampling.max_tokens": "max_tokens",
+    "sampling.group_size": "answers",
+    "server.api_key_env": "api_key_env",
+    "server.url": "url",
+}
+"""Flags by the options of a distillation that they are."""
 BLOCK_SIZE, MAX_SEQS = 32, 16
 """Of the server that the command starts: the tokens of a block, the answers that run at once."""
 
@@ -34,6 +51,10 @@ def main(arguments: Sequence[str]) -> int:
     """
     options = parse(arguments)
     check_model(options.model)
+    for flag in ("questions", "answers", "max_tokens", "max_prompt_tokens"):
+        if getattr(options, flag) < 1:
+            name = flag.replace("_", "-")
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, flag)}")
     if options.out.exists():
         raise ValueError(f"OUT: {options.out} exists already: name another file, or remove it")
     from pte_vllm.wire.transport import ServerError
@@ -46,6 +67,8 @@ def main(arguments: Sequence[str]) -> int:
     except (LaunchError, ServerError) as error:
         print(f"pte-vllm: error: {error}", file=sys.stderr)
         return 2
+    except ValueError as error:
+        raise ValueError(_with_own_flags(str(error))) from error
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
@@ -91,41 +114,41 @@ def _sample(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from pte_vllm.train.distill.samples import sample_answers
-    from pte_vllm.train.options.runs import DistillRun
     from pte_vllm.train.run.start import load_tokenizer
 
     console = Console(stderr=True, highlight=False)
-    values = _values(options)
-    DistillRun.model_validate(values)  # a mistake shows before a server starts
+    _run(options, url=options.url)  # a mistake shows before a server starts
     with _server(options, console) as url:
-        values["server"]["url"] = url
-        run = DistillRun.model_validate(values)
-        sample_answers(run, load_tokenizer(options.model), options.out, console)
+        tokenizer = load_tokenizer(options.model)
+        sample_answers(_run(options, url=url), tokenizer, options.out, console)
     console.print(f"wrote {options.out}", soft_wrap=True)
 
 
-def _values(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as a distillation has them that samples."""
-    return {
-        "model": {"base": options.model},
-        "data": {
-            "source": options.source,
-            "task": options.task,
-            "path": options.path,
-            "seed": options.seed,
-            "prompt_template": options.template,
-            "chat": not options.no_chat,
-            "max_prompt_tokens": options.max_prompt_tokens,
-        },
-        "sampling": {
-            "temperature": options.temperature,
-            "max_tokens": options.max_tokens,
-            "group_size": options.answers,
-        },
-        "distill": {"data": "samples", "max_sequences": options.questions * options.answers},
-        "server": {"api_key_env": options.api_key_env},
-        "run": {"seed": options.seed},
+def _run(options: argparse.Namespace, *, url: str | None) -> DistillRun:
+    """Return the options as a distillation has them that samples.
+
+    Raises:
+        ValueError: naming its option, if one does not fit.
+    """
+    from pte_vllm.train.options.runs import DistillRun
+
+    values = {name: getattr(options, flag) for name, flag in _FLAGS.items() if name != "server.url"}
+    values |= {
+        "data.chat": not options.no_chat,
+        "distill.data": "samples",
+        "distill.max_sequences": options.questions * options.answers,
+        "run.seed": options.seed,
     }
+    if url is not None:
+        values["server.url"] = url
+    return DistillRun.from_options(values)
+
+
+def _with_own_flags(message: str) -> str:
+    """Write a message about the options of a distillation with the flags of this command."""
+    for name, flag in _FLAGS.items():
+        message = message.replace(f"--{name}", f"--{flag.replace('_', '-')}")
+    return message
 
 
 @contextmanager

@@ -12,6 +12,7 @@ COMMANDS = (
     *("bench", "bench throughput", "bench soak", "bench gpu", "bench train"),
     *("train", "train grpo", "train distill", "train memory-curve"),
     *("train experiment memory", "train experiment recall"),
+    *("eval", "eval thoughts", "eval fidelity"),
 )
 _CODE = """
 import sys
@@ -56,6 +57,12 @@ def test_help(command: str) -> None:
             "--model.base: the model directory ./nowhere does",
         ),
         ("train distill --model.base ./nowhere", "--model.base: the model directory ./nowhere"),
+        ("eval nothing", "there is no such command"),
+        ("eval thoughts ./nowhere OUT", "MODEL: the model directory ./nowhere does not exist"),
+        ("eval fidelity ./nowhere THOUGHTS", "MODEL: the model directory ./nowhere does not exist"),
+        ("eval fidelity M T --window 64,x", "'x' is not a number from 1"),
+        ("eval fidelity M T --adapter DIR", "'DIR' must be NAME=DIR"),
+        ("eval fidelity M T --sinks --url http://a", "a server evicts as it was started"),
         ("train memory-curve ./nowhere", "MODEL: the model directory ./nowhere does not exist"),
         (
             "train experiment recall ./nowhere",

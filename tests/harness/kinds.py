@@ -53,6 +53,7 @@ KINDS = {
         modules=(
             *("server/test_control", "server/test_rollouts", "server/test_death"),
             "eval/test_fidelity_server",
+            "eval/test_thoughts",
         ),
         flags=_FLAGS,
         env={"PTE_ADMIN_KEY": ADMIN_KEY},

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.distill.agreement import compare
 from pte_vllm.train.distill.examples import Example, align, batches, pack
 from pte_vllm.train.distill.teacher import ask_teacher
 from pte_vllm.train.replay.aligned import AlignedBatch
@@ -201,6 +202,41 @@ def test_top_k_approaches_the_exact_kl_from_below(tiny: Tiny, adapters: Adapters
     for wrong in (-1, VOCAB):
         with pytest.raises(ValueError, match="teacher_top_k"):
             ask_teacher(model, batch, top_k=wrong)
+
+
+def test_what_the_teacher_computed_before_the_first_fold_is_taken_over(
+    tiny: Tiny, adapters: Adapters
+) -> None:
+    """In plans of several windows, one of which folds only after the end of a sequence."""
+    model, chosen = student(tiny("qwen3"), adapters), examples()
+    wanted = [[t > 60 for t in range(len(e.tokens))] for e in chosen]
+    batch = AlignedBatch.align([e.tokens for e in chosen], [e.plan for e in chosen], wanted)
+    plans = [
+        FoldPlan(pin_tokens=e.plan.pin_tokens, window_tokens=blocks * BLOCK, block_size=BLOCK)
+        for e, blocks in zip(chosen, (4, 12, 4), strict=True)
+    ]
+    assert plans[1].first_fold > len(chosen[1].tokens)
+    found = []
+    for keep_cache in (False, True):
+        teacher = ask_teacher(model, batch, keep_cache=keep_cache)
+        assert (teacher.cache is not None) == keep_cache
+        tokens = [e.tokens for e in chosen]
+        with model.adapter_disabled():
+            found.append(compare(model, tokens, plans, teacher, same_weights=True))
+    whole, shared = found
+    torch.testing.assert_close(shared.logprobs, whole.logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(shared.kls, whole.kls, atol=1e-4, rtol=0)
+    assert torch.equal(shared.same_top, whole.same_top)
+    assert whole.kls[0].max() > 0.05 and not whole.same_top[0, 61:203].all()
+    assert shared.kls[1].max() == 0 and shared.same_top[1, 61:190].all()
+    with pytest.raises(ValueError, match="before_fold works without backward"):
+        replay(
+            model,
+            batch,
+            backward="segments",
+            loss=lambda scores: scores.logprobs.sum(),
+            before_fold=teacher.cache,
+        )
 
 
 def test_only_tokens_asked_for(tiny: Tiny, adapters: Adapters) -> None:

@@ -41,6 +41,7 @@ def compare(
     teacher: Teacher,
     *,
     rule: str | None = None,
+    same_weights: bool = False,
 ) -> Agreement:
     """Replay sequences under a student's plans, and compare it with the teacher token by token.
 
@@ -51,6 +52,8 @@ def compare(
             apart.
         teacher: what full attention says; it says which tokens are compared, whatever the plans.
         rule: the rule to fold by; None: the adapter's.
+        same_weights: whether the student is the base model itself, its adapter off. Until its first
+            fold it then says what the teacher says, whose KV cache is taken over if it has one.
 
     Raises:
         ValueError: if an option does not fit the model.
@@ -82,7 +85,15 @@ def compare(
             [plans[b] for b in rows],
             [wanted[b, : len(sequences[b])].tolist() for b in rows],
         )
-        replay(model, batch, loss=look, rule=rule)
+        known = None
+        if same_weights and teacher.cache is not None and batch.plan.bounded:
+            first = min(batch.plan.first_fold, batch.ids.shape[1])
+            known = teacher.cache.shifted(rows, batch.left.tolist(), first)
+            for b in rows:
+                before = slice(0, plans[b].first_fold + 1)
+                logprobs[b, before] = teacher.logprobs[b, before]
+                same_top[b, before] = teacher.index[b, before] >= 0
+        replay(model, batch, loss=look, rule=rule, before_fold=known)
     return Agreement(logprobs=logprobs, kls=kls, same_top=same_top)
 
 

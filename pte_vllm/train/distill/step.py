@@ -204,10 +204,10 @@ def evaluate(
     tokens = 0
     for chosen in of_like_length(examples, micro_batch_sequences):
         sequences, plans = [e.tokens for e in chosen], [e.plan for e in chosen]
-        teacher = ask_teacher(model, align(chosen))
+        teacher = ask_teacher(model, align(chosen), keep_cache=True)
         tokens += teacher.num_tokens
         with model.adapter_disabled():
-            window = compare(model, sequences, plans, teacher)
+            window = compare(model, sequences, plans, teacher, same_weights=True)
         student = compare(model, sequences, plans, teacher, rule=rule)
         values = [-x.logprobs for x in (teacher, window, student)] + [window.kls, student.kls]
         sums += torch.stack([x.double().sum().cpu() for x in values])

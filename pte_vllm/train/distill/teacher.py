@@ -20,6 +20,7 @@ from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.results import Scores
 from pte_vllm.train.replay.segments import replay
+from pte_vllm.train.replay.window_cache import WindowCache
 
 CHUNK_TOKENS = 512
 """Columns of one forward of the teacher; bounds its attention scores, not its KV cache."""
@@ -37,6 +38,8 @@ class Teacher:
     hidden: Tensor | None  # [M, d] inputs of the output layer; the exact form
     top_logprobs: Tensor | None  # [M, k + 1] fp32: the k best, then all others together
     top_ids: Tensor | None  # [M, k]
+    cache: WindowCache | None = None
+    """Its KV cache, token t in column t; only if it was asked for."""
 
     @property
     def num_tokens(self) -> int:
@@ -79,10 +82,11 @@ def ask_teacher(
     temperature: float = 1.0,
     top_k: int = 0,
     chunk_tokens: int = CHUNK_TOKENS,
+    keep_cache: bool = False,
 ) -> Teacher:
     """Run the base model, without adapter and window, over a batch.
 
-    Its KV cache holds the whole sequences and is gone on return.
+    Its KV cache holds the whole sequences and is gone on return, unless it is asked for.
 
     Args:
         model: student and teacher; its adapter is off meanwhile.
@@ -90,6 +94,7 @@ def ask_teacher(
         temperature: the temperature of both distributions.
         top_k: how many probabilities are kept for each token; 0: the whole distribution.
         chunk_tokens: most tokens of one forward pass.
+        keep_cache: whether the teacher keeps its KV cache.
 
     Raises:
         ValueError: if an option is out of range.
@@ -124,7 +129,12 @@ def ask_teacher(
     try:
         with model.adapter_disabled():
             found = replay(
-                model, everything, temperature=temperature, loss=keep, chunk_tokens=chunk_tokens
+                model,
+                everything,
+                temperature=temperature,
+                loss=keep,
+                chunk_tokens=chunk_tokens,
+                keep_cache=keep_cache,
             )
     finally:
         hook.remove()
@@ -137,6 +147,7 @@ def ask_teacher(
         hidden=torch.cat(inputs) if inputs else None,
         top_logprobs=torch.cat([log_p for log_p, _ in top]) if top else None,
         top_ids=torch.cat([ids for _, ids in top]) if top else None,
+        cache=found.cache,
     )
 
 

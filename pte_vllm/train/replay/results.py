@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pte_vllm.train.replay.window_cache import WindowCache
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -50,3 +52,5 @@ class ReplayResult:
     """The folds of each sequence, in order."""
     loss: float = 0.0
     """The sum of all losses."""
+    cache: WindowCache | None = None
+    """What the KV cache holds at the end, by column; only if it was asked for."""

@@ -63,6 +63,8 @@ def replay(
     backward: Backward = "none",
     loss: TokenLoss | None = None,
     chunk_tokens: int | None = None,
+    before_fold: WindowCache | None = None,
+    keep_cache: bool = False,
 ) -> ReplayResult:
     """Replay a batch; gradients are added to the model's trainable parameters.
 
@@ -74,10 +76,15 @@ def replay(
         loss: a function of scored tokens, called for each segment or for parts of it.
         chunk_tokens: most columns of one forward, with backward `none` only; None: whole segments.
             It bounds memory and does not change the result.
+        before_fold: what the cache holds at the first fold, by column, where that is known; taken
+            over. No token is scored then that is predicted before a fold. With backward `none`.
+        keep_cache: whether the result has the cache.
 
     Raises:
         ValueError: if an option does not fit the model or another option.
     """
+    if before_fold is not None and backward != "none":
+        raise ValueError("before_fold works without backward only")
     if backward != "none" and loss is None:
         raise ValueError(f"backward {backward!r} needs a loss")
     if backward == "full" and model.gradient_checkpointing:
@@ -102,8 +109,13 @@ def replay(
             loss=loss,
             memory=memory,
         )
+        start = 0
+        if before_fold is not None:
+            run.cache, start = before_fold, batch.plan.first_fold
         try:
-            return _replay(run, chunk_tokens)
+            found = _replay(run, chunk_tokens, start)
+            found.cache = run.cache if keep_cache else None
+            return found
         finally:
             model.states = None
 
@@ -115,14 +127,16 @@ def log_probs(
     return replay(model, AlignedBatch.align([tokens], [plan]), **options)
 
 
-def _replay(run: _Run, chunk_tokens: int | None) -> ReplayResult:
-    """Fold and run segment after segment, then send gradients through the folds."""
+def _replay(run: _Run, chunk_tokens: int | None, known: int) -> ReplayResult:
+    """Fold and run segments from column `known` on, then send gradients through the folds."""
     batch, plan = run.batch, run.batch.plan
     columns = torch.zeros(batch.ids.shape, device=batch.ids.device)
     folds: list[list[Fold]] = [[] for _ in range(len(batch.ids))]
     final = run.memory.states.detach() if run.memory is not None else None
     folded = 0
     for start, end in plan.segments(batch.ids.shape[1]):
+        if start < known:
+            continue
         due = plan.folded_blocks(start)
         if due > folded:
             rho = _fold(run, folded, due)

@@ -77,3 +77,25 @@ class WindowCache(Cache):
             return None
         keys, values = zip(*(taken[i] for i in layers), strict=True)
         return torch.stack(keys), torch.stack(values)
+
+    def shifted(self, rows: Sequence[int], left: Sequence[int], columns: int) -> WindowCache:
+        """Copy the first tokens of some sequences into a cache of their own, each moved right.
+
+        Args:
+            rows: which sequences are taken, in the order of the copy.
+            left: how many columns of the copy come before the first token of each.
+            columns: how many columns the copy has; those before a sequence hold zeros.
+        """
+        copy = WindowCache()
+        for i, layer in enumerate(self.layers):
+            assert layer.past is not None
+            moved = []
+            for past in layer.past:
+                own = past.new_zeros(len(rows), past.shape[1], columns, past.shape[3])
+                for b, (row, shift) in enumerate(zip(rows, left, strict=True)):
+                    tokens = past[row, :, : columns - shift]
+                    own[b, :, shift : shift + tokens.shape[1]] = tokens
+                moved.append(own)
+            copy.update(*moved, i)
+        copy.commit(detach=True)
+        return copy
