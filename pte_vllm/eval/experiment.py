@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--api-key-env", metavar="NAME", help="variable that holds its key")
     group = parser.add_argument_group("thoughts")
     add = group.add_argument
-    add("--task", default="gsm_symbolic", help="task of reasoning-gym that is asked")
+    add("--task", default="gsm_symbolic", help="task of reasoning-gym with answers in numbers")
     add("--questions", type=int, default=504, metavar="N", help="answers that are sampled")
     add("--held", type=int, default=24, metavar="N", help="of these, held out for fidelity")
     add("--max-tokens", type=int, default=400, metavar="N", help="longest answer")

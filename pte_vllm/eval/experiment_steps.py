@@ -156,7 +156,7 @@ def measure_accuracy(
         data=None,
         limit=options.problems,
         template=TEMPLATE,
-        judge="auto",
+        judge="math",
         system=None,
         data_seed=PROBLEM_SEED,
         windows=(options.window,),
