@@ -21,7 +21,8 @@ from pte_vllm.engine.request_ids import RequestId
 from pte_vllm.engine.reserve import WindowReserve
 from pte_vllm.engine.snapshots import SnapshotIndex
 from pte_vllm.engine.waiting import sleep_while_waiting
-from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, RequestOptions
+from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, PTEConfig, RequestOptions
+from pte_vllm.method.weight import weigh_state
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -244,10 +245,11 @@ class PTESchedulerMixin:
 def _capacity(engine: EngineConfig, vllm_config: Any) -> int:
     """Thought states to keep for requests that take up another: as the API keeps them."""
     lora = vllm_config.lora_config
-    rank = lora.max_lora_rank if lora is not None else 0
+    rank = lora.max_lora_rank if lora is not None else 1
     layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    # At most two sums of fp32 and a count per layer, whatever the rule.
-    num_bytes = 4 * layers * (2 * rank**2 + 1)
+    # Whatever the rule, a snapshot is no larger than the sums of `ridge`.
+    largest = PTEConfig(rank=rank, global_tokens=rank, rule="ridge")
+    num_bytes = weigh_state(largest, layers, "float32").sums
     return min(engine.keep_thoughts, engine.keep_thoughts_mib * 2**20 // num_bytes)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from pte_vllm.engine.thoughts import Thoughts
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.method.reference import LayerEncoder, Sums
+from pte_vllm.method.reference import UPDATE_RULES, LayerEncoder, Sums
+from pte_vllm.method.weight import NO_STATE, StateWeight
 
 IDENTITY_SLOT = 0
 """The slot of tokens without a thought state; it holds the identity and belongs to nobody."""
@@ -38,7 +39,8 @@ class LoadedEncoder:
 class FoldingSequence:
     """One request on the worker: how it folds, what it has folded, and where its state lies.
 
-    The state itself, S, is in the pool's slot and nowhere else.
+    The state itself, S, is in the pool's slot and nowhere else. `sums` are what its rule keeps
+    besides, each `[L, ...]`, as `method.held` leaves them.
     """
 
     plan: FoldPlan
@@ -48,12 +50,19 @@ class FoldingSequence:
     loaded: LoadedEncoder | None = None
     slot: int = IDENTITY_SLOT
     sums: Sums = field(default_factory=dict)
+    weight: StateWeight = NO_STATE
+    """The memory that its state takes, the slot included."""
     folded_blocks: int = 0
     num_tokens: int = 0
     held_blocks: int = 0
     peak_blocks: int = 0
     rho: list[Tensor] = field(default_factory=list)
     """ρ of each fold, a scalar on the device; nobody waits for it until it is asked for."""
+
+    @property
+    def sums_say_state(self) -> bool:
+        """Whether S can be read from `sums` alone; also where there is no state."""
+        return self.rule is None or UPDATE_RULES[self.rule].state_sum is None
 
     def thoughts(self, request_id: str, *, state: Tensor | None, with_rho: bool) -> Thoughts:
         """Return what the API shows of the sequence now.
@@ -75,6 +84,7 @@ class FoldingSequence:
             folded_blocks=self.folded_blocks,
             held_blocks=self.held_blocks,
             peak_blocks=self.peak_blocks,
+            state_bytes=self.weight.total,
             layers=tuple(self.loaded.layers) if self.loaded is not None else (),
             features=config.features if config is not None else None,
             read=config.read if config is not None else None,
@@ -95,4 +105,6 @@ class Snapshot:
     rule: str | None
     folded_blocks: int
     sums: Sums
+    state: Tensor | None
+    """S as tokens read it, `[L, G, r]`; None where `sums` say what it is."""
     rho: Tensor | None  # [folds]

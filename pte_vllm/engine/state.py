@@ -18,23 +18,19 @@ from pte_vllm.engine.counters import FoldCounters
 from pte_vllm.engine.request_ids import find_id
 from pte_vllm.engine.sequences import IDENTITY_SLOT, FoldingSequence, LoadedEncoder, Snapshot
 from pte_vllm.engine.thoughts import Thoughts, ThoughtStore, to_host
+from pte_vllm.method.held import as_read, held_sums, whole_sums
 from pte_vllm.method.options import check_rule_fits
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.method.reference import (
-    UPDATE_RULES,
-    Moments,
-    Sums,
-    moments,
-    relative_update,
-)
+from pte_vllm.method.reference import UPDATE_RULES, Moments, Sums, moments, relative_update
+from pte_vllm.method.weight import weigh_state
 
 
 class StatePool:
     """The states of all running sequences, and the sequences that own them.
 
     `states[layer]: [slots, R, R]` is what φ(A x) is multiplied by from the right: S for read `key`,
-    Sᵀ for `value`. It is the only place that holds S while a sequence runs. `squared: [slots]` says
-    whose φ squares.
+    Sᵀ for `value`. It is the only place that holds S while a sequence runs; a sequence's `sums`
+    are what its rule keeps besides (`method.held`). `squared: [slots]` says whose φ squares.
 
     Args:
         num_layers: The number of decoder layers of the model.
@@ -42,6 +38,7 @@ class StatePool:
         max_rank: R, the engine's `--max-lora-rank`; smaller states are padded with zeros.
         device: The device of the model.
         kept: Where the thoughts of finished requests go.
+        dtype: The type in which tokens read S: float32 or bfloat16.
     """
 
     SHOWN_FINISHED = 64
@@ -54,8 +51,11 @@ class StatePool:
         max_rank: int,
         device: torch.device,
         kept: ThoughtStore,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.states = torch.zeros(num_layers, max_num_seqs + 1, max_rank, max_rank, device=device)
+        self.states = torch.zeros(
+            *(num_layers, max_num_seqs + 1, max_rank, max_rank), device=device, dtype=dtype
+        )
         self.states[:, IDENTITY_SLOT] = torch.eye(max_rank, device=device)
         self.squared = torch.zeros(max_num_seqs + 1, dtype=torch.bool, device=device)
         self.free_slots = list(range(max_num_seqs, 0, -1))
@@ -93,10 +93,12 @@ class StatePool:
             sequence.slot = self.free_slots.pop()
             self.states[:, sequence.slot] = 0.0
             self.squared[sequence.slot] = loaded.config.features == "squared"
-            sequence.sums = UPDATE_RULES[sequence.rule].start(
-                loaded.encoder, loaded.config.normalize
+            dtype = str(self.states.dtype).removeprefix("torch.")
+            sequence.weight = weigh_state(
+                loaded.config, len(loaded.layers), dtype, rule=sequence.rule
             )
-            self._write_own(sequence)
+            sums = UPDATE_RULES[sequence.rule].start(loaded.encoder, loaded.config.normalize)
+            self._write_own(sequence, sums)
         self.sequences[request_id] = sequence
         return sequence
 
@@ -125,6 +127,7 @@ class StatePool:
             rule=sequence.rule,
             folded_blocks=sequence.folded_blocks,
             sums={name: to_host(sums) for name, sums in sequence.sums.items()},
+            state=None if sequence.sums_say_state else to_host(self._own_state(sequence)),
             rho=to_host(torch.stack(sequence.rho)) if sequence.rho else None,
         )
 
@@ -134,10 +137,14 @@ class StatePool:
         device = self.states.device
         sequence.folded_blocks = snapshot.folded_blocks
         if sequence.loaded is not None:
-            sequence.sums = {k: v.to(device, non_blocking=True) for k, v in snapshot.sums.items()}
+            sums = {k: v.to(device, non_blocking=True) for k, v in snapshot.sums.items()}
             if snapshot.rho is not None:
                 sequence.rho = list(snapshot.rho.to(device, non_blocking=True))
-            self._write_own(sequence)
+            assert sequence.rule is not None
+            # Where the sums say what S is, its shape is all that is needed.
+            state = self._own_state(sequence) if snapshot.state is None else snapshot.state
+            state = state.to(device, non_blocking=True)
+            self._write_own(sequence, whole_sums(sequence.rule, sums, state))
 
     def thoughts(self, name: str, *, with_state: bool = True) -> Thoughts | None:
         """Return the thoughts of the newest request, running or finished, that is called `name`.
@@ -185,17 +192,15 @@ class StatePool:
         assert loaded is not None and rule is not None
         assert all(s.loaded is loaded and s.rule == rule for s in sequences)
         encoder = loaded.encoder.map(lambda t: t[:, None])
-        sums = {
-            name: torch.stack([s.sums[name] for s in sequences], 1) for name in sequences[0].sums
-        }
-        sums = UPDATE_RULES[rule].add(sums, encoder, evicted, loaded.config.normalize)
-        for i, sequence in enumerate(sequences):
-            # A copy of its own: a view would keep the others' alive.
-            sequence.sums = {name: both[:, i].contiguous() for name, both in sums.items()}
         slots = self._slots_of(sequences)
         before = self._read(loaded, slots)
+        held = {
+            name: torch.stack([s.sums[name] for s in sequences], 1) for name in sequences[0].sums
+        }
+        sums = whole_sums(rule, held, before)
+        sums = UPDATE_RULES[rule].add(sums, encoder, evicted, loaded.config.normalize)
         after = self._write(sequences, sums, slots)
-        rho = relative_update(before, after - before)  # [L, S]
+        rho = relative_update(before.float(), after - before)  # [L, S]
         self.counters.add_rho(rho.flatten())
         for sequence, own in zip(sequences, rho.mean(0), strict=True):
             sequence.rho.append(own)
@@ -204,6 +209,10 @@ class StatePool:
         """Return a copy of a running sequence's S, `[L, G, r]`; None if it has no thought state."""
         if sequence.loaded is None:
             return None
+        return self._own_state(sequence)
+
+    def _own_state(self, sequence: FoldingSequence) -> Tensor:
+        assert sequence.loaded is not None
         return self._read(sequence.loaded, self._slots_of([sequence]))[:, 0]
 
     def _slots_of(self, sequences: list[FoldingSequence]) -> Tensor:
@@ -220,23 +229,28 @@ class StatePool:
         return stored if by_key else stored.mT
 
     def _write(self, sequences: list[FoldingSequence], sums: Sums, slots: Tensor) -> Tensor:
-        """Put what the rule reads from `sums`, `[L, S, ...]`, into the slots.
+        """Put what the rule reads from `sums`, `[L, S, ...]`, into the slots; hold the rest.
 
-        The states are returned too, `[L, S, G, r]`.
+        The states are returned too as tokens read them, `[L, S, G, r]` float32.
         """
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
         encoder = loaded.encoder.map(lambda t: t[:, None])
         states = UPDATE_RULES[rule].read(sums, encoder, loaded.config.normalize)
         states = states.expand(-1, len(sequences), -1, -1)  # the rule `none` knows no sequences
+        states = as_read(states, self.states.dtype)
         stored = states if loaded.config.read == "key" else states.mT
         rows, columns = stored.shape[-2:]
         self.states[loaded.layer_index[:, None], slots, :rows, :columns] = stored
-        return states
+        held = held_sums(rule, sums, self.states.dtype)
+        for i, sequence in enumerate(sequences):
+            # A copy of its own: a view would keep the others' alive.
+            sequence.sums = {name: both[:, i].contiguous() for name, both in held.items()}
+        return states.float()
 
-    def _write_own(self, sequence: FoldingSequence) -> None:
-        """Put what the rule reads from one sequence's sums into its slot."""
-        sums = {name: own[:, None] for name, own in sequence.sums.items()}
+    def _write_own(self, sequence: FoldingSequence, sums: Sums) -> None:
+        """Put one sequence's sums, whole and each `[L, ...]`, where they belong."""
+        sums = {name: own[:, None] for name, own in sums.items()}
         self._write([sequence], sums, self._slots_of([sequence]))
 
     def check_integrity(self) -> None:

@@ -1,6 +1,6 @@
 """Thought states as the API shows them, and those of finished requests, kept for a while.
 
-Shapes: L layers with a state, `state: [L, G, r]` fp32.
+Shapes: L layers with a state, `state: [L, G, r]` as tokens read it, in fp32 or bf16.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Thoughts:
     folded_blocks: int
     held_blocks: int
     peak_blocks: int
+    state_bytes: int = 0
+    """The memory that its state took while it ran, with what its rule keeps between folds."""
     layers: tuple[int, ...] = ()
     """Indices of the decoder layers that have a state."""
     features: str | None = None
@@ -50,7 +52,7 @@ class Thoughts:
 
     @property
     def num_bytes(self) -> int:
-        """The memory that the state takes, in bytes."""
+        """The memory that `state` takes here, in bytes."""
         return 0 if self.state is None else self.state.nbytes
 
     def kept(self) -> Thoughts:
@@ -79,11 +81,12 @@ class Thoughts:
             "folded_tokens": self.folded_blocks * self.plan.block_size,
             "held_blocks": self.held_blocks,
             "peak_blocks": self.peak_blocks,
+            "state_bytes": self.state_bytes,
         }
 
     def summary(self, name: str) -> dict[str, Any]:
         """Return the JSON of `GET /pte/v1/thoughts/{name}`."""
-        norms = [] if self.state is None else self.state.flatten(-2).norm(dim=-1).tolist()
+        norms = [] if self.state is None else self.state.float().flatten(-2).norm(dim=-1).tolist()
         return {
             "id": name,
             "status": "finished" if self.finished else "running",
@@ -103,7 +106,10 @@ class Thoughts:
         }
 
     def safetensors(self) -> bytes | None:
-        """Return `state` as a file whose metadata says how to read it; None without a state."""
+        """Return `state` as a file whose metadata says how to read it; None without a state.
+
+        It is in fp32 there, whatever it is in here.
+        """
         if self.state is None:
             return None
         metadata = {
@@ -115,7 +121,7 @@ class Thoughts:
             "num_tokens": str(self.num_tokens),
             "folds": str(self.folds),
         }
-        return save({"state": self.state.cpu().contiguous()}, metadata)
+        return save({"state": self.state.cpu().float().contiguous()}, metadata)
 
     def events(self, since: int) -> list[dict[str, Any]]:
         """Return the folds after the first `since`; their `rho` is null without a thought state."""

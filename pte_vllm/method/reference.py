@@ -154,6 +154,12 @@ class UpdateRule(ABC):
 
     reads_kk = False
     """Whether `add` needs Σ kᵀk."""
+    changes = True
+    """Whether folds change the sums."""
+    state_sum: str | None = None
+    """The name of the sum that `read` returns as it stands; None where there is no such sum."""
+    symmetric: tuple[str, ...] = ()
+    """The names of sums that are symmetric matrices."""
 
     @abstractmethod
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
@@ -175,6 +181,8 @@ class UpdateRule(ABC):
 class PaperRule(UpdateRule):
     """The paper's rule sets S ← Normalize(S + S') after each fold."""
 
+    state_sum: str | None = "S"
+
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
         return {"S": initial_state(encoder, how)}
 
@@ -188,6 +196,8 @@ class PaperRule(UpdateRule):
 class SumRule(PaperRule):
     """This rule sets S ← S + S' and normalises only what is read, so that no fold fades."""
 
+    state_sum = None
+
     def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
         return {"S": sums["S"] + contribution_of(encoder, evicted)}
 
@@ -197,6 +207,8 @@ class SumRule(PaperRule):
 
 class NoneRule(PaperRule):
     """This rule keeps S at S_0, the paper's "Global-Only" control; nothing is encoded."""
+
+    changes = False
 
     def fold(self, sums: Sums, encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, how: str) -> Sums:
         return sums
@@ -229,6 +241,7 @@ class RidgeRule(UpdateRule):
     """
 
     reads_kk = True
+    symmetric = ("C",)
 
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
         rank = encoder.w_k.shape[-2]
@@ -261,6 +274,7 @@ class DeltaRule(UpdateRule):
     """
 
     reads_kk = True
+    state_sum = "S"
 
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
         rank = encoder.w_k.shape[-2]

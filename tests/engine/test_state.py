@@ -8,11 +8,17 @@ import torch
 from pte_vllm.engine.sequences import IDENTITY_SLOT, LoadedEncoder
 from pte_vllm.engine.state import StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
+from pte_vllm.method.held import rounded
+from pte_vllm.method.names import RULE_NAMES
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.method.reference import UPDATE_RULES
+from pte_vllm.method.reference import UPDATE_RULES, Moments, initial_state, moments
+from pte_vllm.method.weight import weigh_state
 from tests.kernels.fold_cases import make_encoder
 
+RULES_AND_DTYPES = [
+    (rule, dtype) for rule in RULE_NAMES for dtype in (torch.float32, torch.bfloat16)
+]
 PLAN = FoldPlan(pin_tokens=16, window_tokens=64, block_size=16)
 
 
@@ -32,9 +38,8 @@ def test_a_finished_state_outlives_its_slot(read: str) -> None:
         kept=ThoughtStore(max_count=4, max_bytes=2**20),
     )
     loaded = _loaded("linear", 4, read)
-    sequence = pool.start("a", PLAN, loaded=loaded)
-    rule = UPDATE_RULES[loaded.config.rule]
-    wanted = rule.read(sequence.sums, loaded.encoder, loaded.config.normalize)
+    pool.start("a", PLAN, loaded=loaded)
+    wanted = initial_state(loaded.encoder, loaded.config.normalize)  # the rule is `paper`
     shown = pool.thoughts("a")
     assert shown is not None and shown.state is not None and torch.equal(shown.state, wanted)
     pool.finish("a")
@@ -64,3 +69,67 @@ def test_a_slot_forgets_the_features_and_the_state_of_its_last_owner() -> None:
     assert pool.start("d", PLAN).slot == IDENTITY_SLOT  # without an adapter none is taken
     assert not pool.squared[IDENTITY_SLOT]
     assert pool.start("e", PLAN, loaded=_loaded("linear", 4)).slot != IDENTITY_SLOT
+
+
+def _pool(dtype: torch.dtype, rank: int, max_num_seqs: int = 3) -> StatePool:
+    return StatePool(
+        num_layers=3,
+        max_num_seqs=max_num_seqs,
+        max_rank=rank,
+        device=torch.device("cpu"),
+        kept=ThoughtStore(max_count=4, max_bytes=2**20),
+        dtype=dtype,
+    )
+
+
+def _evicted(rule: str, loaded: LoadedEncoder, sequences: int) -> Moments:
+    encoder = loaded.encoder.map(lambda t: t[:, None])
+    k, v = torch.randn(2, len(loaded.layers), sequences, 16, 24)
+    return moments(encoder, k, v, with_kk=UPDATE_RULES[rule].reads_kk)
+
+
+@pytest.mark.parametrize(("rule", "dtype"), RULES_AND_DTYPES)
+def test_a_sequence_takes_the_memory_that_is_said(rule: str, dtype: torch.dtype) -> None:
+    """Every tensor of a sequence and its part of the pool, before and after folds."""
+    pool, loaded = _pool(dtype, 8), _loaded("linear", 8)
+    sequences = [pool.start(name, PLAN, rule=rule, loaded=loaded) for name in "ab"]
+    said = weigh_state(loaded.config, 2, str(dtype).removeprefix("torch."), rule=rule)
+    for _ in range(2):
+        for sequence in sequences:
+            # Of the slot, the layers that have a state.
+            slot = pool.states[loaded.layers, sequence.slot]
+            assert slot.numel() * slot.itemsize == said.read == sequence.weight.read
+            held = sequence.sums.values()
+            assert sum(t.untyped_storage().nbytes() for t in held) == said.sums
+        if rule != "none":  # which never folds
+            pool.fold_moments(sequences, _evicted(rule, loaded, 2))
+
+
+@pytest.mark.parametrize("read", ["key", "value"])
+@pytest.mark.parametrize(("rule", "dtype"), RULES_AND_DTYPES)
+def test_folds_are_the_definition_s(rule: str, dtype: torch.dtype, read: str) -> None:
+    """Also after a copy to the host and back; what is read is rounded, what is kept is not."""
+    if rule == "none":
+        return
+    pool, loaded = _pool(dtype, 8), _loaded("linear", 6, read)
+    about, encoder = UPDATE_RULES[rule], loaded.encoder.map(lambda t: t[:, None])
+    sums = about.start(encoder, "matrix")
+    sequences = [pool.start(name, PLAN, rule=rule, loaded=loaded) for name in "ab"]
+    for fold in range(6):
+        evicted = _evicted(rule, loaded, 2)
+        sums = about.add(sums, encoder, evicted, "matrix")
+        pool.fold_moments(sequences, evicted)
+        if fold == 2:
+            snapshots = [pool.snapshot(name) for name in "ab"]
+            for name in "ab":
+                pool.finish(name)
+            sequences = [pool.start(name, PLAN, rule=rule, loaded=loaded) for name in "ab"]
+            for sequence, snapshot in zip(sequences, snapshots, strict=True):
+                pool.restore(sequence, snapshot)
+    wanted = rounded(about.read(sums, encoder, "matrix"), dtype)
+    for i, sequence in enumerate(sequences):
+        found = pool.state_of(sequence)
+        assert found is not None and found.dtype == dtype
+        # A number that fp32 rounds elsewhere may fall to bfloat16's other neighbour.
+        near = 1e-4 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(found.float(), wanted[:, i], rtol=near, atol=1e-4)
