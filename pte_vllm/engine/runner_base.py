@@ -36,11 +36,20 @@ from pte_vllm.engine.state import StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable
 from pte_vllm.method.options import EngineConfig
+from pte_vllm.method.weight import state_dtype
 
 if TYPE_CHECKING:
+    from vllm.config import LoRAConfig
     from vllm.lora.request import LoRARequest
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+
+def _state_dtype(lora_config: LoRAConfig | None) -> torch.dtype:
+    """Return the type in which tokens read thought states: that of A and B if it is bfloat16."""
+    name = str(lora_config.lora_dtype) if lora_config is not None else ""
+    dtype: torch.dtype = getattr(torch, state_dtype(name.removeprefix("torch.")))
+    return dtype
 
 
 class PTERunnerMixin(ABC):
@@ -62,6 +71,7 @@ class PTERunnerMixin(ABC):
             kept=ThoughtStore(
                 max_count=engine.keep_thoughts, max_bytes=engine.keep_thoughts_mib * 2**20
             ),
+            dtype=_state_dtype(self.lora_config),
         )
         self.pte_snapshots: dict[bytes, Snapshot] = {}
         self.pte_report = PoolReport(usable_blocks=0, free_blocks=0)

@@ -24,7 +24,7 @@ struct Work {
     const Number* b;       // [tiles, r_pad / pairs, 64, pairs]
     const int32_t* tiles;  // [tiles, 3]: slice, first output, outputs
     int64_t num_tiles, d_in, d_pad, rank, r_pad, num_slices;
-    const float* states;   // [slots, R, R] multiplied from the right; null: the identity
+    const Number* states;  // [slots, R, R] multiplied from the right; null: the identity
     const bool* squared;   // [slots], whether phi squares
     const int64_t* slots;  // [T]
     const Number* x;
@@ -87,7 +87,7 @@ struct Work {
         for (int64_t slice = 0; slice < num_slices; ++slice) {
             float* in = shrunk + t * rows() + slice * rank;
             Number* out = read + (t * num_slices + slice) * r_pad;
-            const float* state = states ? states + slots[t] * rank * rank : nullptr;
+            const Number* state = states ? states + slots[t] * rank * rank : nullptr;
             if (state && squared[slots[t]])
                 for (int64_t r = 0; r < rank; ++r) in[r] *= in[r];
             int64_t c = 0;
@@ -95,7 +95,8 @@ struct Work {
             for (; c + kLanes <= rank; c += kLanes) modulate_some<1>(in, state, c, out);
             for (; c < rank; ++c) {
                 float value = state ? 0.0f : in[c];
-                for (int64_t r = 0; state && r < rank; ++r) value += in[r] * state[r * rank + c];
+                for (int64_t r = 0; state && r < rank; ++r)
+                    value += in[r] * to_float(state[r * rank + c]);
                 store(out + c, value);
             }
             for (; c < r_pad; ++c) out[c] = Number{};
@@ -103,7 +104,7 @@ struct Work {
     }
 
     template <int64_t count>
-    void modulate_some(const float* in, const float* state, int64_t c, Number* out) const {
+    void modulate_some(const float* in, const Number* state, int64_t c, Number* out) const {
         Vector sums[count] = {};
         if (state == nullptr)
             for (int64_t v = 0; v < count; ++v) sums[v] = load(in + c + v * kLanes);
@@ -201,7 +202,7 @@ void add(Work<Number> work, int64_t tokens) {
     extern "C" void name(const Number* a, const Number* b, const int32_t* tiles, int64_t num_tiles, \
                          int64_t d_in, int64_t d_pad, int64_t rank, int64_t r_pad,                 \
                          int64_t num_slices,                                                       \
-                         const float* states, const bool* squared, const int64_t* slots,           \
+                         const Number* states, const bool* squared, const int64_t* slots,           \
                          const Number* x, int64_t x_stride, Number* y, int64_t y_stride,           \
                          int64_t tokens) {                                                         \
         add<Number>({a, b, tiles, num_tiles, d_in, d_pad, rank, r_pad, num_slices, states,         \

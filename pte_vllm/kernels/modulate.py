@@ -1,8 +1,9 @@
 """Modulation between LoRA's shrink and expand: every token by the state of its sequence.
 
 Definition: `method.reference.modulate`. States are stored ready to be multiplied from the right
-(transposed for read `value`), so one product serves both. `squared: [slots]` bool says whose A x is
-squared first (`method.reference.feature_map`).
+(transposed for read `value`), so one product serves both. They are float32 or bfloat16; products
+are in float32. `squared: [slots]` bool says whose A x is squared first
+(`method.reference.feature_map`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def modulate_slices(a: Tensor, states: Tensor, squared: Tensor, token_slots: Ten
     """
     token_slots = token_slots[: a.shape[1]]
     features = map_features(a, squared, token_slots)
-    chosen = states.index_select(0, token_slots)
+    chosen = states.index_select(0, token_slots).float()
     a.copy_(torch.bmm(features.transpose(0, 1), chosen).transpose(0, 1))
 
 
@@ -59,7 +60,7 @@ def modulate_segments(
         if end - start == 1:
             single.append(start)
         else:
-            torch.mm(a[start:end], states[slot], out=out[start:end])
+            torch.mm(a[start:end], states[slot].float(), out=out[start:end])
     if len(single) == len(a):
         return _by_token(a, states, token_slots)
     if single:
@@ -69,4 +70,4 @@ def modulate_segments(
 
 
 def _by_token(features: Tensor, states: Tensor, token_slots: Tensor) -> Tensor:
-    return torch.bmm(features[:, None], states.index_select(0, token_slots))[:, 0]
+    return torch.bmm(features[:, None], states.index_select(0, token_slots).float())[:, 0]

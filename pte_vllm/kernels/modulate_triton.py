@@ -18,7 +18,7 @@ from torch import Tensor
 @triton.jit  # type: ignore[untyped-decorator]
 def _modulate_kernel(  # type: ignore[no-untyped-def]
     a_ptr,  # [n, T, R] fp32
-    states_ptr,  # [slots, R, R] fp32
+    states_ptr,  # [slots, R, R] fp32 or bf16
     squared_ptr,  # [slots] bool
     slots_ptr,  # [T] int64
     num_slices,
@@ -35,7 +35,7 @@ def _modulate_kernel(  # type: ignore[no-untyped-def]
             states_ptr + slot * rank * rank + index[:, None] * rank + index[None, :],
             mask=inside[:, None] & inside[None, :],
             other=0.0,
-        )
+        ).to(tl.float32)
         squared = tl.load(squared_ptr + slot)
         for i in range(num_slices):
             row = a_ptr + i * slice_stride + token * rank + index
@@ -48,9 +48,9 @@ def _modulate_kernel(  # type: ignore[no-untyped-def]
 def modulate_slices_(a: Tensor, states: Tensor, squared: Tensor, token_slots: Tensor) -> None:
     """Set `a[i, t] ← φ(a[i, t]) · states[token_slots[t]]`, in place.
 
-    `a: [n, T, R]` fp32 contiguous, `states: [slots, R, R]` fp32 contiguous, ready to be multiplied
-    from the right, `squared: [slots]` bool, whether φ squares, `token_slots` int64, of which the
-    first T count.
+    `a: [n, T, R]` fp32 contiguous, `states: [slots, R, R]` contiguous, fp32 or bf16, ready to be
+    multiplied from the right, `squared: [slots]` bool, whether φ squares, `token_slots` int64, of
+    which the first T count.
     """
     num_slices, num_tokens, rank = a.shape
     if num_tokens:

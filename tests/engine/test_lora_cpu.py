@@ -28,7 +28,7 @@ class _Linear:
         torch.manual_seed(0)
         self.a = tuple(torch.randn(adapters, 1, RANK, D_IN).to(dtype) for _ in OUTPUTS)
         self.b = tuple(torch.randn(adapters, 1, d, RANK).to(dtype) for d in OUTPUTS)
-        self.states = torch.randn(LAYERS, SLOTS, RANK, RANK)
+        self.states = torch.randn(LAYERS, SLOTS, RANK, RANK).to(dtype)
         self.states[:, 0] = torch.eye(RANK)
         # Every third slot has squared features, the identity none.
         self.squared = torch.arange(SLOTS) % 3 == 1

@@ -10,6 +10,7 @@ from pte_vllm.kernels.modulate import modulate_segments, modulate_slices, modula
 from pte_vllm.method import reference
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [5], [1, 7, 1, 3], [2, 1, 1, 13, 1]])
 @pytest.mark.parametrize(
     ("read", "kinds"),
@@ -20,10 +21,12 @@ from pte_vllm.method import reference
         ("key", ["squared", "linear"]),
     ],
 )
-def test_against_reference(lengths: list[int], read: str, kinds: list[str]) -> None:
+def test_against_reference(
+    lengths: list[int], read: str, kinds: list[str], dtype: torch.dtype
+) -> None:
     rank, num_slots = 9, 6
-    states = torch.randn(num_slots, rank, rank)
-    stored = states if read == "key" else states.mT.contiguous()
+    stored = torch.randn(num_slots, rank, rank).to(dtype)
+    states = stored.float() if read == "key" else stored.float().mT
     slots = [(3 * i + 1) % num_slots for i in range(len(lengths))]  # never the identity alone
     segments, start = [], 0
     for length, slot in zip(lengths, slots, strict=True):

@@ -18,10 +18,14 @@ from pte_vllm.kernels.modulate_triton import modulate_slices_
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
-for rank, num_slices, lengths in (
-    (8, 3, [1, 4, 1]), (12, 1, [7]), (32, 2, [1] * 5), (64, 3, [2, 1]), (16, 2, []),
+for rank, num_slices, lengths, dtype in (
+    (8, 3, [1, 4, 1], torch.float32),
+    (12, 1, [7], torch.bfloat16),
+    (32, 2, [1] * 5, torch.bfloat16),
+    (64, 3, [2, 1], torch.float32),
+    (16, 2, [], torch.float32),
 ):
-    states = torch.randn(6, rank, rank, device=device)
+    states = torch.randn(6, rank, rank, device=device).to(dtype)
     states[0] = torch.eye(rank)
     squared = torch.arange(6, device=device) == 2
     per_token = [(2 * i) % 6 for i, n in enumerate(lengths) for _ in range(n)]
@@ -30,7 +34,7 @@ for rank, num_slices, lengths in (
     wanted = a.clone()
     for t, slot in enumerate(slots.tolist()):
         features = "squared" if slot == 2 else "linear"
-        wanted[:, t] = reference.modulate(a[:, t], states[slot], "key", features)
+        wanted[:, t] = reference.modulate(a[:, t], states[slot].float(), "key", features)
     modulate_slices_(a, states, squared, slots.to(device))
     torch.testing.assert_close(a, wanted)
 print("ok")

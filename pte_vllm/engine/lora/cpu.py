@@ -90,7 +90,8 @@ class NativeLoRA:
             y: The layer's output, `[T, D]`.
             x: The layer's input, `[T, d_in]`; rows of x and y may be apart, the numbers of a row
                 may not.
-            states: The state in each slot, `[slots, R, R]`; None if all are the identity.
+            states: The state in each slot, `[slots, R, R]` of the type of A and B; None if all are
+                the identity.
             squared: Whether φ squares for a slot, `[slots]` bool.
             slots: The slot of each token, `[T]` int64.
         """
@@ -112,7 +113,8 @@ class CPULayerPunica(OpaquePunicaView):
 
     Args:
         module: vLLM's LoRA layer around the linear; its adapters' weights stay where they are.
-        states: The states of the layer, `[slots, R, R]`, as they are multiplied from the right.
+        states: The states of the layer, `[slots, R, R]`, as they are multiplied from the right; the
+            compiled code wants them in the type of A and B.
         squared: Whether A x is squared first for a slot, `[slots]` bool; see `kernels.modulate`.
         tokens: Which state each token of the step uses.
         loaded: Says what is in one of vLLM's adapter slots; the answer changes whenever the weights
@@ -164,7 +166,7 @@ class CPULayerPunica(OpaquePunicaView):
         tokens = self._tokens
         if tokens.groups is None:
             tokens.groups = _group_by_adapter(self._wrapper.token_lora_indices)
-        same_dtype = x.dtype == y.dtype == self._a_stacked[0].dtype
+        same_dtype = x.dtype == y.dtype == self._states.dtype == self._a_stacked[0].dtype
         states = self._states if tokens.any else None
         for index, rows in tokens.groups:
             if self._library is None or not same_dtype:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pte_vllm.method import reference
+from pte_vllm.method.held import rounded
 from pte_vllm.method.options import PTEConfig, check_rule_fits
 from pte_vllm.method.reference import UPDATE_RULES, LayerEncoder, Sums
 
@@ -28,24 +29,30 @@ class ThoughtStates:
         config: the adapter's method.
         rule: the rule to fold by; None: the adapter's.
         batch_size: how many sequences are replayed, B.
+        dtype: the model's; in bfloat16 tokens read the states in it, as on a server.
 
     Raises:
         ValueError: on an unknown rule, or one that does not fit the adapter.
     """
 
     def __init__(
-        self, encoder: LayerEncoder, config: PTEConfig, rule: str | None, batch_size: int
+        self,
+        encoder: LayerEncoder,
+        config: PTEConfig,
+        rule: str | None,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         name = rule or config.rule
         if name not in UPDATE_RULES:
             raise ValueError(f"rule must be one of {', '.join(UPDATE_RULES)}, got {name!r}")
         check_rule_fits(name, config.rank, config.global_tokens)
         self._encoder = encoder.map(lambda t: t[:, None])  # [L, 1, ...], over sequences
-        self._rule, self._how = UPDATE_RULES[name], config.normalize
+        self._rule, self._how, self._dtype = UPDATE_RULES[name], config.normalize, dtype
         self._sums: Sums = self._rule.start(self._encoder, self._how)
-        start = self._rule.read(self._sums, self._encoder, self._how)
+        start = self._read(self._sums)
         self.states: Tensor = start.expand(-1, batch_size, -1, -1)
-        """The states after the last fold, `[L, B, G, r]`."""
+        """The states after the last fold as tokens read them, `[L, B, G, r]` fp32."""
 
     def fold(self, k: Tensor, v: Tensor, encoded: Encoded) -> Tensor:
         """Fold what left the cache into all states.
@@ -72,7 +79,10 @@ class ThoughtStates:
     def _folded(self, sums: Sums, k: Tensor, v: Tensor, encoded: Encoded) -> tuple[Sums, Tensor]:
         """Compute the sums after a fold, and the states as read from them."""
         sums = self._rule.fold(sums, self._encoder, *encoded(k, v), self._how)
-        return sums, self._rule.read(sums, self._encoder, self._how)
+        return sums, self._read(sums)
+
+    def _read(self, sums: Sums) -> Tensor:
+        return rounded(self._rule.read(sums, self._encoder, self._how), self._dtype)
 
 
 class FoldChain:

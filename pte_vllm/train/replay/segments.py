@@ -91,7 +91,9 @@ def replay(
         memory = None
         if model.layers:
             assert model.config is not None
-            memory = ThoughtStates(model.encoder, model.config, rule, len(batch.ids))
+            memory = ThoughtStates(
+                model.encoder, model.config, rule, len(batch.ids), model.base.dtype
+            )
         run = _Run(
             model=model,
             batch=batch,
