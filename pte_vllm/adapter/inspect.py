@@ -13,7 +13,8 @@ from rich.table import Table
 from pte_vllm.adapter.files import layer_of
 from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.adapter.hashes import file_hashes
-from pte_vllm.method.reference import TENSORS, UPDATE_RULES
+from pte_vllm.method.reference import TENSORS
+from pte_vllm.method.weight import kv_token_bytes, weigh_state
 
 
 def inspect(path: str | Path, *, model: str | None = None, as_json: bool = False) -> None:
@@ -58,21 +59,33 @@ def describe(path: str | Path, model: ModelShape | None = None) -> dict[str, Any
         "targets": sorted({module.rsplit(".", 1)[-1] for module in adapter.lora_a}),
         "lora_parameters": sum(tensor.numel() for tensor in lora),
         "encoder_parameters": 0,
-        "state_bytes_per_sequence": 0,
         "checked_against_model": model is not None,
     }
     if adapter.pte is not None:
         summary |= asdict(adapter.pte)
         tensors = [getattr(e, name) for e in adapter.encoders.values() for name in TENSORS]
         summary["encoder_parameters"] = sum(tensor.numel() for tensor in tensors)
-        # What the rule keeps between folds, as the rule itself says.
-        kept = UPDATE_RULES[adapter.pte.rule].start(
-            adapter.stacked_encoder(), adapter.pte.normalize
-        )
-        summary["state_bytes_per_sequence"] = sum(t.numel() * 4 for t in kept.values())
+        summary["state"] = _weights(adapter, model)
     summary["layers"] = _layers(adapter)
     summary["sha256"] = file_hashes(path)
     return summary
+
+
+def _weights(adapter: Adapter, model: ModelShape | None) -> dict[str, dict[str, float]]:
+    """Return what the state of a sequence weighs, for a model in each type.
+
+    Without the model, tokens of KV cache are counted in the layers that have a state.
+    """
+    assert adapter.pte is not None
+    with_state = len(adapter.layers)
+    num_layers = with_state if model is None else model.num_layers
+    kv_size = next(iter(adapter.encoders.values())).w_k.shape[-1]
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        weight = weigh_state(adapter.pte, with_state, dtype)
+        tokens = weight.kv_tokens(kv_token_bytes(num_layers, kv_size, dtype))
+        found[dtype] = {"bytes_per_sequence": weight.total, "kv_tokens": round(tokens, 1)}
+    return found
 
 
 def _layers(adapter: Adapter) -> list[dict[str, Any]]:
@@ -115,7 +128,11 @@ def _print_tables(summary: dict[str, Any]) -> None:
             "features": summary["features"],
             "normalize": summary["normalize"],
             "init": summary["init"],
-            "state": f"{summary['state_bytes_per_sequence']:,} bytes per sequence",
+            "state": "\n".join(
+                f"{weight['bytes_per_sequence']:,} bytes per sequence = "
+                f"{weight['kv_tokens']:g} tokens of KV cache in {dtype}"
+                for dtype, weight in summary["state"].items()
+            ),
         }
     with_state = sum(row["gain"] is not None for row in summary["layers"])
     rows["layers with state"] = with_state

@@ -5,7 +5,9 @@ operations for each weight and sequence; it takes as long as the slower of both.
 stages at once, so under full attention a sequence holds half its final length on average. Standard
 library only.
 
-    tokens/s ≤ n / max((weights + n · (cache + state)) / bandwidth, n · operations / peak)
+    tokens/s ≤ n / max((weights + n · (cache + S)) / bandwidth, n · operations / peak)
+
+What a rule keeps beside S takes memory, but only folds read it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.weight import NO_STATE, StateWeight, weigh_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +127,10 @@ class Model:
         """Of one token, all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
 
-    def state_bytes(self, rank: int, rule: str) -> int:
-        """Of one sequence, fp32: the state, and what `ridge` solves it from."""
-        return 4 * self.layers * rank * rank * (3 if rule == "ridge" else 1)
+    def state_weight(self, rank: int, rule: str, itemsize: float) -> StateWeight:
+        """Of one sequence; a model whose numbers take at most two bytes is run in bfloat16."""
+        config = PTEConfig(rank=rank, global_tokens=rank, rule=rule)
+        return weigh_state(config, self.layers, "bfloat16" if itemsize <= 2 else "float32")
 
     def adapter_bytes(self, rank: int, itemsize: float) -> float:
         """Of one push: LoRA on all linears, and the encoder in fp32 (q_g, h_g, three W)."""
@@ -192,14 +197,14 @@ def plan_rows(
             )
             blocks = plan.pinned_blocks + plan.window_blocks + 1
             tokens = min(float(blocks * block_size), prompt_tokens + float(rollout_tokens))
-            state = model.state_bytes(rank, rule)
+            state = model.state_weight(rank, rule, itemsize)
         else:
-            tokens, state = prompt_tokens + rollout_tokens / 2, 0
-        held = tokens * per_token + state
-        count = max(1, math.floor(pool / held))
+            tokens, state = prompt_tokens + rollout_tokens / 2, NO_STATE
+        cache = tokens * per_token
+        count = max(1, math.floor(pool / (cache + state.total)))
         if max_sequences is not None:
             count = min(count, max_sequences)
-        memory_s = (weights + count * held) / hardware.bandwidth
+        memory_s = (weights + count * (cache + state.read)) / hardware.bandwidth
         compute_s = count * 2 * model.parameters / hardware.peak
         step = max(memory_s, compute_s)
         return Row(
@@ -266,12 +271,13 @@ def show(
             row.limit,
             f"{row.ratio:.1f}",
         )
-    state = model.state_bytes(rank, rule)
+    state = model.state_weight(rank, rule, itemsize).total
     about = {
         "parameters": model.parameters,
         "weights_bytes": model.parameters * itemsize,
         "kv_bytes_per_token": model.kv_bytes(itemsize),
         "state_bytes_per_sequence": state,
+        "state_kv_tokens": state / model.kv_bytes(itemsize),
         "adapter_push_bytes": model.adapter_bytes(rank, itemsize),
     }
     console = Console()
@@ -279,8 +285,8 @@ def show(
     console.print(
         f"{hardware.name}: {model.parameters / 1e9:.2f} B parameters, "
         f"{about['kv_bytes_per_token'] / 1024:.0f} KiB of cache a token; a thought state (rank "
-        f"{rank}, {rule}) takes {state / 2**20:.1f} MiB, as much as "
-        f"{state / about['kv_bytes_per_token']:.0f} tokens; a push sends "
+        f"{rank}, {rule}) takes {state / 2**20:.2f} MiB, as much as "
+        f"{about['state_kv_tokens']:.0f} tokens; a push sends "
         f"{about['adapter_push_bytes'] / 2**20:.0f} MiB. Bounds, not promises: see "
         "`pte-vllm bench throughput` for what a machine does.",
         highlight=False,

@@ -247,9 +247,9 @@ def _capacity(engine: EngineConfig, vllm_config: Any) -> int:
     lora = vllm_config.lora_config
     rank = lora.max_lora_rank if lora is not None else 1
     layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    # Whatever the rule, a snapshot is no larger than the sums of `ridge`.
+    # No rule takes more than `ridge`.
     largest = PTEConfig(rank=rank, global_tokens=rank, rule="ridge")
-    num_bytes = weigh_state(largest, layers, "float32").sums
+    num_bytes = weigh_state(largest, layers, "float32").total
     return min(engine.keep_thoughts, engine.keep_thoughts_mib * 2**20 // num_bytes)
 
 

@@ -32,7 +32,8 @@ def held_sums(rule: str, sums: Sums, dtype: torch.dtype) -> Sums:
         sums: The sums, whole: matrices `[*, r, r]` or `[*, G, r]` and counts `[*]`, float32.
         dtype: The type in which tokens read S: float32 or bfloat16.
     """
-    about, held = UPDATE_RULES[rule], {}
+    about = UPDATE_RULES[rule]
+    held: Sums = {}
     if not about.changes:
         return held
     for name, value in sums.items():
@@ -99,7 +100,8 @@ def pack_symmetric(matrix: Tensor) -> Tensor:
 def unpack_symmetric(packed: Tensor, rank: int) -> Tensor:
     """Return the matrix that `pack_symmetric` packed, `[*, r, r]`, symmetric to the last bit."""
     _, back = _places(rank, packed.device)
-    return packed.index_select(-1, back).unflatten(-1, (rank, rank))
+    matrix: Tensor = packed.index_select(-1, back).unflatten(-1, (rank, rank))
+    return matrix
 
 
 @lru_cache(maxsize=64)

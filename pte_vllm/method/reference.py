@@ -156,7 +156,7 @@ class UpdateRule(ABC):
     """Whether `add` needs Σ kᵀk."""
     changes = True
     """Whether folds change the sums."""
-    state_sum: str | None = None
+    state_sum: str | None = "S"
     """The name of the sum that `read` returns as it stands; None where there is no such sum."""
     symmetric: tuple[str, ...] = ()
     """The names of sums that are symmetric matrices."""
@@ -180,8 +180,6 @@ class UpdateRule(ABC):
 
 class PaperRule(UpdateRule):
     """The paper's rule sets S ← Normalize(S + S') after each fold."""
-
-    state_sum: str | None = "S"
 
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
         return {"S": initial_state(encoder, how)}
@@ -237,7 +235,10 @@ def solve_damped(c: Tensor, damp: Tensor, right: Tensor) -> Tensor:
 class RidgeRule(UpdateRule):
     """This rule fits S to all folded pairs by ridge regression; S is zero before any fold.
 
-    S = (C/n + (λ + ε)·mean(diag(C/n))·I)⁻¹ (M/n) with C = Σ kᵀk, M = Σ kᵀv over n tokens.
+    S = (C + μI)⁻¹ M with C = Σ kᵀk, M = Σ kᵀv and μ = (λ + ε)·mean(diag(C)) over all tokens. M is
+    not kept: it is (C + μI) S, so that a fold moves S by (C + μI)⁻¹ (Σ kᵀv − Σ kᵀk S − Δμ S), with
+    sums over its own tokens, Δμ what they add to μ, and C and μ after it (recursive least squares).
+    In fp32 this is at least as exact as a solve for M: errors of earlier folds fade as C grows.
     """
 
     reads_kk = True
@@ -246,23 +247,19 @@ class RidgeRule(UpdateRule):
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
         rank = encoder.w_k.shape[-2]
         zero = encoder.w_k.new_zeros(*encoder.w_k.shape[:-2], rank, rank)
-        return {"C": zero, "M": zero.clone(), "n": encoder.gain.new_zeros(encoder.gain.shape)}
+        return {"S": zero, "C": zero.clone()}
 
     def add(self, sums: Sums, encoder: LayerEncoder, evicted: Moments, how: str) -> Sums:
         assert evicted.kk is not None
-        return {
-            "C": sums["C"] + evicted.kk,
-            "M": sums["M"] + evicted.kv,
-            "n": sums["n"] + evicted.num_tokens,
-        }
+        state, c = sums["S"], sums["C"] + evicted.kk
+        more, mu = (
+            damping(encoder, s.diagonal(dim1=-2, dim2=-1).mean(-1)) for s in (evicted.kk, c)
+        )
+        unsaid = evicted.kv - evicted.kk @ state - more[..., None, None] * state
+        return {"S": state + solve_damped(c, mu, unsaid), "C": c}
 
     def read(self, sums: Sums, encoder: LayerEncoder, how: str) -> Tensor:
-        count = sums["n"][..., None, None]
-        mean_c, mean_m = sums["C"] / count.clamp(min=1), sums["M"] / count.clamp(min=1)
-        level = mean_c.diagonal(dim1=-2, dim2=-1).mean(-1)
-        # Before the first fold C is zero: damp by one, so that the solve is well posed and S zero.
-        damp = torch.where(sums["n"] > 0, damping(encoder, level), 1.0)
-        return solve_damped(mean_c, damp, mean_m)
+        return sums["S"]
 
 
 class DeltaRule(UpdateRule):
@@ -274,7 +271,6 @@ class DeltaRule(UpdateRule):
     """
 
     reads_kk = True
-    state_sum = "S"
 
     def start(self, encoder: LayerEncoder, how: str) -> Sums:
         rank = encoder.w_k.shape[-2]

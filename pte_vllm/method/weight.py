@@ -64,7 +64,7 @@ def weigh_state(
         "paper": rest,
         "sum": 4 * numbers,
         "delta": rest + 2 * 4,  # Σ |k|² and n
-        "ridge": 4 * (rank * (rank + 1) // 2 + rank * rank + 1),  # C, M and n
+        "ridge": rest + 4 * (rank * (rank + 1) // 2),  # C
     }
     return StateWeight(read=num_layers * read, sums=num_layers * sums[rule])
 

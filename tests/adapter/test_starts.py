@@ -205,6 +205,11 @@ def test_what_the_command_makes_unless_told(
     about = describe(out)
     assert (about["rule"], about["features"]) == (rule, features)
     assert about["encoder_parameters"] == 3 * (5 * 4 * 64 + 2 * 4 + 2)
+    # Three layers; a token of the cache has keys and values of 64 numbers in each.
+    weight = 3 * {"ridge": 6 * 16 + 2 * 4, "paper": 4 * 16, "delta": 4 * 16 + 8}[rule]
+    for dtype, itemsize in (("bfloat16", 2), ("float32", 4)):
+        tokens = round(weight / (3 * 2 * 64 * itemsize), 1)
+        assert about["state"][dtype] == {"bytes_per_sequence": weight, "kv_tokens": tokens}
     given = {flags[i].removeprefix("--"): flags[i + 1] for i in range(0, len(flags), 2)}
     pte = AdapterOptions(rank=4, **given).pte()
     assert (pte.rule, pte.features) == (rule, features)

@@ -81,6 +81,21 @@ def test_a_pool_of_known_size_and_a_bound_on_sequences(qwen: Path) -> None:
     assert window.kv_tokens == 64 + 256 + 32
 
 
+def test_a_state_counts_in_the_memory_and_only_what_tokens_read_in_the_traffic(qwen: Path) -> None:
+    model = roofline.Model.load(str(qwen))
+    weight = model.state_weight(64, "ridge", 2)
+    assert weight.total == 28 * (6 * 64**2 + 2 * 64) and weight.read == 28 * 2 * 64**2
+    options = dict(rollout_tokens=2000, prompt_tokens=64, windows=[256], block_size=32, rank=64)
+    cache = 352 * model.kv_bytes(2)
+    for spare, count in ((0, 4), (-1, 3)):
+        pool = 4 * (cache + weight.total) + spare
+        gpu = roofline.GPUS["h100"]
+        _, window = roofline.plan_rows(model, gpu, kv_memory_bytes=pool, **options)
+        assert window.sequences == count
+        read = model.parameters * 2 + count * (cache + weight.read)
+        assert window.step_s == pytest.approx(read / gpu.bandwidth)
+
+
 def test_command(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
     assert main(["plan", "--model", str(qwen), "--json", str(file)]) == 0

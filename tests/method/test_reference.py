@@ -329,3 +329,25 @@ def test_map_reaches_every_tensor() -> None:
     assert doubled.features == "squared" and set(reference.TENSORS) < set(vars(encoder))
     for name in reference.TENSORS:
         assert torch.equal(getattr(doubled, name), getattr(encoder, name) * 2)
+
+
+@pytest.mark.parametrize("log_ridge", [0.0, -30.0])
+@pytest.mark.parametrize("features", FEATURES)
+def test_ridge_in_fp32_stays_exact_over_many_folds(features: str, log_ridge: float) -> None:
+    """Against a solve in fp64, with keys of which some directions are a hundredth of others."""
+    r, rule = 4, UPDATE_RULES["ridge"]
+    draw = torch.Generator().manual_seed(0)
+    encoder = replace(_encoder(r, r), features=features).map(lambda t: t.float())
+    scale = 10 ** torch.linspace(0, -2, encoder.w_k.shape[-1])
+    encoder = replace(encoder, b_k=0 * encoder.b_k, log_ridge=torch.tensor(log_ridge))
+    sums, c, moment = rule.start(encoder, "matrix"), 0.0, 0.0
+    for _ in range(300):
+        k_e, v_e = torch.randn(2, 16, encoder.w_k.shape[-1], generator=draw)
+        k_e = k_e * scale
+        sums = rule.fold(sums, encoder, k_e, v_e, "matrix")
+        k, v = (side.double() for side in reference.project(encoder, k_e, v_e))
+        c, moment = c + k.mT @ k, moment + k.mT @ v
+    mu = (math.exp(log_ridge) + reference.EPS) * c.diagonal().mean()
+    wanted = torch.linalg.solve(c + mu * torch.eye(r, dtype=torch.float64), moment)
+    found = rule.read(sums, encoder, "matrix").double()
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()

@@ -128,6 +128,23 @@ def test_smollm2(
         engine.close()
 
 
+def test_bf16(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> None:
+    """States are read in bf16 too; both programs round to it as often."""
+    model = tiny("llama")
+    jobs = _jobs(model, adapters, 8, 500, SMALL_WINDOW + 5 * BLOCK)
+    engine = Engine(model, window_tokens=SMALL_WINDOW, lora_rank=16, dtype="bfloat16")
+    try:
+        assert engine.runner.pte_pool.states.dtype == torch.bfloat16
+        engine.run(jobs)
+        engine.check_idle()
+    finally:
+        engine.close()
+    for job in jobs:
+        off = difference(model, job, SMALL_WINDOW, dtype=torch.bfloat16)
+        print(f"bf16, {job.adapter.lora_name}: mean |Δ log p| {off.mean():.1e}")
+        assert off.mean() < DRIFT_LIMITS["bfloat16"] / 2
+
+
 @pytest.mark.slow
 def test_smollm2_bf16(smollm2: Path, adapters: Callable[..., Path]) -> None:
     """bf16 rounds differently in the two programs; the mean says whether they compute the same."""

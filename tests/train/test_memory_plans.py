@@ -41,13 +41,14 @@ def test_reach(window_tokens: int, nearest: int, farthest: int) -> None:
 
 
 def test_wider_windows_hold_what_a_state_does() -> None:
-    """`LoRA_c, window 24` has the bytes of one matrix, `window 40` those of `ridge`'s three."""
+    """`LoRA_c, window 24` has the bytes of one matrix, `window 40` those of three."""
     base, longest = BaseConfig(), longest_tokens(FULL_PLAN.budget)
     held = {
         arm.name: arm.state_bytes(base.layers)
         + arm.kv_bytes(base.layers, base.kv_heads * base.head_dim, longest)
         for arm in ARMS
     }
-    assert held["LoRA_c, window 24"] == held["PTE paper"] == held["PTE delta squared"]
-    assert held["LoRA_c, window 40"] == held["PTE ridge"] == held["PTE ridge squared"]
+    assert held["LoRA_c, window 24"] == held["PTE paper"]
+    largest = max(value for name, value in held.items() if name.startswith("PTE"))
+    assert held["LoRA_c, window 40"] > largest >= held["PTE ridge"] > held["PTE delta squared"]
     assert held[LORA.name] == held["window only"] < held["PTE paper"] < held["full cache"]

@@ -263,7 +263,7 @@ def test_closing_restores_the_model(tiny: Tiny, adapters: Adapters) -> None:
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
-def test_bf16_model_keeps_an_fp32_state(tiny: Tiny, adapters: Adapters) -> None:
+def test_bf16_model_reads_a_bf16_state_and_keeps_it_in_fp32(tiny: Tiny, adapters: Adapters) -> None:
     path, ids = tiny("llama"), random_tokens(LENGTH)
     adapter = Adapter.load(adapters(path, rule="ridge"))
     found = {}
@@ -273,6 +273,8 @@ def test_bf16_model_keeps_an_fp32_state(tiny: Tiny, adapters: Adapters) -> None:
     exact, rounded = found[torch.float32], found[torch.bfloat16]
     assert exact.states is not None and rounded.states is not None
     assert rounded.logprobs.dtype == rounded.states.dtype == torch.float32
+    assert torch.equal(rounded.states, rounded.states.bfloat16().float())
+    assert not torch.equal(exact.states, exact.states.bfloat16().float())
     assert (rounded.states - exact.states).norm() < 0.1 * exact.states.norm()
 
 

@@ -17,6 +17,7 @@ from pte_vllm.adapter.format import Adapter
 from pte_vllm.adapter.init import init_adapter
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.weight import weigh_state
 from pte_vllm.train.data.memory_tasks import PIN_TOKENS, TASKS, MemorySequence, sample_batch
 from pte_vllm.train.experiments.supervised import Schedule, score_answers, train_answers
 from pte_vllm.train.replay.aligned import AlignedBatch
@@ -52,11 +53,8 @@ class MemoryArm:
         return self.adapter != "none"
 
     def state_bytes(self, layers: int) -> int:
-        """Count the bytes a sequence holds beside its KV cache: S, with `ridge` two sums, fp32."""
-        if self.adapter != "pte" or self.method.rule == "none":
-            return 0
-        numbers = self.method.global_tokens * self.method.rank
-        return 4 * layers * numbers * (3 if self.method.rule == "ridge" else 1)
+        """Count the bytes a sequence holds beside its KV cache, as on a server in fp32."""
+        return weigh_state(self.method, layers, "float32").total if self.adapter == "pte" else 0
 
     def kv_bytes(self, layers: int, kv_size: int, longest: int) -> int:
         """Count the most bytes that keys and values of one sequence take, fp32.

@@ -40,9 +40,9 @@ ARMS: tuple[MemoryArm, ...] = (
     _RIDGE_SQUARED,
     _DELTA_SQUARED,
 )
-"""The arms have equal KV bytes, but for `full cache` and wider windows of LoRA_c. These spend as
-many bytes more as a state takes: 24 that of `paper`, `sum` and `delta`, 40 that of `ridge`. With
-these windows two layers see at most 39 and 71 tokens back, so that a window of 40 may relay what
+"""The arms have equal KV bytes, but for `full cache` and wider windows of LoRA_c. These spend more
+bytes, as a state does: 24 as many as that of `paper`, 40 more than that of any rule. With these
+windows two layers see at most 39 and 71 tokens back, so that a window of 40 may relay what
 lies 40 tokens back."""
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
