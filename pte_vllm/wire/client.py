@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from pte_vllm.adapter.hashes import content_hash, file_hashes
-from pte_vllm.wire.expected import Expected, Group, RolloutMismatch
+from pte_vllm.method.names import Evict
+from pte_vllm.wire.expected import Expected, Group, RolloutMismatch, draws_of
 from pte_vllm.wire.records import Request
 from pte_vllm.wire.rollout import InFlight, Rollout
 from pte_vllm.wire.transport import CONFLICT, ServerError, Transport, bearer
@@ -99,6 +100,8 @@ class RolloutClient:
         window_tokens: int | None = None,
         pin_tokens: int | None = None,
         rule: str | None = None,
+        evict: Evict | None = None,
+        evict_seed: int | None = None,
         group_ids: Sequence[str] | None = None,
         min_weight_version: int | None = None,
         in_flight: InFlight = "pin",
@@ -117,6 +120,8 @@ class RolloutClient:
             window_tokens: the window of these sequences; None takes the server's.
             pin_tokens: how many tokens at the start are never folded; None pins the prompt.
             rule: the rule by which folds add up; None takes the adapter's.
+            evict: which blocks of a full window leave, `oldest` or `random`; None is `oldest`.
+            evict_seed: what random blocks are drawn by; None is 0.
             group_ids: a name for each prompt, all different; "0", "1", ... by default.
             min_weight_version: the server refuses weights older than this.
             in_flight: what a sample does when `name` gets a new version meanwhile: finish on its
@@ -143,6 +148,7 @@ class RolloutClient:
         texts = {isinstance(group.prompt, str) for group in groups.values()}
         if len(texts) > 1:
             raise ValueError("prompts must be all texts or all token ids")
+        draws = draws_of(evict, evict_seed)
         options = {
             "n": n,
             "adapter": adapter,
@@ -150,6 +156,7 @@ class RolloutClient:
             "window_tokens": window_tokens,
             "pin_tokens": pin_tokens,
             "update": rule,
+            **draws,
             "min_weight_version": min_weight_version,
             "in_flight": in_flight,
             "max_staleness": max_staleness,
@@ -167,7 +174,11 @@ class RolloutClient:
             Request(
                 path="/pte/v1/rollouts",
                 expected=Expected(
-                    groups=groups, window_tokens=window_tokens, adapter=adapter, rule=rule
+                    groups=groups,
+                    window_tokens=window_tokens,
+                    adapter=adapter,
+                    rule=rule,
+                    **draws,
                 ),
                 body=body,
             )
@@ -182,6 +193,8 @@ class RolloutClient:
         window_tokens: int | None = None,
         pin_tokens: int | None = None,
         rule: str | None = None,
+        evict: Evict | None = None,
+        evict_seed: int | None = None,
         min_weight_version: int | None = None,
         top_logprobs: int = 0,
     ) -> list[Rollout]:
@@ -202,11 +215,13 @@ class RolloutClient:
                 missing={0},
                 pin_tokens=pin_tokens,
             )
+        draws = draws_of(evict, evict_seed)
         options = {
             "adapter": adapter,
             "window_tokens": window_tokens,
             "pin_tokens": pin_tokens,
             "update": rule,
+            **draws,
             "min_weight_version": min_weight_version,
             **({"top_logprobs": top_logprobs} if top_logprobs else {}),  # older servers refuse it
         }
@@ -227,6 +242,7 @@ class RolloutClient:
                 adapter=adapter,
                 rule=rule,
                 top_logprobs=top_logprobs,
+                **draws,
             ),
             body=body,
         )

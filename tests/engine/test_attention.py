@@ -41,7 +41,7 @@ def test_graphs_find_every_step_at_the_same_address() -> None:
         ([170, 20, 90], [4, 0, 1], [2, 0, 4]),
     ]
     for lengths, first, length in steps:
-        gaps.publish(first, length)
+        gaps.publish([((f, n),) if n else () for f, n in zip(first, length, strict=True)])
         common = _common(lengths, max(lengths))
         cut = cut_gaps(common, gaps, BLOCK, out)
         assert cut.block_table_tensor.data_ptr() == out[0].data_ptr()
@@ -64,7 +64,7 @@ def test_graphs_find_every_step_at_the_same_address() -> None:
 def test_without_gaps_bounds_stand() -> None:
     """A graph is captured with short sequences, and keeps the longest length it was told."""
     gaps = Gaps.allocate(MAX_REQS, torch.device("cpu"))
-    gaps.publish([1, 1], [2, 0])
+    gaps.publish([((1, 2),), ()])
     gaps.clear()
     cut = cut_gaps(_common([1, 1], max_seq_len=32_768), gaps, BLOCK, _buffers())
     assert cut.max_seq_len == 32_768

@@ -16,7 +16,7 @@ from pte_vllm.engine.earlier import (
     EarlierRequest,
     EarlierRequests,
 )
-from pte_vllm.method.options import RequestOptions
+from pte_vllm.method.requests import RequestOptions
 from pte_vllm.server.rollouts.generation import validate
 from tests.harness.engine import Engine, Job
 

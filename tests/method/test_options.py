@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pte_vllm.method.options import EngineConfig, PTEConfig, RequestOptions
+from pte_vllm.method.options import EngineConfig, PTEConfig
+from pte_vllm.method.requests import RequestOptions
 
 
 def test_adapter_options_survive_json() -> None:

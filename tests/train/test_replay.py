@@ -185,7 +185,7 @@ def test_chunks_and_attention_do_not_matter(
     torch.testing.assert_close(cut.logprobs, whole.logprobs, atol=1e-4, rtol=0)
     torch.testing.assert_close(cut.states, whole.states, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(cut.logits, whole.logits, atol=2e-4, rtol=0)
-    assert [f.blocks for f in cut.folds] == [f.blocks for f in whole.folds]
+    assert [f.spans for f in cut.folds] == [f.spans for f in whole.folds]
 
 
 def test_plain_lora_is_merged_weights(tiny: Tiny, adapters: Adapters) -> None:
@@ -217,10 +217,10 @@ def test_folds_are_reported_and_none_at_the_end(tiny: Tiny, adapters: Adapters) 
         results = {n: replay.log_probs(ids[:n], plan()) for n in (1, first, first + 1, 160)}
     assert [len(r.folds) for r in results.values()] == [0, 0, 1, 3]
     assert [r.logprobs.shape[0] for r in results.values()] == [0, first - 1, first, 159]
-    assert [(f.at, f.blocks) for f in results[160].folds] == [
-        (112, (3, 4)),
-        (128, (4, 5)),
-        (144, (5, 6)),
+    assert [(f.at, f.spans) for f in results[160].folds] == [
+        (112, ((3, 4),)),
+        (128, ((4, 5),)),
+        (144, ((5, 6),)),
     ]
     assert all(f.rho.shape == (3,) and (f.rho > 0.2).all() for f in results[160].folds)
     for n, result in results.items():  # later tokens change nothing before them

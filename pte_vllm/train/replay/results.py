@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pte_vllm.method.blocks import Spans
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -35,8 +37,8 @@ class Fold:
 
     at: int
     """Position of the first token that is computed after the fold."""
-    blocks: tuple[int, int]
-    """The logical blocks that were folded, as a half-open interval."""
+    spans: Spans
+    """The logical blocks that were folded, as half-open intervals."""
     rho: Tensor  # [L] ‖ΔS‖ / ‖S‖ of each layer with an encoder
 
 
