@@ -1,8 +1,8 @@
 """FoldPlan: when a sequence folds which blocks, as a pure function of position.
 
 The scheduler, the cache manager, the attention metadata, the folding code and the replay all ask
-this one class, so they can never disagree; `blocks.py` adds up its folds. Token positions count from
-0 over the whole sequence; every interval is half-open.
+this one class, so they can never disagree; `blocks.py` adds up its folds. Token positions count
+from 0 over the whole sequence; every interval is half-open.
 """
 
 from __future__ import annotations

@@ -148,15 +148,13 @@ class RolloutClient:
         texts = {isinstance(group.prompt, str) for group in groups.values()}
         if len(texts) > 1:
             raise ValueError("prompts must be all texts or all token ids")
-        draws = draws_of(evict, evict_seed)
+        where = {"adapter": adapter, "window_tokens": window_tokens, **draws_of(evict, evict_seed)}
         options = {
             "n": n,
-            "adapter": adapter,
+            **where,
             "sampling": dict(sampling or {}),
-            "window_tokens": window_tokens,
             "pin_tokens": pin_tokens,
             "update": rule,
-            **draws,
             "min_weight_version": min_weight_version,
             "in_flight": in_flight,
             "max_staleness": max_staleness,
@@ -173,13 +171,7 @@ class RolloutClient:
         return self._records(
             Request(
                 path="/pte/v1/rollouts",
-                expected=Expected(
-                    groups=groups,
-                    window_tokens=window_tokens,
-                    adapter=adapter,
-                    rule=rule,
-                    **draws,
-                ),
+                expected=Expected(groups=groups, rule=rule, **where),
                 body=body,
             )
         )
@@ -215,13 +207,11 @@ class RolloutClient:
                 missing={0},
                 pin_tokens=pin_tokens,
             )
-        draws = draws_of(evict, evict_seed)
+        where = {"adapter": adapter, "window_tokens": window_tokens, **draws_of(evict, evict_seed)}
         options = {
-            "adapter": adapter,
-            "window_tokens": window_tokens,
+            **where,
             "pin_tokens": pin_tokens,
             "update": rule,
-            **draws,
             "min_weight_version": min_weight_version,
             **({"top_logprobs": top_logprobs} if top_logprobs else {}),  # older servers refuse it
         }
@@ -236,14 +226,7 @@ class RolloutClient:
 
         request = Request(
             path="/pte/v1/score",
-            expected=Expected(
-                groups=groups,
-                window_tokens=window_tokens,
-                adapter=adapter,
-                rule=rule,
-                top_logprobs=top_logprobs,
-                **draws,
-            ),
+            expected=Expected(groups=groups, rule=rule, top_logprobs=top_logprobs, **where),
             body=body,
         )
         by_group = {record.group_id: record for record in self._records(request)}
