@@ -142,6 +142,40 @@ def test_named_options(options: dict[str, Any], tiny: Tiny, adapters: Adapters) 
     assert_matches_naive(path, adapter, plan(), options.get("rule", "paper"))
 
 
+@pytest.mark.parametrize(
+    ("pin_tokens", "window_blocks", "evict_ratio", "options"),
+    [
+        (PROMPT, 4, 0.25, {"rule": "ridge", "features": "squared"}),
+        (0, 6, 0.4, {"rule": "delta"}),
+        (30, 5, 0.4, {"keys": "rotated"}),
+    ],
+)
+def test_random_blocks(
+    pin_tokens: int,
+    window_blocks: int,
+    evict_ratio: float,
+    options: dict[str, Any],
+    tiny: Tiny,
+    adapters: Adapters,
+) -> None:
+    """What is drawn leaves the cache and goes into S: with the oldest both would be others."""
+    path = tiny("llama")
+    adapter = Adapter.load(adapters(path, **options))
+    oldest = plan(pin_tokens, window_blocks, evict_ratio)
+    drawn = replace(oldest, evict="random", evict_seed=5)
+    rule = options.get("rule", "paper")
+    assert_matches_naive(path, adapter, drawn, rule)
+    ids = random_tokens(LENGTH, seed=5)
+    with Replay(load(path), adapter) as replay:
+        plans = oldest, drawn, replace(drawn, evict_seed=6)
+        found = [replay.log_probs(ids, p) for p in plans]
+    assert len({len(one.folds) for one in found}) == 1
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            assert (one.logprobs - other.logprobs)[oldest.first_fold :].abs().mean() > 0.02
+            assert (one.states - other.states).norm() > 0.01 * other.states.norm()
+
+
 @pytest.mark.parametrize("pin_tokens", [0, 1, 16, 30, PROMPT, 48])
 @pytest.mark.parametrize(("window_blocks", "evict_ratio"), [(2, 0.25), (5, 0.6)])
 def test_pins_and_windows(
