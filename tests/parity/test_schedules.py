@@ -26,7 +26,7 @@ def engine(model: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def make_jobs(model: Path, adapters: Callable[..., Path]) -> Callable[[], list[Job]]:
-    """Four requests under test: two PTE rules, one of them also with random blocks, and no adapter."""
+    """Four requests under test: two PTE rules, one of them also with random blocks, and none."""
     paper = lora("paper", adapters(model, rank=8, rule="paper"), 1)
     ridge = lora("ridge", adapters(model, rank=8, rule="ridge"), 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,16 @@ class FakeServer:
         sampling: Mapping[str, Any] | None = None,
         window_tokens: int | None = None,
         pin_tokens: int | None = None,
+        evict: str | None = None,
+        evict_seed: int | None = None,
         group_ids: Sequence[str] | None = None,
     ) -> Iterator[Rollout]:
         assert adapter is not None and sampling is not None and group_ids is not None
         self.asked.append(tuple(group_ids))
+        draws = {"evict": evict or "oldest", "evict_seed": evict_seed or 0}
+        self._plan = FoldPlan(
+            pin_tokens=0, window_tokens=window_tokens or 32, block_size=BLOCK, **draws
+        )
         if self._forget_after is not None and len(self.pushed) >= self._forget_after:
             self.versions, self._forget_after = {}, None
         name, _, version = adapter.rpartition("@")
@@ -93,7 +100,7 @@ class FakeServer:
         assert self._model is not None
         count = rng.randrange(60, sampling["max_tokens"] + 1)
         answer = [rng.randrange(2, 500) for _ in range(count)]
-        plan = FoldPlan(pin_tokens=len(prompt), window_tokens=32, block_size=BLOCK)
+        plan = replace(self._plan, pin_tokens=len(prompt))
         logprobs = replay(
             self._model,
             AlignedBatch.align([[*prompt, *answer]], [plan]),

@@ -154,6 +154,11 @@ def test_every_option_is_described() -> None:
         (["--grpo.max_logprob_drift", "-3"], ["'auto' or should be greater than 0", "'-3'"]),
         (["--plan.window_tokens", "100"], ["--plan.window_tokens", "100", "block size, 16"]),
         (["--plan.window_tokens", "16"], ["--plan.window_tokens", "less than two blocks"]),
+        (["--plan.evict_seed", "3"], ["--plan.evict: evict seed 3 needs evict random"]),
+        (
+            ["--plan.evict", "random", "--plan.window_tokens", "0"],
+            ["--plan.evict: evict random needs a window"],
+        ),
         (["--adapter.layers", "5-3"], ["--adapter.layers: 5-3 runs backwards"]),
         (["--adapter.target_modules", "[]"], ["--adapter.target_modules", "at least one"]),
         (
