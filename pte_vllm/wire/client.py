@@ -148,10 +148,10 @@ class RolloutClient:
         texts = {isinstance(group.prompt, str) for group in groups.values()}
         if len(texts) > 1:
             raise ValueError("prompts must be all texts or all token ids")
-        where = {"adapter": adapter, "window_tokens": window_tokens, **draws_of(evict, evict_seed)}
+        policy = {"adapter": adapter, "window_tokens": window_tokens, **draws_of(evict, evict_seed)}
         options = {
             "n": n,
-            **where,
+            **policy,
             "sampling": dict(sampling or {}),
             "pin_tokens": pin_tokens,
             "update": rule,
@@ -171,7 +171,7 @@ class RolloutClient:
         return self._records(
             Request(
                 path="/pte/v1/rollouts",
-                expected=Expected(groups=groups, rule=rule, **where),
+                expected=Expected(groups=groups, rule=rule, **policy),
                 body=body,
             )
         )
@@ -207,9 +207,9 @@ class RolloutClient:
                 missing={0},
                 pin_tokens=pin_tokens,
             )
-        where = {"adapter": adapter, "window_tokens": window_tokens, **draws_of(evict, evict_seed)}
+        policy = {"adapter": adapter, "window_tokens": window_tokens, **draws_of(evict, evict_seed)}
         options = {
-            **where,
+            **policy,
             "pin_tokens": pin_tokens,
             "update": rule,
             "min_weight_version": min_weight_version,
@@ -226,7 +226,7 @@ class RolloutClient:
 
         request = Request(
             path="/pte/v1/score",
-            expected=Expected(groups=groups, rule=rule, top_logprobs=top_logprobs, **where),
+            expected=Expected(groups=groups, rule=rule, top_logprobs=top_logprobs, **policy),
             body=body,
         )
         by_group = {record.group_id: record for record in self._records(request)}
