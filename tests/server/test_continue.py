@@ -66,7 +66,7 @@ def test_continue_by_id(server: Server, model: str, options: dict) -> None:
     assert thoughts["folds"] == len(thoughts["rho"]) > cached // BLOCK - 6
     assert thoughts["rule"] == options.get("pte_update", model)
     # Under another salt no block is shared: the same by replay.
-    replayed = _continue(server, model, prompt, salt="mine", pte_state_id=first.id)
+    replayed = _continue(server, model, prompt, salt=f"mine{options}", pte_state_id=first.id)
     assert replayed.usage.prompt_tokens_details.cached_tokens == 0
     assert replayed.choices[0].token_ids == choice.token_ids
     assert finished(server, replayed.id)["rho"] == pytest.approx(thoughts["rho"], rel=1e-3)
