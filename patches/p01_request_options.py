@@ -18,7 +18,8 @@ from pte_vllm.adapter.files import read_pte_config
 from pte_vllm.engine.earlier import EARLIER, EarlierRequest
 from pte_vllm.engine.headers import with_headers
 from pte_vllm.engine.loads import loading
-from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, RequestOptions, check_rule_fits
+from pte_vllm.method.options import EngineConfig, check_rule_fits
+from pte_vllm.method.requests import REQUEST_OPTIONS, RequestOptions
 from pte_vllm.patches.base import Patch
 
 
@@ -83,8 +84,7 @@ def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, p
         request.cache_salt = f"{request.cache_salt or ''}|loading={loading(lora)}"
     continued = EarlierRequest.of(
         options,
-        pin_tokens=plan.pin_tokens,
-        window_tokens=plan.window_tokens,
+        plan=plan,
         adapter=adapter,
         choices=params.n,
         prompt=prompt,

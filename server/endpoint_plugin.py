@@ -16,7 +16,8 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from pte_vllm import __version__
 from pte_vllm.method.names import FEATURES, RULE_NAMES
-from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig
+from pte_vllm.method.options import EngineConfig
+from pte_vllm.method.requests import REQUEST_OPTIONS
 from pte_vllm.server import adapter_routes, page, text_only, thought_routes
 from pte_vllm.server.access.auth import Keys, admit_admin
 from pte_vllm.server.access.guard import Guard

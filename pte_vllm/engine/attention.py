@@ -1,4 +1,4 @@
-"""Attention backend: the platform's own, over a block table without the gap.
+"""Attention backend: the platform's own, over a block table without the gaps.
 
 Physical position = logical position − folded tokens. Kernels need no change, and the work per
 token is O(pinned + window). The runner publishes the gaps of the step in `Gaps`; here they are cut
@@ -8,9 +8,11 @@ out of the metadata.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -20,6 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from pte_vllm.engine.cache import PTESpec, check_spec
+from pte_vllm.method.blocks import Spans
 from pte_vllm.method.options import EngineConfig
 
 
@@ -30,9 +33,13 @@ class Gaps:
     Persistent tensors on the model's device, so that CUDA graphs replay over them.
     """
 
-    first: torch.Tensor  # [max_num_seqs] int32: pinned blocks
-    length: torch.Tensor  # [max_num_seqs] int32: folded blocks
+    first: torch.Tensor  # [max_num_seqs] int32: blocks held before the row's first gap
+    length: torch.Tensor  # [max_num_seqs] int32: blocks left out, in all gaps of the row
     length_cpu: torch.Tensor  # [max_num_seqs] int32
+    scattered: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Where a row has more than one gap, of all rows: how many blocks are held before each of its
+    K gaps, `[max_num_seqs, K]`, and how many are left out before the first, up to the first's end,
+    up to the second's ..., `[max_num_seqs, K + 1]`, both int32."""
     any: bool = False
     """Whether any row has a gap; without one the metadata passes through untouched."""
 
@@ -43,9 +50,15 @@ class Gaps:
             first=zeros.to(device), length=zeros.clone().to(device), length_cpu=zeros.clone()
         )
 
-    def publish(self, first: list[int], length: list[int]) -> None:
-        """Set the rows of this step, in batch order; rows past them have no gap."""
-        num_rows = len(length)
+    def publish(self, rows: Sequence[Spans]) -> None:
+        """Set the rows of this step, in batch order; rows past them have no gap.
+
+        Args:
+            rows: The gaps of each sequence, as `HeldBlocks.cuts` has them.
+        """
+        num_rows = len(rows)
+        first = [cuts[0][0] if cuts else 0 for cuts in rows]
+        length = [cuts[-1][1] if cuts else 0 for cuts in rows]
         self.any = any(length)
         self.length_cpu.zero_()
         self.length_cpu[:num_rows] = torch.tensor(length, dtype=torch.int32)
@@ -53,10 +66,24 @@ class Gaps:
         async_tensor_h2d(self.length_cpu, out=self.length)
         if first:
             async_tensor_h2d(first, out=self.first[:num_rows])
+        self.scattered = self._scattered(rows, max(map(len, rows), default=0))
+
+    def _scattered(
+        self, rows: Sequence[Spans], most: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if most < 2:
+            return None
+        before = np.full((len(self.length), most), np.iinfo(np.int32).max, dtype=np.int32)
+        left_out = np.zeros((len(self.length), most + 1), dtype=np.int32)
+        for row, cuts in enumerate(rows):
+            if cuts:
+                before[row, : len(cuts)], left_out[row, 1 : len(cuts) + 1] = np.transpose(cuts)
+        device = self.length.device
+        return async_tensor_h2d(before, device=device), async_tensor_h2d(left_out, device=device)
 
     def clear(self) -> None:
         """Publish that there are no gaps, as for profiling and graph capture."""
-        self.publish([], [])
+        self.publish([])
 
 
 _gaps: Gaps | None = None
@@ -78,7 +105,7 @@ def cut_gaps(
 
     Args:
         common: The step's metadata over logical positions, of `num_reqs` rows.
-        gaps: The gap of each row.
+        gaps: The gaps of each row.
         block_size: The number of tokens in a block.
         out: Persistent `(block_table [max_reqs, blocks], seq_lens [max_reqs])` to write into, where
             captured graphs hold on to addresses; None makes new tensors.
@@ -98,7 +125,12 @@ def cut_gaps(
     columns = min(width, -(-longest // block_size))
     first, length = gaps.first[:rows, None], gaps.length[:rows, None]
     column = torch.arange(columns, device=table.device, dtype=torch.int32)[None]
-    source = torch.where(column < first, column, column + length)
+    if gaps.scattered is None:
+        source = torch.where(column < first, column, column + length)
+    else:
+        before, left_out = (t[:rows] for t in gaps.scattered)
+        gap = torch.searchsorted(before, column.repeat(rows, 1), right=True)
+        source = column + left_out.gather(1, gap)
     source = source.clamp_(max=width - 1).long()
     new_table = table.gather(1, source)
     new_seq_lens = seq_lens - length[:, 0] * block_size

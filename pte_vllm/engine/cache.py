@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from pte_vllm.engine.reserve import WindowReserve
+from pte_vllm.method.blocks import HeldBlocks
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.method.plan import FoldPlan
 
@@ -75,7 +76,7 @@ class PTEManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: PTESpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.plans: dict[str, FoldPlan] = {}
-        self._gaps: dict[str, tuple[int, int]] = {}  # the blocks freed last, by request
+        self._held: dict[str, HeldBlocks] = {}  # as of the fold freed last, by request
         self.reserve: WindowReserve | None = None
         """What keeps room for windows; the scheduler sets it where the engine's options ask."""
         # vLLM has the worker zero new blocks where a model needs it. Here they always are: what an
@@ -125,19 +126,22 @@ class PTEManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Free `[pinned_blocks, pinned_blocks + folded_blocks)`.
+        """Free the blocks of every fold up to these tokens.
 
         Judged by processed tokens: the worker folds these blocks before the step that reuses them.
         """
-        gap = self.plans[request_id].gap(processed_computed_tokens)
-        if gap != self._gaps.get(request_id):  # most steps of most sequences free nothing
-            self._gaps[request_id] = gap
-            self._remove_blocks_in_range(request_id, *gap)
+        plan, held = self.plans[request_id], self._held.get(request_id)
+        folds = plan.folds(processed_computed_tokens)
+        if held is None:
+            held = self._held[request_id] = HeldBlocks(plan)
+        if folds != held.folds:  # most steps of most sequences free nothing
+            for span in held.fold_to(folds):
+                self._remove_blocks_in_range(request_id, *span)
 
     def forget(self, request_id: str) -> None:
         """Drop the plan of a request whose blocks are freed for good."""
         self.plans.pop(request_id, None)
-        self._gaps.pop(request_id, None)
+        self._held.pop(request_id, None)
         if self.reserve is not None:
             self.reserve.forget(request_id)
 
@@ -163,8 +167,8 @@ class PTEManager(FullAttentionManager):
         Every step asks for it, of every request: so what it costs must not grow with their length.
         """
         blocks = len(self.req_to_blocks.get(request_id, ()))
-        first, last = self._gaps.get(request_id, (0, 0))
-        return blocks - max(0, min(last, blocks) - first)
+        held = self._held.get(request_id)
+        return blocks if held is None else held.count(blocks)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless plans and blocks agree."""

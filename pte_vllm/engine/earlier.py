@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pte_vllm.engine.request_ids import find_external
-from pte_vllm.method.options import RequestOptions
+from pte_vllm.method.names import Evict
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.requests import RequestOptions
 
 MAX_EARLIER = 4096
 """How many requests are remembered; each takes a few hundred bytes."""
@@ -26,6 +28,8 @@ class EarlierRequest:
 
     pin_tokens: int
     window_tokens: int
+    evict: Evict
+    evict_seed: int
     rule: str | None
     """The rule that the request gave; None is the adapter's."""
     adapter: str | None
@@ -40,16 +44,17 @@ class EarlierRequest:
         cls,
         options: RequestOptions,
         *,
-        pin_tokens: int,
-        window_tokens: int,
+        plan: FoldPlan,
         adapter: tuple[str, str] | None,
         choices: int,
         prompt: Sequence[int],
     ) -> EarlierRequest:
         """Make what is remembered of a request that was accepted; `adapter` is name and path."""
         return cls(
-            pin_tokens=pin_tokens,
-            window_tokens=window_tokens,
+            pin_tokens=plan.pin_tokens,
+            window_tokens=plan.window_tokens,
+            evict=plan.evict,
+            evict_seed=plan.evict_seed,
             rule=options.rule,
             adapter=adapter[0] if adapter is not None else None,
             adapter_path=adapter[1] if adapter is not None else None,
@@ -87,6 +92,8 @@ class EarlierRequest:
             ("pte_window", options.window_tokens, self.window_tokens),
             ("pte_pin_tokens", options.pin_tokens, self.pin_tokens),
             ("pte_update", options.rule, self.rule or adapter_rule),
+            ("pte_evict", options.evict, self.evict),
+            ("pte_evict_seed", options.evict_seed, self.evict_seed),
         ):
             if given is not None and given != before:
                 raise ValueError(
@@ -102,12 +109,15 @@ class EarlierRequest:
 
     def apply(self, options: RequestOptions) -> RequestOptions:
         """Return the continuation's options with the plan of this request spelled out."""
+        drawn = self.evict != "oldest"
         return replace(
             options,
             state_id=None,
             window_tokens=self.window_tokens,
             pin_tokens=self.pin_tokens,
             rule=self.rule,
+            evict=self.evict if drawn else None,
+            evict_seed=self.evict_seed if drawn else None,
         )
 
 
@@ -137,7 +147,7 @@ class EarlierRequests:
             raise ValueError(
                 f"pte_state_id: there is no request {name} here, or it was forgotten; to continue "
                 "from its tokens alone, leave pte_state_id out and send its pte_pin_tokens, "
-                "pte_window and pte_update"
+                "pte_window and pte_update, and pte_evict and pte_evict_seed if it had them"
             )
         return self._by_id[request_id]
 

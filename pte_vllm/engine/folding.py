@@ -61,7 +61,7 @@ class EvictedBlocks:
         pool: StatePool,
         sequences: list[FoldingSequence],
         block_ids: Tensor,
-        first_positions: Tensor,
+        positions: Tensor,
     ) -> None:
         """Fold once for S sequences of one adapter and one rule; nothing waits for the device.
 
@@ -69,12 +69,12 @@ class EvictedBlocks:
             pool: The pool that holds the states of these sequences.
             sequences: The S sequences that fold.
             block_ids: The n blocks that each folds, in token order, `[S, n]` int64 on the device.
-            first_positions: The position of the first token that each folds, `[S]` int64 on the
-                device.
+            positions: The position of the first token of each of these blocks, `[S, n]` int64 on
+                the device.
         """
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
-        evicted = self._moments(loaded, rule, block_ids, first_positions)
+        evicted = self._moments(loaded, rule, block_ids, positions)
         if evicted is not None:
             pool.fold_moments(sequences, evicted)
             return
@@ -86,13 +86,11 @@ class EvictedBlocks:
             at_once = max(1, _MAX_COPY_BYTES // (per_token * block_size * block_ids.shape[1]))
         for start in range(0, len(sequences), at_once):
             part = slice(start, start + at_once)
-            k_e, v_e = read_evicted(
-                caches, self.layout, block_ids[part], first_positions[part], rope
-            )
+            k_e, v_e = read_evicted(caches, self.layout, block_ids[part], positions[part], rope)
             pool.fold(sequences[part], k_e, v_e)
 
     def _moments(
-        self, loaded: LoadedEncoder, rule: str, block_ids: Tensor, first_positions: Tensor
+        self, loaded: LoadedEncoder, rule: str, block_ids: Tensor, positions: Tensor
     ) -> Moments | None:
         """Compute the sums by compiled code, `[L, S, r, r]`; None where none applies."""
         rope, with_kk = self._rope_for(loaded), UPDATE_RULES[rule].reads_kk
@@ -101,14 +99,14 @@ class EvictedBlocks:
             from pte_vllm.kernels.fold_triton import evicted_moments
 
             return evicted_moments(
-                table, loaded.encoder, block_ids, first_positions, rope, with_kk=with_kk
+                table, loaded.encoder, block_ids, positions, rope, with_kk=with_kk
             )
         caches = self._caches_of(loaded)
         library = _compiled() if can_fold(caches, loaded.config.rank) else None
         if library is None:
             return None
         return moments_cpu(
-            *(library, caches, self.layout, block_ids, first_positions, rope, loaded.encoder),
+            *(library, caches, self.layout, block_ids, positions, rope, loaded.encoder),
             with_kk=with_kk,
         )
 
@@ -127,7 +125,7 @@ class EvictedBlocks:
             from pte_vllm.kernels.fold_triton import evicted_moments
 
             zero = torch.zeros_like(self.layout.key_index[:1, :1])  # vLLM's null block
-            evicted_moments(table, loaded.encoder, zero, zero[0], rope, with_kk=reads_kk)
+            evicted_moments(table, loaded.encoder, zero, zero, rope, with_kk=reads_kk)
 
     def _rope_for(self, loaded: LoadedEncoder) -> RopeTable | None:
         return self.rope if loaded.config.keys == "unrotated" else None

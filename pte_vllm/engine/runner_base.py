@@ -132,8 +132,8 @@ class PTERunnerMixin(ABC):
     # -- what a runner has to answer --------------------------------------------------------------
 
     @abstractmethod
-    def _evicted_blocks(self, request_ids: list[str], first: list[int], count: int) -> Tensor:
-        """Return the ids of blocks `[first, first + count)` of S requests, `[S, count]` int64.
+    def _block_ids(self, request_ids: list[str], blocks: list[list[int]]) -> Tensor:
+        """Return the ids in the cache of n logical blocks of each of S requests, `[S, n]` int64.
 
         The ids are on the device, and are those from before this step.
         """
@@ -188,27 +188,25 @@ class PTERunnerMixin(ABC):
     def _fold_once(self, due: dict[str, FoldingSequence]) -> None:
         """Fold each sequence once; those that are alike fold together."""
         alike: dict[tuple[int, str, int], dict[str, FoldingSequence]] = {}
+        evicted = {request_id: sequence.evict() for request_id, sequence in due.items()}
         for request_id, sequence in due.items():
             if sequence.loaded is not None and sequence.rule not in (None, "none"):
                 key = (id(sequence.loaded), sequence.rule, sequence.plan.evict_blocks)
                 alike.setdefault(key, {})[request_id] = sequence
         for group in alike.values():
-            self._fold(group)
+            self._fold(group, [evicted[request_id] for request_id in group])
         for sequence in due.values():
             plan = sequence.plan
-            sequence.folded_blocks += plan.evict_blocks
             self.pte_pool.counters.add_fold(
                 sequence.rule, num_blocks=plan.evict_blocks, block_size=plan.block_size
             )
 
-    def _fold(self, group: dict[str, FoldingSequence]) -> None:
-        sequences = list(group.values())
-        first = [s.plan.pinned_blocks + s.folded_blocks for s in sequences]
-        positions = [block * self.pte_block_size for block in first]
+    def _fold(self, group: dict[str, FoldingSequence], blocks: list[list[int]]) -> None:
+        positions = [[block * self.pte_block_size for block in row] for row in blocks]
         self.pte_evicted.fold_into(
             self.pte_pool,
-            sequences,
-            self._evicted_blocks(list(group), first, sequences[0].plan.evict_blocks),
+            list(group.values()),
+            self._block_ids(list(group), blocks),
             async_tensor_h2d(positions, device=self.device, dtype=torch.int64),
         )
 
@@ -243,17 +241,16 @@ class PTERunnerMixin(ABC):
             rows: The batch in its final order: the id of each request, its computed tokens, and its
                 tokens of this step.
         """
-        first, length, segments, start = [], [], [], 0
+        cuts, segments, start = [], [], 0
         for request_id, num_computed, num_scheduled in rows:
             sequence = self.pte_pool.sequences[request_id]
-            first.append(sequence.plan.pinned_blocks)
-            length.append(sequence.folded_blocks)
+            cuts.append(sequence.held.cuts)
             segments.append((start, start + num_scheduled, sequence.slot))
             start += num_scheduled
             sequence.num_tokens = num_computed + num_scheduled
             sequence.held_blocks = self.pte_report.held_blocks.get(request_id, 0)
             sequence.peak_blocks = max(sequence.peak_blocks, sequence.held_blocks)
-        self.pte_gaps.publish(first, length)
+        self.pte_gaps.publish(cuts)
         self.pte_tokens.publish(segments)
 
     def pte_take_check(self) -> FiniteCheck | None:

@@ -63,11 +63,9 @@ class PTERunnerV1Mixin(PTERunnerMixin):
             self.pte_check = FiniteCheck.start(self.input_batch.req_ids, state.sample_hidden_states)
         return super().sample_tokens(*args, **kwargs)
 
-    def _evicted_blocks(self, request_ids: list[str], first: list[int], count: int) -> Tensor:
-        ids = [
-            self.requests[request_id].block_ids[0][start : start + count]
-            for request_id, start in zip(request_ids, first, strict=True)
-        ]
+    def _block_ids(self, request_ids: list[str], blocks: list[list[int]]) -> Tensor:
+        held = [self.requests[request_id].block_ids[0] for request_id in request_ids]
+        ids = [[own[block] for block in row] for own, row in zip(held, blocks, strict=True)]
         return async_tensor_h2d(ids, device=self.device, dtype=torch.int64)
 
     def pte_known_requests(self) -> set[str]:

@@ -102,13 +102,12 @@ class PTERunnerV2Mixin(PTERunnerMixin):
         finally:
             self._warming_up = False
 
-    def _evicted_blocks(self, request_ids: list[str], first: list[int], count: int) -> Tensor:
+    def _block_ids(self, request_ids: list[str], blocks: list[list[int]]) -> Tensor:
         index = self.req_states.req_id_to_index
-        rows = [index[request_id] for request_id in request_ids]
-        where = async_tensor_h2d([rows, first], device=self.device, dtype=torch.int64)  # [2, S]
-        columns = where[1, :, None] + torch.arange(count, device=self.device)
+        where = [[index[name], *row] for name, row in zip(request_ids, blocks, strict=True)]
+        where_d = async_tensor_h2d(where, device=self.device, dtype=torch.int64)  # [S, 1 + n]
         table = self.block_tables.block_tables[0].gpu  # [max_num_reqs, blocks] int32
-        return table[where[0, :, None], columns].long()
+        return table[where_d[:, :1], where_d[:, 1:]].long()
 
     def pte_known_requests(self) -> set[str]:
         return self.pte_preempted.union(self.req_states.req_id_to_index)

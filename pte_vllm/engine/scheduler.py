@@ -21,7 +21,8 @@ from pte_vllm.engine.request_ids import RequestId
 from pte_vllm.engine.reserve import WindowReserve
 from pte_vllm.engine.snapshots import SnapshotIndex
 from pte_vllm.engine.waiting import sleep_while_waiting
-from pte_vllm.method.options import REQUEST_OPTIONS, EngineConfig, PTEConfig, RequestOptions
+from pte_vllm.method.options import EngineConfig, PTEConfig
+from pte_vllm.method.requests import REQUEST_OPTIONS, RequestOptions
 from pte_vllm.method.weight import weigh_state
 
 if TYPE_CHECKING:

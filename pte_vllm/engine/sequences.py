@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pte_vllm.engine.thoughts import Thoughts
+from pte_vllm.method.blocks import HeldBlocks, blocks_of
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.reference import UPDATE_RULES, LayerEncoder, Sums
@@ -58,6 +59,22 @@ class FoldingSequence:
     peak_blocks: int = 0
     rho: list[Tensor] = field(default_factory=list)
     """ρ of each fold, a scalar on the device; nobody waits for it until it is asked for."""
+    _held: HeldBlocks = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._held = HeldBlocks(self.plan)
+
+    @property
+    def held(self) -> HeldBlocks:
+        """The blocks that it still holds after what it has folded."""
+        self._held.fold_to(self.folded_blocks // self.plan.evict_blocks)
+        return self._held
+
+    def evict(self) -> list[int]:
+        """Fold once more, and return the blocks that leave, ascending."""
+        evicted = self.held.fold_to(self._held.folds + 1)
+        self.folded_blocks += self.plan.evict_blocks
+        return blocks_of(evicted)
 
     @property
     def sums_say_state(self) -> bool:

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 from pte_vllm.engine.messages import SnapshotOrders
+from pte_vllm.method.blocks import HeldBlocks
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -39,6 +40,8 @@ def derived_hash(request: Request, plan: FoldPlan, block: int) -> BlockHash:
         plan.evict_blocks,
         lora.lora_int_id if lora is not None else 0,
     )
+    if plan.evict != "oldest":
+        numbers += struct.pack("<6sq", plan.evict.encode(), plan.evict_seed)
     name = hashlib.sha256(b"pte" + numbers + request.block_hashes[block]).digest()
     return cast("BlockHash", name)
 
@@ -99,13 +102,17 @@ class SnapshotIndex:
             if self._state_key(request, plan, folded) not in self._kept:
                 continue
             # The state serves tokens [start, end); a hit that ended at `end` would owe a fold.
-            start = plan.first_fold // plan.block_size + folded - plan.evict_blocks
+            start = self._boundary(plan, folded)
             end = min(longest // plan.block_size, start + plan.evict_blocks - 1)
-            first = plan.pinned_blocks + folded
-            window = self._cached(request, plan, first, end)
-            if first + len(window) >= start:
-                null = self._manager.block_pool.null_block
-                blocks = [*prefix[: plan.pinned_blocks], *[null] * folded, *window]
+            blocks = prefix[: plan.pinned_blocks]
+            for first, last in HeldBlocks(plan, folded // plan.evict_blocks).spans:
+                first = max(first, plan.pinned_blocks)
+                gap = [self._manager.block_pool.null_block] * (first - len(blocks))
+                window = self._cached(request, plan, first, min(last, end))
+                blocks = [*blocks, *gap, *window]
+                if len(blocks) < min(last, end):
+                    break
+            if len(blocks) >= start:
                 return blocks, len(blocks) * plan.block_size
         return None
 
@@ -133,8 +140,15 @@ class SnapshotIndex:
         self._forget.update(self._kept)
         self._kept.clear()
 
+    def _boundary(self, plan: FoldPlan, folded: int) -> int:
+        """Return the first block after the fold that made it `folded` blocks."""
+        return plan.first_fold // plan.block_size + folded - plan.evict_blocks
+
     def _state_key(self, request: Request, plan: FoldPlan, folded: int) -> bytes:
-        return derived_hash(request, plan, plan.pinned_blocks + folded - 1)
+        # What is drawn may lie anywhere before the boundary.
+        oldest = plan.evict == "oldest"
+        end = plan.pinned_blocks + folded if oldest else self._boundary(plan, folded)
+        return derived_hash(request, plan, end - 1)
 
     def _name_blocks(self, request: Request, plan: FoldPlan, num_tokens: int) -> None:
         first = max(

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pte_vllm.engine.request_ids import find_id
+from pte_vllm.method.blocks import HeldBlocks
 from pte_vllm.method.plan import FoldPlan
 
 
@@ -95,6 +96,7 @@ class Thoughts:
             "num_tokens": self.num_tokens,
             "pin_tokens": self.plan.pin_tokens,
             "window_tokens": self.plan.window_tokens,
+            **self._drawn(),
             "folds": self.folds,
             "folded_tokens": self.folded_blocks * self.plan.block_size,
             "held_blocks": self.held_blocks,
@@ -104,6 +106,13 @@ class Thoughts:
             ],
             "rho": self.rho_list(),
         }
+
+    def _drawn(self) -> dict[str, Any]:
+        """Return how blocks are drawn; nothing where the oldest leave."""
+        plan = self.plan
+        if plan.evict == "oldest":
+            return {}
+        return {"evict": plan.evict, "evict_seed": plan.evict_seed}
 
     def safetensors(self) -> bytes | None:
         """Return `state` as a file whose metadata says how to read it; None without a state.
@@ -126,17 +135,22 @@ class Thoughts:
     def events(self, since: int) -> list[dict[str, Any]]:
         """Return the folds after the first `since`; their `rho` is null without a thought state."""
         plan, rho = self.plan, self.rho_list()
-        first = plan.pinned_blocks
-        return [
-            {
-                "fold": i + 1,
-                "at": plan.first_fold + i * plan.stride,
-                "blocks": [first + i * plan.evict_blocks, first + (i + 1) * plan.evict_blocks],
-                "rho": rho[i] if i < len(rho) else None,
-                "num_tokens": self.num_tokens,
-            }
-            for i in range(since, self.folds)
-        ]
+        if since >= self.folds:
+            return []
+        held = HeldBlocks(plan, since)
+        events = []
+        for i in range(since, self.folds):
+            spans = [list(span) for span in held.fold_to(i + 1)]
+            events.append(
+                {
+                    "fold": i + 1,
+                    "at": plan.first_fold + i * plan.stride,
+                    **({"blocks": spans[0]} if plan.evict == "oldest" else {"spans": spans}),
+                    "rho": rho[i] if i < len(rho) else None,
+                    "num_tokens": self.num_tokens,
+                }
+            )
+        return events
 
 
 def to_host(tensor: Tensor) -> Tensor:

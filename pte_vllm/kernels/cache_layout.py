@@ -116,7 +116,7 @@ def read_evicted(
     caches: Sequence[Tensor],
     layout: BlockLayout,
     block_ids: Tensor,
-    first_positions: Tensor,
+    positions: Tensor,
     rope: RopeTable | None,
 ) -> tuple[Tensor, Tensor]:
     """Read `K_e, V_e: [L, S, m, d_kv]`, the keys and values that S sequences fold, in fp32.
@@ -125,7 +125,7 @@ def read_evicted(
         caches: The caches of the L layers that have a state, each `[blocks, H, bs, 2 D]`.
         layout: How the attention backend orders the numbers of a block.
         block_ids: The n blocks that each sequence folds, `[S, n]` int64 in token order; m = n * bs.
-        first_positions: The position of each sequence's first evicted token, `[S]` int64.
+        positions: The position of the first token of each of these blocks, `[S, n]` int64.
         rope: The model's table, to undo RoPE; None leaves keys as cached.
     """
     keys, values = (
@@ -133,7 +133,7 @@ def read_evicted(
         for found in layout.gather(caches, block_ids.flatten())
     )
     if rope is not None:
-        steps = torch.arange(keys.shape[2], device=block_ids.device)
-        positions = first_positions[:, None] + steps  # [S, m]
-        keys = unrotate(keys, rope.cos[positions], rope.sin[positions])
+        steps = torch.arange(len(layout.key_index), device=block_ids.device)
+        of_tokens = (positions[..., None] + steps).flatten(1)  # [S, m]
+        keys = unrotate(keys, rope.cos[of_tokens], rope.sin[of_tokens])
     return keys.flatten(3), values.flatten(3)

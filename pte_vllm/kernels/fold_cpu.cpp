@@ -20,7 +20,7 @@ struct Fold {
     const int64_t* key_index;    // [bs, D], offsets over a head's part of a block
     const int64_t* value_index;  // [bs, D]
     const int64_t* block_ids;    // [S, n]
-    const int64_t* first;        // [S], position of the first evicted token
+    const int64_t* positions;    // [S, n], of the first token of each block
     const float* cos;            // [positions, half]; null: keys as cached
     const float* sin;
     const float* w_k;  // [L, H D, R], transposed
@@ -118,11 +118,10 @@ void fold_one(const Fold<Number>& f, int64_t layer, int64_t sequence) {
     const float* w_k = f.w_k + layer * f.width() * padded;
     const float* w_v = f.w_v + layer * f.width() * padded;
     for (int64_t b = 0; b < f.num_blocks; ++b) {
-        const int64_t done = b * f.block_size;
-        const Number* block =
-            f.caches[layer] + f.block_ids[sequence * f.num_blocks + b] * f.block_stride;
+        const int64_t done = b * f.block_size, own = sequence * f.num_blocks + b;
+        const Number* block = f.caches[layer] + f.block_ids[own] * f.block_stride;
         gather(f, block, f.key_index, read);
-        if (f.cos != nullptr) unrotate(f, f.first[sequence] + done, read);
+        if (f.cos != nullptr) unrotate(f, f.positions[own], read);
         project_all<vectors>(read, f.block_size, f.width(), w_k, f.b_k + layer * padded,
                              k + done * padded);
         if (f.squared)
@@ -162,14 +161,14 @@ void fold(const Fold<Number>& f, int64_t vectors) {
 #define PTE_FOLD(name, Number)                                                                     \
     extern "C" void name(const Number* const* caches, int64_t block_stride, int64_t head_stride,   \
                          const int64_t* key_index, const int64_t* value_index,                     \
-                         const int64_t* block_ids, const int64_t* first, const float* cos,         \
+                         const int64_t* block_ids, const int64_t* positions, const float* cos,     \
                          const float* sin, const float* w_k, const float* w_v, const float* b_k,   \
                          const float* b_v, int64_t num_layers, int64_t num_sequences,              \
                          int64_t num_blocks, int64_t block_size, int64_t heads, int64_t dim,       \
                          int64_t half, int64_t rank, bool squared, int64_t vectors,                \
                          float* kv, float* kk) {                                                   \
         fold(Fold<Number>{caches, block_stride, head_stride, key_index, value_index, block_ids,    \
-                          first, cos, sin, w_k, w_v, b_k, b_v, num_layers, num_sequences,          \
+                          positions, cos, sin, w_k, w_v, b_k, b_v, num_layers, num_sequences,      \
                           num_blocks, block_size, heads, dim, half, rank, squared, kv, kk},   \
              vectors);                                                                             \
     }

@@ -42,7 +42,7 @@ def moments_cpu(
     caches: Sequence[Tensor],
     layout: BlockLayout,
     block_ids: Tensor,
-    first_positions: Tensor,
+    positions: Tensor,
     rope: RopeTable | None,
     encoder: LayerEncoder,
     *,
@@ -56,7 +56,7 @@ def moments_cpu(
             `can_fold` wants them.
         layout: How the attention backend orders the numbers of a block.
         block_ids: The n blocks that each sequence folds, `[S, n]` int64 in token order.
-        first_positions: The position of each sequence's first evicted token, `[S]` int64.
+        positions: The position of the first token of each of these blocks, `[S, n]` int64.
         rope: The model's table, to undo RoPE; None leaves keys as cached.
         encoder: The adapter's encoder of those layers, every tensor `[L, ...]`.
         with_kk: Whether to compute Σ kᵀk as well.
@@ -72,14 +72,14 @@ def moments_cpu(
     kk = torch.empty_like(kv) if with_kk else None
     pointers = (ctypes.c_void_p * num_layers)(*(cache.data_ptr() for cache in caches))
     index = (layout.key_index.contiguous(), layout.value_index.contiguous())
-    block_ids, first_positions = block_ids.contiguous(), first_positions.contiguous()
+    block_ids, positions = block_ids.contiguous(), positions.contiguous()
     function = getattr(library, f"pte_fold_{str(caches[0].dtype).removeprefix('torch.')}")
     function(
         pointers,
         *caches[0].stride()[:2],
         *(i.data_ptr() for i in index),
         block_ids.data_ptr(),
-        first_positions.data_ptr(),
+        positions.data_ptr(),
         *((None, None) if rope is None else (rope.cos.data_ptr(), rope.sin.data_ptr())),
         *(t.data_ptr() for t in (w_k, w_v, b_k, b_v)),
         *(num_layers, num_sequences, num_blocks, block_size, heads, width // 2),

@@ -46,13 +46,13 @@ def _load_w(weight, index, inside, row, rank, width):  # type: ignore[no-untyped
 
 # Numbers that change from fold to fold must not each get a compilation of their own.
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["blocks_ptr", "first_ptr", "num_seqs", "num_parts", "num_blocks"]
+    do_not_specialize=["blocks_ptr", "positions_ptr", "num_seqs", "num_parts", "num_blocks"]
 )
 def _moments_kernel(  # type: ignore[no-untyped-def]
     example_ptr,  # any of the caches, for its type
     caches_ptr,  # [L] int64: where the cache of each layer, [blocks, H, bs, 2 D], starts
     blocks_ptr,  # [S, n] int64
-    first_ptr,  # [S] int64
+    positions_ptr,  # [S, n] int64
     cos_ptr,  # [positions, HALF] fp32
     sin_ptr,
     w_k_ptr,  # [L, r, H * D] fp32
@@ -90,18 +90,17 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     cache = tl.multiple_of(address.to(tl.pointer_type(example_ptr.dtype.element_ty)), 16)
     b_k = tl.load(b_k_ptr + layer * rank + row, mask=row < rank, other=0.0)
     b_v = tl.load(b_v_ptr + layer * rank + row, mask=row < rank, other=0.0)
-    first = tl.load(first_ptr + sequence)
     kv = tl.zeros((BLOCK_R, BLOCK_R), dtype=tl.float32)
     kk = tl.zeros((BLOCK_R, BLOCK_R), dtype=tl.float32)
     num_tokens = num_blocks * block_size
     for start_token in range(part * TOKENS, min(num_tokens, (part + 1) * TOKENS), TILE):
         token = start_token + tl.arange(0, TILE)
         live = token < num_tokens
-        block = tl.load(
-            blocks_ptr + sequence * num_blocks + token // block_size, mask=live, other=0
-        )
+        own = sequence * num_blocks + token // block_size
+        block = tl.load(blocks_ptr + own, mask=live, other=0)
+        first = tl.load(positions_ptr + own, mask=live, other=0)
         rows = cache + block * stride_block + (token % block_size) * stride_token
-        turns = (first + token) * HALF  # where the token's cos and sin start
+        turns = (first + token % block_size) * HALF  # where the token's cos and sin start
         w_k = w_k_ptr + layer * rank * width
         w_v = w_v_ptr + layer * rank * width
         k = tl.zeros((TILE, BLOCK_R), dtype=tl.float32)
@@ -188,7 +187,7 @@ def evicted_moments(
     table: CacheTable,
     encoder: LayerEncoder,
     block_ids: Tensor,
-    first_positions: Tensor,
+    positions: Tensor,
     rope: RopeTable | None,
     *,
     with_kk: bool,
@@ -201,7 +200,7 @@ def evicted_moments(
         table: The caches of the L layers that have a state.
         encoder: The adapter's encoder of those layers, every tensor `[L, ...]`, fp32, contiguous.
         block_ids: The n blocks that each sequence folds, `[S, n]` int64 in token order; m = n * bs.
-        first_positions: The position of each sequence's first evicted token, `[S]` int64.
+        positions: The position of the first token of each of these blocks, `[S, n]` int64.
         rope: The model's table, to undo RoPE; None leaves keys as cached.
         with_kk: Whether Σ kᵀk is needed too.
     """
@@ -216,7 +215,7 @@ def evicted_moments(
             table,
             encoder,
             block_ids[start : start + at_once],
-            first_positions[start : start + at_once],
+            positions[start : start + at_once],
             rope,
             num_parts,
             with_kk,
@@ -233,7 +232,7 @@ def _launch(
     table: CacheTable,
     encoder: LayerEncoder,
     block_ids: Tensor,
-    first_positions: Tensor,
+    positions: Tensor,
     rope: RopeTable | None,
     num_parts: int,
     with_kk: bool,
@@ -250,7 +249,7 @@ def _launch(
         cache,
         table.addresses,
         block_ids,
-        first_positions,
+        positions,
         kv if rope is None else rope.cos,
         kv if rope is None else rope.sin,
         encoder.w_k,

@@ -9,6 +9,7 @@ Read = Literal["key", "value"]
 Normalize = Literal["matrix", "row"]
 Keys = Literal["unrotated", "rotated"]
 Features = Literal["linear", "squared"]
+Evict = Literal["oldest", "random"]
 Init = Literal["aligned", "aligned_mean", "aligned_key", "random"]
 
 RULE_NAMES: tuple[str, ...] = get_args(RuleName)
@@ -16,4 +17,5 @@ READS: tuple[str, ...] = get_args(Read)
 NORMALIZES: tuple[str, ...] = get_args(Normalize)
 KEYS: tuple[str, ...] = get_args(Keys)
 FEATURES: tuple[str, ...] = get_args(Features)
+EVICTS: tuple[str, ...] = get_args(Evict)
 INITS: tuple[str, ...] = get_args(Init)

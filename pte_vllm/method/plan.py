@@ -1,15 +1,19 @@
 """FoldPlan: when a sequence folds which blocks, as a pure function of position.
 
 The scheduler, the cache manager, the attention metadata, the folding code and the replay all ask
-this one class, so they can never disagree. Token positions count from 0 over the whole sequence;
-every interval is half-open.
+this one class, so they can never disagree; `blocks.py` adds up its folds. Token positions count
+from 0 over the whole sequence; every interval is half-open.
 """
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+
+from pte_vllm.method.names import EVICTS, Evict
 
 UNBOUNDED = 2**62
 """A position no sequence reaches; boundaries of a plan without a window lie there."""
@@ -19,9 +23,10 @@ UNBOUNDED = 2**62
 class FoldPlan:
     """How one sequence evicts: what is pinned, how large its window is, how much a fold frees.
 
-    The token at position `pos` attends to `[0, pinned_blocks * bs)` and to
+    With `evict` `oldest` the token at position `pos` attends to `[0, pinned_blocks * bs)` and to
     `[(pinned_blocks + folded_blocks(pos)) * bs, pos]`; the thought state holds what lies between.
-    What follows from the fields alone is computed once: every step asks for it, of every sequence.
+    With `random` as many blocks leave at the same positions, but which ones is drawn. What follows
+    from the fields alone is computed once: every step asks for it, of every sequence.
 
     Raises:
         ValueError: If a value is out of range; the message names the option.
@@ -35,6 +40,10 @@ class FoldPlan:
     """Part of the window that one fold frees, in (0, 1)."""
     block_size: int
     """Tokens in one block of the KV cache."""
+    evict: Evict = "oldest"
+    """Which blocks of a full window leave: the oldest, or some that are drawn at random."""
+    evict_seed: int = 0
+    """What the draws depend on beside the number of the fold, in [0, 2**63); for `random`."""
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -53,6 +62,14 @@ class FoldPlan:
             )
         if not 0.0 < self.evict_ratio < 1.0:
             raise ValueError(f"evict ratio must lie in (0, 1), got {self.evict_ratio}")
+        if self.evict not in EVICTS:
+            raise ValueError(f"evict must be one of {', '.join(EVICTS)}, got {self.evict!r}")
+        if self.evict != "oldest" and not self.bounded:
+            raise ValueError(f"evict {self.evict} needs a window, and full attention has none")
+        if self.evict == "oldest" and self.evict_seed:
+            raise ValueError(f"evict seed {self.evict_seed} needs evict random")
+        if not 0 <= self.evict_seed < 2**63:
+            raise ValueError(f"evict seed must lie in [0, 2**63), got {self.evict_seed}")
 
     @cached_property
     def bounded(self) -> bool:
@@ -86,11 +103,15 @@ class FoldPlan:
         """The number of tokens between two folds, which is also what one fold encodes."""
         return self.evict_blocks * self.block_size
 
-    def folded_blocks(self, pos: int) -> int:
-        """Return the number of blocks folded before the token at `pos` is computed."""
+    def folds(self, pos: int) -> int:
+        """Return the number of folds before the token at `pos` is computed."""
         if pos < self.first_fold:
             return 0
-        return self.evict_blocks * (1 + (pos - self.first_fold) // self.stride)
+        return 1 + (pos - self.first_fold) // self.stride
+
+    def folded_blocks(self, pos: int) -> int:
+        """Return the number of blocks folded before the token at `pos` is computed."""
+        return self.evict_blocks * self.folds(pos)
 
     def next_boundary(self, pos: int) -> int:
         """Return the first boundary after `pos`, past which no chunk from `pos` may go."""
@@ -109,9 +130,22 @@ class FoldPlan:
             return blocks
         return min(blocks, self.pinned_blocks + self.window_blocks + 1)
 
-    def gap(self, pos: int) -> tuple[int, int]:
-        """Return the half-open range of logical blocks that the token at `pos` does not see."""
-        return self.pinned_blocks, self.pinned_blocks + self.folded_blocks(pos)
+    def leaving(self, fold: int) -> tuple[int, ...]:
+        """Return which blocks of the full window leave at a fold, ascending.
+
+        Blocks are counted within the window, which is full: 0 is the oldest thought that is still
+        held, `window_blocks - 1` the newest block. Folds count from 0. A draw takes any blocks but
+        the newest, which holds the token just computed; where a fold empties the window it leaves
+        too. A draw depends on `evict_seed`, `fold` and the two sizes, and on nothing that was drawn
+        before: so it is the same in every process, and in every run.
+        """
+        if self.evict == "oldest":
+            return tuple(range(self.evict_blocks))
+        candidates = max(self.window_blocks - 1, self.evict_blocks)
+        digest = hashlib.shake_256(f"pte_evict/{self.evict_seed}/{fold}".encode())
+        numbers = struct.unpack(f">{candidates}Q", digest.digest(8 * candidates))
+        by_number = sorted(range(candidates), key=numbers.__getitem__)
+        return tuple(sorted(by_number[: self.evict_blocks]))
 
     def segments(self, num_tokens: int) -> Iterator[tuple[int, int]]:
         """Split `[0, num_tokens)` at the boundaries into half-open intervals, in order."""

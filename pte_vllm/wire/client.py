@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from pte_vllm.adapter.hashes import content_hash, file_hashes
-from pte_vllm.wire.expected import Expected, Group, RolloutMismatch
+from pte_vllm.method.names import Evict
+from pte_vllm.wire.expected import Expected, Group, RolloutMismatch, draws_of
 from pte_vllm.wire.records import Request
 from pte_vllm.wire.rollout import InFlight, Rollout
 from pte_vllm.wire.transport import CONFLICT, ServerError, Transport, bearer
@@ -99,6 +100,8 @@ class RolloutClient:
         window_tokens: int | None = None,
         pin_tokens: int | None = None,
         rule: str | None = None,
+        evict: Evict | None = None,
+        evict_seed: int | None = None,
         group_ids: Sequence[str] | None = None,
         min_weight_version: int | None = None,
         in_flight: InFlight = "pin",
@@ -117,6 +120,8 @@ class RolloutClient:
             window_tokens: the window of these sequences; None takes the server's.
             pin_tokens: how many tokens at the start are never folded; None pins the prompt.
             rule: the rule by which folds add up; None takes the adapter's.
+            evict: which blocks of a full window leave, `oldest` or `random`; None is `oldest`.
+            evict_seed: what random blocks are drawn by; None is 0.
             group_ids: a name for each prompt, all different; "0", "1", ... by default.
             min_weight_version: the server refuses weights older than this.
             in_flight: what a sample does when `name` gets a new version meanwhile: finish on its
@@ -143,11 +148,11 @@ class RolloutClient:
         texts = {isinstance(group.prompt, str) for group in groups.values()}
         if len(texts) > 1:
             raise ValueError("prompts must be all texts or all token ids")
+        policy = {"adapter": adapter, "window_tokens": window_tokens, **draws_of(evict, evict_seed)}
         options = {
             "n": n,
-            "adapter": adapter,
+            **policy,
             "sampling": dict(sampling or {}),
-            "window_tokens": window_tokens,
             "pin_tokens": pin_tokens,
             "update": rule,
             "min_weight_version": min_weight_version,
@@ -166,9 +171,7 @@ class RolloutClient:
         return self._records(
             Request(
                 path="/pte/v1/rollouts",
-                expected=Expected(
-                    groups=groups, window_tokens=window_tokens, adapter=adapter, rule=rule
-                ),
+                expected=Expected(groups=groups, rule=rule, **policy),
                 body=body,
             )
         )
@@ -182,6 +185,8 @@ class RolloutClient:
         window_tokens: int | None = None,
         pin_tokens: int | None = None,
         rule: str | None = None,
+        evict: Evict | None = None,
+        evict_seed: int | None = None,
         min_weight_version: int | None = None,
         top_logprobs: int = 0,
     ) -> list[Rollout]:
@@ -202,9 +207,9 @@ class RolloutClient:
                 missing={0},
                 pin_tokens=pin_tokens,
             )
+        policy = {"adapter": adapter, "window_tokens": window_tokens, **draws_of(evict, evict_seed)}
         options = {
-            "adapter": adapter,
-            "window_tokens": window_tokens,
+            **policy,
             "pin_tokens": pin_tokens,
             "update": rule,
             "min_weight_version": min_weight_version,
@@ -221,13 +226,7 @@ class RolloutClient:
 
         request = Request(
             path="/pte/v1/score",
-            expected=Expected(
-                groups=groups,
-                window_tokens=window_tokens,
-                adapter=adapter,
-                rule=rule,
-                top_logprobs=top_logprobs,
-            ),
+            expected=Expected(groups=groups, rule=rule, top_logprobs=top_logprobs, **policy),
             body=body,
         )
         by_group = {record.group_id: record for record in self._records(request)}

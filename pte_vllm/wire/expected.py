@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pte_vllm.method.names import Evict
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.wire.rollout import Rollout
 
@@ -49,6 +50,10 @@ class Expected:
     """`name` or `name@version`; None is the base model."""
     rule: str | None = None
     """The rule by which folds add up; None leaves it to the adapter."""
+    evict: Evict | None = None
+    """Which blocks leave; None is the oldest."""
+    evict_seed: int | None = None
+    """What they are drawn by; None is 0."""
     top_logprobs: int = 0
     """How many of the most probable tokens a score names in each place."""
 
@@ -107,7 +112,15 @@ class Expected:
             window_tokens=default["window_tokens"] if asked is None else asked,
             evict_ratio=default["evict_ratio"],
             block_size=default["block_size"],
+            evict=self.evict or "oldest",
+            evict_seed=self.evict_seed or 0,
         )
+
+
+def draws_of(evict: Evict | None, evict_seed: int | None) -> dict[str, Any]:
+    """Return the fields of draws that a request gives; servers of earlier versions know none."""
+    given = {"evict": evict, "evict_seed": evict_seed}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _error_in(line: str) -> Any:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from pte_vllm.method.blocks import HeldBlocks
 from pte_vllm.method.plan import FoldPlan
+
+_Count = Annotated[int, Field(ge=0)]
+_present = Field(exclude_if=lambda value: value is None)  # a line has one of the two
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoldEvent:
-    """Before the token at position `at` was computed, blocks `[first, end)` were folded."""
+    """Before the token at position `at` was computed, blocks were folded."""
 
-    at: Annotated[int, Field(ge=0)]
-    blocks: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+    at: _Count
+    blocks: Annotated[tuple[_Count, _Count] | None, _present] = None
+    """They are `[first, end)`; None where blocks were drawn at random."""
+    spans: Annotated[tuple[tuple[_Count, _Count], ...] | None, _present] = None
+    """Those that were drawn, as ranges `[first, end)` in order; None otherwise."""
     rho: Annotated[float, Field(ge=0)] | None = None
     """‖ΔS‖ / ‖S‖, the mean over layers with a state; None without a state, or where it is
     unknown. Records of earlier versions lack it."""
@@ -27,7 +34,7 @@ def num_folds(plan: FoldPlan, num_tokens: int) -> int:
 
     The last token is predicted and never computed, so a boundary at its position does not count.
     """
-    return plan.folded_blocks(num_tokens - 2) // plan.evict_blocks
+    return plan.folds(num_tokens - 2)
 
 
 def fold_events(
@@ -40,13 +47,14 @@ def fold_events(
         num_tokens: its length, question included.
         rho: what was measured at each fold; None where that is unknown.
     """
-    events: list[FoldEvent] = []
-    for start, _ in plan.segments(num_tokens - 1):
-        end = plan.pinned_blocks + plan.folded_blocks(start)
-        first = events[-1].blocks[1] if events else plan.pinned_blocks
-        if end > first:
-            value = None if rho is None else rho[len(events)]
-            events.append(FoldEvent(at=start, blocks=(first, end), rho=value))
+    held, events = HeldBlocks(plan), []
+    for i in range(num_folds(plan, num_tokens)):
+        spans = held.fold_to(i + 1)
+        where: dict[str, Any] = {"spans": spans}
+        if plan.evict == "oldest":
+            where = {"blocks": spans[0]}
+        at, value = plan.first_fold + i * plan.stride, None if rho is None else rho[i]
+        events.append(FoldEvent(at=at, **where, rho=value))
     return tuple(events)
 
 

@@ -14,7 +14,15 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    WrapSerializer,
+    with_config,
+)
 
 from pte_vllm.method.names import RuleName
 from pte_vllm.method.plan import FoldPlan
@@ -47,6 +55,17 @@ _exact = with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False
 T = TypeVar("T")
 
 
+def _without_draws(plan: FoldPlan, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    """Leave out the fields of draws where the oldest blocks leave: earlier readers know none."""
+    values: dict[str, Any] = write(plan)
+    if plan.evict == "oldest":
+        del values["evict"], values["evict_seed"]
+    return values
+
+
+Plan = Annotated[FoldPlan, WrapSerializer(_without_draws)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightSpan:
     """One version of the adapter sampled the completion tokens `[start, end)`."""
@@ -76,7 +95,7 @@ class _Fields:
     """The rule by which folds added up; None is the adapter's own, whatever it is."""
     weight_versions: tuple[WeightSpan, ...]
     """They cover `[0, N)` in order, without holes."""
-    plan: FoldPlan
+    plan: Plan
     group_id: Name
     """Samples of one question share it."""
     index: Count

@@ -34,7 +34,12 @@ KEEP_ALIVE_S = 10.0
 """A blank line goes out this often while nothing finishes."""
 
 LOGPROBS_MODE = "processed_logprobs"
-FIELDS = {"pte_window": "window_tokens", "pte_pin_tokens": "pin_tokens", "pte_update": "update"}
+FIELDS = {
+    "pte_window": "window_tokens",
+    "pte_pin_tokens": "pin_tokens",
+    "pte_update": "update",
+    "pte_evict": "evict",  # and the seed, which begins so
+}
 """Fields of a request by the names that the same options have in `vllm_xargs`."""
 
 

@@ -20,8 +20,8 @@ from vllm.outputs import RequestOutput
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.sampling_params import SamplingParams
 
-from pte_vllm.method.options import RequestOptions
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.requests import RequestOptions
 from pte_vllm.server.adapters.catalog import Resolved
 from pte_vllm.server.adapters.spool import Version
 from pte_vllm.server.service import Service

@@ -15,7 +15,7 @@ from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from pte_vllm.method.options import request_plan
+from pte_vllm.method.requests import request_plan
 from pte_vllm.server.adapters.catalog import Resolved
 from pte_vllm.server.rollouts.generation import check_logprobs_mode, resolve, stream, validate
 from pte_vllm.server.rollouts.in_flight import Job, Outcome, render
@@ -42,7 +42,7 @@ async def rollouts(body: RolloutRequest, request: Request) -> Response:
         pin_tokens = (
             len(rendered["prompt_token_ids"]) if body.pin_tokens is None else body.pin_tokens
         )
-        options = _xargs(body.window_tokens, pin_tokens, body.rule)
+        options = _xargs(body, pin_tokens)
         for index in wanted:
             seed = sample_seed(body.sampling.seed, group_id, index)
             params = _sampling_params(state, body.sampling, rendered, seed, options)
@@ -72,7 +72,7 @@ async def score(body: ScoreRequest, request: Request) -> Response:
             prompt_logprobs=body.top_logprobs,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=_xargs(body.window_tokens, pin_tokens, body.rule),
+            extra_args=_xargs(body, pin_tokens),
         )
         rendered = await render(state, tokens)
         validate(state, rendered, params, adapter)
@@ -99,9 +99,15 @@ def sample_seed(seed: int | None, group_id: str, index: int) -> int | None:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _xargs(window_tokens: int | None, pin_tokens: int | None, rule: str | None) -> dict[str, Any]:
+def _xargs(body: RolloutRequest | ScoreRequest, pin_tokens: int) -> dict[str, Any]:
     """Return the options of a plan that a request gives, by vLLM's `vllm_xargs` names."""
-    given = {"pte_window": window_tokens, "pte_pin_tokens": pin_tokens, "pte_update": rule}
+    given = {
+        "pte_window": body.window_tokens,
+        "pte_pin_tokens": pin_tokens,
+        "pte_update": body.rule,
+        "pte_evict": body.evict,
+        "pte_evict_seed": body.evict_seed,
+    }
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -41,6 +41,9 @@ class _Request(_Strict):
     pin_tokens: int | None = None
     rule: str | None = Field(None, alias="update")
     """The three options of a plan mean what `pte_window`, `pte_pin_tokens` and `pte_update` do."""
+    evict: str | None = None
+    evict_seed: int | None = None
+    """As `pte_evict` and `pte_evict_seed`."""
     min_weight_version: int | None = Field(None, ge=0)
     group_id: GroupId | list[GroupId] | None = None
     """A name for each sequence, a plain string if there is one; "0", "1", ... by default."""

@@ -21,6 +21,7 @@ from tests.harness.parity import assert_parity
 
 WINDOW = 2 * BLOCK
 MAX_MODEL_LEN = 1024
+RANDOM = {"pte_pin_tokens": 20, "pte_window": 4 * BLOCK, "pte_evict": "random"}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def test_parity(engine: Engine, model: Path, paper: Any, adapters: Callable[...,
         Job(random_tokens(7, 500, 3), 90),
         Job(random_tokens(90, 500, 4), 20, paper, {"pte_window": 0}),
         Job(random_tokens(310, 500, 5), 20, ridge, {"pte_pin_tokens": 20}),
+        Job(random_tokens(300, 500, 6), 20, ridge, RANDOM),
     ]
     preempted = []
 
@@ -143,7 +145,7 @@ def test_metadata_stays_in_place(
 def test_rows_of_a_padded_batch(engine: Engine) -> None:
     """A graph has more rows than the step; those hold no sequence and must have no gap."""
     runner = engine.runner
-    runner.pte_gaps.publish([1, 1], [2, 3])
+    runner.pte_gaps.publish([((1, 2),), ((1, 3),)])
     try:
         assert runner.pte_gaps.length.tolist() == [2, 3] + [0] * 6
         assert runner.pte_gaps.any

@@ -8,6 +8,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from pte_vllm.engine import attention
 from pte_vllm.engine.attention import Gaps, cut_gaps
+from pte_vllm.method.blocks import HeldBlocks, blocks_of, held_spans
+from pte_vllm.method.plan import FoldPlan
 
 BLOCK, WIDTH, MAX_REQS = 16, 12, 5
 
@@ -41,7 +43,7 @@ def test_graphs_find_every_step_at_the_same_address() -> None:
         ([170, 20, 90], [4, 0, 1], [2, 0, 4]),
     ]
     for lengths, first, length in steps:
-        gaps.publish(first, length)
+        gaps.publish([((f, n),) if n else () for f, n in zip(first, length, strict=True)])
         common = _common(lengths, max(lengths))
         cut = cut_gaps(common, gaps, BLOCK, out)
         assert cut.block_table_tensor.data_ptr() == out[0].data_ptr()
@@ -61,10 +63,33 @@ def test_graphs_find_every_step_at_the_same_address() -> None:
         assert without.block_table_tensor.shape[1] == -(-max(physical) // BLOCK)
 
 
+def test_scattered_gaps() -> None:
+    """Rows with one gap, with several and with none, in one batch."""
+    plans = [
+        FoldPlan(pin_tokens=16, window_tokens=2 * BLOCK, block_size=BLOCK),
+        FoldPlan(pin_tokens=16, window_tokens=5 * BLOCK, block_size=BLOCK, evict="random"),
+        FoldPlan(pin_tokens=0, window_tokens=0, block_size=BLOCK),
+    ]
+    lengths, out = [5 * BLOCK + 3, 9 * BLOCK + 1, 2 * BLOCK], _buffers()
+    seen = [held_spans(plan, n - 1) for plan, n in zip(plans, lengths, strict=True)]
+    assert [len(spans) for spans in seen] == [2, 5, 1]
+    gaps = Gaps.allocate(MAX_REQS, torch.device("cpu"))
+    gaps.publish([HeldBlocks(p, p.folds(n - 1)).cuts for p, n in zip(plans, lengths, strict=True)])
+    common = _common(lengths, max(lengths))
+    for cut in (cut_gaps(common, gaps, BLOCK, out), cut_gaps(common, gaps, BLOCK)):
+        for row, spans in enumerate(seen):
+            kept = [common.block_table_tensor[row, block].item() for block in blocks_of(spans)]
+            assert cut.block_table_tensor[row, : len(kept)].tolist() == kept
+            left_out = plans[row].folded_blocks(lengths[row] - 1) * BLOCK
+            assert cut.seq_lens[row] == lengths[row] - left_out
+    gaps.publish([((1, 2),)])
+    assert gaps.scattered is None
+
+
 def test_without_gaps_bounds_stand() -> None:
     """A graph is captured with short sequences, and keeps the longest length it was told."""
     gaps = Gaps.allocate(MAX_REQS, torch.device("cpu"))
-    gaps.publish([1, 1], [2, 0])
+    gaps.publish([((1, 2),), ()])
     gaps.clear()
     cut = cut_gaps(_common([1, 1], max_seq_len=32_768), gaps, BLOCK, _buffers())
     assert cut.max_seq_len == 32_768

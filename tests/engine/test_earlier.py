@@ -16,7 +16,8 @@ from pte_vllm.engine.earlier import (
     EarlierRequest,
     EarlierRequests,
 )
-from pte_vllm.method.options import RequestOptions
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.requests import RequestOptions
 from pte_vllm.server.rollouts.generation import validate
 from tests.harness.engine import Engine, Job
 
@@ -24,8 +25,7 @@ from tests.harness.engine import Engine, Job
 def _request(pin_tokens: int, choices: int = 1) -> EarlierRequest:
     return EarlierRequest.of(
         RequestOptions(),
-        pin_tokens=pin_tokens,
-        window_tokens=64,
+        plan=FoldPlan(pin_tokens=pin_tokens, window_tokens=64, block_size=16),
         adapter=None,
         choices=choices,
         prompt=range(100),

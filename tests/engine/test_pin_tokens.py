@@ -11,8 +11,9 @@ from vllm.exceptions import VLLMValidationError
 
 from pte_vllm.cli.main import main
 from pte_vllm.cli.serve import configs, parse
-from pte_vllm.method.options import EngineConfig, RequestOptions
+from pte_vllm.method.options import EngineConfig
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.requests import RequestOptions
 from tests.harness.engine import BLOCK, Engine, Job, lora
 from tests.harness.models import random_tokens
 from tests.harness.parity import TOLERANCE, replayed

@@ -62,12 +62,12 @@ def adapter(model: Path, adapters: Callable[..., Path], case: tuple[bool, str]) 
     return lora(case[1], adapters(model, rank=8, rule=case[1]), 1)
 
 
-def _first(adapter: object, seed: int, length: int = 230) -> Job:
-    return Job(random_tokens(PIN, 500, seed), length, adapter, seed=seed)
+def _first(adapter: object, seed: int, length: int = 230, **options: object) -> Job:
+    return Job(random_tokens(PIN, 500, seed), length, adapter, options, seed=seed)
 
 
 def _resumed(job: Job, more: list[int], **changes: object) -> Job:
-    options = {"pte_pin_tokens": PIN, **changes}
+    options = {**job.options, "pte_pin_tokens": PIN, **changes}
     return Job([*job.prompt, *job.tokens, *more], 70, job.adapter, options, seed=4)
 
 
@@ -113,7 +113,8 @@ def test_fork_into_three_and_again(engine: Engine, model: Path, adapter: object)
 def test_resume_cancelled_requests(engine: Engine, model: Path, adapter: object) -> None:
     """Cancelled around boundaries, where with async scheduling a fold may be under way."""
     steps = [FIRST_FOLD - PIN, 173, 174, 175, 176, 190]
-    jobs = [_first(adapter, 30 + step) for step in steps]
+    drawn = {"pte_evict": "random", "pte_evict_seed": 3}
+    jobs = [_first(adapter, 30 + step, **(drawn if step % 2 else {})) for step in steps]
 
     def on_step(at: int, request_ids: list[str]) -> None:
         for step, job, request_id in zip(steps, jobs, request_ids, strict=True):
@@ -146,6 +147,29 @@ def test_another_plan_or_rule_is_another_sequence(
     engine.run(others)
     assert all(other.cached_tokens <= FIRST_FOLD for other in others)
     assert_parity(model, others, WINDOW, min_folds=4)
+    engine.check_idle()
+
+
+def test_random_blocks(engine: Engine, model: Path, adapter: object) -> None:
+    """A continuation draws the same blocks; another seed, or none, finds nothing past a fold."""
+    drawn = {"pte_evict": "random", "pte_evict_seed": 3}
+    first = _first(adapter, 4, **drawn)
+    engine.run([first])
+    later = random_tokens(7, 500, 2)
+    hit = _resumed(first, later)
+    engine.run([hit])
+    assert hit.cached_tokens == 8 * BLOCK
+    changes = {"pte_evict_seed": 4}, {"pte_evict": "oldest", "pte_evict_seed": None}
+    others = [_resumed(first, later, **change) for change in changes]
+    engine.run(others)
+    assert all(other.cached_tokens <= FIRST_FOLD for other in others)
+    others[1].options.pop("pte_evict_seed")
+    _flush(engine)
+    replayed = _resumed(first, later)
+    engine.run([replayed])
+    assert replayed.cached_tokens < FIRST_FOLD
+    assert replayed.tokens == hit.tokens
+    assert_parity(model, [first, hit, replayed, *others], WINDOW, min_folds=3)
     engine.check_idle()
 
 

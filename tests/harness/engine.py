@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ from pte_vllm.method.plan import FoldPlan  # noqa: E402
 from pte_vllm.serve import engine_args  # noqa: E402
 
 BLOCK = 32
+
+
+def drawn(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a plan that say which blocks leave, from options of a request."""
+    return {
+        "evict": options.get("pte_evict", "oldest"),
+        "evict_seed": options.get("pte_evict_seed", 0),
+    }
 
 
 @dataclass
@@ -64,6 +72,7 @@ class Job:
             window_tokens=self.options.get("pte_window", window_tokens),
             evict_ratio=evict_ratio,
             block_size=BLOCK,
+            **drawn(self.options),
         )
 
 

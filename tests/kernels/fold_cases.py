@@ -165,13 +165,13 @@ def check(case: Case, device: str) -> float:
     encoder = make_encoder(case.layers, case.rank, width, device, case.features)
     layout = plain_layout(case.block_size, case.dim, device)
     rotary = case.dim if case.rotary is None else case.rotary
-    first = torch.randint(0, 1000, (case.seqs,)).to(device)
-    rope = rope_table(rotary, 1000 + case.blocks * case.block_size, device)
+    positions = torch.randint(0, 1000, (case.seqs, case.blocks)).to(device)
+    rope = rope_table(rotary, 1000 + case.block_size, device)
     assert unusable(caches, layout, case.rank) is None
     found = evicted_moments(
-        CacheTable.of(caches), encoder, block_ids, first, rope, with_kk=case.with_kk
+        CacheTable.of(caches), encoder, block_ids, positions, rope, with_kk=case.with_kk
     )
-    k_e, v_e = read_evicted(caches, layout, block_ids, first, rope)
+    k_e, v_e = read_evicted(caches, layout, block_ids, positions, rope)
     by_layer = encoder.map(lambda t: t[:, None].double())
     wanted = reference.moments(by_layer, k_e.double(), v_e.double(), with_kk=True)
     assert found.num_tokens == wanted.num_tokens

@@ -60,10 +60,10 @@ def test_blocks_read_back(block_size: int, dim: int, dtype: torch.dtype) -> None
 
 
 def test_rope_is_undone_by_position_and_sequence() -> None:
-    """Two sequences fold two blocks each, from different positions on."""
-    block_size, dim, first = 32, 32, torch.tensor([96, 32])
+    """Two sequences fold two blocks each, that stand in different places; of one, far apart."""
+    block_size, dim, first = 32, 32, torch.tensor([[96, 128], [32, 160]])
     layer = _layer(block_size, dim, torch.float32, heads=2)
-    positions = (first[:, None] + torch.arange(2 * block_size)).flatten()
+    positions = (first[..., None] + torch.arange(block_size)).flatten()
     angle = torch.arange(200)[:, None] / 100 ** (torch.arange(dim // 2) / (dim // 2))
     rope = RopeTable(cos=angle.cos(), sin=angle.sin())
     k, v = torch.randn(2, 4 * block_size, 2, dim)

@@ -50,17 +50,17 @@ def test_moments(
     # Any order of a head's numbers within a block.
     order = torch.randperm(2 * block_size * dim, generator=generator).view(2, block_size, dim)
     layout = BlockLayout(key_index=order[0], value_index=order[1])
-    first = torch.tensor([64, 0, 5])[:sequences]
+    positions = torch.randint(0, 230, (sequences, num_blocks), generator=generator)
     angle = torch.rand(300, max(rotary // 2, 1), generator=generator) * 6
     rope = RopeTable(cos=1.3 * angle.cos(), sin=1.3 * angle.sin()) if rotary else None
     encoder = _encoder(rank, HEADS * dim, "squared" if rank in (24, 64) else "linear")
 
     assert can_fold(caches, rank)
-    k_e, v_e = read_evicted(caches, layout, block_ids, first, rope)
+    k_e, v_e = read_evicted(caches, layout, block_ids, positions, rope)
     for with_kk in (True, False):
         wanted = moments(encoder.map(lambda t: t[:, None]), k_e, v_e, with_kk=with_kk)
         found = moments_cpu(
-            library, caches, layout, block_ids, first, rope, encoder, with_kk=with_kk
+            library, caches, layout, block_ids, positions, rope, encoder, with_kk=with_kk
         )
         assert found.num_tokens == wanted.num_tokens == num_blocks * block_size
         assert _error(found.kv, wanted.kv) < 1e-5
@@ -69,7 +69,7 @@ def test_moments(
             assert _error(found.kk, wanted.kk) < 1e-5
     # Alone or beside others: the same bits.
     alone = moments_cpu(
-        library, caches, layout, block_ids[:1], first[:1], rope, encoder, with_kk=False
+        library, caches, layout, block_ids[:1], positions[:1], rope, encoder, with_kk=False
     )
     assert torch.equal(alone.kv, found.kv[:, :1])
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pte_vllm.method.options import EngineConfig, PTEConfig, RequestOptions
+from pte_vllm.method.options import EngineConfig, PTEConfig
+from pte_vllm.method.requests import RequestOptions
 
 
 def test_adapter_options_survive_json() -> None:
@@ -86,6 +87,9 @@ def test_request_options_of_others_are_left_alone() -> None:
         ({"pte_state_id": 7}, "pte_state_id must be the id"),
         ({"pte_state_id": ""}, "pte_state_id must be the id"),
         ({"pte_update": "mean"}, "pte_update must be one of"),
+        ({"pte_evict": "newest"}, "pte_evict must be one of oldest, random, got 'newest'"),
+        ({"pte_evict_seed": "x"}, "pte_evict_seed must be an integer"),
+        ({"pte_evict_seed": 2**63}, r"pte_evict_seed must lie in \[0, 2\*\*63\)"),
     ],
 )
 def test_bad_request_options_are_named(given: dict[str, Any], message: str) -> None:
@@ -100,6 +104,12 @@ def test_request_plan_takes_the_engines_defaults() -> None:
     own = RequestOptions.parse({"pte_window": 64, "pte_pin_tokens": 0})
     plan = own.plan(engine, num_prompt_tokens=40, block_size=32)
     assert (plan.pin_tokens, plan.window_tokens) == (0, 64)
+    assert (plan.evict, plan.evict_seed) == ("oldest", 0)
+    given = {"pte_evict": "random", "pte_evict_seed": 3}
+    drawn = RequestOptions.parse(given)
+    assert drawn.to_args() == given
+    plan = drawn.plan(engine, num_prompt_tokens=40, block_size=32)
+    assert (plan.evict, plan.evict_seed) == ("random", 3)
     assert engine.plan(pin_tokens=40, block_size=32).first_fold == 320
 
 
@@ -111,5 +121,12 @@ def test_request_plan_refuses_what_does_not_fit() -> None:
         RequestOptions(window_tokens=100).plan(engine, num_prompt_tokens=20, block_size=32)
     with pytest.raises(ValueError, match="40 pinned tokens exceed .*--pte-max-prompt-tokens 30"):
         RequestOptions().plan(engine, num_prompt_tokens=40, block_size=32)
+    for given, message in (
+        ({"pte_evict_seed": 0}, "pte_evict_seed is 0, but nothing is drawn: send pte_evict random"),
+        ({"pte_evict": "oldest", "pte_evict_seed": 5}, "pte_evict_seed is 5, but nothing is drawn"),
+        ({"pte_evict": "random", "pte_window": 0}, "pte_evict random needs a window, and this"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RequestOptions.parse(given).plan(engine, num_prompt_tokens=20, block_size=32)
     unbounded = RequestOptions(window_tokens=0).plan(engine, num_prompt_tokens=40, block_size=32)
     assert not unbounded.bounded

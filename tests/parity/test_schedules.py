@@ -13,6 +13,7 @@ from tests.harness.parity import assert_parity, replayed
 
 WINDOW = 4 * BLOCK
 LENGTH = WINDOW + 8 * BLOCK + 5
+RANDOM = {"pte_evict": "random"}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def engine(model: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def make_jobs(model: Path, adapters: Callable[..., Path]) -> Callable[[], list[Job]]:
-    """Three requests under test: two PTE rules and a window without an adapter."""
+    """Four requests under test: two PTE rules, one of them also with random blocks, and none."""
     paper = lora("paper", adapters(model, rank=8, rule="paper"), 1)
     ridge = lora("ridge", adapters(model, rank=8, rule="ridge"), 2)
 
@@ -34,6 +35,7 @@ def make_jobs(model: Path, adapters: Callable[..., Path]) -> Callable[[], list[J
             Job(random_tokens(45, 500, 1), LENGTH, paper, seed=1),
             Job(random_tokens(70, 500, 2), LENGTH, ridge, seed=2),
             Job(random_tokens(20, 500, 3), LENGTH, seed=3),
+            Job(random_tokens(33, 500, 4), LENGTH, ridge, {**RANDOM, "pte_evict_seed": 8}, seed=4),
         ]
 
     return make
@@ -57,6 +59,8 @@ def test_mixed_with_others(
         options = {"pte_window": window}
         if i % 3 == 0:
             options["pte_pin_tokens"] = len(prompt) // 2
+        if window and i % 2:  # windows of two and of eight blocks, of which two leave
+            options |= {**RANDOM, "pte_evict_seed": i}
         adapter = [None, plain, *(j.adapter for j in make_jobs()[:2])][i % 4]
         others.append(Job(prompt, 60 + 23 * i, adapter, options))
     jobs = make_jobs()
@@ -72,6 +76,7 @@ def test_forced_preemption(engine: Engine, model: Path, make_jobs: Callable[[], 
     preempted = []
 
     def on_step(step: int, request_ids: list[str]) -> None:
+        engine.scheduler.pte_check_integrity()
         if step % 37 == 36:
             for position in (0, -1):
                 if len(engine.scheduler.running) > 1:
@@ -141,7 +146,8 @@ def test_thoughts_in_the_prompt(
     adapter = make_jobs()[1].adapter
     for pin in (10, BLOCK, 100):
         prompt = random_tokens(600, 500, pin)
-        job = Job(prompt, 50, adapter, {"pte_pin_tokens": pin}, prompt_logprobs=True)
+        options = {"pte_pin_tokens": pin, **({} if pin == BLOCK else RANDOM)}
+        job = Job(prompt, 50, adapter, options, prompt_logprobs=True)
         engine.run([job])
         assert_parity(model, [job], WINDOW, min_folds=8)
         expected = replayed(model, Path(adapter.lora_path), prompt, job.plan(WINDOW))
@@ -155,7 +161,9 @@ def test_small_prefill_chunks(model: Path, make_jobs: Callable[[], list[Job]], c
         model, window_tokens=WINDOW, lora_rank=8, max_num_batched_tokens=chunk, max_num_seqs=8
     )
     jobs = make_jobs()
-    jobs.append(Job(random_tokens(400, 500, 4), 60, jobs[0].adapter, {"pte_pin_tokens": 30}))
+    for options in ({}, RANDOM):
+        options = {"pte_pin_tokens": 30, **options}
+        jobs.append(Job(random_tokens(400, 500, 4), 60, jobs[0].adapter, options))
     try:
         engine.run(jobs)
         engine.check_idle()

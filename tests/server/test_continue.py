@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pte_vllm.method.plan import FoldPlan
-from tests.harness.engine import BLOCK
+from tests.harness.engine import BLOCK, drawn
 from tests.harness.parity import TOLERANCE
 from tests.harness.server import IGNORE_EOS, WINDOW, Server
 from tests.server.thinking import PROMPT, complete, finished, replay
@@ -41,6 +41,7 @@ def _continue(
         ("paper", {"pte_window": 2 * BLOCK}),
         ("ridge", {"pte_pin_tokens": 20, "pte_update": "sum"}),
         ("delta", {}),
+        ("delta", {"pte_evict": "random", "pte_evict_seed": 3}),
     ],
 )
 def test_continue_by_id(server: Server, model: str, options: dict) -> None:
@@ -54,6 +55,7 @@ def test_continue_by_id(server: Server, model: str, options: dict) -> None:
         pin_tokens=options.get("pte_pin_tokens", 50),
         window_tokens=options.get("pte_window", WINDOW),
         block_size=BLOCK,
+        **drawn(options),
     )
     choice = continued.choices[0]
     tokens = [*prompt, *choice.token_ids]
@@ -64,7 +66,7 @@ def test_continue_by_id(server: Server, model: str, options: dict) -> None:
     assert thoughts["folds"] == len(thoughts["rho"]) > cached // BLOCK - 6
     assert thoughts["rule"] == options.get("pte_update", model)
     # Under another salt no block is shared: the same by replay.
-    replayed = _continue(server, model, prompt, salt="mine", pte_state_id=first.id)
+    replayed = _continue(server, model, prompt, salt=f"mine{options}", pte_state_id=first.id)
     assert replayed.usage.prompt_tokens_details.cached_tokens == 0
     assert replayed.choices[0].token_ids == choice.token_ids
     assert finished(server, replayed.id)["rho"] == pytest.approx(thoughts["rho"], rel=1e-3)
@@ -104,6 +106,7 @@ def test_what_contradicts_the_earlier_request_is_refused(server: Server) -> None
         ("paper", prompt, {"pte_state_id": first.id, "pte_window": 64}, "ran with 128"),
         ("paper", prompt, {"pte_state_id": first.id, "pte_pin_tokens": 49}, "ran with 50"),
         ("paper", prompt, {"pte_state_id": first.id, "pte_update": "sum"}, "ran with paper"),
+        ("paper", prompt, {"pte_state_id": first.id, "pte_evict": "random"}, "ran with oldest"),
         ("ridge", prompt, {"pte_state_id": first.id}, "ran with paper"),
         ("base", prompt, {"pte_state_id": first.id}, "ran with paper"),
         ("paper", prompt[1:], {"pte_state_id": first.id}, "must begin with the 50 tokens"),

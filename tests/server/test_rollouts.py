@@ -93,9 +93,12 @@ def test_rollouts_agree_with_the_replay(
     assert engine_folds == sorted(len(record.fold_events) for record in records)
 
 
-def test_scores_agree_with_rollouts(server: Server, client: RolloutClient) -> None:
+@pytest.mark.parametrize(
+    "plan", [{"window_tokens": 2 * BLOCK}, {"evict": "random", "evict_seed": 2**53 + 1}], ids=str
+)
+def test_scores_agree_with_rollouts(server: Server, client: RolloutClient, plan: dict) -> None:
     prompts = [random_tokens(30 + 20 * i, 500, i) for i in range(2)]
-    options = {"adapter": "ridge", "window_tokens": 2 * BLOCK}
+    options = {"adapter": "ridge", **plan}
     sampling = {**SAMPLING, "temperature": 1.0}
     sampled = {r.group_id: r for r in client.rollouts(prompts, sampling=sampling, **options)}
     records = [sampled["0"], sampled["1"]]
@@ -103,9 +106,9 @@ def test_scores_agree_with_rollouts(server: Server, client: RolloutClient) -> No
         [r.token_ids for r in records], [len(r.prompt_ids) for r in records], **options
     )
     for record, score in zip(records, scored, strict=True):
-        assert len(score.fold_events) >= 6
+        assert len(score.fold_events) >= 6 and score.plan == record.plan
         for ours, theirs in zip(score.fold_events, record.fold_events, strict=True):
-            assert (ours.at, ours.blocks) == (theirs.at, theirs.blocks)
+            assert (ours.at, ours.blocks, ours.spans) == (theirs.at, theirs.blocks, theirs.spans)
             assert ours.rho == pytest.approx(theirs.rho, rel=1e-3)
         pairs = zip(record.logprobs, score.logprobs, strict=True)
         assert max(abs(a - b) for a, b in pairs) <= 2e-4
@@ -234,6 +237,8 @@ def test_texts_as_prompts(client: RolloutClient) -> None:
         ({"token_ids": [[1, 2]], "window_tokens": 33}, '"window_tokens: window of 33'),
         ({"token_ids": [[1, 2]], "pin_tokens": 3}, '"pin_tokens is 3, beyond'),
         ({"token_ids": [[1, 2]], "update": "sum"}, "needs a PTE adapter"),
+        ({"token_ids": [[1, 2]], "evict_seed": 1}, '"evict_seed is 1, but nothing is drawn'),
+        ({"token_ids": [[1, 2]], "evict": "all"}, '"evict must be one of oldest, random'),
         ({"token_ids": [[1, 99999]]}, "99999"),
         ({"token_ids": [[1]], "sampling": {"max_tokens": 4096}}, "--max-model-len 4096"),
         ({"token_ids": [[1], [2]], "group_id": ["a", "a"]}, "group_id"),

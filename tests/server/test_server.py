@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.harness.engine import BLOCK
+from tests.harness.engine import BLOCK, drawn
 from tests.harness.models import random_tokens
 from tests.harness.server import NUM_BLOCKS, WINDOW, Server
 from tests.server.under_way import TEMPERATURE, check
@@ -48,6 +48,7 @@ def _check(server: Server, model: str, prompt: list[int], response, **options: o
         pin_tokens=options.get("pte_pin_tokens"),
         window_tokens=options.get("pte_window", WINDOW),
         rule=options.get("pte_update"),
+        **drawn(options),
     )
 
 
@@ -59,7 +60,9 @@ def test_parity_over_http(server: Server) -> None:
         {"pte_window": 2 * BLOCK},
         {"pte_window": 0},
         {"pte_pin_tokens": 10},
+        {"pte_pin_tokens": 4, "pte_window": WINDOW + BLOCK},  # attention sinks: one block, no more
         {"pte_update": "sum"},
+        {"pte_evict": "random", "pte_evict_seed": 5},
     ):
         response = _complete(server, "paper", prompt, length, **options)
         _check(server, "paper", prompt, response, **options)
@@ -153,6 +156,10 @@ class TestOpenAIClient:
         ({"pte_window": -32}, "must not be negative"),
         ({"pte_pin_tokens": 51}, "beyond the prompt"),
         ({"pte_update": "median"}, "paper, sum, none, ridge, delta"),
+        ({"pte_evict": "newest"}, "pte_evict must be one of oldest, random"),
+        ({"pte_evict": "random", "pte_window": 0}, "pte_evict random needs a window"),
+        ({"pte_evict_seed": 3}, "pte_evict_seed is 3, but nothing is drawn"),
+        ({"pte_evict": "random", "pte_evict_seed": -1}, "pte_evict_seed must lie in"),
         ({"pte_bogus": 1}, "unknown option"),
     ],
 )

@@ -17,7 +17,7 @@ from safetensors.torch import load
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.server.thought_routes import MAX_LISTENERS
 from pte_vllm.wire.client import RolloutClient
-from tests.harness.engine import BLOCK
+from tests.harness.engine import BLOCK, drawn
 from tests.harness.kinds import KEEP_THOUGHTS
 from tests.harness.server import IGNORE_EOS, WINDOW, Server
 from tests.server.thinking import LENGTH, PROMPT, complete, finished, replay
@@ -49,6 +49,7 @@ def _get(server: Server, path: str) -> httpx.Response:
         ("ridge", {"pte_window": 2 * BLOCK}),
         ("few", {"pte_pin_tokens": 10}),
         ("paper", {"pte_update": "none"}),
+        ("ridge", {"pte_evict": "random", "pte_evict_seed": 4}),
     ],
 )
 def test_thoughts_are_those_of_the_replay(server: Server, model: str, options: dict) -> None:
@@ -58,6 +59,7 @@ def test_thoughts_are_those_of_the_replay(server: Server, model: str, options: d
         pin_tokens=options.get("pte_pin_tokens", 50),
         window_tokens=options.get("pte_window", WINDOW),
         block_size=BLOCK,
+        **drawn(options),
     )
     tokens = [*PROMPT, *response.choices[0].token_ids]
     # The last token is sampled, never computed.
@@ -78,6 +80,11 @@ def test_thoughts_are_those_of_the_replay(server: Server, model: str, options: d
     )
     norms = [entry["norm"] for entry in found["layers"]]
     assert norms == pytest.approx(reference.flatten(1).norm(dim=-1).tolist(), rel=1e-3)
+    events = _follow(iter(_get(server, f"{response.id}/events").text.splitlines()))
+    told = [(e["at"], e.get("spans", [e.get("blocks")])) for kind, e in events if kind == "fold"]
+    assert told == [(fold.at, [list(span) for span in fold.spans]) for fold in expected.folds[0]]
+    for name, value in drawn(options).items():  # said only where blocks are drawn
+        assert found.get(name, value) == value and (name in found) == ("pte_evict" in options)
     print(f"{model} {options}: {len(rho)} folds, rho {rho[0]:.3f} .. {rho[-1]:.3f}")
 
 

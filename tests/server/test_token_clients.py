@@ -238,8 +238,9 @@ def _folds(server: Server, headers: dict[str, str], **body: Any) -> dict[str, An
 def test_options_in_headers(server: Server) -> None:
     """Clients that cannot change the body say there what is pinned, and what the window is."""
     sent = {"X-PTE-Pin-Tokens": "5", "X-PTE-Window": str(2 * BLOCK)}
-    found = _folds(server, sent)
+    found = _folds(server, sent | {"X-PTE-Evict": "random", "X-PTE-Evict-Seed": "7"})
     assert (found["pin_tokens"], found["window_tokens"]) == (5, 2 * BLOCK)
+    assert (found["evict"], found["evict_seed"]) == ("random", 7)
     found = _folds(server, sent, vllm_xargs={"pte_pin_tokens": 7})  # the body goes first
     assert (found["pin_tokens"], found["window_tokens"]) == (7, 2 * BLOCK)
     found = _folds(server, {})

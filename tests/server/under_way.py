@@ -35,12 +35,14 @@ def check(
     window_tokens: int = WINDOW,
     rule: str | None = None,
     start: int = 0,
+    **draws: Any,
 ) -> float:
     """Assert that log-probs of `answer[start:]` are the replay's of one sequence of this plan."""
     plan = FoldPlan(
         pin_tokens=len(prompt) if pin_tokens is None else pin_tokens,
         window_tokens=window_tokens,
         block_size=BLOCK,
+        **draws,
     )
     tokens = [*prompt, *answer]
     expected = replayed(server.model, adapter, tokens, plan, rule=rule, temperature=TEMPERATURE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,16 @@ class FakeServer:
         sampling: Mapping[str, Any] | None = None,
         window_tokens: int | None = None,
         pin_tokens: int | None = None,
+        evict: str | None = None,
+        evict_seed: int | None = None,
         group_ids: Sequence[str] | None = None,
     ) -> Iterator[Rollout]:
         assert adapter is not None and sampling is not None and group_ids is not None
         assert window_tokens is not None
         self.asked.append(tuple(group_ids))
         self.windows.append(window_tokens)
+        draws = {"evict": evict or "oldest", "evict_seed": evict_seed or 0}
+        self._plan = FoldPlan(pin_tokens=0, window_tokens=window_tokens, block_size=BLOCK, **draws)
         if self._forget_after is not None and len(self.pushed) >= self._forget_after:
             self.versions, self._forget_after = {}, None
         name, _, version = adapter.rpartition("@")
@@ -82,9 +87,7 @@ class FakeServer:
             for index in reversed(range(n)):
                 key = f"{sampling['seed']}/{group_id}/{index}"
                 rng = random.Random(hashlib.sha256(key.encode()).hexdigest())
-                plan = FoldPlan(
-                    pin_tokens=len(prompt), window_tokens=window_tokens, block_size=BLOCK
-                )
+                plan = replace(self._plan, pin_tokens=len(prompt))
                 yield self._answer(prompt, plan, group_id, index, rng, int(version), sampling)
 
     def _answer(

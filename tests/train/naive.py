@@ -7,6 +7,7 @@ depend.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -22,20 +23,35 @@ Evicted = tuple[Tensor, Tensor]
 """Keys and values of one fold, each [m, d_kv]."""
 
 
-def walk(num_tokens: int, plan: FoldPlan) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """Token by token: what each one sees `[T, T]`, and folds as (at, first, last) positions."""
-    pinned_end = math.ceil(plan.pin_tokens / plan.block_size) * plan.block_size
-    evict_blocks = max(1, round(plan.evict_ratio * plan.window_tokens / plan.block_size))
-    evict_tokens = evict_blocks * plan.block_size
+def walk(num_tokens: int, plan: FoldPlan) -> tuple[Tensor, list[tuple[int, list[int]]]]:
+    """Token by token: what each one sees `[T, T]`, and at which position each fold takes which."""
+    size = plan.block_size
+    pinned_end = math.ceil(plan.pin_tokens / size) * size
+    evict_blocks = max(1, round(plan.evict_ratio * plan.window_tokens / size))
     visible = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
-    window_start, folds = pinned_end, []
+    window: list[int] = []  # positions, in order
+    folds: list[tuple[int, list[int]]] = []
     for position in range(num_tokens):
-        if plan.window_tokens and position - window_start == plan.window_tokens:
-            folds.append((position, window_start, window_start + evict_tokens))
-            window_start += evict_tokens
+        if plan.window_tokens and len(window) == plan.window_tokens:
+            blocks = [window[i : i + size] for i in range(0, len(window), size)]
+            chosen = range(evict_blocks)
+            if plan.evict == "random":
+                chosen = _draw(plan.evict_seed, len(folds), len(blocks) - 1, evict_blocks)
+            taken = [token for i in chosen for token in blocks[i]]
+            folds.append((position, taken))
+            window = sorted(set(window) - set(taken))
+        if position >= pinned_end:
+            window.append(position)
         visible[position, :pinned_end] = True
-        visible[position, window_start:] = True
+        visible[position, window] = True
     return visible.tril(), folds
+
+
+def _draw(seed: int, fold: int, candidates: int, count: int) -> list[int]:
+    """Which of the older blocks leave: those with the smallest of the numbers that a hash gives."""
+    digest = hashlib.shake_256(b"pte_evict/%d/%d" % (seed, fold)).digest(8 * candidates)
+    numbers = [digest[8 * i : 8 * i + 8] for i in range(candidates)]
+    return sorted(numbers.index(number) for number in sorted(numbers)[:count])
 
 
 def state(encoder: LayerEncoder, pte: PTEConfig, rule: str, folds: list[Evicted]) -> Tensor:
@@ -98,14 +114,14 @@ def log_probs(
     seen: dict[tuple[int, str], Tensor] = {}
     hooks = _hooks(model, adapter, per_token, seen)
     logits = []
-    edges = [0, *(at for at, _, _ in folds), len(ids)]
+    edges = [0, *(at for at, _ in folds), len(ids)]
     for n, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
         for i in adapter.layers:
             if n:
-                _, first, last = folds[n - 1]
-                k, v = (seen[i, side][first:last] for side in "kv")
+                _, taken = folds[n - 1]
+                k, v = (seen[i, side][taken] for side in "kv")
                 if pte.keys == "rotated":
-                    k = _rotate(model, k, first)
+                    k = _rotate(model, k, taken)
                 evicted[i].append((k, v))
             per_token[i][start:] = state(adapter.encoders[i], pte, rule, evicted[i])
         out = model(
@@ -162,12 +178,12 @@ def _hooks(
     return hooks
 
 
-def _rotate(model: Any, k: Tensor, first: int) -> Tensor:
-    """RoPE by complex numbers: `[m, d_kv]` at positions from `first`."""
+def _rotate(model: Any, k: Tensor, positions: list[int]) -> Tensor:
+    """RoPE by complex numbers: `[m, d_kv]` at these positions."""
     rotary = model.model.rotary_emb
     half = len(rotary.inv_freq)
     heads = k.unflatten(1, (-1, 2 * half)).double()
-    angles = torch.arange(first, first + len(k))[:, None] * rotary.inv_freq.double()
+    angles = torch.tensor(positions)[:, None] * rotary.inv_freq.double()
     turn = torch.polar(torch.full_like(angles, rotary.attention_scaling), angles)[:, None]
     turned = torch.complex(heads[..., :half], heads[..., half:]) * turn
     return torch.cat((turned.real, turned.imag), -1).flatten(1).float()

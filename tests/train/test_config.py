@@ -155,6 +155,11 @@ def test_every_option_is_described() -> None:
         (["--plan.window_tokens", "100"], ["--plan.window_tokens", "100", "block size, 16"]),
         (["--plan.window_tokens", "16"], ["--plan.window_tokens", "less than two blocks"]),
         (["--plan.window_tokens", "promt"], ["--plan.window_tokens", "'prompt'", "'promt'"]),
+        (["--plan.evict_seed", "3"], ["--plan.evict: evict seed 3 needs evict random"]),
+        (
+            ["--plan.evict", "random", "--plan.window_tokens", "0"],
+            ["--plan.evict: evict random needs a window"],
+        ),
         (["--adapter.layers", "5-3"], ["--adapter.layers: 5-3 runs backwards"]),
         (["--adapter.target_modules", "[]"], ["--adapter.target_modules", "at least one"]),
         (

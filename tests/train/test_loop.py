@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pte_vllm.train.options.runs import GrpoRun
 from pte_vllm.train.run.checkpoint import Checkpoints, read_state
 from pte_vllm.train.run.log import MetricsLog, read_metrics
 from pte_vllm.train.run.start import learning_rate
+from pte_vllm.wire.rollout import Rollout
 from pte_vllm.wire.transport import ServerError
 from tests.harness.models import random_tokens
 from tests.train.fake_server import FakeServer
@@ -129,6 +130,27 @@ def test_resume_gives_the_same_curve(
         weights(whole / "adapter"), weights(cut / "adapter"), atol=1e-6, rtol=0
     )
     assert not torch.equal(weights(whole / "adapter"), weights(start[1]))
+
+
+def test_random_blocks(start: tuple[Path, Path], tmp_path: Path) -> None:
+    """The server is asked for draws, and the replay follows them: otherwise drift ends the run."""
+    plan = {"window_tokens": 64, "block_size": 16, "evict": "random", "evict_seed": 3}
+    seen = []
+
+    class Drawing(FakeServer):
+        def rollouts(self, *args: Any, **kwargs: Any) -> Iterator[Rollout]:
+            for rollout in super().rollouts(*args, **kwargs):
+                seen.append(rollout)
+                yield rollout
+
+    changes = {"sampling": {"max_tokens": 160}, "optimizer": {"steps": 1, "warmup_steps": 0}}
+    train(
+        options(start, tmp_path, plan=plan, grpo={"max_logprob_drift": 1e-4}, **changes),
+        Drawing(start[0]),
+        stream=stream(),
+    )
+    assert {(r.plan.evict, r.plan.evict_seed) for r in seen} == {("random", 3)}
+    assert sum(len(r.fold_events) for r in seen) >= 6
 
 
 def test_server_that_forgot_gets_the_version_again(

@@ -16,7 +16,7 @@ def reach(window_tokens: int, position: int, layers: int) -> int:
     """Tokens from `position` back to the oldest thought that so many layers can pass on to it."""
     plan, oldest = plan_of(window_tokens), position
     for _ in range(layers):
-        folded_end = plan.gap(oldest)[1] * plan.block_size
+        folded_end = (plan.pinned_blocks + plan.folded_blocks(oldest)) * plan.block_size
         oldest = folded_end if plan.folded_blocks(oldest) else plan.pin_tokens
     return position - oldest
 

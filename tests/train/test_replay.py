@@ -142,6 +142,40 @@ def test_named_options(options: dict[str, Any], tiny: Tiny, adapters: Adapters) 
     assert_matches_naive(path, adapter, plan(), options.get("rule", "paper"))
 
 
+@pytest.mark.parametrize(
+    ("pin_tokens", "window_blocks", "evict_ratio", "options"),
+    [
+        (PROMPT, 4, 0.25, {"rule": "ridge", "features": "squared"}),
+        (0, 6, 0.4, {"rule": "delta"}),
+        (30, 5, 0.4, {"keys": "rotated"}),
+    ],
+)
+def test_random_blocks(
+    pin_tokens: int,
+    window_blocks: int,
+    evict_ratio: float,
+    options: dict[str, Any],
+    tiny: Tiny,
+    adapters: Adapters,
+) -> None:
+    """What is drawn leaves the cache and goes into S: with the oldest both would be others."""
+    path = tiny("llama")
+    adapter = Adapter.load(adapters(path, **options))
+    oldest = plan(pin_tokens, window_blocks, evict_ratio)
+    drawn = replace(oldest, evict="random", evict_seed=5)
+    rule = options.get("rule", "paper")
+    assert_matches_naive(path, adapter, drawn, rule)
+    ids = random_tokens(LENGTH, seed=5)
+    with Replay(load(path), adapter) as replay:
+        plans = oldest, drawn, replace(drawn, evict_seed=6)
+        found = [replay.log_probs(ids, p) for p in plans]
+    assert len({len(one.folds) for one in found}) == 1
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            assert (one.logprobs - other.logprobs)[oldest.first_fold :].abs().mean() > 0.02
+            assert (one.states - other.states).norm() > 0.01 * other.states.norm()
+
+
 @pytest.mark.parametrize("pin_tokens", [0, 1, 16, 30, PROMPT, 48])
 @pytest.mark.parametrize(("window_blocks", "evict_ratio"), [(2, 0.25), (5, 0.6)])
 def test_pins_and_windows(
@@ -185,7 +219,7 @@ def test_chunks_and_attention_do_not_matter(
     torch.testing.assert_close(cut.logprobs, whole.logprobs, atol=1e-4, rtol=0)
     torch.testing.assert_close(cut.states, whole.states, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(cut.logits, whole.logits, atol=2e-4, rtol=0)
-    assert [f.blocks for f in cut.folds] == [f.blocks for f in whole.folds]
+    assert [f.spans for f in cut.folds] == [f.spans for f in whole.folds]
 
 
 def test_plain_lora_is_merged_weights(tiny: Tiny, adapters: Adapters) -> None:
@@ -217,10 +251,10 @@ def test_folds_are_reported_and_none_at_the_end(tiny: Tiny, adapters: Adapters) 
         results = {n: replay.log_probs(ids[:n], plan()) for n in (1, first, first + 1, 160)}
     assert [len(r.folds) for r in results.values()] == [0, 0, 1, 3]
     assert [r.logprobs.shape[0] for r in results.values()] == [0, first - 1, first, 159]
-    assert [(f.at, f.blocks) for f in results[160].folds] == [
-        (112, (3, 4)),
-        (128, (4, 5)),
-        (144, (5, 6)),
+    assert [(f.at, f.spans) for f in results[160].folds] == [
+        (112, ((3, 4),)),
+        (128, ((4, 5),)),
+        (144, ((5, 6),)),
     ]
     assert all(f.rho.shape == (3,) and (f.rho > 0.2).all() for f in results[160].folds)
     for n, result in results.items():  # later tokens change nothing before them

@@ -211,6 +211,24 @@ def test_mismatched_records_raise(
     assert len(script.bodies) == 1
 
 
+def test_draws_are_those_asked_for(script: Script, client: RolloutClient) -> None:
+    """A server of an earlier version would refuse the fields: only who draws sends them."""
+    drawn = {**record(PROMPTS[0], "0", 0)["plan"], "evict": "random", "evict_seed": 4}
+    right, wrong = (
+        json.dumps({**record(PROMPTS[0], "0", 0), "plan": plan}).encode() + b"\n"
+        for plan in (drawn, drawn | {"evict_seed": 5})
+    )
+    script.steps = [answer(0, then=line) for line in (right, wrong, right)]
+    asked = {"evict": "random", "evict_seed": 4}
+    (found,) = client.rollouts([PROMPTS[0]], **asked)
+    assert (found.plan.evict, found.plan.evict_seed) == ("random", 4)
+    for options in (asked, {}):
+        with pytest.raises(RolloutMismatch, match="plan is"):
+            list(client.rollouts([PROMPTS[0]], **options))
+    sent = [{name: body[name] for name in asked if name in body} for body in script.bodies]
+    assert sent == [asked, asked, {}]
+
+
 def test_the_rule_is_the_one_asked_for(script: Script, client: RolloutClient) -> None:
     def line(rule: str | None) -> bytes:
         return json.dumps({**record(PROMPTS[0], "0", 0), "rule": rule}).encode() + b"\n"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from pte_vllm.method.blocks import HeldBlocks
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.wire.folds import FoldEvent, fold_events, num_folds, rho_of_folds
 from pte_vllm.wire.rollout import Rollout, WeightSpan
@@ -209,3 +211,29 @@ def test_missing_and_broken_json() -> None:
         Rollout.from_json('{"prompt_ids": [1, ')
     with pytest.raises(ValueError, match="record: .* should be an object"):
         Rollout.from_json("[]")
+
+
+def test_drawn_blocks_are_named_and_others_are_as_before() -> None:
+    """Without draws a line has no word of them: programs of earlier versions read it."""
+    plain = _rollout().to_json()
+    assert list(plain["plan"]) == ["pin_tokens", "window_tokens", "evict_ratio", "block_size"]
+    assert [list(event) for event in plain["fold_events"]] == [["at", "blocks", "rho"]] * 5
+    drawn = replace(PLAN, evict="random", evict_seed=2**40 + 1)
+    record = _rollout(plan=drawn, rho=(0.5,) * 5)
+    assert Rollout.from_json(record.to_line()) == record
+    line = record.to_json()
+    assert line["plan"] == plain["plan"] | {"evict": "random", "evict_seed": 2**40 + 1}
+    assert [list(event) for event in line["fold_events"]] == [["at", "spans", "rho"]] * 5
+    assert [e["at"] for e in line["fold_events"]] == [e["at"] for e in plain["fold_events"]]
+    held = HeldBlocks(drawn)
+    spans = [[list(span) for span in held.fold_to(fold)] for fold in range(1, 6)]
+    assert [event["spans"] for event in line["fold_events"]] == spans
+    for change in (
+        {"fold_events": plain["fold_events"]},
+        {"plan": line["plan"] | {"evict_seed": 3}},
+        {"plan": plain["plan"]},
+        {"plan": line["plan"] | {"evict": "newest"}},
+        {"plan": plain["plan"] | {"evict_seed": 3}},
+    ):
+        with pytest.raises(ValueError, match="fold_events are not those of the plan|plan"):
+            Rollout.from_json({**line, **change})

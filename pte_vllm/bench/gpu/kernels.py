@@ -54,17 +54,18 @@ def _fold(
     layout = BlockLayout(key_index=cells[:, :dim], value_index=cells[:, dim:])
     encoder = _encoder(layers, heads * dim, device)
     block_ids = torch.randperm(pool, device=device).view(num_seqs, blocks)
-    first = torch.randint(0, 4096, (num_seqs,), device=device)
+    steps = torch.arange(blocks, device=device) * _BLOCK
+    positions = torch.randint(0, 4096, (num_seqs, 1), device=device) + steps
     frequencies = 1e6 ** -(torch.arange(dim // 2, device=device) / (dim // 2))
     angles = torch.arange(8192, device=device)[:, None] * frequencies
     rope = RopeTable(cos=angles.cos(), sin=angles.sin())
     table, by_layer = CacheTable.of(caches), encoder.map(lambda t: t[:, None])
 
     def kernel() -> Tensor:
-        return evicted_moments(table, encoder, block_ids, first, rope, with_kk=True).kv
+        return evicted_moments(table, encoder, block_ids, positions, rope, with_kk=True).kv
 
     def plain() -> Tensor:
-        k_e, v_e = read_evicted(caches, layout, block_ids, first, rope)
+        k_e, v_e = read_evicted(caches, layout, block_ids, positions, rope)
         return reference.moments(by_layer, k_e, v_e, with_kk=True).kv
 
     copied = 2 * 4 * layers * pool * _BLOCK * heads * dim

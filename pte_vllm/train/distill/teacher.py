@@ -171,5 +171,5 @@ def unbounded(batch: AlignedBatch) -> AlignedBatch:
         left=torch.zeros_like(batch.left),
         lengths=batch.lengths,
         wanted=batch.by_token(batch.wanted).bool(),
-        plan=replace(batch.plan, window_tokens=0),
+        plan=replace(batch.plan, window_tokens=0, evict="oldest", evict_seed=0),
     )

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from pte_vllm.adapter.format import Adapter
+from pte_vllm.method.names import Evict
 from pte_vllm.train.data.questions import Problem, QuestionStream, prompt_ids
 from pte_vllm.train.grpo.loss import (
     ScoredRollout,
@@ -51,6 +52,8 @@ class RolloutSource(Protocol):
         sampling: Mapping[str, Any] | None = ...,
         window_tokens: int | None = ...,
         pin_tokens: int | None = ...,
+        evict: Evict | None = ...,
+        evict_seed: int | None = ...,
         group_ids: Sequence[str] | None = ...,
     ) -> Iterator[Rollout]: ...
 
@@ -226,7 +229,8 @@ class Sampler:
         self, problems: Mapping[str, Problem], label: str, window_tokens: int
     ) -> Iterator[tuple[str, list[Rollout]]]:
         """Yield groups as they are complete, with their rollouts in order."""
-        sampling, size = self._run.sampling, self._run.sampling.group_size
+        sampling, size, plan = self._run.sampling, self._run.sampling.group_size, self._run.plan
+        drawn = plan.evict != "oldest"
 
         def pinned(item: tuple[str, Problem]) -> int:
             return -1 if item[1].pin_tokens is None else item[1].pin_tokens
@@ -245,6 +249,8 @@ class Sampler:
                 },
                 window_tokens=window_tokens,
                 pin_tokens=None if pin_tokens < 0 else pin_tokens,
+                evict=plan.evict if drawn else None,
+                evict_seed=plan.evict_seed if drawn else None,
                 group_ids=list(chosen),
             ):
                 members = arrived.setdefault(rollout.group_id, [])

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pte_vllm.adapter.defaults import OPTIONS, NewAdapter
+from pte_vllm.method.names import Evict
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.options.parsing import Options
@@ -95,13 +96,18 @@ class PlanOptions(Options):
     """Part of a full window that is folded at once."""
     block_size: Count = 16
     """Tokens in one block of the KV cache; must be the server's."""
+    evict: Evict = "oldest"
+    """Which blocks of a full window are folded: the oldest, or random ones, as a control."""
+    evict_seed: CountOrZero = 0
+    """What random blocks are drawn by; the same blocks of all sequences. Only with evict random."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
             self.fold_plan(pin_tokens=0)
         except ValueError as error:
-            raise ValueError(f"--plan.window_tokens: {error}") from error
+            name = "evict" if str(error).startswith("evict") else "window_tokens"
+            raise ValueError(f"--plan.{name}: {error}") from error
         return self
 
     def window_for(self, longest_prompt: int) -> int:
@@ -123,6 +129,8 @@ class PlanOptions(Options):
             window_tokens=self.window_for(longest_prompt=0),
             evict_ratio=self.evict_ratio,
             block_size=self.block_size,
+            evict=self.evict,
+            evict_seed=self.evict_seed,
         )
 
 

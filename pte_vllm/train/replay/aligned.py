@@ -8,7 +8,7 @@ token t of sequence b stands in column `left[b] + t`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,16 +48,14 @@ class AlignedBatch:
             raise ValueError(f"{len(sequences)} sequences and {len(plans)} plans")
         if any(not tokens for tokens in sequences):
             raise ValueError("a sequence is empty")
-        if len({(p.window_tokens, p.evict_ratio, p.block_size) for p in plans}) > 1:
-            raise ValueError("plans of one batch must share window, evict ratio and block size")
+        if len({replace(p, pin_tokens=0) for p in plans}) > 1:
+            raise ValueError(
+                "plans of one batch must share window, evict ratio, block size, evict and its seed"
+            )
         first = plans[0]
         pinned_blocks = max(p.pinned_blocks for p in plans)
-        plan = FoldPlan(
-            pin_tokens=pinned_blocks * first.block_size,
-            window_tokens=first.window_tokens,
-            evict_ratio=first.evict_ratio,
-            block_size=first.block_size,
-        )
+        # What is drawn is counted from the end of the pinned blocks, so it is the same columns.
+        plan = replace(first, pin_tokens=pinned_blocks * first.block_size)
         if first.bounded:
             left = [(pinned_blocks - p.pinned_blocks) * first.block_size for p in plans]
         else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pte_vllm.method.blocks import Spans
 from pte_vllm.train.replay.window_cache import WindowCache
 
 
@@ -37,8 +38,8 @@ class Fold:
 
     at: int
     """Position of the first token that is computed after the fold."""
-    blocks: tuple[int, int]
-    """The logical blocks that were folded, as a half-open interval."""
+    spans: Spans
+    """The logical blocks that were folded, as half-open intervals."""
     rho: Tensor  # [L] ‖ΔS‖ / ‖S‖ of each layer with an encoder
 
 

@@ -1,8 +1,8 @@
 """The replay: log-probs of given tokens under a plan, in plain transformers, and their gradients.
 
 It does not know vLLM, and everything else is measured by it. Sequences are cut at the plan's
-boundaries; at each of them the oldest blocks of the window are folded into the thought states
-(`method.reference`) and dropped from the KV cache.
+boundaries; at each of them the blocks of the window that the plan names are folded into the thought
+states (`method.reference`) and dropped from the KV cache.
 
 Two ways to back-propagate a loss that adds up over tokens:
 
@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pte_vllm.method.blocks import HeldBlocks, Spans, runs
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.models.rope_check import undo_rope
 from pte_vllm.train.replay.aligned import AlignedBatch
@@ -51,7 +52,12 @@ class _Run:
     memory: ThoughtStates | None
     cache: WindowCache = field(default_factory=WindowCache)
     chain: FoldChain = field(default_factory=FoldChain)
+    held: HeldBlocks = field(init=False)
+    """The blocks in the cache, counted in columns."""
     total: Tensor | None = None  # of the losses: with a graph in mode full
+
+    def __post_init__(self) -> None:
+        self.held = HeldBlocks(self.batch.plan)
 
 
 def replay(
@@ -133,21 +139,18 @@ def _replay(run: _Run, chunk_tokens: int | None, known: int) -> ReplayResult:
     columns = torch.zeros(batch.ids.shape, device=batch.ids.device)
     folds: list[list[Fold]] = [[] for _ in range(len(batch.ids))]
     final = run.memory.states.detach() if run.memory is not None else None
-    folded = 0
     for start, end in plan.segments(batch.ids.shape[1]):
         if start < known:
             continue
-        due = plan.folded_blocks(start)
-        if due > folded:
-            rho = _fold(run, folded, due)
+        if plan.folds(start) > run.held.folds:
+            spans, rho = _fold(run)
             going_on = batch.left + batch.lengths > start
             for b in going_on.nonzero()[:, 0].tolist():
-                folds[b].append(_record(batch, b, start, folded, due, rho[:, b]))
+                folds[b].append(_record(batch, b, start, spans, rho[:, b]))
             if run.memory is not None and final is not None:
                 final = torch.where(going_on[:, None, None], run.memory.states.detach(), final)
-            folded = due
         for first, last in _chunks(start, end, chunk_tokens):
-            _segment(run, columns, first, last, folded * plan.block_size)
+            _segment(run, columns, first, last)
     if run.backward == "full" and run.total is not None:
         run.total.backward()
     run.chain.backward()
@@ -159,7 +162,7 @@ def _replay(run: _Run, chunk_tokens: int | None, known: int) -> ReplayResult:
     )
 
 
-def _segment(run: _Run, logprobs: Tensor, start: int, end: int, folded_tokens: int) -> None:
+def _segment(run: _Run, logprobs: Tensor, start: int, end: int) -> None:
     """Run columns `[start, end)` and score the tokens after each, `[start + 1, end + 1)`."""
     batch, model = run.batch, run.model
     wanted = batch.wanted[:, start + 1 : end + 1]
@@ -171,7 +174,7 @@ def _segment(run: _Run, logprobs: Tensor, start: int, end: int, folded_tokens: i
         if run.memory is not None:
             states = run.memory.states
             model.states = run.chain.cut(states) if run.backward == "segments" else states
-        hidden = _forward(run, start, end, folded_tokens)  # [B, n, d]
+        hidden = _forward(run, start, end)  # [B, n, d]
         if scored:
             targets = start + 1 + offsets
             picked = hidden[rows, offsets]  # [N, d]
@@ -180,7 +183,7 @@ def _segment(run: _Run, logprobs: Tensor, start: int, end: int, folded_tokens: i
     run.cache.commit(detach=run.backward != "full")
 
 
-def _forward(run: _Run, start: int, end: int, folded_tokens: int) -> Tensor:
+def _forward(run: _Run, start: int, end: int) -> Tensor:
     """Compute the last hidden states `[B, n, d]` of columns `[start, end)`.
 
     A token sees what the cache holds of its own sequence.
@@ -188,14 +191,9 @@ def _forward(run: _Run, start: int, end: int, folded_tokens: int) -> Tensor:
     batch, base = run.batch, run.model.base
     device = batch.ids.device
     columns = torch.arange(start, end, device=device)
-    pinned = batch.plan.pin_tokens if folded_tokens else start
-    held = torch.cat(
-        (
-            torch.arange(min(pinned, start), device=device),
-            torch.arange(min(pinned, start) + folded_tokens, start, device=device),
-            columns,
-        )
-    )
+    size = batch.plan.block_size
+    past = ((first * size, min(end * size, start)) for first, end in run.held.spans)
+    held = torch.cat([*(torch.arange(*span, device=device) for span in past), columns])
     causal = held[None] <= columns[:, None]  # [n, t]
     own = held[None] >= batch.left[:, None]  # [B, t] padding belongs to nobody
     itself = held[None] == columns[:, None]  # but sees itself, so that no softmax is empty
@@ -242,20 +240,26 @@ def _score(run: _Run, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _fold(run: _Run, folded: int, due: int) -> Tensor:
-    """Fold the oldest blocks of thoughts, `[folded, due)`, and drop them; returns ρ `[L, B]`."""
+def _fold(run: _Run) -> tuple[Spans, Tensor]:
+    """Fold once and drop what leaves; returns its blocks, in columns, and ρ `[L, B]`."""
     batch, plan = run.batch, run.batch.plan
-    m = (due - folded) * plan.block_size
-    evicted = run.cache.evict(plan.pin_tokens, m, run.model.layers)
+    # What the cache holds are the pinned tokens and those of the full window, in order.
+    places = runs(plan.pinned_blocks + i for i in plan.leaving(run.held.folds))
+    spans = run.held.fold_to(run.held.folds + 1)
+    evicted = run.cache.evict(_tokens(places, plan.block_size), run.model.layers)
     if evicted is None or run.memory is None:
-        return torch.zeros(0, len(batch.ids))
-    first = plan.pin_tokens + folded * plan.block_size
+        return spans, torch.zeros(0, len(batch.ids))
+    columns = [torch.arange(*span) for span in _tokens(spans, plan.block_size)]
 
     def encoded(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(first, first + m, device=k.device)[None] - batch.left[:, None]
+        positions = torch.cat(columns).to(k.device)[None] - batch.left[:, None]
         return _as_encoded(run.model, k, positions), v.float().flatten(-2)
 
-    return run.memory.fold(*evicted, encoded)  # [L, B, m, H, D] each
+    return spans, run.memory.fold(*evicted, encoded)  # [L, B, m, H, D] each
+
+
+def _tokens(spans: Spans, block_size: int) -> Spans:
+    return tuple((first * block_size, end * block_size) for first, end in spans)
 
 
 def _as_encoded(model: PTEModel, k: Tensor, positions: Tensor) -> Tensor:
@@ -266,11 +270,12 @@ def _as_encoded(model: PTEModel, k: Tensor, positions: Tensor) -> Tensor:
     return undo_rope(model.base, k, positions).flatten(-2)
 
 
-def _record(batch: AlignedBatch, b: int, start: int, folded: int, due: int, rho: Tensor) -> Fold:
+def _record(batch: AlignedBatch, b: int, start: int, spans: Spans, rho: Tensor) -> Fold:
     """Say what a fold before column `start` was for sequence `b`, in its own positions."""
     shift = int(batch.left[b])
-    first = batch.plan.pinned_blocks - shift // batch.plan.block_size
-    return Fold(at=start - shift, blocks=(first + folded, first + due), rho=rho)
+    blocks = shift // batch.plan.block_size
+    own = tuple((first - blocks, end - blocks) for first, end in spans)
+    return Fold(at=start - shift, spans=own, rho=rho)
 
 
 def _chunks(start: int, end: int, size: int | None) -> Iterator[tuple[int, int]]:

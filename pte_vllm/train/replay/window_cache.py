@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from pte_vllm.method.blocks import Spans, without
+
 
 class WindowLayer(DynamicLayer):
     """One decoder layer's keys (after RoPE) and values, `[B, H, t, D]` (upstream: DynamicLayer)."""
@@ -59,18 +61,24 @@ class WindowCache(Cache):
             layer.past = (keys.detach(), values.detach()) if detach else (keys, values)
             layer.keys, layer.values = layer.past
 
-    def evict(self, begin: int, m: int, layers: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-        """Drop tokens `[begin, begin + m)` from every layer.
+    def evict(self, spans: Spans, layers: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """Drop tokens from every layer.
+
+        Args:
+            spans: which of the committed tokens, as half-open ranges in order; m in all.
+            layers: whose keys and values are asked for.
 
         Returns:
             Their keys and values in `layers`, each `[L, B, m, H, D]`; None without layers.
         """
         taken = {}
+        kept = without(((0, self.num_tokens),), spans)
         for i, layer in enumerate(self.layers):
             assert layer.past is not None
             if i in layers:
-                taken[i] = tuple(t[:, :, begin : begin + m].transpose(1, 2) for t in layer.past)
-            k, v = (torch.cat((t[:, :, :begin], t[:, :, begin + m :]), 2) for t in layer.past)
+                taken[i] = tuple(_joined(_parts(t, spans)).transpose(1, 2) for t in layer.past)
+            # Copied in any case: a view would keep what is dropped in memory.
+            k, v = (torch.cat([t[:, :, :0], *_parts(t, kept)], 2) for t in layer.past)
             layer.past = (k, v)
             layer.keys, layer.values = k, v
         if not layers:
@@ -99,3 +107,12 @@ class WindowCache(Cache):
             copy.update(*moved, i)
         copy.commit(detach=True)
         return copy
+
+
+def _parts(tensor: Tensor, spans: Spans) -> list[Tensor]:
+    """Return the tokens of each span of `[B, H, t, D]`."""
+    return [tensor[:, :, first:end] for first, end in spans]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

@@ -1,0 +1,133 @@
+"""Which blocks a sequence holds after each of its folds: the folds of a plan, added up.
+
+Cache manager, attention, folding and replay read the blocks from here as lists of spans, whatever
+the plan evicts. A span is a half-open range of logical blocks; block i holds the tokens
+`[i * block_size, (i + 1) * block_size)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pte_vllm.method.plan import UNBOUNDED, FoldPlan
+
+Span = tuple[int, int]
+Spans = tuple[Span, ...]
+"""Half-open ranges in ascending order. None is empty, and no two touch."""
+
+_ALL: Spans = ((0, UNBOUNDED),)
+
+
+class HeldBlocks:
+    """The blocks that one sequence holds, carried along from fold to fold.
+
+    It keeps what is held after one fold, not a history: its memory is O(window), and so is the
+    time that a fold takes. With `oldest` both are constant.
+
+    Args:
+        plan: How the sequence folds.
+        folds: After how many folds to begin. A random plan draws all of them one after another.
+    """
+
+    def __init__(self, plan: FoldPlan, folds: int = 0) -> None:
+        self._plan = plan
+        self.folds = 0
+        """How many folds lie behind."""
+        self.spans: Spans = _ALL
+        """The blocks that are held; the last span has no end, as the sequence grows into it."""
+        self.cuts: Spans = ()
+        """A pair for each gap: the blocks held before it, and all blocks left out up to its end.
+        The block in place p of the held ones is p plus the latter of the last gap at or before p.
+        """
+        self.fold_to(folds)
+
+    def fold_to(self, folds: int) -> Spans:
+        """Go to another fold, and return what leaves on the way there, fold by fold.
+
+        A sequence that starts over goes back; what leaves then counts from its start.
+        """
+        if folds == self.folds:
+            return ()
+        if folds < self.folds:
+            self.folds, self.spans = 0, _ALL
+        evicted: Spans = ()
+        if self._plan.evict == "oldest":
+            first, step = self._plan.pinned_blocks, self._plan.evict_blocks
+            if folds:
+                evicted = ((first + self.folds * step, first + folds * step),)
+                self.spans = without(self.spans, evicted)
+        else:
+            for fold in range(self.folds, folds):
+                drawn = self._drawn(fold)
+                self.spans = without(self.spans, drawn)
+                evicted += drawn
+        self.folds = folds
+        self.cuts = _cuts(self.spans)
+        return evicted
+
+    def _drawn(self, fold: int) -> Spans:
+        plan = self._plan
+        begin = plan.pinned_blocks
+        boundary = begin + plan.window_blocks + fold * plan.evict_blocks
+        window = blocks_of((max(first, begin), min(end, boundary)) for first, end in self.spans)
+        return runs(window[i] for i in plan.leaving(fold))
+
+    def count(self, blocks: int) -> int:
+        """Return how many of the first `blocks` blocks of the sequence are held."""
+        left_out = self._plan.evict_blocks * self.folds
+        if not left_out or blocks >= self.spans[-1][0]:
+            return blocks - left_out
+        return sum(max(0, min(end, blocks) - first) for first, end in self.spans)
+
+
+def held_spans(plan: FoldPlan, pos: int) -> Spans:
+    """Return the blocks that the token at `pos` attends to, its own included.
+
+    All folds of a random plan up to `pos` are drawn for it; `HeldBlocks` goes on from the last.
+    """
+    *before, (first, _) = HeldBlocks(plan, plan.folds(pos)).spans
+    return (*before, (first, pos // plan.block_size + 1))
+
+
+def blocks_of(spans: Iterable[Span]) -> list[int]:
+    """Return the blocks of the spans one by one, in their order."""
+    return [block for first, end in spans for block in range(first, end)]
+
+
+def runs(blocks: Iterable[int]) -> Spans:
+    """Return ascending blocks as spans."""
+    found: list[Span] = []
+    for block in blocks:
+        if found and found[-1][1] == block:
+            found[-1] = found[-1][0], block + 1
+        else:
+            found.append((block, block + 1))
+    return tuple(found)
+
+
+def without(spans: Spans, evicted: Spans) -> Spans:
+    """Return what stays of `spans` when `evicted`, which lies within them, leaves."""
+    kept: list[Span] = []
+    rest = iter((*evicted, (UNBOUNDED, UNBOUNDED)))
+    first_out, end_out = next(rest)
+    for begin, end in spans:
+        first = begin
+        while end_out <= end and first_out < end:
+            if first < first_out:
+                kept.append((first, first_out))
+            first = end_out
+            first_out, end_out = next(rest)
+        if first < end:
+            kept.append((first, end))
+    return tuple(kept)
+
+
+def _cuts(spans: Sequence[Span]) -> Spans:
+    held = left_out = 0
+    cuts: list[Span] = []
+    for first, end in spans:
+        if first > held + left_out:
+            left_out = first - held
+            cuts.append((held, left_out))
+        held += end - first
+    return tuple(cuts)

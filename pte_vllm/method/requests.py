@@ -1,0 +1,160 @@
+"""Options of one request, and the plan that follows from them and from the engine's defaults.
+
+Standard library only, as `options.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pte_vllm.method.names import EVICTS, RULE_NAMES, Evict
+from pte_vllm.method.options import EngineConfig, as_int, check_choice
+from pte_vllm.method.plan import FoldPlan
+
+REQUEST_OPTIONS = (
+    "pte_window",
+    "pte_pin_tokens",
+    "pte_update",
+    "pte_evict",
+    "pte_evict_seed",
+    "pte_state_id",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """The options of one request, sent in `vllm_xargs` (`SamplingParams.extra_args`)."""
+
+    window_tokens: int | None = None
+    """`pte_window` sets it; None is the engine's window, 0 is unbounded."""
+    pin_tokens: int | None = None
+    """`pte_pin_tokens` sets it; None is the engine's default, which is the whole prompt."""
+    rule: str | None = None
+    """`pte_update` sets it; None is the adapter's rule."""
+    evict: Evict | None = None
+    """`pte_evict` sets it; None is `oldest`."""
+    evict_seed: int | None = None
+    """`pte_evict_seed` sets it; None is 0."""
+    state_id: str | None = None
+    """`pte_state_id` names an earlier request to continue; the API server resolves it."""
+
+    @classmethod
+    def parse(cls, extra_args: Mapping[str, Any] | None) -> RequestOptions:
+        """Read the options of a request.
+
+        Raises:
+            ValueError: On an unknown option that starts with `pte_`, or a value of the wrong kind.
+        """
+        given = {k: v for k, v in (extra_args or {}).items() if k.startswith("pte_")}
+        unknown = sorted(set(given) - set(REQUEST_OPTIONS))
+        if unknown:
+            raise ValueError(
+                f"unknown option {unknown[0]!r}; PTE options are {', '.join(REQUEST_OPTIONS)}"
+            )
+        options: dict[str, Any] = {}
+        if given.get("pte_window") is not None:
+            options["window_tokens"] = as_int("pte_window", given["pte_window"])
+            if options["window_tokens"] < 0:
+                raise ValueError(f"pte_window must not be negative, got {given['pte_window']}")
+        if given.get("pte_pin_tokens") is not None:
+            options["pin_tokens"] = as_int("pte_pin_tokens", given["pte_pin_tokens"])
+            if options["pin_tokens"] < 0:
+                raise ValueError(
+                    f"pte_pin_tokens must not be negative, got {given['pte_pin_tokens']}"
+                )
+        if given.get("pte_update") is not None:
+            check_choice("pte_update", given["pte_update"], RULE_NAMES)
+            options["rule"] = given["pte_update"]
+        if given.get("pte_evict") is not None:
+            check_choice("pte_evict", given["pte_evict"], EVICTS)
+            options["evict"] = given["pte_evict"]
+        if given.get("pte_evict_seed") is not None:
+            seed = options["evict_seed"] = as_int("pte_evict_seed", given["pte_evict_seed"])
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"pte_evict_seed must lie in [0, 2**63), got {seed}")
+        if given.get("pte_state_id") is not None:
+            state_id = given["pte_state_id"]
+            if not isinstance(state_id, str) or not 0 < len(state_id) <= 512:
+                raise ValueError(f"pte_state_id must be the id of a response, got {state_id!r:.99}")
+            options["state_id"] = state_id
+        return cls(**options)
+
+    @classmethod
+    def of(cls, params: Any) -> RequestOptions:
+        """Read the options of a request from its SamplingParams; None (pooling) is unbounded."""
+        return cls(window_tokens=0) if params is None else cls.parse(params.extra_args)
+
+    def to_args(self) -> dict[str, Any]:
+        """Return the options in the form that `parse` reads, without `pte_state_id`."""
+        given = {
+            "pte_window": self.window_tokens,
+            "pte_pin_tokens": self.pin_tokens,
+            "pte_update": self.rule,
+            "pte_evict": self.evict,
+            "pte_evict_seed": self.evict_seed,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    def plan(self, engine: EngineConfig, *, num_prompt_tokens: int, block_size: int) -> FoldPlan:
+        """Return the plan of a request with these options.
+
+        Args:
+            engine: The engine's defaults and bounds.
+            num_prompt_tokens: The number of tokens of its prompt.
+            block_size: The number of tokens in a block of the KV cache.
+
+        Raises:
+            ValueError: If the pinned part exceeds the prompt or the engine's bound, the window does
+                not fit the block size, or blocks are to be drawn where that has no meaning.
+        """
+        # The engine's number holds for prompts of any length, so that a sequence has the same plan
+        # whatever part of it comes as a prompt.
+        default = num_prompt_tokens if engine.pin_tokens is None else engine.pin_tokens
+        pin_tokens = default if self.pin_tokens is None else self.pin_tokens
+        if pin_tokens > max(num_prompt_tokens, engine.pin_tokens or 0):
+            raise ValueError(
+                f"pte_pin_tokens is {pin_tokens}, beyond the prompt of {num_prompt_tokens} tokens"
+            )
+        window_tokens = engine.window_tokens if self.window_tokens is None else self.window_tokens
+        if self.evict_seed is not None and self.evict != "random":
+            raise ValueError(
+                f"pte_evict_seed is {self.evict_seed}, but nothing is drawn: send pte_evict random "
+                "too, or leave it out"
+            )
+        if self.evict == "random" and not window_tokens:
+            raise ValueError(
+                "pte_evict random needs a window, and this request has full attention: send a "
+                "pte_window, or leave pte_evict out"
+            )
+        try:
+            plan = FoldPlan(
+                pin_tokens=pin_tokens,
+                window_tokens=window_tokens,
+                evict_ratio=engine.evict_ratio,
+                block_size=block_size,
+                evict=self.evict or "oldest",
+                evict_seed=self.evict_seed or 0,
+            )
+        except ValueError as error:
+            raise ValueError(f"pte_window: {error}") from error
+        limit = engine.max_prompt_tokens
+        if plan.bounded and limit is not None and pin_tokens > limit:
+            raise ValueError(
+                f"{pin_tokens} pinned tokens exceed this server's --pte-max-prompt-tokens {limit}; "
+                "send a smaller pte_pin_tokens, so that the rest of the prompt counts as thoughts"
+            )
+        return plan
+
+
+def request_plan(
+    engine: EngineConfig, params: Any, num_prompt_tokens: int, block_size: int
+) -> FoldPlan:
+    """Return the plan of a request, the same in every process; see `RequestOptions.plan`.
+
+    Raises:
+        ValueError: If an option is unknown, or does not fit the prompt or the engine.
+    """
+    options = RequestOptions.of(params)
+    return options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=block_size)
