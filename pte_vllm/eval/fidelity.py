@@ -20,7 +20,7 @@ from pte_vllm.models.location import check_model
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pte_vllm.eval.fidelity_arms import Arm, Eviction
+    from pte_vllm.eval.fidelity_arms import Eviction, FidelityArm
     from pte_vllm.eval.fidelity_tokens import MeasuredTokens
     from pte_vllm.train.distill.examples import Example
 
@@ -168,13 +168,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     shape = ModelShape.from_hf(AutoConfig.from_pretrained(options.model))
     adapters = {name: Adapter.load(path, shape) for name, path in options.adapter.items()}
     bytes_per_token = fidelity_arms.kv_bytes_per_token(shape, options.kv_dtype)
-    for how in options.evict:
-        if not fidelity_arms.can_evict(how):
-            console.print(f"--evict {how}: this version cannot evict that way; it is left out")
     eviction = _eviction(options)
     arms = fidelity_arms.build_arms(
         options.window,
-        {name: fidelity_arms.state_bytes(adapter) for name, adapter in adapters.items()},
+        {
+            name: fidelity_arms.state_bytes(adapter, options.kv_dtype)
+            for name, adapter in adapters.items()
+        },
         eviction=eviction,
         bytes_per_token=bytes_per_token,
         evict=options.evict,
@@ -224,7 +224,7 @@ def _eviction(options: argparse.Namespace) -> Eviction:
     )
 
 
-def _read(path: Path, arms: Sequence[Arm], count: int) -> list[Example]:
+def _read(path: Path, arms: Sequence[FidelityArm], count: int) -> list[Example]:
     """Read answers that reach beyond the first fold of the smallest window.
 
     Of more than `count` those are taken that are spread over the file: a server writes short
@@ -250,7 +250,7 @@ def _read(path: Path, arms: Sequence[Arm], count: int) -> list[Example]:
 def _by_replay(
     options: argparse.Namespace,
     examples: Sequence[Example],
-    arms: Sequence[Arm],
+    arms: Sequence[FidelityArm],
     adapters: dict[str, Any],
     console: Console,
 ) -> MeasuredTokens:
@@ -273,7 +273,7 @@ def _by_replay(
 def _by_server(
     options: argparse.Namespace,
     examples: Sequence[Example],
-    arms: Sequence[Arm],
+    arms: Sequence[FidelityArm],
     adapters: dict[str, Any],
     console: Console,
 ) -> MeasuredTokens:

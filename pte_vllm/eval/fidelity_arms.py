@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pte_vllm.adapter.format import Adapter, ModelShape
+from pte_vllm.eval.arms import SINK_TOKENS
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.method.reference import UPDATE_RULES
-
-SINK_TOKENS = 4
-"""Tokens at the start that the control `sinks` pins, as many as StreamingLLM (arXiv 2309.17453)."""
-KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
-"""Bytes of one number of a KV cache, by its dtype."""
+from pte_vllm.method.weight import kv_token_bytes, weigh_state
 
 Kind = Literal["window", "adapter", "equal-bytes", "evict", "sinks"]
 
@@ -55,7 +51,7 @@ class Eviction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class FidelityArm:
     """One way to answer with less than the whole cache."""
 
     name: str
@@ -99,24 +95,22 @@ class Arm:
         return self.kind == "sinks", self.window_tokens, self.adapter, self.evict
 
 
-def can_evict(how: str) -> bool:
-    """Say whether plans of this version know such an eviction."""
-    return how == "oldest" or "evict" in {field.name for field in fields(FoldPlan)}
-
-
 def kv_bytes_per_token(model: ModelShape, dtype: str) -> int:
     """Return what one token holds in the KV cache of all layers."""
-    return 2 * model.num_layers * model.d_kv * KV_BYTES[dtype]
+    return kv_token_bytes(model.num_layers, model.d_kv, dtype)
 
 
-def state_bytes(adapter: Adapter) -> int:
-    """Return what the thought state of one sequence holds, in fp32: S, and what it is read from."""
+def state_bytes(adapter: Adapter, dtype: str) -> int:
+    """Return what the thought state of one sequence holds between folds.
+
+    Args:
+        adapter: whose state it is; a plain LoRA has none.
+        dtype: of the KV cache; the model's, or fp8 beside a model in bfloat16.
+    """
     if adapter.pte is None:
         return 0
-    encoder = adapter.stacked_encoder()
-    sums = UPDATE_RULES[adapter.pte.rule].start(encoder, adapter.pte.normalize)
-    states = len(adapter.layers) * adapter.pte.global_tokens * adapter.pte.rank
-    return 4 * (states + sum(t.numel() for name, t in sums.items() if name != "S"))
+    model = "bfloat16" if dtype == "fp8" else dtype
+    return weigh_state(adapter.pte, len(adapter.layers), model).total
 
 
 def in_kv_tokens(num_bytes: int, bytes_per_token: int) -> int:
@@ -132,7 +126,7 @@ def build_arms(
     bytes_per_token: int,
     evict: Sequence[str] = ("oldest",),
     sinks: bool = False,
-) -> list[Arm]:
+) -> list[FidelityArm]:
     """List what is compared; adapters and controls have the first of the windows.
 
     Args:
@@ -140,7 +134,7 @@ def build_arms(
         adapters: by name, what the thought state of a sequence holds, in bytes.
         eviction: how a window of any size evicts.
         bytes_per_token: what one token holds in the KV cache.
-        evict: which blocks a fold may take; those that this version does not know are left out.
+        evict: which blocks a fold may take; `oldest` adds no arm.
         sinks: whether there is an arm that pins the first tokens and not the question.
 
     Raises:
@@ -149,13 +143,13 @@ def build_arms(
     first = windows[0]
     baseline = _window_name(first)
     arms = [
-        Arm(name=_window_name(w), kind="window", window_tokens=w, eviction=eviction)
+        FidelityArm(name=_window_name(w), kind="window", window_tokens=w, eviction=eviction)
         for w in dict.fromkeys(windows)
     ]
     for how in evict:
-        if how != "oldest" and can_evict(how):
+        if how != "oldest":
             arms.append(
-                Arm(
+                FidelityArm(
                     name=f"evict {how}",
                     kind="evict",
                     window_tokens=first,
@@ -166,7 +160,7 @@ def build_arms(
             )
     if sinks:
         arms.append(
-            Arm(
+            FidelityArm(
                 name="sinks",
                 kind="sinks",
                 window_tokens=first,
@@ -176,7 +170,7 @@ def build_arms(
         )
     for name, size in adapters.items():
         arms.append(
-            Arm(
+            FidelityArm(
                 name=name,
                 kind="adapter",
                 window_tokens=first,
@@ -189,7 +183,7 @@ def build_arms(
         if size:
             blocks = -(-in_kv_tokens(size, bytes_per_token) // eviction.block_size)
             arms.append(
-                Arm(
+                FidelityArm(
                     name=f"bytes of {name}",
                     kind="equal-bytes",
                     window_tokens=first + blocks * eviction.block_size,

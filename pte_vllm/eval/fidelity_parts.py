@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pte_vllm.eval.fidelity_arms import Arm
+from pte_vllm.eval.fidelity_arms import FidelityArm
 from pte_vllm.eval.fidelity_tokens import ArmTokens, Array, MeasuredTokens
 from pte_vllm.train.distill.examples import Example
 
@@ -22,7 +22,7 @@ OnDone = Callable[[str], None]
 class Parts:
     """Collects what is measured of the arms; arms that do the same are measured once."""
 
-    def __init__(self, arms: Sequence[Arm]) -> None:
+    def __init__(self, arms: Sequence[FidelityArm]) -> None:
         self._arms = arms
         self.different = list({arm.does: arm for arm in reversed(arms)}.values())[::-1]
         """The arms without those that do the same as an earlier one."""
@@ -48,7 +48,7 @@ class Parts:
         """Add −log p `[m]` of the batch's tokens under full attention."""
         self._full.append(losses)
 
-    def add(self, arm: Arm, **values: Array) -> None:
+    def add(self, arm: FidelityArm, **values: Array) -> None:
         """Add what an arm makes of them: `losses`, `kls` and `same_top`, each `[m]`."""
         self._found[arm.does].append(values)
 
@@ -80,7 +80,7 @@ class ProgressBar:
     """
 
     def __init__(
-        self, console: Console, num_examples: int, arms: Sequence[Arm], batch_sequences: int
+        self, console: Console, num_examples: int, arms: Sequence[FidelityArm], batch_sequences: int
     ) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pte_vllm.adapter.format import Adapter
-from pte_vllm.eval.fidelity_arms import Arm
+from pte_vllm.eval.fidelity_arms import FidelityArm
 from pte_vllm.eval.fidelity_parts import OnDone, Parts
 from pte_vllm.eval.fidelity_tokens import MeasuredTokens
 from pte_vllm.train.distill.agreement import compare
@@ -20,7 +20,7 @@ from pte_vllm.train.replay.modeling import PTEModel
 def measure(
     base: Any,
     examples: Sequence[Example],
-    arms: Sequence[Arm],
+    arms: Sequence[FidelityArm],
     adapters: Mapping[str, Adapter],
     *,
     batch_sequences: int,

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pte_vllm.eval.fidelity_arms import Arm, in_kv_tokens
+from pte_vllm.eval.fidelity_arms import FidelityArm, in_kv_tokens
 from pte_vllm.eval.fidelity_tokens import Answers, ArmTokens, Array, MeasuredTokens
 from pte_vllm.train.distill.examples import Example
 
@@ -26,7 +26,7 @@ _TOKENS = (
 
 def summarize(
     measured: MeasuredTokens,
-    arms: Sequence[Arm],
+    arms: Sequence[FidelityArm],
     examples: Sequence[Example],
     *,
     bytes_per_token: int,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pte_vllm.adapter.hashes import content_hash, file_hashes
-from pte_vllm.eval.fidelity_arms import Arm
+from pte_vllm.eval.fidelity_arms import FidelityArm
 from pte_vllm.eval.fidelity_parts import OnDone, Parts
 from pte_vllm.eval.fidelity_tokens import MeasuredTokens
 from pte_vllm.train.distill.examples import Example
@@ -46,7 +46,7 @@ def push_adapters(client: RolloutClient, directories: Mapping[str, Path]) -> dic
 def measure(
     client: RolloutClient,
     examples: Sequence[Example],
-    arms: Sequence[Arm],
+    arms: Sequence[FidelityArm],
     adapters: Mapping[str, str],
     *,
     batch_sequences: int,

@@ -16,6 +16,7 @@ import httpx
 
 from pte_vllm.engine.cpu_defaults import choose_dtype, on_cpu
 from pte_vllm.launch import LaunchError, Server, log_tail
+from pte_vllm.method.weight import kv_token_bytes
 
 READY_TIMEOUT_S = 1800.0
 GIVE_UP_S = 60.0
@@ -165,18 +166,18 @@ class OwnServer:
         """Return room for every answer at full length, and half of the free memory at most."""
         config = json.loads((Path(self.model) / "config.json").read_text())
         dtype = choose_dtype(self.model)[0]
-        itemsize = 4 if dtype == "float32" else 2
+        dtype = "bfloat16" if dtype == "auto" else dtype
         blocks = self.concurrency * (-(-self.max_model_len // block_size) + 1) + 1
-        wanted = blocks * block_size * kv_bytes_per_token(config, itemsize)
+        wanted = blocks * block_size * kv_bytes_per_token(config, dtype)
         return min(wanted, _free_bytes() // 2)
 
 
-def kv_bytes_per_token(config: Mapping[str, Any], itemsize: int) -> int:
+def kv_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int:
     """Return the bytes of one token's keys and values in all layers, from a `config.json`."""
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    return 2 * int(config["num_hidden_layers"]) * kv_heads * head_dim * itemsize
+    return kv_token_bytes(int(config["num_hidden_layers"]), kv_heads * head_dim, dtype)
 
 
 def _rank_and_modules(adapter: str) -> tuple[int, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pte_vllm.method.options import PTEConfig
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 """Bytes of one number, by the name of its type."""
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.cli.eval import main as eval_command
 from pte_vllm.eval.fidelity_arms import (
-    Arm,
     Eviction,
+    FidelityArm,
     build_arms,
     in_kv_tokens,
     kv_bytes_per_token,
@@ -129,14 +129,14 @@ def test_equal_bytes_and_arms_that_are_one(tiny: Tiny, adapters: Adapters) -> No
     shape = ModelShape.from_hf(AutoModelForCausalLM.from_pretrained(path).config)
     assert kv_bytes_per_token(shape, "bfloat16") == 2 * 3 * (2 * 32) * 2
     sizes = {
-        rule: state_bytes(Adapter.load(adapters(path, rule=rule)))
+        rule: state_bytes(Adapter.load(adapters(path, rule=rule)), "float32")
         for rule in ("paper", "ridge", "delta")
     }
     layers, square = 3, 8 * 8
     assert sizes["paper"] == 4 * layers * square
-    assert sizes["ridge"] == 4 * layers * (3 * square + 1)  # S, C, M and how many tokens
+    assert sizes["ridge"] == 4 * layers * (square + 8 * 9 // 2)  # S, and half of C
     assert sizes["delta"] == 4 * layers * (square + 2)
-    assert state_bytes(Adapter.load(adapters(path, plain=True))) == 0
+    assert state_bytes(Adapter.load(adapters(path, plain=True)), "bfloat16") == 0
     assert in_kv_tokens(769, 768) == 2 and in_kv_tokens(0, 768) == 0
     arms = build_arms([32, 48], {"r": 769, "p": 0}, eviction=EVICTION, bytes_per_token=768)
     assert [(a.name, a.kind, a.window_tokens) for a in arms] == [
@@ -164,7 +164,7 @@ def test_equal_bytes_and_arms_that_are_one(tiny: Tiny, adapters: Adapters) -> No
 def test_tokens_that_a_fold_frees() -> None:
     eviction = Eviction(block_size=32, evict_tokens=32)
     for window in (64, 96, 128, 160, 1024):
-        arm = Arm(name="w", kind="window", window_tokens=window, eviction=eviction)
+        arm = FidelityArm(name="w", kind="window", window_tokens=window, eviction=eviction)
         assert arm.plan(50).stride == 32
     for wrong in (16, 64, 96):
         with pytest.raises(ValueError, match=f"--evict-tokens {wrong}"):
@@ -203,8 +203,8 @@ def test_command(tiny: Tiny, adapters: Adapters, tmp_path: Path) -> None:
     names = [arm["name"] for arm in report["arms"]]
     assert names == ["window 32", "window 64", "sinks", "ridge", "bytes of ridge"]
     plain, larger, sinks, ridge, equal = report["arms"]
-    assert ridge["state_bytes"] == 4 * 3 * (3 * 64 + 1)
-    assert equal["window_tokens"] == 48 and ridge["state_kv_tokens"] == 2
+    assert ridge["state_bytes"] == 4 * 3 * (64 + 8 * 9 // 2)
+    assert equal["window_tokens"] == 48 and ridge["state_kv_tokens"] == 1
     assert plain["kv_tokens"] == sinks["kv_tokens"] == ridge["kv_tokens"]
     assert larger["kv_tokens"] > equal["kv_tokens"] > plain["kv_tokens"]
     assert "recovered" not in plain
