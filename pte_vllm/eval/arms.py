@@ -69,6 +69,21 @@ class Arm:
             memory += f", evicting at {self.evict}"
         return f"window {self.window_tokens}, {memory}"
 
+    def draws(self, *, block_size: int, evict_ratio: float) -> bool:
+        """Say whether blocks that leave at random can differ from the oldest.
+
+        The newest block never leaves, so a window of two blocks has one candidate only.
+        """
+        if self.evict == "oldest":
+            return False
+        plan = FoldPlan(
+            pin_tokens=0,
+            window_tokens=self.window_tokens,
+            evict_ratio=evict_ratio,
+            block_size=block_size,
+        )
+        return plan.window_blocks - 1 > plan.evict_blocks
+
     def request_args(self, *, prompt_tokens: int, block_size: int, seed: int) -> dict[str, Any]:
         """Return the request options of one answer, as `vllm_xargs` takes them.
 

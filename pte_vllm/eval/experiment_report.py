@@ -62,7 +62,8 @@ def _rows(
         arm = Arm(window_tokens=size)
         rows.append(row(f"window {size}", arm.key, [f"window {size}"]))
     random, sinks = Arm(window_tokens=window, evict="random"), Arm(window_tokens=window, sinks=True)
-    rows.append(row(f"window {window}, evicting at random", random.key, ["evict random"]))
+    if random.key in answered:
+        rows.append(row(f"window {window}, evicting at random", random.key, ["evict random"]))
     rows.append(row(f"window {window}, attention sinks", sinks.key, ["sinks"]))
     for name in options.arms:
         names = [adapter_name(name, seed, options.seeds) for seed in options.seeds]

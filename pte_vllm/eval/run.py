@@ -60,7 +60,7 @@ def run(options: RunOptions) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     with _server(options, console) as (facts, process):
         weights = _weights(options, facts)
-        arms = _arms(options, facts, weights)
+        arms = _arms(options, facts, weights, console)
         answers = (
             sum(len(found) for found in problems.values())
             * len(arms)
@@ -129,7 +129,9 @@ def _weights(options: RunOptions, facts: ServerFacts) -> dict[str, Weights]:
     }
 
 
-def _arms(options: RunOptions, facts: ServerFacts, weights: dict[str, Weights]) -> list[Arm]:
+def _arms(
+    options: RunOptions, facts: ServerFacts, weights: dict[str, Weights], console: Console
+) -> list[Arm]:
     missing = [name for name in options.adapters if name not in facts.models]
     if missing:
         raise ValueError(
@@ -153,7 +155,7 @@ def _arms(options: RunOptions, facts: ServerFacts, weights: dict[str, Weights]) 
         if unknown:
             raise ValueError(f"--equal-bytes: {facts.url} does not say what a KV token weighs")
         state_tokens = {name: weight.kv_tokens or 0 for name, weight in weights.items()}
-    return make_arms(
+    arms = make_arms(
         options.windows,
         adapters=tuple(options.adapters),
         rules=options.rules,
@@ -163,6 +165,15 @@ def _arms(options: RunOptions, facts: ServerFacts, weights: dict[str, Weights]) 
         state_tokens=state_tokens,
         block_size=facts.block_size,
     )
+    kept = []
+    for arm in arms:
+        if arm.evict != "oldest" and not arm.draws(
+            block_size=facts.block_size, evict_ratio=facts.evict_ratio
+        ):
+            console.print(f"{arm.title}: left out, as only the oldest block can leave there")
+            continue
+        kept.append(arm)
+    return kept
 
 
 def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: Any) -> list[Row]:

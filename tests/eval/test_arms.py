@@ -55,6 +55,16 @@ def test_what_is_asked() -> None:
     assert asked(Arm(window_tokens=64, sinks=True)) == {"pte_window": 128, "pte_pin_tokens": 4}
 
 
+def test_where_something_is_drawn() -> None:
+    def draws(window: int, ratio: float = 0.25) -> bool:
+        arm = Arm(window_tokens=window, evict="random")
+        return arm.draws(block_size=BLOCK, evict_ratio=ratio)
+
+    assert not draws(64) and draws(96) and draws(128)
+    assert not draws(128, 0.75)  # three of four leave, and the newest stays
+    assert not Arm(window_tokens=128).draws(block_size=BLOCK, evict_ratio=0.25)
+
+
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 70, 160, 161, 192, 500, 512])
 def test_peak_is_the_plan_s(sinks: bool, num_tokens: int) -> None:

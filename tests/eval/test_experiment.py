@@ -32,7 +32,6 @@ def test_quick(
         "full cache",
         "window 64",
         "window 96",
-        "window 64, evicting at random",
         "window 64, attention sinks",
         "window 64, lora",
         "window 64, ridge",
