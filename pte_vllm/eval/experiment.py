@@ -16,21 +16,12 @@ Whatever is finished is not done again: the same command goes on where it stoppe
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pte_vllm.eval.experiment_arms import ARMS
 from pte_vllm.models.location import check_model
-
-ARMS: dict[str, dict[str, Any]] = {
-    "lora": {"plain": True},
-    "global-only": {"rule": "none"},
-    "paper": {"rule": "paper"},
-    "ridge": {"rule": "ridge", "features": "squared"},
-    "delta": {"rule": "delta", "features": "squared"},
-}
-"""By name, the options of the adapter: LoRA_c, the paper's static and folded states, and ours."""
 
 QUICK: dict[str, Any] = {
     "questions": 8,
@@ -142,17 +133,6 @@ def _check(given: argparse.Namespace) -> None:
                 f"--window, --plain-windows: {window} must be a multiple of --block-size "
                 f"{given.block_size}, and two blocks at least"
             )
-
-
-def adapter_name(arm: str, seed: int, seeds: Sequence[int]) -> str:
-    """Return the name of one trained adapter; the seed is in it where there are several."""
-    return arm if len(seeds) == 1 else f"{arm}-{seed}"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
 
 
 def _names(text: str) -> list[str]:

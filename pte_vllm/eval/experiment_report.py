@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pte_vllm.eval.arms import FULL, Arm
-from pte_vllm.eval.experiment import adapter_name
+from pte_vllm.eval.experiment_arms import adapter_name
 from pte_vllm.eval.report import RESULTS, TABLE
 from pte_vllm.eval.results import mean_of
 

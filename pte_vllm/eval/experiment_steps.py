@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from pte_vllm.eval import fidelity
-from pte_vllm.eval.experiment import ARMS, adapter_name, read_json
+from pte_vllm.eval.experiment_arms import ARMS, adapter_name, read_json
 from pte_vllm.eval.options import RunOptions
 from pte_vllm.eval.report import RESULTS
 from pte_vllm.eval.run import PROMPT_ROOM, run
