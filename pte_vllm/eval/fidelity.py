@@ -194,7 +194,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "kv_dtype": options.kv_dtype,
         **fidelity_report.summarize(measured, arms, examples, bytes_per_token=bytes_per_token),
     }
-    fidelity_report.write(report, options.out, Console(highlight=False))
+    # Tables are wide; into a file they go as they are.
+    width = None if sys.stdout.isatty() else 140
+    fidelity_report.write(report, options.out, Console(highlight=False, width=width))
     return report
 
 

@@ -133,7 +133,8 @@ def _table(report: dict[str, Any]) -> Table:
         f"{report['answers']} answers, {report['tokens']} tokens after the first fold; loss under "
         f"full attention {_cell(report['loss_full'])} nats"
     )
-    table = Table("arm", title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    table.add_column("arm", no_wrap=True)
     headings = ("KV tokens", "state", "loss", "KL ≥" if kl != "kl" else "KL", "same top token")
     for name in (*headings, "KL − window's", "recovered"):
         table.add_column(name, justify="right")
@@ -152,7 +153,8 @@ def _table(report: dict[str, Any]) -> Table:
 
 def _distances(report: dict[str, Any]) -> Table:
     kl = kl_name(report)
-    table = Table("arm", title="KL by tokens since the first fold", title_justify="left")
+    table = Table(title="KL by tokens since the first fold", title_justify="left")
+    table.add_column("arm", no_wrap=True)
     for row in report["arms"][0][f"{kl}_by_distance"]:
         end = "" if row["to"] is None else str(row["to"] - 1)
         name = f"{row['from']}–{end}" if end else f"{row['from']}+"

@@ -52,7 +52,10 @@ def test_flags_of_its_server(tiny: Callable[[str], Path]) -> None:
         (["--task", "a", "--questions", "0"], "--questions"),
         (["--task", "a", "--temperature", "0"], "--temperature"),
         (["--task", "a", "--url", "ftp://a"], "--url must start with http"),
-        (["--task", "a", "--api-key-env", "NO_SUCH_KEY", "--url", "http://a"], "--api-key-env"),
+        (
+            ["--task", "gsm_symbolic", "--api-key-env", "NO_SUCH_KEY", "--url", "http://a"],
+            "--api-key-env NO_SUCH_KEY: there is no such",
+        ),
     ],
 )
 def test_mistakes_name_the_flag(
