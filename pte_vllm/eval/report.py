@@ -81,8 +81,9 @@ def _entry(
     }
     if not row.answers:
         return entry
-    state = weights.get(row.arm.adapter) if row.arm is not None and row.arm.adapter else None
-    state_bytes = state.state_bytes if state is not None and row.arm.window_tokens else 0
+    arm, state_bytes = row.arm, 0
+    if arm is not None and arm.adapter in weights and arm.window_tokens:
+        state_bytes = weights[arm.adapter].state_bytes
     tokens = row.peak_tokens(block_size=facts.block_size, evict_ratio=facts.evict_ratio)
     token_bytes = facts.kv_bytes_per_token
     full = full_of(rows, row)
