@@ -82,7 +82,7 @@ def _entry(
     if not row.answers:
         return entry
     arm, state_bytes = row.arm, 0
-    if arm is not None and arm.adapter in weights and arm.window_tokens:
+    if arm is not None and arm.adapter and arm.adapter in weights and arm.window_tokens:
         state_bytes = weights[arm.adapter].state_bytes
     tokens = row.peak_tokens(block_size=facts.block_size, evict_ratio=facts.evict_ratio)
     token_bytes = facts.kv_bytes_per_token

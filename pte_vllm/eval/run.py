@@ -24,7 +24,7 @@ from rich.console import Console
 
 from pte_vllm.eval.arms import Arm, make_arms
 from pte_vllm.eval.options import RunOptions
-from pte_vllm.eval.report import Weights, write_report
+from pte_vllm.eval.report import write_report
 from pte_vllm.eval.results import Row, rows_of
 from pte_vllm.eval.serving import (
     DeadServer,
@@ -36,7 +36,7 @@ from pte_vllm.eval.serving import (
     started,
 )
 from pte_vllm.eval.tasks import problems_of, problems_under
-from pte_vllm.eval.weights import state_weight
+from pte_vllm.eval.weights import Weights, state_weight
 
 PROMPT_ROOM = 1024
 """Tokens that a question may have on a server that we start."""

@@ -89,7 +89,7 @@ def _options_key(run: DistillRun) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _whole_groups(draft: Path, group_size: int) -> set[str | None]:
+def _whole_groups(draft: Path, group_size: int) -> set[str]:
     """Return the groups whose answers are all in a draft, and drop all other lines from it."""
     rollouts = _read(draft)
     counts = Counter(rollout.group_id for rollout in rollouts)
