@@ -148,10 +148,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.url = options.url.rstrip("/")
         if not options.url.startswith(("http://", "https://")):
             parser.error(f"--url must start with http:// or https://, got {options.url}")
-        if options.sinks or options.evict != ["oldest"] or options.evict_tokens is not None:
+        if options.sinks or options.evict_tokens is not None:
             parser.error(
-                "--sinks, --evict and --evict-tokens: a server evicts as it was started; leave "
-                "them out, or leave out --url"
+                "--sinks and --evict-tokens: a server folds the part of a window that it was "
+                "started with; leave them out, or leave out --url"
             )
     return options
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,8 @@ def measure(
     Args:
         client: a server that folds as the arms' plans say.
         examples: answers, with the plan of the smallest window, which says the tokens.
-        arms: what is compared; windows and adapters, which are what a request can ask for.
+        arms: what is compared; not the control with sinks, whose folds are as large as the plain
+            window's, which no request can ask for.
         adapters: the server's names of the arms' adapters, by theirs.
         batch_sequences: how many answers a request has.
         top_logprobs: how many tokens are named in each place, k.
@@ -75,12 +77,19 @@ def measure(
         tokens = np.concatenate(wanted)
         places = list(zip(rows.tolist(), tokens.tolist(), strict=True))
         parts.place(chosen, rows, tokens, first=done)
-        full = _score(client, chosen, 0, None, top_logprobs)
+        full = _score(client, chosen, top_logprobs=top_logprobs, window_tokens=0)
         parts.add_full(-np.array([_own(full[b], t) for b, t in places]))
         on_done("full attention")
         for arm in parts.different:
             adapter = None if arm.adapter is None else adapters[arm.adapter]
-            found = _score(client, chosen, arm.window_tokens, adapter, top_logprobs)
+            found = _score(
+                client,
+                chosen,
+                top_logprobs=top_logprobs,
+                window_tokens=arm.window_tokens,
+                adapter=adapter,
+                evict=None if arm.evict == "oldest" else arm.evict,
+            )
             parts.add(
                 arm,
                 losses=-np.array([_own(found[b], t) for b, t in places]),
@@ -95,11 +104,15 @@ def measure(
 def _score(
     client: RolloutClient,
     examples: Sequence[Example],
-    window_tokens: int,
-    adapter: str | None,
+    *,
     top_logprobs: int,
+    **policy: Any,
 ) -> list[Rollout]:
-    """Score everything behind what each answer pins; records come in the order of `examples`."""
+    """Score everything behind what each answer pins; records come in the order of `examples`.
+
+    Args:
+        policy: the memory, in the words of `RolloutClient.score`.
+    """
     # A question that is not pinned whole is thoughts to the plan; one of no tokens has the first.
     unpinned = [i for i, e in enumerate(examples) if not e.plan.pin_tokens]
     records: dict[int, Rollout] = {}
@@ -110,10 +123,9 @@ def _score(
         found = client.score(
             [examples[i].tokens for i in chosen],
             [max(1, examples[i].plan.pin_tokens) for i in chosen],
-            adapter=adapter,
-            window_tokens=window_tokens,
             pin_tokens=pin_tokens,
             top_logprobs=top_logprobs,
+            **policy,
         )
         records.update(zip(chosen, found, strict=True))
     return [records[i] for i in range(len(examples))]

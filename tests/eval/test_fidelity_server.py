@@ -42,7 +42,13 @@ def test_server_and_replay_agree(
 ) -> None:
     path = tiny("qwen3")
     eviction = Eviction(block_size=BLOCK, evict_ratio=0.25)
-    arms = build_arms([64, 128], {"ridge": 0}, eviction=eviction, bytes_per_token=1)
+    arms = build_arms(
+        [96, 128],
+        {"ridge": 0},
+        eviction=eviction,
+        bytes_per_token=1,
+        evict=("oldest", "random"),
+    )
     examples = [
         Example(tokens=tuple(random_tokens(size, 500, size)), plan=arms[0].plan(pin))
         for pin, size in ((20, 230), (0, 190), (50, 280))
@@ -68,8 +74,10 @@ def test_server_and_replay_agree(
         assert np.max(found.kls - expected.kls) < 1e-4  # a lower bound, token by token
         print(f"{arm.name}: KL at least {found.kls.mean():.3f}, is {expected.kls.mean():.3f}")
         assert found.kls.min() > -1e-4 and found.kls[found.own].mean() > 0.05
-    both = (served.arms["ridge"].losses, served.arms["window 64"].losses)
+    both = (served.arms["ridge"].losses, served.arms["window 96"].losses)
     assert np.abs(both[0] - both[1]).max() > 0.1  # the adapter is on
+    drawn = served.arms["evict random"].losses
+    assert np.abs(drawn - both[1]).max() > 0.1  # other blocks leave
 
 
 def test_the_bound_is_one_and_closes_in() -> None:
