@@ -79,8 +79,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--arms", type=_names, default=list(ARMS), metavar="A,B", help=f"of {', '.join(ARMS)}")
     add("--seeds", type=_numbers, default=[0], metavar="N,N", help="of training")
     add("--quick", action="store_true", help="tiny: two arms, few steps, problems and tokens")
-    add("--url", help="sample and answer on this server in place of ones that are started")
+    add(
+        "--url",
+        help="sample and answer on this server in place of ones that are started; adapters are "
+        "pushed to it under the names of the arms",
+    )
     add("--api-key-env", metavar="NAME", help="variable that holds its key")
+    add("--admin-key-env", metavar="NAME", help="variable that holds the key for pushing")
     group = parser.add_argument_group("thoughts")
     add = group.add_argument
     add("--task", default="gsm_symbolic", help="task of reasoning-gym with answers in numbers")

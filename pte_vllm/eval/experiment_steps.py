@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,12 +181,14 @@ def measure_accuracy(
 
 
 def _push(options: argparse.Namespace, adapters: dict[str, Path]) -> dict[str, str]:
-    """Push all adapters to the server, where they may be already; returns them by served name."""
-    from pte_vllm.adapter.format import Adapter
-    from pte_vllm.wire.client import RolloutClient
+    """Push adapters that the server does not have yet; returns all directories by served name."""
+    from pte_vllm.eval.fidelity_server import push_adapters
+    from pte_vllm.train.options.runs import ServerOptions
+    from pte_vllm.train.run.connection import connect
 
-    key = os.environ.get(options.api_key_env) if options.api_key_env else None
-    with RolloutClient(options.url, api_key=key) as client:
-        for name, path in adapters.items():
-            client.push(Adapter.load(path), name)
+    server = ServerOptions(
+        url=options.url, api_key_env=options.api_key_env, admin_key_env=options.admin_key_env
+    )
+    with connect(server) as client:
+        push_adapters(client, adapters)
     return {name: str(path) for name, path in adapters.items()}
