@@ -107,6 +107,8 @@ def load_problems(
         OSError: if the data cannot be read or downloaded.
     """
     found = find_benchmark(name)
+    if judge == "reasoning-gym" and found.source != "reasoning-gym":
+        raise ValueError(f"--judge reasoning-gym: {name} is no task of reasoning-gym")
     options = DataOptions(
         source=found.source,  # type: ignore[arg-type]  # checked when the options are made
         path=found.path or (local_copy(data, name) if found.task is None else None),
@@ -118,7 +120,10 @@ def load_problems(
         prompt_template=template or found.template,
         system=system,
     )
-    source = open_source(options)
+    try:
+        source = open_source(options)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--data.path", f"--benchmark {name}")) from error
     if source.size == 0:
         raise ValueError(f"--benchmark: {name} holds no problems")
     size = (limit or _ENDLESS) if source.size is None else min(limit or source.size, source.size)

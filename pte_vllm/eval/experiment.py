@@ -16,6 +16,9 @@ Whatever is finished is not done again: the same command goes on where it stoppe
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,21 +45,35 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         ValueError, OSError: naming the flag, if something does not fit or is not there.
-        DeadServer, LaunchError: if a server dies, or does not start.
     """
     options = parse(arguments)
     check_model(options.model)
+    from pte_vllm.eval.benchmarks import load_problems
     from pte_vllm.eval.experiment_steps import measure_accuracy, measure_fidelity, sample, train
+    from pte_vllm.eval.serving import DeadServer, ask
+    from pte_vllm.launch import LaunchError
+    from pte_vllm.wire.transport import ServerError
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    sample(options)
-    adapters = train(options)
-    fidelity = measure_fidelity(options, adapters)
-    status, accuracy = measure_accuracy(options, adapters)
-    from pte_vllm.eval.experiment_report import write_report
+    # Without this SIGTERM would end us at once and leave our server running.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        load_problems(options.task, limit=1)  # a mistake shows before a server starts
+        if options.url is not None:
+            ask(options.url, api_key=os.environ.get(options.api_key_env or ""))
+        options.out.mkdir(parents=True, exist_ok=True)
+        sample(options)
+        adapters = train(options)
+        fidelity = measure_fidelity(options, adapters)
+        status, accuracy = measure_accuracy(options, adapters)
+        from pte_vllm.eval.experiment_report import write_report
 
-    write_report(options, fidelity, accuracy)
-    return status
+        write_report(options, fidelity, accuracy)
+        return status
+    except (DeadServer, LaunchError, ServerError) as error:
+        print(f"pte-vllm: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -71,13 +88,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="pte-vllm train experiment thoughts",
         description="Distil a model's own thoughts into adapters under a window, and compare them "
         "with each other, with windows without memory, and with the full cache.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="directory of the base model")
-    add("--out", type=Path, default=Path("out/thoughts"), metavar="DIR", help="all files")
-    add("--arms", type=_names, default=list(ARMS), metavar="A,B", help=f"of {', '.join(ARMS)}")
-    add("--seeds", type=_numbers, default=[0], metavar="N,N", help="of training")
+    add(
+        "--out",
+        type=Path,
+        default=Path("out/thoughts"),
+        metavar="DIR",
+        help="all files (%(default)s)",
+    )
+    add("--arms", type=_names, default=list(ARMS), metavar="A,B", help=f"of {','.join(ARMS)} (all)")
+    add("--seeds", type=_numbers, default=[0], metavar="N,N", help="of training (0)")
     add("--quick", action="store_true", help="tiny: two arms, few steps, problems and tokens")
     add(
         "--url",
@@ -88,31 +110,71 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--admin-key-env", metavar="NAME", help="variable that holds the key for pushing")
     group = parser.add_argument_group("thoughts")
     add = group.add_argument
-    add("--task", default="gsm_symbolic", help="task of reasoning-gym with answers in numbers")
-    add("--questions", type=int, default=504, metavar="N", help="answers that are sampled")
-    add("--held", type=int, default=24, metavar="N", help="of these, held out for fidelity")
-    add("--max-tokens", type=int, default=400, metavar="N", help="longest answer")
-    add("--temperature", type=float, default=0.7, metavar="T", help="of the thoughts")
+    add(
+        "--task",
+        default="gsm_symbolic",
+        help="of reasoning-gym, with answers in numbers (%(default)s)",
+    )
+    add(
+        "--questions",
+        type=int,
+        default=504,
+        metavar="N",
+        help="answers that are sampled (%(default)s)",
+    )
+    add(
+        "--held",
+        type=int,
+        default=24,
+        metavar="N",
+        help="of these, held out for fidelity (%(default)s)",
+    )
+    add("--max-tokens", type=int, default=400, metavar="N", help="longest answer (%(default)s)")
+    add("--temperature", type=float, default=0.7, metavar="T", help="of the thoughts (%(default)s)")
     group = parser.add_argument_group("memory and training")
     add = group.add_argument
-    add("--window", type=int, default=64, metavar="N", help="window of all trained arms")
+    add(
+        "--window",
+        type=int,
+        default=64,
+        metavar="N",
+        help="window of all trained arms (%(default)s)",
+    )
     add(
         "--plain-windows",
         type=_numbers,
         default=[96, 128, 256],
         metavar="N,N",
-        help="further windows, without memory",
+        help="further windows, without memory (96,128,256)",
     )
-    add("--evict-ratio", type=float, default=0.25, metavar="F", help="part that one fold frees")
-    add("--block-size", type=int, default=32 if on_cpu() else 16, metavar="N", help="of the cache")
-    add("--rank", type=int, default=64, metavar="R", help="of all arms")
-    add("--steps", type=int, default=60, metavar="N", help="of each distillation")
-    add("--batch", type=int, default=8, metavar="N", help="answers in a step")
-    add("--lr", type=float, default=1e-3, metavar="F", help="highest learning rate")
+    add(
+        "--evict-ratio",
+        type=float,
+        default=0.25,
+        metavar="F",
+        help="part that one fold frees (%(default)s)",
+    )
+    add(
+        "--block-size",
+        type=int,
+        default=32 if on_cpu() else 16,
+        metavar="N",
+        help="of the cache (%(default)s)",
+    )
+    add("--rank", type=int, default=64, metavar="R", help="of all arms (%(default)s)")
+    add("--steps", type=int, default=60, metavar="N", help="of each distillation (%(default)s)")
+    add("--batch", type=int, default=8, metavar="N", help="answers in a step (%(default)s)")
+    add("--lr", type=float, default=1e-3, metavar="F", help="highest learning rate (%(default)s)")
     group = parser.add_argument_group("accuracy")
     add = group.add_argument
-    add("--problems", type=int, default=200, metavar="N", help="greedy, others than the questions")
-    add("--concurrency", type=int, default=64, metavar="N", help="answers at once")
+    add(
+        "--problems",
+        type=int,
+        default=200,
+        metavar="N",
+        help="greedy, others than the questions (%(default)s)",
+    )
+    add("--concurrency", type=int, default=64, metavar="N", help="answers at once (%(default)s)")
     given = parser.parse_args(arguments)
     if given.quick:
         for name, value in QUICK.items():

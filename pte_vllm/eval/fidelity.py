@@ -238,8 +238,15 @@ def _read(path: Path, arms: Sequence[FidelityArm], count: int) -> list[Example]:
     from pte_vllm.train.distill.examples import read_rollouts
 
     smallest = min((arm for arm in arms if arm.kind == "window"), key=lambda arm: arm.window_tokens)
+    if not path.stat().st_size:
+        raise ValueError(f"THOUGHTS: {path} is empty")
     with path.open(encoding="utf-8") as lines:
-        examples = read_rollouts(lines, smallest.plan)
+        try:
+            examples = read_rollouts(lines, smallest.plan)
+        except ValueError as error:
+            raise ValueError(
+                f"THOUGHTS: {path} is no file of `pte-vllm eval thoughts`: {error}"
+            ) from error
     if not examples:
         raise ValueError(
             f"{path}: no answer reaches beyond the first fold of a window of "

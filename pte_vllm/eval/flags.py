@@ -78,8 +78,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--server-flags",
         default="",
-        metavar="'...'",
-        help="further flags of `pte-vllm serve` for our server, in quotes",
+        metavar="FLAGS",
+        help="further flags of `pte-vllm serve` for our server: --server-flags='--dtype bfloat16'",
     )
     _add_problems(parser)
     _add_arms(parser)

@@ -100,6 +100,12 @@ def read_options(given: argparse.Namespace) -> RunOptions:
         missing = [name for name, path in adapters.items() if path is None]
         if missing or not adapters:
             raise ValueError("--equal-bytes needs --adapter NAME=DIR, to weigh the state")
+    if min(chosen["max_tokens"]) < 1:
+        raise ValueError("--max-tokens must be positive")
+    if given.url is not None and not given.url.startswith(("http://", "https://")):
+        raise ValueError(f"--url must start with http:// or https://, got {given.url}")
+    if given.out.exists() and not given.out.is_dir():
+        raise ValueError(f"--out: {given.out} is a file; name a directory")
     if given.template is not None and "{prompt}" not in given.template:
         raise ValueError(f"--template must contain {{prompt}}, got {given.template!r}")
     if given.url is not None and (given.server_flags or given.block_size):
@@ -137,6 +143,10 @@ def read_options(given: argparse.Namespace) -> RunOptions:
 
 
 def _check_sampling(given: argparse.Namespace) -> None:
+    if given.top_p is not None and not 0 < given.top_p <= 1:
+        raise ValueError(f"--top-p must lie in (0, 1], got {given.top_p}")
+    if not 0 < given.evict_ratio < 1:
+        raise ValueError(f"--evict-ratio must lie in (0, 1), got {given.evict_ratio}")
     if given.temperature < 0:
         raise ValueError(f"--temperature must not be negative, got {given.temperature}")
     if given.temperature == 0 and (given.epochs > 1 or len(given.seeds) > 1):

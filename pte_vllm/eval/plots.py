@@ -33,14 +33,17 @@ def plot_bytes(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
             points.sort(key=lambda e: e["kv_tokens"])
             x = [e["bytes"] / _MIB if in_bytes else e["kv_tokens"] for e in points]
             y = [e["accuracy"]["value"] for e in points]
-            error = [1.96 * e["accuracy"]["stderr"] for e in points]
-            axis.errorbar(x, y, yerr=error, marker="o", capsize=3, label=kind)
+            error = [
+                [max(0.0, v - e["accuracy"]["low"]) for v, e in zip(y, points, strict=True)],
+                [max(0.0, e["accuracy"]["high"] - v) for v, e in zip(y, points, strict=True)],
+            ]
+            axis.errorbar(x, y, yerr=error, marker="o", capsize=3, alpha=0.8, label=kind)
         unit = "MiB" if in_bytes else "tokens"
         axis.set_xlabel(f"KV cache of a sequence, {unit}, thought state included")
         axis.set_ylabel("accuracy")
         axis.set_title(f"{benchmark}, at most {length} tokens")
         axis.set_ylim(bottom=0)
-        axis.set_xlim(left=0)
+        axis.margins(x=0.08)
         axis.legend(fontsize="small")
     _save(figure, path)
 
@@ -55,14 +58,20 @@ def plot_tokens(rows: Sequence[Row], path: Path) -> None:
     panels = sorted({(row.benchmark, row.max_tokens) for row in rows})
     figure, axes = _panels(len(panels))
     for axis, (benchmark, length) in zip(axes, panels, strict=True):
-        for row in rows:
+        for place, row in enumerate(rows):
             if (row.benchmark, row.max_tokens) != (benchmark, length):
                 continue
             ends = sorted({0, *(a.answer_tokens for a in row.answers if not a.cut), length})
-            axis.step(ends, [row.solved_within(n) for n in ends], where="post", label=row.title)
+            axis.step(
+                ends,
+                [row.solved_within(n) for n in ends],
+                where="post",
+                label=row.title,
+                linestyle=("-", "--", "-.", ":")[place % 4],  # lines may lie on each other
+            )
         axis.set_xlabel("generated tokens")
         axis.set_ylabel("share solved within them")
-        axis.set_title(f"{benchmark}")
+        axis.set_title(f"{benchmark}, at most {length} tokens")
         axis.set_ylim(bottom=0)
         axis.legend(fontsize="small")
     _save(figure, path)

@@ -55,14 +55,15 @@ def write_report(
             pages.append(f"## {caption}\n\n{markdown_table(part)}")
     (out / TABLE).write_text("\n\n".join(pages) + "\n")
     finished = [entry for entry in found if entry["accuracy"] is not None]
+    written = [str(out / RESULTS), TABLE]
     if finished:
         from pte_vllm.eval.plots import plot_bytes, plot_tokens
 
         plot_bytes(finished, out / BYTES_PLOT)
         plot_tokens(rows, out / TOKENS_PLOT)
+        written += [BYTES_PLOT, TOKENS_PLOT]
     console.print(
-        f"wrote {out / RESULTS}, {TABLE}, {BYTES_PLOT}, {TOKENS_PLOT}\n"
-        f"every answer: inspect view --log-dir {out / 'logs'}",
+        f"wrote {', '.join(written)}\nevery answer: inspect view --log-dir {out / 'logs'}",
         soft_wrap=True,
     )
 
@@ -124,10 +125,7 @@ def _cells(entry: Mapping[str, Any], ks: Sequence[str], with_bytes: bool) -> lis
 
 
 def _interval(mean: Mapping[str, float], sign: str = "") -> str:
-    low, high = mean["low"], mean["high"]
-    if not sign:  # an accuracy, which cannot leave [0, 1]
-        low, high = max(low, 0.0), min(high, 1.0)
-    return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
+    return f"[{mean['low']:{sign}.3f}, {mean['high']:{sign}.3f}]"
 
 
 def _columns(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str], bool]:

@@ -64,6 +64,28 @@ class Mean:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Share(Mean):
+    """A mean of numbers in [0, 1], with an interval that stays in there (Wilson's score)."""
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval of 95 %."""
+        return self._center() - self._half()
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval of 95 %."""
+        return self._center() + self._half()
+
+    def _center(self) -> float:
+        return (self.value + Z**2 / (2 * self.count)) / (1 + Z**2 / self.count)
+
+    def _half(self) -> float:
+        spread = self.value * (1 - self.value) / self.count + (Z / (2 * self.count)) ** 2
+        return Z * math.sqrt(spread) / (1 + Z**2 / self.count)
+
+
 def mean_of(values: Sequence[float]) -> Mean:
     """Return mean and standard error, s / √n with n - 1 degrees of freedom, as inspect-ai does."""
     count = len(values)
@@ -107,9 +129,10 @@ class Row:
             found[answer.problem].append(answer.value)
         return {key: math.fsum(values) / len(values) for key, values in found.items()}
 
-    def accuracy(self) -> Mean:
+    def accuracy(self) -> Share:
         """Return accuracy (avg@k with k answers to a problem)."""
-        return mean_of(list(self.by_problem().values()))
+        mean = mean_of(list(self.by_problem().values()))
+        return Share(value=mean.value, stderr=mean.stderr, count=mean.count)
 
     def answer_tokens(self) -> float:
         """Return the mean length of an answer."""
@@ -184,7 +207,7 @@ def _row_of(log: Any) -> Row:
     about = log.eval.metadata or {}
     error = None
     if log.status != "success":
-        error = f"the run was {log.status}" if log.error is None else reason_of(log.error.message)
+        error = "interrupted" if log.error is None else reason_of(log.error.message)
     pass_at: dict[int, float] = {}
     for scores in log.results.scores if log.results is not None else ():
         if scores.reducer and scores.reducer.startswith("pass_at_"):
@@ -205,7 +228,7 @@ def _row_of(log: Any) -> Row:
 def reason_of(message: str) -> str:
     """Return why a request failed in one line, without the request that inspect-ai quotes."""
     found = re.findall(r"Error code: \d+ - (.+)", message)
-    text = found[-1].rstrip("')\"") if found else message.rpartition("\n\n")[2]
+    text = found[-1].rstrip("')\"\\") if found else message.rpartition("\n\n")[2]
     return " ".join(text.split())
 
 

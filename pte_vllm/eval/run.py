@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +33,7 @@ from pte_vllm.eval.serving import (
     Watch,
     ask,
     count_prompts,
+    default_block_size,
     started,
 )
 from pte_vllm.eval.tasks import problems_of, problems_under
@@ -41,6 +42,8 @@ from pte_vllm.eval.weights import Weights, state_weight
 PROMPT_ROOM = 1024
 """Tokens that a question may have on a server that we start."""
 LOGS = "logs"
+INTERRUPTED = "interrupted"
+"""How the reason of a row begins whose arm was not asked to the end."""
 
 
 def run(options: RunOptions) -> int:
@@ -57,6 +60,8 @@ def run(options: RunOptions) -> int:
     problems = {name: _problems(options, name) for name in options.benchmarks}
     counts = ", ".join(f"{name}: {len(found)} problems" for name, found in problems.items())
     console.print(counts)
+    if options.model is not None:  # a mistake shows before a server starts
+        _check_windows(options, options.block_size or default_block_size())
     options.out.mkdir(parents=True, exist_ok=True)
     with _server(options, console) as (facts, process):
         weights = _weights(options, facts)
@@ -66,9 +71,22 @@ def run(options: RunOptions) -> int:
             * len(arms)
             * (len(options.max_tokens) * len(options.seeds) * options.epochs)
         )
+        if facts.max_model_len is not None and max(options.max_tokens) >= facts.max_model_len:
+            raise ValueError(
+                f"--max-tokens {max(options.max_tokens)} leaves no room for a question: the server "
+                f"takes {facts.max_model_len} tokens in all (its --max-model-len)"
+            )
         console.print(f"{len(arms)} memories, {answers} answers")
         rows = _ask_all(options, facts, arms, process)
     write_report(options, rows, facts, weights, options.out, console)
+    if rows and all(row.answers and not row.accuracy().value for row in rows):
+        console.print(
+            "No answer was right under any memory. Does the judge see what the model says? "
+            "`--template` can ask for a box, and `--judge` chooses who judges."
+        )
+    if any(row.error and row.error.startswith(INTERRUPTED) for row in rows):
+        console.print("The run was interrupted: the same command goes on where it stopped.")
+        return 130
     return 1 if any(row.error for row in rows) else 0
 
 
@@ -141,12 +159,7 @@ def _arms(
         if options.adapters or options.sinks or "random" in options.evict:
             raise ValueError(f"--url: {facts.url} runs without PTE, and has the full cache only")
         return [Arm(window_tokens=0)]
-    for window in (*options.windows, *options.plain_windows):
-        if window % facts.block_size or window == facts.block_size:
-            raise ValueError(
-                f"--window {window} must be a multiple of the block size, {facts.block_size}, and "
-                "at least two blocks"
-            )
+    _check_windows(options, facts.block_size)
     if "random" in options.evict and "pte_evict" not in facts.options:
         raise ValueError(f"--evict random: {facts.url} does not know pte_evict; update it")
     state_tokens = None
@@ -174,6 +187,15 @@ def _arms(
             continue
         kept.append(arm)
     return kept
+
+
+def _check_windows(options: RunOptions, block_size: int) -> None:
+    for window in (*options.windows, *options.plain_windows):
+        if window % block_size or window == block_size:
+            raise ValueError(
+                f"--window {window} must be a multiple of the block size, {block_size}, and at "
+                "least two blocks"
+            )
 
 
 def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: Any) -> list[Row]:
@@ -210,11 +232,21 @@ def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: 
         raise DeadServer(
             f"{watch.found}\nThe answers so far are in {logs}; the same command goes on from there"
         )
-    if any(log.status == "cancelled" for log in found):
-        raise KeyboardInterrupt
     places = {arm.key: place for place, arm in enumerate(arms)}
     rows = rows_of(_with_summaries(log) for log in found)
+    rows += _missing(options, arms if facts.pte else [None], rows)
     return sorted(rows, key=lambda row: places.get(row.key, len(places)))
+
+
+def _missing(options: RunOptions, arms: Sequence[Arm | None], rows: Sequence[Row]) -> Iterator[Row]:
+    """Yield rows for what an interrupted run has not begun."""
+    there = {(row.benchmark, row.key, row.max_tokens) for row in rows}
+    for benchmark in options.benchmarks:
+        for length in options.max_tokens:
+            for arm in arms:
+                row = Row(benchmark=benchmark, arm=arm, max_tokens=length, error=INTERRUPTED)
+                if (benchmark, row.key, length) not in there:
+                    yield row
 
 
 def _tasks(options: RunOptions, facts: ServerFacts, arms: list[Arm]) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import json
+import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ class ServerFacts:
     """Of its model."""
     pte: bool = True
     """Whether it knows windows."""
+    max_model_len: int | None = None
+    """Most tokens of question and answer; None where the server does not say."""
     options: tuple[str, ...] = ()
     """Names of the request options that it knows."""
 
@@ -66,7 +69,8 @@ def ask(url: str, *, api_key: str | None = None, client: httpx.Client | None = N
             raise ValueError(f"--url: {base} wants an API key: name its variable by --api-key-env")
         if models.status_code != 200:
             raise ValueError(f"--url: {base}/v1/models answers HTTP {models.status_code}")
-        names = tuple(entry["id"] for entry in models.json()["data"])
+        entries = models.json()["data"]
+        names = tuple(entry["id"] for entry in entries)
         if not names:
             raise ValueError(f"--url: {base} serves no model")
         info = own.get(f"{base}/pte/v1/info", headers=headers)
@@ -76,7 +80,9 @@ def ask(url: str, *, api_key: str | None = None, client: httpx.Client | None = N
         if client is None:
             own.close()
     if info.status_code != 200:
-        return ServerFacts(url=base, models=names, pte=False)
+        return ServerFacts(
+            url=base, models=names, max_model_len=entries[0].get("max_model_len"), pte=False
+        )
     found = info.json()
     return ServerFacts(
         url=base,
@@ -84,6 +90,7 @@ def ask(url: str, *, api_key: str | None = None, client: httpx.Client | None = N
         block_size=found["plan"]["block_size"],
         evict_ratio=found["plan"]["evict_ratio"],
         kv_bytes_per_token=found.get("kv_bytes_per_token"),
+        max_model_len=found["max_model_len"],
         dtype=found.get("dtype", "bfloat16"),
         options=tuple(found["request_options"]),
     )
@@ -134,7 +141,7 @@ class OwnServer:
 
     def arguments(self) -> list[str]:
         """Return what follows `pte-vllm serve`."""
-        size = self.block_size or (32 if on_cpu() else 16)
+        size = self.block_size or default_block_size()
         arguments = {
             "--served-model-name": BASE_NAME,
             "--max-model-len": self.max_model_len,
@@ -170,6 +177,11 @@ class OwnServer:
         blocks = self.concurrency * (-(-self.max_model_len // block_size) + 1) + 1
         wanted = blocks * block_size * kv_bytes_per_token(config, dtype)
         return min(wanted, _free_bytes() // 2)
+
+
+def default_block_size() -> int:
+    """Return the block size of a server that we start: the least that the device takes well."""
+    return 32 if on_cpu() else 16
 
 
 def kv_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int:
@@ -215,6 +227,10 @@ class Watch:
         """What has happened to the server; None while it lives."""
 
     def __enter__(self) -> Watch:
+        # In the background of a shell SIGINT is ignored, and an interrupt would do nothing.
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self._thread.start()
         return self
 
@@ -226,6 +242,8 @@ class Watch:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        if self._before is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def _run(self) -> None:
         silent_s = 0.0

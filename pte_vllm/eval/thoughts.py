@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default="reasoning-gym",
         help="where the questions come from, as --data.source of `train` (%(default)s)",
     )
-    add("--task", help="task of the source, such as gsm_symbolic")
+    add("--task", help="task of the source, such as gsm_symbolic; reasoning-gym needs one")
     add("--path", help="local copy of the source, or the file of the source jsonl")
     add("--questions", type=int, default=112, metavar="N", help="(%(default)s)")
     add("--answers", type=int, default=1, metavar="N", help="answers to each (%(default)s)")

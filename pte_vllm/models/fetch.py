@@ -59,7 +59,11 @@ def fetch(
         raise ValueError(f"--source must be one of {', '.join(SOURCES)}, got {source!r}")
     model, path, console = MODELS[name], Path(path).absolute(), Console(stderr=True)
     if _holds_model(path):
-        console.print(f"{path} already holds a model; nothing to do", soft_wrap=True)
+        console.print(
+            f"{path} already holds a model; nothing to do. If it is another one than {name}, name "
+            "another directory",
+            soft_wrap=True,
+        )
         return path
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and holds other files")

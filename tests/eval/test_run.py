@@ -152,12 +152,19 @@ def test_a_killed_sweep_goes_on(server: Server, problems: Path, tmp_path: Path) 
     assert rows["full"]["pass_at"]["3"] >= rows["full"]["pass_at"]["1"]
 
 
-def test_a_dead_server(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_dead_server(monkeypatch: pytest.MonkeyPatch, handler: Any) -> None:
+    """Also in the background of a shell, where SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, handler)
     monkeypatch.setattr(serving, "GIVE_UP_S", 2.0)
     url = f"http://127.0.0.1:{free_port()}"
-    with serving.Watch(url) as watch, pytest.raises(KeyboardInterrupt):
-        while True:
-            time.sleep(0.1)
+    try:
+        with serving.Watch(url) as watch, pytest.raises(KeyboardInterrupt):
+            for _ in range(600):
+                time.sleep(0.1)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert watch.found is not None and "nothing has answered" in watch.found
 
 
@@ -174,6 +181,10 @@ def test_a_dead_server(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--equal-bytes", "--adapter", "narrow"], "--equal-bytes needs --adapter NAME=DIR"),
         (["--template", "no place"], "must contain {prompt}"),
         (["--model", "x"], "either --model"),
+        (["--max-tokens", "0"], "--max-tokens must be positive"),
+        (["--max-tokens", "4096"], "--max-tokens 4096 leaves no room"),
+        (["--top-p", "2"], "--top-p must lie in"),
+        (["--judge", "reasoning-gym"], "is no task of reasoning-gym"),
     ],
 )
 def test_mistakes(
