@@ -133,19 +133,29 @@ def test_a_killed_sweep_goes_on(server: Server, problems: Path, tmp_path: Path) 
 
     before = _asked(server)
     more = ("--concurrency", "1", "--temperature", "1", "--epochs", "3", "--pass-at", "1,3")
-    command = pte_command("eval", *_arguments(server, problems, tmp_path, *more))
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    while answered() < 3:
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = answered()
-    assert kept < 6 * PROBLEMS
+
+    def end(sign: signal.Signals, *, answers: int) -> int:
+        """Run until there are so many answers, then end it; return its exit status."""
+        command = pte_command("eval", *_arguments(server, problems, tmp_path, *more))
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        while answered() < answers:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        os.kill(process.pid, sign)
+        return process.wait()
+
+    # An interrupted run says so, and what it has.
+    assert end(signal.SIGINT, answers=2) == 130
+    rows = _rows(tmp_path)
+    assert set(rows) == {"full", "w64"}
+    assert all(row["error"] == "interrupted" for row in rows.values())
+    assert "the same command goes on" in (tmp_path / "log").read_text()
+    assert end(signal.SIGKILL, answers=4) == -signal.SIGKILL
+    assert answered() < 6 * PROBLEMS
     assert eval_command(_arguments(server, problems, tmp_path, *more)) == 0
     # What was answered when it was killed, and not yet written, is asked once more.
-    assert _asked(server) - before <= 6 * PROBLEMS + 2
+    assert _asked(server) - before <= 6 * PROBLEMS + 4
     rows = _rows(tmp_path)
     assert {row["answers"] for row in rows.values()} == {3 * PROBLEMS}
     assert rows["full"]["pass_at"]["1"] == pytest.approx(rows["full"]["accuracy"]["value"])
