@@ -62,7 +62,7 @@ def test_help(command: str) -> None:
         ("eval fidelity ./nowhere THOUGHTS", "MODEL: the model directory ./nowhere does not exist"),
         ("eval fidelity M T --window 64,x", "'x' is not a number from 1"),
         ("eval fidelity M T --adapter DIR", "'DIR' must be NAME=DIR"),
-        ("eval fidelity M T --sinks --url http://a", "a server evicts as it was started"),
+        ("eval fidelity M T --sinks --url http://a", "a server folds the part"),
         ("train memory-curve ./nowhere", "MODEL: the model directory ./nowhere does not exist"),
         (
             "train experiment recall ./nowhere",
