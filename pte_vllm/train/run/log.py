@@ -115,7 +115,10 @@ class ProgressBar:
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show that `step` is done, and its numbers."""
-        shown = summary(values)
+        self.show(step, summary(values))
+
+    def show(self, step: int, shown: str) -> None:
+        """Show that `step` is done, and a text beside it."""
         self._progress.update(self._task, completed=step, shown=shown)
         if not self._console.is_terminal:
             self._console.print(f"step {step}/{self._total}: {shown}", soft_wrap=True)
