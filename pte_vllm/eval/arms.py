@@ -7,9 +7,10 @@ state, or one of the controls. Every arm answers the same problems.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pte_vllm.method.names import Evict
 from pte_vllm.method.plan import FoldPlan
 
 FULL = "full"
@@ -28,7 +29,7 @@ class Arm:
     """Name of an adapter; None is the base model, which forgets what leaves the window."""
     rule: str | None = None
     """Update rule in place of the adapter's."""
-    evict: str = "oldest"
+    evict: Evict = "oldest"
     """Which blocks leave a full window: `oldest` or `random`."""
     sinks: bool = False
     """Whether only the first tokens are pinned, and the question is a thought like any other."""
@@ -69,6 +70,27 @@ class Arm:
             memory += f", evicting at {self.evict}"
         return f"window {self.window_tokens}, {memory}"
 
+    def plan(
+        self, prompt_tokens: int, *, block_size: int, evict_ratio: float, seed: int = 0
+    ) -> FoldPlan:
+        """Return the plan of one answer.
+
+        Args:
+            prompt_tokens: length of the question.
+            block_size: tokens in a block of the server's KV cache.
+            evict_ratio: part of a full window that one fold frees.
+            seed: of what this answer draws, for the control that evicts at random.
+        """
+        plan = FoldPlan(
+            pin_tokens=prompt_tokens,
+            window_tokens=self.window_tokens,
+            evict_ratio=evict_ratio,
+            block_size=block_size,
+            evict=self.evict,
+            evict_seed=seed if self.evict != "oldest" else 0,
+        )
+        return with_sinks(plan) if self.sinks else plan
+
     def draws(self, *, block_size: int, evict_ratio: float) -> bool:
         """Say whether blocks that leave at random can differ from the oldest.
 
@@ -76,66 +98,36 @@ class Arm:
         """
         if self.evict == "oldest":
             return False
-        plan = FoldPlan(
-            pin_tokens=0,
-            window_tokens=self.window_tokens,
-            evict_ratio=evict_ratio,
-            block_size=block_size,
-        )
+        plan = self.plan(0, block_size=block_size, evict_ratio=evict_ratio)
         return plan.window_blocks - 1 > plan.evict_blocks
 
-    def request_args(self, *, prompt_tokens: int, block_size: int, seed: int) -> dict[str, Any]:
-        """Return the request options of one answer, as `vllm_xargs` takes them.
-
-        Args:
-            prompt_tokens: length of the question; only the control with sinks depends on it.
-            block_size: tokens in a block of the server's KV cache.
-            seed: of what this answer draws, for the control that evicts at random.
-        """
-        if not self.window_tokens:
-            return {"pte_window": 0}
-        args: dict[str, Any] = {"pte_window": self.window_tokens}
+    def request_args(self, plan: FoldPlan) -> dict[str, Any]:
+        """Return the request options of an answer with this plan, as `vllm_xargs` takes them."""
+        args: dict[str, Any] = {"pte_window": plan.window_tokens}
         if self.sinks:
-            args["pte_window"] = self.sink_window(prompt_tokens, block_size)
-            args["pte_pin_tokens"] = min(SINK_TOKENS, prompt_tokens)
+            args["pte_pin_tokens"] = plan.pin_tokens
         if self.rule is not None:
             args["pte_update"] = self.rule
-        if self.evict != "oldest":
-            args["pte_evict"] = self.evict
-            args["pte_evict_seed"] = seed
+        if plan.evict != "oldest":
+            args |= {"pte_evict": plan.evict, "pte_evict_seed": plan.evict_seed}
         return args
 
-    def sink_window(self, prompt_tokens: int, block_size: int) -> int:
-        """Return the window that holds as many blocks with sinks as the plain window beside it."""
-        question, sink = -(-prompt_tokens // block_size), -(-SINK_TOKENS // block_size)
-        return self.window_tokens + max(0, question - sink) * block_size
 
-    def peak_tokens(
-        self, *, prompt_tokens: int, num_tokens: int, block_size: int, evict_ratio: float
-    ) -> int:
-        """Return the most KV room that an answer takes, in tokens; thought states not included.
+def with_sinks(plan: FoldPlan) -> FoldPlan:
+    """Return a plan that pins the first tokens only, and gives the window the question's blocks.
 
-        Args:
-            prompt_tokens: length of the question.
-            num_tokens: length of question and answer.
-            block_size: tokens in a block of the server's KV cache.
-            evict_ratio: part of a full window that one fold frees.
-        """
-        pinned, window = prompt_tokens, self.window_tokens
-        if self.sinks:
-            pinned, window = (
-                min(SINK_TOKENS, prompt_tokens),
-                self.sink_window(prompt_tokens, block_size),
-            )
-        plan = FoldPlan(
-            pin_tokens=pinned,
-            window_tokens=window,
-            evict_ratio=evict_ratio,
-            block_size=block_size,
-        )
-        if num_tokens <= plan.first_fold:
-            return -(-num_tokens // block_size) * block_size
-        return (plan.pinned_blocks + plan.window_blocks) * block_size
+    It holds as many blocks as `plan` does. Folds are `evict_ratio` of the larger window.
+    """
+    pinned = min(SINK_TOKENS, plan.pin_tokens)
+    freed = plan.pinned_blocks - -(-pinned // plan.block_size)
+    return replace(
+        plan, pin_tokens=pinned, window_tokens=plan.window_tokens + freed * plan.block_size
+    )
+
+
+def peak_tokens(plan: FoldPlan, num_tokens: int) -> int:
+    """Return the most KV room that a sequence of `num_tokens` takes, in tokens."""
+    return plan.held_blocks(min(num_tokens, plan.first_fold) - 1) * plan.block_size
 
 
 def make_arms(
@@ -143,7 +135,7 @@ def make_arms(
     *,
     adapters: Sequence[str] = (),
     rules: Sequence[str | None] = (None,),
-    evict: Sequence[str] = ("oldest",),
+    evict: Sequence[Evict] = ("oldest",),
     sinks: bool = False,
     plain_windows: Iterable[int] = (),
     state_tokens: Mapping[str, int] | None = None,

@@ -4,6 +4,7 @@ The model answers questions under full attention. Those answers are distilled un
 every arm, with the same steps, data and rank; then fidelity and accuracy are measured beside
 windows without memory, by `eval fidelity` and `eval run`.
 
+    OUT/options.json            what the files are made with; other values need another OUT
     OUT/thoughts.jsonl          the model's own answers
     OUT/train.jsonl, held.jsonl what is distilled, and what fidelity is measured on
     OUT/arms/ARM-SEED/          one distillation (`train distill`); adapter/ is its result
@@ -16,14 +17,14 @@ Whatever is finished is not done again: the same command goes on where it stoppe
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.eval.experiment_arms import ARMS
+from pte_vllm.eval.experiment_arms import ARMS, keep_options
+from pte_vllm.eval.flags import names, numbers
 from pte_vllm.models.location import check_model
 
 QUICK: dict[str, Any] = {
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     check_model(options.model)
     from pte_vllm.eval.benchmarks import load_problems
     from pte_vllm.eval.experiment_steps import measure_accuracy, measure_fidelity, sample, train
-    from pte_vllm.eval.serving import DeadServer, ask
+    from pte_vllm.eval.serving import DeadServer
     from pte_vllm.launch import LaunchError
     from pte_vllm.wire.transport import ServerError
 
@@ -58,9 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         load_problems(options.task, limit=1)  # a mistake shows before a server starts
-        if options.url is not None:
-            ask(options.url, api_key=os.environ.get(options.api_key_env or ""))
         options.out.mkdir(parents=True, exist_ok=True)
+        keep_options(options)
         sample(options)
         adapters = train(options)
         fidelity = measure_fidelity(options, adapters)
@@ -98,13 +98,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="DIR",
         help="all files (%(default)s)",
     )
-    add("--arms", type=_names, default=list(ARMS), metavar="A,B", help=f"of {','.join(ARMS)} (all)")
-    add("--seeds", type=_numbers, default=[0], metavar="N,N", help="of training (0)")
+    add("--arms", type=names, default=list(ARMS), metavar="A,B", help=f"of {','.join(ARMS)} (all)")
+    add("--seeds", type=numbers, default=[0], metavar="N,N", help="of training (0)")
     add("--quick", action="store_true", help="tiny: two arms, few steps, problems and tokens")
     add(
         "--url",
         help="sample and answer on this server in place of ones that are started; adapters are "
-        "pushed to it under the names of the arms",
+        "pushed to it as ARM-SEED",
     )
     add("--api-key-env", metavar="NAME", help="variable that holds its key")
     add("--admin-key-env", metavar="NAME", help="variable that holds the key for pushing")
@@ -142,7 +142,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add(
         "--plain-windows",
-        type=_numbers,
+        type=numbers,
         default=[96, 128, 256],
         metavar="N,N",
         help="further windows, without memory (96,128,256)",
@@ -200,11 +200,3 @@ def _check(given: argparse.Namespace) -> None:
                 f"--window, --plain-windows: {window} must be a multiple of --block-size "
                 f"{given.block_size}, and two blocks at least"
             )
-
-
-def _names(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]

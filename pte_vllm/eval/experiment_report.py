@@ -66,7 +66,7 @@ def _rows(
         rows.append(row(f"window {window}, evicting at random", random.key, ["evict random"]))
     rows.append(row(f"window {window}, attention sinks", sinks.key, ["sinks"]))
     for name in options.arms:
-        names = [adapter_name(name, seed, options.seeds) for seed in options.seeds]
+        names = [adapter_name(name, seed) for seed in options.seeds]
         keys = [Arm(window_tokens=window, adapter=each).key for each in names]
         rows.append(row(f"window {window}, {name}", keys[0], names, keys[1:]))
     return rows

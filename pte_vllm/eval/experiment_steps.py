@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,10 @@ from pte_vllm.eval.experiment_arms import ARMS, adapter_name, read_json
 from pte_vllm.eval.options import RunOptions
 from pte_vllm.eval.report import RESULTS
 from pte_vllm.eval.run import PROMPT_ROOM, run
-from pte_vllm.eval.serving import OwnServer, started
-from pte_vllm.eval.thoughts import TEMPLATE
+from pte_vllm.eval.thoughts import TEMPLATE, sample_on_server
 from pte_vllm.train.distill.loop import train as distil
-from pte_vllm.train.distill.samples import sample_answers
 from pte_vllm.train.options.runs import DistillRun
-from pte_vllm.train.run.start import ADAPTER, load_tokenizer
+from pte_vllm.train.run.start import ADAPTER
 
 THOUGHTS, TRAIN, HELD = "thoughts.jsonl", "train.jsonl", "held.jsonl"
 THOUGHT_SEED, PROBLEM_SEED = 5, 990017
@@ -33,49 +29,39 @@ def sample(options: argparse.Namespace) -> None:
     path = options.out / THOUGHTS
     if not path.exists():
         console.rule("answers under full attention")
-        with _server(options, console) as url:
-            asked = DistillRun.model_validate(
-                {
-                    "model": {"base": options.model},
-                    "data": {
-                        "source": "reasoning-gym",
-                        "task": options.task,
-                        "seed": THOUGHT_SEED,
-                        "prompt_template": TEMPLATE,
-                        "max_prompt_tokens": PROMPT_ROOM,
-                    },
-                    "sampling": {
-                        "temperature": options.temperature,
-                        "max_tokens": options.max_tokens,
-                    },
-                    "distill": {"data": "samples", "max_sequences": options.questions},
-                    "server": {"url": url, "api_key_env": options.api_key_env},
-                    "run": {"seed": THOUGHT_SEED},
-                }
-            )
-            sample_answers(asked, load_tokenizer(options.model), path, console)
+        asked = DistillRun.model_validate(
+            {
+                "model": {"base": options.model},
+                "data": {
+                    "source": "reasoning-gym",
+                    "task": options.task,
+                    "seed": THOUGHT_SEED,
+                    "prompt_template": TEMPLATE,
+                    "max_prompt_tokens": PROMPT_ROOM,
+                },
+                "sampling": {
+                    "temperature": options.temperature,
+                    "max_tokens": options.max_tokens,
+                },
+                "distill": {"data": "samples", "max_sequences": options.questions},
+                "server": {"api_key_env": options.api_key_env},
+                "run": {"seed": THOUGHT_SEED},
+            }
+        )
+        sample_on_server(
+            asked,
+            path,
+            console,
+            url=options.url,
+            log=options.out / "sampling.log",
+            concurrency=options.concurrency,
+            block_size=options.block_size,
+        )
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if len(lines) <= options.held:
         raise ValueError(f"--held {options.held}: {path} has {len(lines)} answers only")
     (options.out / TRAIN).write_text("".join(lines[: -options.held]), encoding="utf-8")
     (options.out / HELD).write_text("".join(lines[-options.held :]), encoding="utf-8")
-
-
-@contextmanager
-def _server(options: argparse.Namespace, console: Console) -> Iterator[str]:
-    if options.url is not None:
-        yield options.url
-        return
-    own = OwnServer(
-        model=options.model,
-        max_model_len=PROMPT_ROOM + options.max_tokens,
-        concurrency=options.concurrency,
-        block_size=options.block_size,
-    )
-    log = options.out / "sampling.log"
-    with console.status(f"starting a server, log {log}") as status, started(own, log=log) as server:
-        status.stop()
-        yield server.url
 
 
 def train(options: argparse.Namespace) -> dict[str, Path]:
@@ -84,8 +70,8 @@ def train(options: argparse.Namespace) -> dict[str, Path]:
     found = {}
     for seed in options.seeds:
         for arm in options.arms:
-            name = adapter_name(arm, seed, options.seeds)
-            out = options.out / "arms" / f"{arm}-{seed}"
+            name = adapter_name(arm, seed)
+            out = options.out / "arms" / name
             found[name] = out / ADAPTER
             if (out / ADAPTER / "adapter_config.json").exists():
                 continue
@@ -124,7 +110,8 @@ def measure_fidelity(options: argparse.Namespace, adapters: dict[str, Path]) -> 
     out = options.out / "fidelity"
     if (out / "fidelity.json").exists():
         report = read_json(out / "fidelity.json")
-        if set(adapters) <= {arm["name"] for arm in report["arms"]}:
+        wanted = {f"window {size}" for size in (options.window, *options.plain_windows)}
+        if wanted | set(adapters) <= {arm["name"] for arm in report["arms"]}:
             return report
     Console(stderr=True).rule("fidelity")
     arguments = [options.model, str(options.out / HELD), "--out", str(out)]

@@ -9,7 +9,6 @@ Standard library only until the flags are read and checked.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,6 +162,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     from pte_vllm.adapter.format import Adapter, ModelShape
     from pte_vllm.eval import fidelity_arms, fidelity_report
+    from pte_vllm.eval.weights import state_bytes
 
     console = Console(stderr=True, highlight=False)
     shape = ModelShape.from_hf(AutoConfig.from_pretrained(options.model))
@@ -171,10 +171,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     eviction = _eviction(options)
     arms = fidelity_arms.build_arms(
         options.window,
-        {
-            name: fidelity_arms.state_bytes(adapter, options.kv_dtype)
-            for name, adapter in adapters.items()
-        },
+        {name: state_bytes(adapter, options.kv_dtype) for name, adapter in adapters.items()},
         eviction=eviction,
         bytes_per_token=bytes_per_token,
         evict=options.evict,
@@ -266,14 +263,14 @@ def _by_replay(
     import torch
 
     from pte_vllm.eval import fidelity_replay
-    from pte_vllm.eval.fidelity_parts import ProgressBar
+    from pte_vllm.eval.fidelity_parts import shown_progress
     from pte_vllm.train.options.sections import ModelOptions
     from pte_vllm.train.replay.modeling import PTEModel
 
     chosen = ModelOptions(base=options.model, dtype=options.dtype, device=options.device)
     chosen = chosen.resolve(cuda=torch.cuda.is_available())
     base = PTEModel.from_pretrained(chosen.base, dtype=chosen.dtype, device=chosen.device).base
-    with ProgressBar(console, len(examples), arms, options.batch) as progress:
+    with shown_progress(console, len(examples), arms, options.batch) as progress:
         return fidelity_replay.measure(
             base, examples, arms, adapters, batch_sequences=options.batch, on_done=progress
         )
@@ -287,9 +284,9 @@ def _by_server(
     console: Console,
 ) -> MeasuredTokens:
     from pte_vllm.eval import fidelity_server
-    from pte_vllm.eval.fidelity_parts import ProgressBar
+    from pte_vllm.eval.fidelity_parts import shown_progress
 
-    bar = ProgressBar(console, len(examples), arms, options.batch)
+    bar = shown_progress(console, len(examples), arms, options.batch)
     with _client(options) as client, bar as progress:
         return fidelity_server.measure(
             client,
@@ -303,12 +300,10 @@ def _by_server(
 
 
 def _client(options: argparse.Namespace) -> Any:
+    from pte_vllm.eval.serving import key_from
     from pte_vllm.wire.client import RolloutClient
 
-    name = options.api_key_env
-    if name is not None and not os.environ.get(name):
-        raise ValueError(f"--api-key-env {name}: there is no such environment variable")
-    return RolloutClient(options.url, api_key=os.environ[name] if name else None)
+    return RolloutClient(options.url, api_key=key_from(options.api_key_env))
 
 
 def _windows(text: str) -> list[int]:

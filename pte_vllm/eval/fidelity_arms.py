@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pte_vllm.adapter.format import Adapter, ModelShape
-from pte_vllm.eval.arms import SINK_TOKENS
+from pte_vllm.adapter.format import ModelShape
+from pte_vllm.eval.arms import with_sinks
+from pte_vllm.eval.weights import in_kv_tokens
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.method.weight import kv_token_bytes, weigh_state
+from pte_vllm.method.weight import kv_token_bytes
 
 Kind = Literal["window", "adapter", "equal-bytes", "evict", "sinks"]
 
@@ -75,19 +76,14 @@ class FidelityArm:
         return self.eviction.plan(pin_tokens, self.window_tokens, **more)
 
     def _sinks(self, pin_tokens: int) -> FoldPlan:
-        """Pin the first tokens only; what the question's other blocks held, the window gets.
+        """Pin the first tokens only, and free as much at a fold as the plain window.
 
         The first fold, the tokens between two folds, and the blocks that are held are those of the
         plain window: only what is forgotten differs.
         """
         like = self.eviction.plan(pin_tokens, self.window_tokens)
-        window = self.window_tokens + max(0, like.pinned_blocks - 1) * like.block_size
-        return FoldPlan(
-            pin_tokens=min(pin_tokens, SINK_TOKENS),
-            window_tokens=window,
-            evict_ratio=like.stride / window,
-            block_size=like.block_size,
-        )
+        plan = with_sinks(like)
+        return replace(plan, evict_ratio=like.stride / plan.window_tokens)
 
     @property
     def does(self) -> tuple[Any, ...]:
@@ -98,24 +94,6 @@ class FidelityArm:
 def kv_bytes_per_token(model: ModelShape, dtype: str) -> int:
     """Return what one token holds in the KV cache of all layers."""
     return kv_token_bytes(model.num_layers, model.d_kv, dtype)
-
-
-def state_bytes(adapter: Adapter, dtype: str) -> int:
-    """Return what the thought state of one sequence holds between folds.
-
-    Args:
-        adapter: whose state it is; a plain LoRA has none.
-        dtype: of the KV cache; the model's, or fp8 beside a model in bfloat16.
-    """
-    if adapter.pte is None:
-        return 0
-    model = "bfloat16" if dtype == "fp8" else dtype
-    return weigh_state(adapter.pte, len(adapter.layers), model).total
-
-
-def in_kv_tokens(num_bytes: int, bytes_per_token: int) -> int:
-    """Return how many tokens of a KV cache hold as many bytes, rounded up."""
-    return -(-num_bytes // bytes_per_token)
 
 
 def build_arms(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Self
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pte_vllm.eval.fidelity_arms import FidelityArm
 from pte_vllm.eval.fidelity_tokens import ArmTokens, Array, MeasuredTokens
 from pte_vllm.train.distill.examples import Example
+from pte_vllm.train.run.log import ProgressBar
 
 OnDone = Callable[[str], None]
 """Hears the name of each part that is done: full attention, or an arm, on one batch."""
@@ -69,8 +69,11 @@ class Parts:
         )
 
 
-class ProgressBar:
-    """Shows how much of a measurement is done; a line for each part without a terminal.
+@contextmanager
+def shown_progress(
+    console: Console, num_examples: int, arms: Sequence[FidelityArm], batch_sequences: int
+) -> Iterator[OnDone]:
+    """Show how much of a measurement is done; yields what hears of each part.
 
     Args:
         console: where it is shown.
@@ -78,38 +81,8 @@ class ProgressBar:
         arms: what is compared.
         batch_sequences: how many answers are read at once.
     """
-
-    def __init__(
-        self, console: Console, num_examples: int, arms: Sequence[FidelityArm], batch_sequences: int
-    ) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            *columns,
-            console=console,
-            disable=not console.is_terminal,
-        )
-        batches = -(-num_examples // batch_sequences)
-        self._console, self._began, self._done = console, time.monotonic(), 0
-        self._total = batches * (1 + len(Parts(arms).different))
-        self._task = self._bar.add_task("reading", total=self._total)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-
-    def __call__(self, name: str) -> None:
-        """Hear that a part is done."""
-        self._done += 1
-        self._bar.update(self._task, advance=1, description=f"done: {name}")
-        if not self._console.is_terminal:
-            seconds = time.monotonic() - self._began
-            self._console.print(f"{self._done}/{self._total}: {name}, {seconds:.0f} s")
+    batches = -(-num_examples // batch_sequences)
+    done = itertools.count(1)
+    total = batches * (1 + len(Parts(arms).different))
+    with ProgressBar(console, title="reading", done=0, total=total) as bar:
+        yield lambda name: bar.show(next(done), name)

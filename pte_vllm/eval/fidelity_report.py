@@ -11,8 +11,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pte_vllm.eval.fidelity_arms import FidelityArm, in_kv_tokens
+from pte_vllm.eval.fidelity_arms import FidelityArm
 from pte_vllm.eval.fidelity_tokens import Answers, ArmTokens, Array, MeasuredTokens
+from pte_vllm.eval.weights import in_kv_tokens
 from pte_vllm.train.distill.examples import Example
 
 JSON_FILE, PLOT_FILE = "fidelity.json", "fidelity.png"

@@ -100,7 +100,7 @@ def _add_problems(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--benchmark",
-        type=_names,
+        type=names,
         metavar="A,B",
         help="math-500, aime-2024, aime-2025, amc-2023, olympiadbench, minerva, gsm8k (from the "
         "hub or --data); tasks of reasoning-gym such as gsm_symbolic, and .jsonl files with "
@@ -136,27 +136,27 @@ def _add_arms(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memories to compare; the full cache is always among them")
     group.add_argument(
         "--window",
-        type=_numbers,
+        type=numbers,
         metavar="N,N",
         help="KV room for thoughts, in tokens (default: 256,1024)",
     )
     group.add_argument(
         "--plain-window",
-        type=_numbers,
+        type=numbers,
         default=[],
         metavar="N,N",
         help="further windows, without memory and controls",
     )
     group.add_argument(
         "--rule",
-        type=_names,
+        type=names,
         default=[],
         metavar="A,B",
         help=f"update rules to try with each adapter beside its own: {', '.join(RULE_NAMES)}",
     )
     group.add_argument(
         "--evict",
-        type=_names,
+        type=names,
         default=["oldest"],
         metavar="A,B",
         help="which blocks leave where there is no memory: oldest, random (default: oldest)",
@@ -176,7 +176,7 @@ def _add_arms(parser: argparse.ArgumentParser) -> None:
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--max-tokens", type=_numbers, metavar="N,N", help="longest answers (default: 3072)"
+        "--max-tokens", type=numbers, metavar="N,N", help="longest answers (default: 3072)"
     )
     group.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0: greedy (default: 0)"
@@ -186,10 +186,10 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=_count, default=1, metavar="N", help="answers to a problem (default: 1)"
     )
     group.add_argument(
-        "--pass-at", type=_numbers, default=[], metavar="K,K", help="also pass@k, for these k"
+        "--pass-at", type=numbers, default=[], metavar="K,K", help="also pass@k, for these k"
     )
     group.add_argument(
-        "--seeds", type=_numbers, default=[0], metavar="N,N", help="of sampling (default: 0)"
+        "--seeds", type=numbers, default=[0], metavar="N,N", help="of sampling (default: 0)"
     )
     group.add_argument(
         "--concurrency",
@@ -222,5 +222,7 @@ def _number(text: str) -> int:
     return value
 
 
-_names = _list_of(str)
-_numbers = _list_of(_number)
+names = _list_of(str)
+"""Reads A,B as a list of names."""
+numbers = _list_of(_number)
+"""Reads N,N as a list of numbers from 0."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.method.names import RULE_NAMES
+from pte_vllm.method.names import EVICTS, RULE_NAMES, Evict
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -53,7 +53,7 @@ class RunOptions:
     plain_windows: tuple[int, ...]
     """Further windows, without memory and controls."""
     rules: tuple[str | None, ...]
-    evict: tuple[str, ...]
+    evict: tuple[Evict, ...]
     sinks: bool
     equal_bytes: bool
     max_tokens: tuple[int, ...]
@@ -91,8 +91,8 @@ def read_options(given: argparse.Namespace) -> RunOptions:
         if name not in RULE_NAMES:
             raise ValueError(f"--rule must be among {', '.join(RULE_NAMES)}, got {name!r}")
     for how in given.evict:
-        if how not in ("oldest", "random"):
-            raise ValueError(f"--evict must be among oldest, random, got {how!r}")
+        if how not in EVICTS:
+            raise ValueError(f"--evict must be among {', '.join(EVICTS)}, got {how!r}")
     if given.rule and not adapters:
         raise ValueError("--rule needs an --adapter whose folds follow it")
     _check_sampling(given)

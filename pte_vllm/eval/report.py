@@ -16,7 +16,6 @@ from pte_vllm import __version__
 from pte_vllm.eval.options import RunOptions
 from pte_vllm.eval.results import Row, difference, full_of
 from pte_vllm.eval.serving import ServerFacts
-from pte_vllm.eval.weights import Weights
 
 RESULTS, TABLE = "results.json", "table.md"
 BYTES_PLOT, TOKENS_PLOT = "bytes.png", "tokens.png"
@@ -27,7 +26,7 @@ def write_report(
     options: RunOptions,
     rows: Sequence[Row],
     facts: ServerFacts,
-    weights: Mapping[str, Weights],
+    weights: Mapping[str, int],
     out: Path,
     console: Console,
 ) -> None:
@@ -36,11 +35,9 @@ def write_report(
     summary = {
         "version": __version__,
         "model": options.model or facts.models[0],
-        "options": {
-            **{k: v for k, v in asdict(options).items() if k not in ("out", "api_key_env")},
-        },
+        "options": {k: v for k, v in asdict(options).items() if k not in ("out", "api_key_env")},
         "server": asdict(facts),
-        "weights": {name: asdict(weight) for name, weight in weights.items()},
+        "state_bytes": dict(weights),
         "rows": found,
     }
     (out / RESULTS).write_text(json.dumps(summary, indent=1, default=str) + "\n")
@@ -69,7 +66,7 @@ def write_report(
 
 
 def _entry(
-    row: Row, rows: Sequence[Row], facts: ServerFacts, weights: Mapping[str, Weights]
+    row: Row, rows: Sequence[Row], facts: ServerFacts, weights: Mapping[str, int]
 ) -> dict[str, Any]:
     """Return a row as JSON values: what the table shows, and accuracy by problem."""
     entry: dict[str, Any] = {
@@ -84,14 +81,14 @@ def _entry(
         return entry
     arm, state_bytes = row.arm, 0
     if arm is not None and arm.adapter and arm.adapter in weights and arm.window_tokens:
-        state_bytes = weights[arm.adapter].state_bytes
+        state_bytes = weights[arm.adapter]
     tokens = row.peak_tokens(block_size=facts.block_size, evict_ratio=facts.evict_ratio)
     token_bytes = facts.kv_bytes_per_token
     full = full_of(rows, row)
     return entry | {
         "accuracy": row.accuracy().to_dict(),
         "pass_at": {str(k): value for k, value in sorted(row.pass_at.items())},
-        "difference": difference(row, full).to_dict() if full not in (None, row) else None,
+        "difference": difference(row, full).to_dict() if full else None,
         "answers": len(row.answers),
         "kv_tokens": tokens,
         "state_bytes": state_bytes,
@@ -107,10 +104,8 @@ def _entry(
 def _cells(entry: Mapping[str, Any], ks: Sequence[str], with_bytes: bool) -> list[str]:
     accuracy = entry["accuracy"]
     if accuracy is None:
-        blank = [""] * (6 + len(ks) + with_bytes)
-        return [entry["title"], f"failed: {entry['error']}"[:160], *blank][
-            : 7 + len(ks) + with_bytes
-        ]
+        blank = [""] * (5 + len(ks) + with_bytes)
+        return [entry["title"], f"failed: {entry['error']}"[:160], *blank]
     cells = [entry["title"], f"{accuracy['value']:.3f} {_interval(accuracy)}"]
     if entry["error"]:
         cells[1] += f" (not complete: {entry['error']})"[:160]

@@ -11,11 +11,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
-from pte_vllm.eval.arms import FULL, Arm
+from pte_vllm.eval.arms import FULL, Arm, peak_tokens
 
+INTERRUPTED = "interrupted"
+"""The reason of a row whose task was not begun, or not asked to the end."""
 Z = 1.96
 """Standard errors to each side of a mean: 95 % of a normal distribution."""
 
@@ -147,11 +150,9 @@ class Row:
         arm = self.arm or Arm(window_tokens=0)
         return mean_of(
             [
-                arm.peak_tokens(
-                    prompt_tokens=answer.prompt_tokens,
-                    num_tokens=answer.prompt_tokens + answer.answer_tokens,
-                    block_size=block_size,
-                    evict_ratio=evict_ratio,
+                peak_tokens(
+                    arm.plan(answer.prompt_tokens, block_size=block_size, evict_ratio=evict_ratio),
+                    answer.prompt_tokens + answer.answer_tokens,
                 )
                 for answer in self.answers
             ]
@@ -177,10 +178,11 @@ def difference(row: Row, other: Row) -> Mean:
 
 
 def full_of(rows: Iterable[Row], row: Row) -> Row | None:
-    """Return the full cache's row that a row is compared with; None if there is none."""
+    """Return the full cache's row that a row is compared with; None if it is that, or lacks it."""
     for other in rows:
         if (
-            other.key == FULL
+            other is not row
+            and other.key == FULL
             and other.benchmark == row.benchmark
             and other.max_tokens == row.max_tokens
             and other.answers
@@ -189,36 +191,59 @@ def full_of(rows: Iterable[Row], row: Row) -> Row | None:
     return None
 
 
-def rows_of(logs: Iterable[Any]) -> list[Row]:
-    """Return the rows of a sweep from the newest log of each of its tasks.
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What one task of a sweep asks: all problems of a benchmark, under one arm with one seed."""
+
+    benchmark: str
+    arm: Arm | None
+    """None: a server without PTE."""
+    max_tokens: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, for the log of the task."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Cell:
+        """Read what `to_dict` wrote."""
+        arm = values["arm"]
+        return cls(**{**values, "arm": None if arm is None else Arm(**arm)})
+
+
+def rows_of(cells: Iterable[Cell], logs: Iterable[Any]) -> list[Row]:
+    """Return the rows of a sweep, in the order of its cells; seeds of one arm make one row.
+
+    A task that did not finish, or was not begun, leaves its reason in the row.
 
     Args:
-        logs: `inspect_ai.log.EvalLog` with samples or their summaries. A task that did not finish
-            gives a row with the reason, and with the answers that it has.
+        cells: what the sweep asks.
+        logs: `inspect_ai.log.EvalLog`, the newest of each task, with summaries of its samples.
     """
-    parts: dict[tuple[str, str, int], list[Row]] = {}
-    for log in logs:
-        row = _row_of(log)
-        parts.setdefault((row.benchmark, row.key, row.max_tokens), []).append(row)
-    return [_joined(found) for found in parts.values()]
+    found = {Cell.from_dict(log.eval.metadata): log for log in logs}
+    parts: dict[tuple[str, Arm | None, int], list[Row]] = {}
+    for cell in cells:
+        row = _row_of(cell, found.get(cell))
+        parts.setdefault((cell.benchmark, cell.arm, cell.max_tokens), []).append(row)
+    return [_joined(rows) for rows in parts.values()]
 
 
-def _row_of(log: Any) -> Row:
-    about = log.eval.metadata or {}
+def _row_of(cell: Cell, log: Any) -> Row:
+    row = Row(benchmark=cell.benchmark, arm=cell.arm, max_tokens=cell.max_tokens)
+    if log is None:
+        return replace(row, error=INTERRUPTED)
     error = None
     if log.status != "success":
-        error = "interrupted" if log.error is None else reason_of(log.error.message)
+        error = INTERRUPTED if log.error is None else reason_of(log.error.message)
     pass_at: dict[int, float] = {}
     for scores in log.results.scores if log.results is not None else ():
         if scores.reducer and scores.reducer.startswith("pass_at_"):
             k = int(scores.reducer.rpartition("_")[2])
             pass_at[k] = float(scores.metrics["accuracy"].value)
-    arm = about.get("arm")
-    return Row(
-        benchmark=about["benchmark"],
-        arm=None if arm is None else Arm(**arm),
-        max_tokens=about["max_tokens"],
-        answers=tuple(_answers(log.samples or (), about["seed"])),
+    return replace(
+        row,
+        answers=tuple(_answers(log.samples or (), cell.seed)),
         pass_at=pass_at,
         error=error,
         seconds=_seconds(log.samples or ()),
@@ -250,8 +275,6 @@ def _answers(samples: Iterable[Any], seed: int) -> Iterable[Answer]:
 
 
 def _seconds(samples: Iterable[Any]) -> float:
-    from datetime import datetime
-
     times = [(s.started_at, s.completed_at) for s in samples if s.started_at and s.completed_at]
     if not times:
         return 0.0
@@ -262,13 +285,10 @@ def _seconds(samples: Iterable[Any]) -> float:
 
 def _joined(parts: Sequence[Row]) -> Row:
     """Join the seeds of one arm."""
-    first = parts[0]
     errors = sorted({part.error for part in parts if part.error})
     ks = {k for part in parts for k in part.pass_at}
-    return Row(
-        benchmark=first.benchmark,
-        arm=first.arm,
-        max_tokens=first.max_tokens,
+    return replace(
+        parts[0],
         answers=tuple(answer for part in parts for answer in part.answers),
         pass_at={k: mean_of([p.pass_at[k] for p in parts if k in p.pass_at]).value for k in ks},
         error="; ".join(errors) or None,

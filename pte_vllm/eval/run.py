@@ -25,7 +25,7 @@ from rich.console import Console
 from pte_vllm.eval.arms import Arm, make_arms
 from pte_vllm.eval.options import RunOptions
 from pte_vllm.eval.report import write_report
-from pte_vllm.eval.results import Row, rows_of
+from pte_vllm.eval.results import INTERRUPTED, Cell, Row, rows_of
 from pte_vllm.eval.serving import (
     DeadServer,
     OwnServer,
@@ -34,20 +34,19 @@ from pte_vllm.eval.serving import (
     ask,
     count_prompts,
     default_block_size,
+    key_from,
     started,
 )
 from pte_vllm.eval.tasks import problems_of, problems_under
-from pte_vllm.eval.weights import Weights, state_weight
+from pte_vllm.eval.weights import in_kv_tokens, state_bytes
 
 PROMPT_ROOM = 1024
 """Tokens that a question may have on a server that we start."""
 LOGS = "logs"
-INTERRUPTED = "interrupted"
-"""How the reason of a row begins whose arm was not asked to the end."""
 
 
 def run(options: RunOptions) -> int:
-    """Run a sweep, or go on with it; returns the exit status: 0, 1 if an arm failed.
+    """Run a sweep, or go on with it; returns the exit status: 0, 1 if an arm failed, 130.
 
     Raises:
         ValueError: naming the flag, if the server or a benchmark cannot do what is asked.
@@ -64,7 +63,7 @@ def run(options: RunOptions) -> int:
         _check_windows(options, options.block_size or default_block_size())
     options.out.mkdir(parents=True, exist_ok=True)
     with _server(options, console) as (facts, process):
-        weights = _weights(options, facts)
+        weights = _weigh(options, facts)
         arms = _arms(options, facts, weights, console)
         answers = (
             sum(len(found) for found in problems.values())
@@ -84,7 +83,7 @@ def run(options: RunOptions) -> int:
             "No answer was right under any memory. Does the judge see what the model says? "
             "`--template` can ask for a box, and `--judge` chooses who judges."
         )
-    if any(row.error and row.error.startswith(INTERRUPTED) for row in rows):
+    if any(row.error and INTERRUPTED in row.error for row in rows):
         console.print("The run was interrupted: the same command goes on where it stopped.")
         return 130
     return 1 if any(row.error for row in rows) else 0
@@ -104,7 +103,7 @@ def _problems(options: RunOptions, name: str) -> Any:
 
 @contextmanager
 def _server(options: RunOptions, console: Console) -> Iterator[tuple[ServerFacts, Any]]:
-    key = _api_key(options)
+    key = key_from(options.api_key_env)
     if options.url is not None:
         yield ask(options.url, api_key=key), None
         return
@@ -129,26 +128,19 @@ def _server(options: RunOptions, console: Console) -> Iterator[tuple[ServerFacts
             yield ask(process.url, api_key=key), process
 
 
-def _api_key(options: RunOptions) -> str | None:
-    if options.api_key_env is None:
-        return None
-    key = os.environ.get(options.api_key_env)
-    if not key:
-        raise ValueError(f"--api-key-env: {options.api_key_env} is not set in the environment")
-    return key
+def _weigh(options: RunOptions, facts: ServerFacts) -> dict[str, int]:
+    """Return the bytes of a sequence's state for each adapter whose files are known."""
+    from pte_vllm.adapter.format import Adapter
 
-
-def _weights(options: RunOptions, facts: ServerFacts) -> dict[str, Weights]:
-    """Weigh the state of each adapter whose files are known."""
     return {
-        name: state_weight(path, dtype=facts.dtype, kv_bytes_per_token=facts.kv_bytes_per_token)
+        name: state_bytes(Adapter.load(path), facts.dtype)
         for name, path in options.adapters.items()
         if path is not None
     }
 
 
 def _arms(
-    options: RunOptions, facts: ServerFacts, weights: dict[str, Weights], console: Console
+    options: RunOptions, facts: ServerFacts, weights: dict[str, int], console: Console
 ) -> list[Arm]:
     missing = [name for name in options.adapters if name not in facts.models]
     if missing:
@@ -164,10 +156,10 @@ def _arms(
         raise ValueError(f"--evict random: {facts.url} does not know pte_evict; update it")
     state_tokens = None
     if options.equal_bytes:
-        unknown = [name for name, weight in weights.items() if weight.kv_tokens is None]
-        if unknown:
+        token_bytes = facts.kv_bytes_per_token
+        if token_bytes is None:
             raise ValueError(f"--equal-bytes: {facts.url} does not say what a KV token weighs")
-        state_tokens = {name: weight.kv_tokens or 0 for name, weight in weights.items()}
+        state_tokens = {name: in_kv_tokens(size, token_bytes) for name, size in weights.items()}
     arms = make_arms(
         options.windows,
         adapters=tuple(options.adapters),
@@ -203,11 +195,11 @@ def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: 
     os.environ.setdefault("INSPECT_DISABLE_MODEL_API_WARNING", "1")
     from inspect_ai import eval_set
 
-    logs = options.out / LOGS
+    logs, cells = options.out / LOGS, _cells(options, arms if facts.pte else [None])
     with Watch(facts.url, process) as watch:
         try:
             _, found = eval_set(
-                _tasks(options, facts, arms),
+                _tasks(options, facts, cells),
                 log_dir=str(logs),
                 log_dir_allow_dirty=True,  # further arms may join a sweep later
                 retry_attempts=0,
@@ -232,64 +224,58 @@ def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: 
         raise DeadServer(
             f"{watch.found}\nThe answers so far are in {logs}; the same command goes on from there"
         )
-    places = {arm.key: place for place, arm in enumerate(arms)}
-    rows = rows_of(_with_summaries(log) for log in found)
-    rows += _missing(options, arms if facts.pte else [None], rows)
-    return sorted(rows, key=lambda row: places.get(row.key, len(places)))
+    return rows_of(cells, [_with_summaries(log) for log in found])
 
 
-def _missing(options: RunOptions, arms: Sequence[Arm | None], rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield rows for what an interrupted run has not begun."""
-    there = {(row.benchmark, row.key, row.max_tokens) for row in rows}
-    for benchmark in options.benchmarks:
-        for length in options.max_tokens:
-            for arm in arms:
-                row = Row(benchmark=benchmark, arm=arm, max_tokens=length, error=INTERRUPTED)
-                if (benchmark, row.key, length) not in there:
-                    yield row
+def _cells(options: RunOptions, arms: Sequence[Arm | None]) -> list[Cell]:
+    return [
+        Cell(benchmark=benchmark, arm=arm, max_tokens=length, seed=seed)
+        for benchmark in options.benchmarks
+        for length in options.max_tokens
+        for seed in options.seeds
+        for arm in arms
+    ]
 
 
-def _tasks(options: RunOptions, facts: ServerFacts, arms: list[Arm]) -> list[Any]:
+def _tasks(options: RunOptions, facts: ServerFacts, cells: Sequence[Cell]) -> list[Any]:
     from inspect_ai.model import GenerateConfig, get_model
 
-    key = _api_key(options) or "none"
+    key = key_from(options.api_key_env) or "none"
     prompt_tokens: dict[str, int] = {}
-    if any(arm.sinks for arm in arms):
+    if any(cell.arm is not None and cell.arm.sinks for cell in cells):
         for name in options.benchmarks:
             prompts = {k: problem.prompt for k, problem in _problems(options, name).items()}
             prompt_tokens |= count_prompts(facts, prompts, api_key=key)
     made = []
-    for benchmark in options.benchmarks:
-        for length in options.max_tokens:
-            for seed in options.seeds:
-                for arm in arms:
-                    model = get_model(
-                        f"openai-api/pte/{arm.adapter or facts.models[0]}",
-                        base_url=f"{facts.url}/v1",
-                        api_key=key,
-                        config=GenerateConfig(max_connections=options.concurrency),
-                    )
-                    made.append(
-                        problems_under(
-                            benchmark=benchmark,
-                            arm=asdict(arm) if facts.pte else None,
-                            limit=options.limit,
-                            data=options.data,
-                            data_seed=options.data_seed,
-                            template=options.template,
-                            judge=options.judge,
-                            system=options.system,
-                            epochs=options.epochs,
-                            pass_at=list(options.pass_at),
-                            max_tokens=length,
-                            temperature=options.temperature,
-                            top_p=options.top_p,
-                            seed=seed,
-                            block_size=facts.block_size,
-                            prompt_tokens=prompt_tokens if arm.sinks else None,
-                        )
-                    )
-                    made[-1].model = model
+    for cell in cells:
+        arm = cell.arm
+        model = get_model(
+            f"openai-api/pte/{(arm and arm.adapter) or facts.models[0]}",
+            base_url=f"{facts.url}/v1",
+            api_key=key,
+            config=GenerateConfig(max_connections=options.concurrency),
+        )
+        task = problems_under(
+            benchmark=cell.benchmark,
+            arm=asdict(arm) if arm is not None else None,
+            limit=options.limit,
+            data=options.data,
+            data_seed=options.data_seed,
+            template=options.template,
+            judge=options.judge,
+            system=options.system,
+            epochs=options.epochs,
+            pass_at=list(options.pass_at),
+            max_tokens=cell.max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=cell.seed,
+            block_size=facts.block_size,
+            evict_ratio=facts.evict_ratio,
+            prompt_tokens=prompt_tokens if arm is not None and arm.sinks else None,
+        )
+        task.model = model
+        made.append(task)
     return made
 
 

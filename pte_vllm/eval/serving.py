@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,9 @@ from typing import Any
 
 import httpx
 
-from pte_vllm.engine.cpu_defaults import choose_dtype, on_cpu
-from pte_vllm.launch import LaunchError, Server, log_tail
+from pte_vllm.engine.cpu_defaults import choose_dtype, free_memory, on_cpu
+from pte_vllm.engine.refusals import allowed_lora_rank
+from pte_vllm.launch import Server, log_tail
 from pte_vllm.method.weight import kv_token_bytes
 
 READY_TIMEOUT_S = 1800.0
@@ -53,7 +55,18 @@ class ServerFacts:
     """Names of the request options that it knows."""
 
 
-def ask(url: str, *, api_key: str | None = None, client: httpx.Client | None = None) -> ServerFacts:
+def key_from(variable: str | None) -> str | None:
+    """Return the API key that an environment variable holds; None where none is named.
+
+    Raises:
+        ValueError: if there is no such variable.
+    """
+    if variable is not None and not os.environ.get(variable):
+        raise ValueError(f"--api-key-env {variable}: there is no such environment variable")
+    return os.environ[variable] if variable is not None else None
+
+
+def ask(url: str, *, api_key: str | None = None) -> ServerFacts:
     """Read what a server says of itself.
 
     Raises:
@@ -62,9 +75,9 @@ def ask(url: str, *, api_key: str | None = None, client: httpx.Client | None = N
     """
     base = url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    own = client or httpx.Client(trust_env=False, timeout=30.0)
+    client = httpx.Client(trust_env=False, timeout=30.0, headers=headers)
     try:
-        models = own.get(f"{base}/v1/models", headers=headers)
+        models = client.get(f"{base}/v1/models")
         if models.status_code == 401:
             raise ValueError(f"--url: {base} wants an API key: name its variable by --api-key-env")
         if models.status_code != 200:
@@ -73,12 +86,11 @@ def ask(url: str, *, api_key: str | None = None, client: httpx.Client | None = N
         names = tuple(entry["id"] for entry in entries)
         if not names:
             raise ValueError(f"--url: {base} serves no model")
-        info = own.get(f"{base}/pte/v1/info", headers=headers)
+        info = client.get(f"{base}/pte/v1/info")
     except httpx.HTTPError as error:
         raise DeadServer(f"--url: nothing answers at {base}: {error}") from error
     finally:
-        if client is None:
-            own.close()
+        client.close()
     if info.status_code != 200:
         return ServerFacts(
             url=base, models=names, max_model_len=entries[0].get("max_model_len"), pte=False
@@ -128,6 +140,7 @@ class OwnServer:
     """What to start, where no URL is given."""
 
     model: str
+    """Directory, or name on the hub."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """Directories by name."""
     max_model_len: int
@@ -152,7 +165,7 @@ class OwnServer:
         flags = ["--disable-uvicorn-access-log"]
         if self.adapters:
             ranks, modules = zip(*map(_rank_and_modules, self.adapters.values()), strict=True)
-            arguments |= {"--max-lora-rank": _served_rank(max(ranks))}
+            arguments |= {"--max-lora-rank": allowed_lora_rank(max(ranks))}
             arguments |= {"--max-loras": len(self.adapters)}
             flags += ["--enable-lora", "--lora-modules"]
             flags += [f"{name}={path}" for name, path in self.adapters.items()]
@@ -161,7 +174,8 @@ class OwnServer:
                 flags += ["--lora-target-modules", *sorted({name for m in modules for name in m})]
         if on_cpu():
             flags.append("--enforce-eager")  # a minute of torch.compile would gain little here
-            arguments |= {"--kv-cache-memory-bytes": self._kv_bytes(size)}
+            if (Path(self.model) / "config.json").is_file():
+                arguments |= {"--kv-cache-memory-bytes": self._kv_bytes(size)}
         return [
             self.model,
             *(str(part) for pair in arguments.items() for part in pair),
@@ -176,7 +190,7 @@ class OwnServer:
         dtype = "bfloat16" if dtype == "auto" else dtype
         blocks = self.concurrency * (-(-self.max_model_len // block_size) + 1) + 1
         wanted = blocks * block_size * kv_bytes_per_token(config, dtype)
-        return min(wanted, _free_bytes() // 2)
+        return min(wanted, free_memory() // 2)
 
 
 def default_block_size() -> int:
@@ -195,19 +209,6 @@ def kv_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int:
 def _rank_and_modules(adapter: str) -> tuple[int, Any]:
     config = json.loads((Path(adapter) / "adapter_config.json").read_text())
     return int(config["r"]), config.get("target_modules")
-
-
-def _served_rank(rank: int) -> int:
-    """Round up to a rank that vLLM takes for `--max-lora-rank`."""
-    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
-
-
-def _free_bytes() -> int:
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    raise LaunchError("/proc/meminfo does not say how much memory is free; give --url")
 
 
 class Watch:
@@ -279,7 +280,9 @@ def started(own: OwnServer, *, log: Path, on_wait: Any = lambda line: None) -> I
     Raises:
         LaunchError: if it does not start; the message has the end of its log.
     """
-    env = {}
+    env = {"VLLM_NO_USAGE_STATS": "1"}
+    if Path(own.model).is_dir():
+        env["HF_HUB_OFFLINE"] = "1"
     if on_cpu():
         # One core of two would else be kept for the front end, which has little to do here.
         env["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"

@@ -26,6 +26,7 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from pte_vllm.eval.arms import Arm
 from pte_vllm.eval.benchmarks import load_problems
+from pte_vllm.eval.results import Cell
 from pte_vllm.train.data.questions import Problem
 from pte_vllm.train.rewards.functions import score as reward
 
@@ -73,6 +74,7 @@ def problems_under(
     top_p: float | None = None,
     seed: int = 0,
     block_size: int = 16,
+    evict_ratio: float = 0.25,
     prompt_tokens: Mapping[str, int] | None = None,
 ) -> Task:
     """Make the task that asks the problems of a benchmark under one arm.
@@ -93,6 +95,7 @@ def problems_under(
         top_p: of sampling.
         seed: of sampling; each answer draws with a seed of its own.
         block_size: tokens in a block of the server's KV cache.
+        evict_ratio: part of a full window that one fold frees there.
         prompt_tokens: tokens of each question by problem, for the control with attention sinks.
     """
     problems = problems_of(benchmark, limit, data, data_seed, template, judge, system)
@@ -110,17 +113,13 @@ def problems_under(
             arm=dict(arm) if arm is not None else None,
             seed=seed,
             block_size=block_size,
+            evict_ratio=evict_ratio,
             prompt_tokens=dict(prompt_tokens or {}),
         ),
         scorer=judged(problems.__getitem__),
         epochs=Epochs(epochs, reducers),
         config=GenerateConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p),
-        metadata={
-            "benchmark": benchmark,
-            "arm": dict(arm) if arm is not None else None,
-            "max_tokens": max_tokens,
-            "seed": seed,
-        },
+        metadata=Cell(benchmark=benchmark, arm=chosen, max_tokens=max_tokens, seed=seed).to_dict(),
     )
 
 
@@ -142,7 +141,11 @@ def sample_seed(*parts: object) -> int:
 
 @solver
 def answer_under(
-    arm: dict[str, Any] | None, seed: int, block_size: int, prompt_tokens: dict[str, int]
+    arm: dict[str, Any] | None,
+    seed: int,
+    block_size: int,
+    evict_ratio: float,
+    prompt_tokens: dict[str, int],
 ) -> Solver:
     """Answer once, with the request options of an arm and a seed for each problem and epoch.
 
@@ -154,11 +157,13 @@ def answer_under(
         own = sample_seed(seed, state.sample_id, state.epoch)
         body: dict[str, Any] = {}
         if chosen is not None:
-            body["vllm_xargs"] = chosen.request_args(
-                prompt_tokens=prompt_tokens.get(str(state.sample_id), 0),
+            plan = chosen.plan(
+                prompt_tokens.get(str(state.sample_id), 0),
                 block_size=block_size,
+                evict_ratio=evict_ratio,
                 seed=own,
             )
+            body["vllm_xargs"] = chosen.request_args(plan)
         return await generate(state, seed=own, extra_body=body)
 
     return solve

@@ -9,13 +9,11 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pte_vllm.engine.cpu_defaults import on_cpu
-from pte_vllm.launch import LaunchError, Server
+from pte_vllm.launch import LaunchError
 from pte_vllm.models.location import check_model
 
 if TYPE_CHECKING:
@@ -39,8 +37,8 @@ _FLAGS = {
     "server.url": "url",
 }
 """Flags by the options of a distillation that they are."""
-BLOCK_SIZE, MAX_SEQS = 32, 16
-"""Of the server that the command starts: the tokens of a block, the answers that run at once."""
+MAX_SEQS = 64
+"""Answers that run at once on the server that the command starts."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, flag)}")
     if options.out.exists():
         raise ValueError(f"OUT: {options.out} exists already: name another file, or remove it")
+    from pte_vllm.eval.serving import DeadServer
     from pte_vllm.wire.transport import ServerError
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _sample(options)
-    except (LaunchError, ServerError) as error:
+    except (DeadServer, LaunchError, ServerError) as error:
         print(f"pte-vllm: error: {error}", file=sys.stderr)
         return 2
     except ValueError as error:
@@ -113,18 +112,84 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _sample(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from pte_vllm.train.distill.samples import sample_answers
-    from pte_vllm.train.run.start import load_tokenizer
-
     console = Console(stderr=True, highlight=False)
-    _run(options, url=options.url)  # a mistake shows before a server starts
-    with _server(options, console) as url:
-        tokenizer = load_tokenizer(options.model)
-        sample_answers(_run(options, url=url), tokenizer, options.out, console)
+    run = _run(options)  # a mistake shows before a server starts
+    sample_on_server(
+        run,
+        options.out,
+        console,
+        url=options.url,
+        log=options.out.with_suffix(".server.log"),
+        concurrency=MAX_SEQS,
+    )
     console.print(f"wrote {options.out}", soft_wrap=True)
 
 
-def _run(options: argparse.Namespace, *, url: str | None) -> DistillRun:
+def sample_on_server(
+    run: DistillRun,
+    path: Path,
+    console: Console,
+    *,
+    url: str | None,
+    log: Path,
+    concurrency: int,
+    block_size: int | None = None,
+) -> None:
+    """Sample the answers of a distillation, on a server that lives as long as that takes.
+
+    Args:
+        run: what is asked, with which model.
+        path: the file to write, as `train.distill.samples.sample_answers` does.
+        console: where progress is shown.
+        url: a running server; None starts one.
+        log: of the server that is started.
+        concurrency: answers that run at once there.
+        block_size: of its KV cache; None: what suits the device.
+
+    Raises:
+        DeadServer: if nothing answers at the URL.
+        LaunchError: if the server does not start.
+        ServerError: if it refuses or stays away.
+        ValueError: naming the option, if a question is too long, or the model is too short for it.
+    """
+    from pte_vllm.eval.serving import OwnServer, ask, key_from, started
+    from pte_vllm.train.distill.samples import sample_answers
+    from pte_vllm.train.options.runs import ServerOptions
+    from pte_vllm.train.run.start import load_tokenizer
+
+    assert run.data is not None
+    tokenizer = load_tokenizer(run.model.base)
+
+    def sample(url: str) -> None:
+        server = ServerOptions(url=url, api_key_env=run.server.api_key_env)
+        sample_answers(run.model_copy(update={"server": server}), tokenizer, path, console)
+
+    if url is not None:
+        ask(url, api_key=key_from(run.server.api_key_env))
+        sample(url)
+        return
+    room = run.data.max_prompt_tokens + run.sampling.max_tokens
+    _check_room(run.model.base, room)
+    own = OwnServer(
+        model=run.model.base, max_model_len=room, concurrency=concurrency, block_size=block_size
+    )
+    with console.status(f"starting a server, log {log}") as status, started(own, log=log) as server:
+        status.stop()
+        sample(server.url)
+
+
+def _check_room(model: str, room: int) -> None:
+    config = Path(model) / "config.json"
+    if config.is_file():
+        known = json.loads(config.read_text()).get("max_position_embeddings", room)
+        if room > known:
+            raise ValueError(
+                f"--max-prompt-tokens and --max-tokens are {room} together; {model} knows {known} "
+                "positions only"
+            )
+
+
+def _run(options: argparse.Namespace) -> DistillRun:
     """Return the options as a distillation has them that samples.
 
     Raises:
@@ -139,8 +204,8 @@ def _run(options: argparse.Namespace, *, url: str | None) -> DistillRun:
         "distill.max_sequences": options.questions * options.answers,
         "run.seed": options.seed,
     }
-    if url is not None:
-        values["server.url"] = url
+    if options.url is not None:
+        values["server.url"] = options.url
     return DistillRun.from_options(values)
 
 
@@ -149,44 +214,3 @@ def _with_own_flags(message: str) -> str:
     for name, flag in _FLAGS.items():
         message = message.replace(f"--{name}", f"--{flag.replace('_', '-')}")
     return message
-
-
-@contextmanager
-def _server(options: argparse.Namespace, console: Console) -> Iterator[str]:
-    """Yield the URL of the server that was named, or of one that lives as long as the block.
-
-    Raises:
-        LaunchError: if it does not start.
-    """
-    if options.url is not None:
-        yield options.url
-        return
-    log = options.out.with_suffix(".server.log")
-    server = Server(
-        serve_args(options), log=log, env={"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    )
-    with server:
-        with console.status(f"starting a server, log {log}"):
-            server.wait_ready()
-        yield server.url
-
-
-def serve_args(options: argparse.Namespace) -> list[str]:
-    """Return what follows `pte-vllm serve`."""
-    room = options.max_prompt_tokens + options.max_tokens
-    config = Path(options.model) / "config.json"
-    if config.is_file():
-        known = json.loads(config.read_text()).get("max_position_embeddings", room)
-        if room > known:
-            raise ValueError(
-                f"--max-prompt-tokens and --max-tokens are {room} together; {options.model} knows "
-                f"{known} positions only"
-            )
-    blocks = -(-room // BLOCK_SIZE)
-    flags = ["--enforce-eager"] if on_cpu() else []  # compiling would take longer than it gains
-    return [
-        options.model,
-        *("--pte-window", "0", "--block-size", str(BLOCK_SIZE)),
-        *("--max-model-len", str(blocks * BLOCK_SIZE), "--max-num-seqs", str(MAX_SEQS)),
-        *("--disable-uvicorn-access-log", *flags),
-    ]

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from pathlib import Path
-
-from pte_vllm.adapter.hashes import ENCODER_FILE
-from pte_vllm.method.options import PTEConfig
-from pte_vllm.method.weight import NO_STATE, weigh_state
+from pte_vllm.adapter.format import Adapter
+from pte_vllm.method.weight import weigh_state
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """The weight of one sequence's thought state."""
-
-    state_bytes: int
-    kv_tokens: int | None
-    """Tokens of KV cache that weigh as much, rounded up; None where a token's weight is unknown."""
-
-
-def state_weight(adapter: str, *, dtype: str, kv_bytes_per_token: int | None) -> Weights:
-    """Weigh the thought state that an adapter keeps for a sequence; a plain LoRA keeps none.
+def state_bytes(adapter: Adapter, dtype: str) -> int:
+    """Return what the thought state of one sequence holds between folds.
 
     Args:
-        adapter: its directory.
-        dtype: of the model that is served.
-        kv_bytes_per_token: what the keys and values of a token weigh there.
-
-    Raises:
-        ValueError: if the adapter's options are broken.
-        OSError: if its files cannot be read.
+        adapter: whose state it is; a plain LoRA has none.
+        dtype: of the model, or of its KV cache: fp8 goes with a model in bfloat16.
     """
-    import json
+    if adapter.pte is None:
+        return 0
+    model = "bfloat16" if dtype == "fp8" else dtype
+    return weigh_state(adapter.pte, len(adapter.layers), model).total
 
-    from safetensors import safe_open
 
-    found = NO_STATE
-    options = json.loads((Path(adapter) / "adapter_config.json").read_text()).get("pte")
-    if options is not None:
-        with safe_open(Path(adapter) / ENCODER_FILE, framework="numpy") as file:
-            layers = {name.split(".")[1] for name in file.keys()}  # noqa: SIM118  # no iterator
-        found = weigh_state(PTEConfig.from_dict(options), len(layers), dtype)
-    tokens = None
-    if kv_bytes_per_token:
-        tokens = math.ceil(found.kv_tokens(kv_bytes_per_token))
-    return Weights(state_bytes=found.total, kv_tokens=tokens)
+def in_kv_tokens(num_bytes: int, token_bytes: int) -> int:
+    """Return how many tokens of a KV cache hold as many bytes, rounded up."""
+    return -(-num_bytes // token_bytes)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pte_vllm.eval.arms import Arm, make_arms
-from pte_vllm.method.plan import FoldPlan
+from pte_vllm.eval.arms import Arm, make_arms, peak_tokens
 
 BLOCK = 32
 
@@ -39,7 +38,7 @@ def test_all_axes() -> None:
 
 def test_what_is_asked() -> None:
     def asked(arm: Arm) -> dict[str, object]:
-        return arm.request_args(prompt_tokens=70, block_size=BLOCK, seed=9)
+        return arm.request_args(arm.plan(70, block_size=BLOCK, evict_ratio=0.25, seed=9))
 
     assert asked(Arm(window_tokens=0)) == {"pte_window": 0}
     assert asked(Arm(window_tokens=64, adapter="a", rule="delta")) == {
@@ -67,17 +66,8 @@ def test_where_something_is_drawn() -> None:
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 70, 160, 161, 192, 500, 512])
-def test_peak_is_the_plan_s(sinks: bool, num_tokens: int) -> None:
-    arm = Arm(window_tokens=64, sinks=sinks)
-    args = arm.request_args(prompt_tokens=70, block_size=BLOCK, seed=0)
-    plan = FoldPlan(
-        pin_tokens=args.get("pte_pin_tokens", 70),
-        window_tokens=args["pte_window"],
-        evict_ratio=0.25,
-        block_size=BLOCK,
-    )
+def test_peak_is_the_most_that_is_held(sinks: bool, num_tokens: int) -> None:
+    plan = Arm(window_tokens=64, sinks=sinks).plan(70, block_size=BLOCK, evict_ratio=0.25)
     held = max(plan.held_blocks(pos) for pos in range(num_tokens))
-    peak = arm.peak_tokens(
-        prompt_tokens=70, num_tokens=num_tokens, block_size=BLOCK, evict_ratio=0.25
-    )
-    assert peak == held * BLOCK
+    assert peak_tokens(plan, num_tokens) == held * BLOCK
+    assert plan.peak_blocks(500) == 6  # with and without sinks

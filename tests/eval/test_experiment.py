@@ -47,9 +47,11 @@ def test_quick(
     def never(*_: object) -> None:
         raise AssertionError("this was done before")
 
-    for step in ("sample_answers", "distil", "fidelity.run"):
+    for step in ("sample_on_server", "distil", "fidelity.run"):
         monkeypatch.setattr(f"{experiment_steps.__name__}.{step}", never)
     assert train_command(command) == 0
+    with pytest.raises(ValueError, match="--steps is 3, but .* was made with 2"):
+        train_command([*command, "--steps", "3"])
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,11 @@ from pte_vllm.eval.fidelity_arms import (
     Eviction,
     FidelityArm,
     build_arms,
-    in_kv_tokens,
     kv_bytes_per_token,
-    state_bytes,
 )
 from pte_vllm.eval.fidelity_replay import measure
 from pte_vllm.eval.fidelity_tokens import Answers
+from pte_vllm.eval.weights import in_kv_tokens, state_bytes
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.distill.examples import Example
 from pte_vllm.train.distill.step import evaluate

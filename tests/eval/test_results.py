@@ -7,7 +7,16 @@ import statistics
 import pytest
 
 from pte_vllm.eval.arms import Arm
-from pte_vllm.eval.results import Answer, Row, difference, full_of, mean_of
+from pte_vllm.eval.results import (
+    INTERRUPTED,
+    Answer,
+    Cell,
+    Row,
+    difference,
+    full_of,
+    mean_of,
+    rows_of,
+)
 
 
 def _row(values: dict[str, list[float]], arm: Arm, *, tokens: int = 10, cut: bool = False) -> Row:
@@ -56,3 +65,23 @@ def test_solved_within() -> None:
     row = _row({"p": [1.0], "q": [0.0]}, Arm(window_tokens=0), tokens=30)
     assert [row.solved_within(n) for n in (0, 29, 30, 100)] == [0, 0, 0.5, 0.5]
     assert _row({"p": [1.0]}, Arm(window_tokens=0), cut=True).solved_within(100) == 0
+
+
+def test_what_was_not_begun_is_a_row() -> None:
+    cells = [
+        Cell(benchmark="b", arm=Arm(window_tokens=window), max_tokens=9, seed=seed)
+        for window in (64, 0)
+        for seed in (0, 1)
+    ]
+    assert [Cell.from_dict(cell.to_dict()) for cell in cells] == cells
+    rows = rows_of(cells, [])
+    assert [row.key for row in rows] == ["w64", "full"]
+    assert all(row.error == INTERRUPTED and not row.answers for row in rows)
+
+
+def test_wilson() -> None:
+    """Against the textbook's interval of 10 of 40, and where nothing was right."""
+    mean = _row({f"p{i}": [float(i < 10)] for i in range(40)}, Arm(window_tokens=0)).accuracy()
+    assert [mean.low, mean.high] == pytest.approx([0.1419, 0.4019], abs=1e-4)
+    nothing = _row({f"p{i}": [0.0] for i in range(3)}, Arm(window_tokens=0)).accuracy()
+    assert [nothing.low, nothing.high] == pytest.approx([0, 0.5615], abs=1e-4)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from pte_vllm.cli.eval import main as eval_command
-from pte_vllm.eval import thoughts
 from pte_vllm.wire.rollout import Rollout
 from tests.harness.server import Server
 
@@ -32,15 +31,10 @@ def test_answers_by_a_server(
         eval_command(arguments)
 
 
-def test_flags_of_its_server(tiny: Callable[[str], Path]) -> None:
-    options = thoughts.parse([str(tiny("llama")), "out.jsonl", "--task", "a"])
-    flags = thoughts.serve_args(options)
-    pairs = dict(zip(flags[1::2], flags[2::2], strict=False))
-    assert pairs["--pte-window"] == "0" and pairs["--block-size"] == "32"
-    assert int(pairs["--max-model-len"]) >= 1024 + 400
-    options.max_tokens = 40_000
+def test_a_model_that_is_too_short(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    arguments = [str(tiny("llama")), str(tmp_path / "out.jsonl"), "--task", "chain_sum"]
     with pytest.raises(ValueError, match="--max-tokens are 41024 together"):
-        thoughts.serve_args(options)
+        eval_command(["thoughts", *arguments, "--max-tokens", "40000"])
 
 
 @pytest.mark.parametrize(
