@@ -3,6 +3,9 @@
 Cache manager, attention, folding and replay read the blocks from here as lists of spans, whatever
 the plan evicts. A span is a half-open range of logical blocks; block i holds the tokens
 `[i * block_size, (i + 1) * block_size)`.
+
+Kept tokens (`method.keep`) lie in the places of the first blocks that were evicted, those right
+after the pinned ones. So a place that is held there is no longer the block of that number.
 """
 
 from __future__ import annotations
@@ -42,9 +45,9 @@ class HeldBlocks:
         self.fold_to(folds)
 
     def fold_to(self, folds: int) -> Spans:
-        """Go to another fold, and return what leaves on the way there, fold by fold.
+        """Go to another fold, and return what leaves the window on the way there, fold by fold.
 
-        A sequence that starts over goes back; what leaves then counts from its start.
+        Of what leaves, places for kept tokens stay held; `freed` leaves them out. A sequence that starts over goes back; what leaves then counts from its start.
         """
         if folds == self.folds:
             return ()
@@ -55,7 +58,7 @@ class HeldBlocks:
             first, step = self._plan.pinned_blocks, self._plan.evict_blocks
             if folds:
                 evicted = ((first + self.folds * step, first + folds * step),)
-                self.spans = without(self.spans, evicted)
+                self.spans = without(self.spans, self.freed(evicted))
         else:
             for fold in range(self.folds, folds):
                 drawn = self._drawn(fold)
@@ -64,6 +67,12 @@ class HeldBlocks:
         self.folds = folds
         self.cuts = _cuts(self.spans)
         return evicted
+
+    def freed(self, evicted: Spans) -> Spans:
+        """Return what of `evicted` is no place for kept tokens."""
+        places = self._plan.pinned_blocks + self._plan.keep_blocks
+        spans = ((max(first, places), end) for first, end in evicted)
+        return tuple((first, end) for first, end in spans if first < end)
 
     def _drawn(self, fold: int) -> Spans:
         plan = self._plan
@@ -74,7 +83,7 @@ class HeldBlocks:
 
     def count(self, blocks: int) -> int:
         """Return how many of the first `blocks` blocks of the sequence are held."""
-        left_out = self._plan.evict_blocks * self.folds
+        left_out = self._plan.evict_blocks * self.folds - self._plan.kept_blocks(self.folds)
         if not left_out or blocks >= self.spans[-1][0]:
             return blocks - left_out
         return sum(max(0, min(end, blocks) - first) for first, end in self.spans)

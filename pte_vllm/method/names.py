@@ -10,6 +10,7 @@ Normalize = Literal["matrix", "row"]
 Keys = Literal["unrotated", "rotated"]
 Features = Literal["linear", "squared"]
 Evict = Literal["oldest", "random"]
+KeepScore = Literal["expected", "random"]
 Init = Literal["aligned", "aligned_mean", "aligned_key", "random"]
 
 RULE_NAMES: tuple[str, ...] = get_args(RuleName)
@@ -18,4 +19,5 @@ NORMALIZES: tuple[str, ...] = get_args(Normalize)
 KEYS: tuple[str, ...] = get_args(Keys)
 FEATURES: tuple[str, ...] = get_args(Features)
 EVICTS: tuple[str, ...] = get_args(Evict)
+KEEP_SCORES: tuple[str, ...] = get_args(KeepScore)
 INITS: tuple[str, ...] = get_args(Init)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from pte_vllm.method.names import EVICTS, Evict
+from pte_vllm.method.names import EVICTS, KEEP_SCORES, Evict, KeepScore
 
 UNBOUNDED = 2**62
 """A position no sequence reaches; boundaries of a plan without a window lie there."""
@@ -25,8 +25,10 @@ class FoldPlan:
 
     With `evict` `oldest` the token at position `pos` attends to `[0, pinned_blocks * bs)` and to
     `[(pinned_blocks + folded_blocks(pos)) * bs, pos]`; the thought state holds what lies between.
-    With `random` as many blocks leave at the same positions, but which ones is drawn. What follows
-    from the fields alone is computed once: every step asks for it, of every sequence.
+    With `random` as many blocks leave at the same positions, but which ones is drawn. With
+    `keep_tokens` some of what has left stays after all, per KV head (`method.keep`), in blocks
+    between the pinned ones and the window. What follows from the fields alone is computed once:
+    every step asks for it, of every sequence.
 
     Raises:
         ValueError: If a value is out of range; the message names the option.
@@ -43,7 +45,12 @@ class FoldPlan:
     evict: Evict = "oldest"
     """Which blocks of a full window leave: the oldest, or some that are drawn at random."""
     evict_seed: int = 0
-    """What the draws depend on beside the number of the fold, in [0, 2**63); for `random`."""
+    """What the draws depend on beside the number of the fold, in [0, 2**63); where the blocks that
+    leave or the tokens that stay are drawn."""
+    keep_tokens: int = 0
+    """How many evicted tokens each KV head keeps, a multiple of `block_size`; 0 keeps none."""
+    keep_score: KeepScore = "expected"
+    """By which score of `method.keep` they are chosen."""
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -66,10 +73,30 @@ class FoldPlan:
             raise ValueError(f"evict must be one of {', '.join(EVICTS)}, got {self.evict!r}")
         if self.evict != "oldest" and not self.bounded:
             raise ValueError(f"evict {self.evict} needs a window, and full attention has none")
-        if self.evict == "oldest" and self.evict_seed:
-            raise ValueError(f"evict seed {self.evict_seed} needs evict random")
+        if self.evict_seed and "random" not in (self.evict, self.keep_score):
+            raise ValueError(
+                f"evict seed {self.evict_seed} needs evict random or keep score random"
+            )
         if not 0 <= self.evict_seed < 2**63:
             raise ValueError(f"evict seed must lie in [0, 2**63), got {self.evict_seed}")
+        self._check_keep()
+
+    def _check_keep(self) -> None:
+        if self.keep_score not in KEEP_SCORES:
+            raise ValueError(
+                f"keep score must be one of {', '.join(KEEP_SCORES)}, got {self.keep_score!r}"
+            )
+        if not self.keep_tokens:
+            return
+        if self.keep_tokens % self.block_size or self.keep_tokens < 0:
+            raise ValueError(
+                f"keep of {self.keep_tokens} tokens is not a multiple of the KV cache's block "
+                f"size, {self.block_size}"
+            )
+        if not self.bounded:
+            raise ValueError("keep needs a window: full attention evicts nothing")
+        if self.evict != "oldest":
+            raise ValueError(f"keep needs evict oldest, got {self.evict}")
 
     @cached_property
     def bounded(self) -> bool:
@@ -90,6 +117,11 @@ class FoldPlan:
     def evict_blocks(self) -> int:
         """The number of blocks that one fold frees."""
         return max(1, round(self.evict_ratio * self.window_blocks))
+
+    @cached_property
+    def keep_blocks(self) -> int:
+        """The number of blocks that hold what is kept, once there is enough of it."""
+        return self.keep_tokens // self.block_size
 
     @cached_property
     def first_fold(self) -> int:
@@ -113,6 +145,17 @@ class FoldPlan:
         """Return the number of blocks folded before the token at `pos` is computed."""
         return self.evict_blocks * self.folds(pos)
 
+    def kept_blocks(self, folds: int) -> int:
+        """Return the number of blocks that hold kept tokens after that many folds."""
+        return min(self.keep_blocks, folds * self.evict_blocks)
+
+    def selects(self, fold: int) -> bool:
+        """Return whether a fold, counted from 0, has more candidates than it may keep.
+
+        Those before it keep all that leaves the window, block by block as it is.
+        """
+        return 0 < self.keep_blocks < (fold + 1) * self.evict_blocks
+
     def next_boundary(self, pos: int) -> int:
         """Return the first boundary after `pos`, past which no chunk from `pos` may go."""
         if pos < self.first_fold:
@@ -121,14 +164,16 @@ class FoldPlan:
 
     def held_blocks(self, pos: int) -> int:
         """Return how many blocks the token at `pos` needs in the cache, its own included."""
-        return pos // self.block_size + 1 - self.folded_blocks(pos)
+        folds = self.folds(pos)
+        left_out = self.evict_blocks * folds - self.kept_blocks(folds)
+        return pos // self.block_size + 1 - left_out
 
     def peak_blocks(self, num_tokens: int) -> int:
         """Return the most blocks a sequence of `num_tokens` holds, one to spare to run ahead."""
         blocks = -(-num_tokens // self.block_size)
         if not self.bounded:
             return blocks
-        return min(blocks, self.pinned_blocks + self.window_blocks + 1)
+        return min(blocks, self.pinned_blocks + self.keep_blocks + self.window_blocks + 1)
 
     def leaving(self, fold: int) -> tuple[int, ...]:
         """Return which blocks of the full window leave at a fold, ascending.

@@ -28,3 +28,15 @@ def unrotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned, rest = k[..., :rotary_dim], k[..., rotary_dim:]
     plain = (turned * cos2 - rotate_half(turned) * sin2) / (cos2 * cos2 + sin2 * sin2)
     return torch.cat((plain, rest), -1) if rest.shape[-1] else plain
+
+
+def rotate(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE ("half" layout) to `q: [*, D]`, with `cos, sin: [*, rotary_dim / 2]`.
+
+    It is what `unrotate` undoes, up to the scaling that some models' tables have.
+    """
+    rotary_dim = 2 * cos.shape[-1]
+    cos2, sin2 = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    turned, rest = q[..., :rotary_dim], q[..., rotary_dim:]
+    turned = turned * cos2 + rotate_half(turned) * sin2
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
