@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.harness.kinds import KIND_OF_MODULE
@@ -22,6 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PTE_HUGE_PAGES", "0")  # seconds for every engine; test_huge_pages.py has it
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
+settings.register_profile("any-machine", deadline=None)  # a busy one may take seconds for anything
+settings.load_profile("any-machine")
 
 CACHE = Path(__file__).parent.parent / ".cache"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

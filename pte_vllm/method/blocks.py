@@ -47,7 +47,8 @@ class HeldBlocks:
     def fold_to(self, folds: int) -> Spans:
         """Go to another fold, and return what leaves the window on the way there, fold by fold.
 
-        Of what leaves, places for kept tokens stay held; `freed` leaves them out. A sequence that starts over goes back; what leaves then counts from its start.
+        Of what leaves, places for kept tokens stay held; `freed` leaves them out. A sequence that
+        starts over goes back; what leaves then counts from its start.
         """
         if folds == self.folds:
             return ()

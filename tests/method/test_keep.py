@@ -92,11 +92,9 @@ def test_places_for_kept_tokens(
         gone += blocks_of(held.freed(held.fold_to(fold + 1)))
     assert sorted([*gone, *found]) == list(range(pos // bs + 1))
     assert held.count(pos // bs + 1) == len(found)
-    place = {}
-    for at, block in enumerate(found):
-        cuts = [left for before, left in held.cuts if before <= at]
-        place[at] = at + (cuts[-1] if cuts else 0)
-    assert list(place.values()) == found
+    for place, block in enumerate(found):
+        left_out = [left for before, left in held.cuts if before <= place]
+        assert block == place + (left_out[-1] if left_out else 0)
 
 
 @pytest.mark.parametrize(
