@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 _FOLDER = Path(__file__).parent
-_SOURCES = (_FOLDER / "lora_cpu.cpp", _FOLDER / "fold_cpu.cpp")
+_SOURCES = tuple(_FOLDER / f"{name}_cpu.cpp" for name in ("lora", "fold", "keep"))
 _HEADERS = (_FOLDER / "cpu_numbers.h",)
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno")
 _TIMEOUT_S = 120
@@ -53,6 +53,22 @@ _FOLD_ARGUMENTS = [
     *(ctypes.c_bool, _NUMBER),  # squared, vectors
     *(_POINTER, _POINTER),  # kv, kk
 ]
+_CACHE_ARGUMENTS = [
+    *(_POINTER, _NUMBER, _NUMBER, _POINTER),  # caches, strides of a block and of a head, cells
+    *(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _NUMBER),  # layers, sequences, heads, block_size, dim
+]
+_SCORE_ARGUMENTS = [
+    *_CACHE_ARGUMENTS,
+    *(_POINTER, _POINTER, _POINTER, _POINTER),  # queries, positions, cos, sin
+    *(_NUMBER, _NUMBER, ctypes.c_float),  # count, half, scale
+    *(_POINTER, _NUMBER, _POINTER, _NUMBER),  # candidates, their number, newest, their number
+    _POINTER,  # scores
+]
+_COPY_ARGUMENTS = [
+    *_CACHE_ARGUMENTS,
+    *(_POINTER, _NUMBER, _POINTER, _NUMBER),  # blocks, their number, places, their number
+    *(_POINTER, ctypes.c_bool),  # staged, whether out of the cache
+]
 
 
 @functools.cache
@@ -78,6 +94,8 @@ def load() -> ctypes.CDLL:
     for dtype in ("float32", "bfloat16"):
         _declare(getattr(library, f"pte_lora_{dtype}"), _LORA_ARGUMENTS)
         _declare(getattr(library, f"pte_fold_{dtype}"), _FOLD_ARGUMENTS)
+        _declare(getattr(library, f"pte_keep_scores_{dtype}"), _SCORE_ARGUMENTS)
+        _declare(getattr(library, f"pte_keep_copy_{dtype}"), _COPY_ARGUMENTS)
     return library
 
 

@@ -39,4 +39,5 @@ def rotate(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos2, sin2 = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
     turned, rest = q[..., :rotary_dim], q[..., rotary_dim:]
     turned = turned * cos2 + rotate_half(turned) * sin2
+    rest = rest.expand(*turned.shape[:-1], -1)  # there may be more angles than queries
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
