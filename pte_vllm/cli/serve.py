@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 
+from pte_vllm.method.names import KEEP_SCORES
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.server.options import ServiceConfig
 
@@ -59,6 +60,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="part of a full window that is folded into the thought state at once "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pte-keep",
+        type=int,
+        default=EngineConfig.keep_tokens,
+        metavar="N",
+        help="evicted tokens that each KV head keeps beside its window, a multiple of the block "
+        "size; 0 keeps none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pte-keep-score",
+        choices=KEEP_SCORES,
+        default=EngineConfig.keep_score,
+        help="how they are chosen: by the attention that probes of the model's own queries pay "
+        "them, or at random, as a control (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pte-probes",
+        metavar="FILE",
+        help="probes for the score `expected`, from pte-vllm adapter calibrate",
     )
     parser.add_argument(
         "--pte-max-prompt-tokens",
@@ -208,6 +229,9 @@ def configs(options: argparse.Namespace) -> tuple[EngineConfig, ServiceConfig]:
         keep_thoughts=options.pte_keep_thoughts,
         keep_thoughts_mib=options.pte_keep_thoughts_mib,
         reserve_windows=options.pte_reserve_windows,
+        keep_tokens=options.pte_keep,
+        keep_score=options.pte_keep_score,
+        probes=options.pte_probes,
     )
     admin_key = options.pte_admin_key
     if options.pte_admin_key_file is not None:

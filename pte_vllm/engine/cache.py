@@ -1,5 +1,8 @@
 """KV-cache spec and manager: the question stays, folded blocks go back to the pool.
 
+Kept tokens lie in the places of the first folded blocks, in blocks that belong to one sequence
+alone and have no hash while it runs: a fold writes into them.
+
 Nearest relative upstream: `RSWASpec` and `RSWAManager` (vllm/v1/kv_cache_interface.py and
 vllm/v1/core/single_type_kv_cache_manager.py at v0.32.0).
 """
@@ -36,6 +39,7 @@ class PTESpec(FullAttentionSpec):
     window_tokens: int
     evict_ratio: float
     max_prompt_tokens: int | None
+    keep_tokens: int
 
     @classmethod
     def from_full(cls, spec: AttentionSpec, engine: EngineConfig) -> PTESpec:
@@ -63,7 +67,7 @@ class PTESpec(FullAttentionSpec):
         return self.max_blocks_per_sequence(max_model_len) * self.page_size_bytes
 
 
-_OURS = ("window_tokens", "evict_ratio", "max_prompt_tokens")
+_OURS = ("window_tokens", "evict_ratio", "max_prompt_tokens", "keep_tokens")
 
 
 class PTEManager(FullAttentionManager):
@@ -79,6 +83,9 @@ class PTEManager(FullAttentionManager):
         self._held: dict[str, HeldBlocks] = {}  # as of the fold freed last, by request
         self.reserve: WindowReserve | None = None
         """What keeps room for windows; the scheduler sets it where the engine's options ask."""
+        self.moved: dict[str, list[int]] = {}
+        """The blocks for kept tokens of each request that got others in this step."""
+        self._due: dict[str, list[int]] = {}  # places whose blocks a fold may not write into
         # vLLM has the worker zero new blocks where a model needs it. Here they always are: what an
         # adapter gone wrong leaves in a block may be no number, and attention multiplies what lies
         # behind a sequence's end by zero, which is no number either.
@@ -109,6 +116,8 @@ class PTEManager(FullAttentionManager):
                 whole = self.reserve.peak(request_id)
                 if whole is not None:  # what it will hold, and not only what its prompt will
                     num_tokens = (whole + gap) * self.block_size
+        else:
+            others = self._count_due(request_id, total_computed_tokens)
         return others + super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -119,6 +128,49 @@ class PTEManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
+
+    def _count_due(self, request_id: str, num_computed: int) -> int:
+        """Note which blocks the next chunk's fold needs for kept tokens; return what they take.
+
+        A fold that selects writes into the blocks of kept tokens. Those that others hold too, or
+        that may be found by their hash, are left behind for new ones, once.
+        """
+        self._due.pop(request_id, None)
+        plan, blocks = self.plans[request_id], self.req_to_blocks.get(request_id)
+        if not plan.keep_blocks or not blocks or not plan.is_boundary(num_computed):
+            return 0
+        if not plan.selects(plan.folds(num_computed) - 1):
+            return 0
+        places = range(plan.pinned_blocks, plan.pinned_blocks + plan.keep_blocks)
+        due = [i for i in places if blocks[i].ref_cnt > 1 or blocks[i].block_hash is not None]
+        if due:
+            self._due[request_id] = due
+        return sum(blocks[i].ref_cnt > 1 for i in due)  # the others come back to the pool first
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Allocate new blocks, also for the kept tokens of a fold that is due."""
+        due = self._due.pop(request_id, None)
+        if due is not None:
+            blocks, plan = self.req_to_blocks[request_id], self.plans[request_id]
+            # The fold of this step reads them first, and only then does anybody write.
+            self.block_pool.free_blocks([blocks[i] for i in reversed(due)])
+            fresh = self.block_pool.get_new_blocks(len(due))
+            for i, block in zip(due, fresh, strict=True):
+                blocks[i] = block
+            # The fold fills them before vLLM zeroes what is new. One may have been another
+            # request's earlier in this step, and be on that list.
+            written = {block.block_id for block in fresh}
+            self.new_block_ids = [i for i in self.new_block_ids if i not in written]
+            own = blocks[plan.pinned_blocks : plan.pinned_blocks + plan.keep_blocks]
+            self.moved[request_id] = [block.block_id for block in own]
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
+    def take_moved(self) -> dict[str, list[int]]:
+        """Return whose kept tokens go into other blocks in this step, and begin the next one."""
+        moved, self.moved = self.moved, {}
+        return moved
 
     def remove_skipped_blocks(
         self,
@@ -135,13 +187,14 @@ class PTEManager(FullAttentionManager):
         if held is None:
             held = self._held[request_id] = HeldBlocks(plan)
         if folds != held.folds:  # most steps of most sequences free nothing
-            for span in held.fold_to(folds):
+            for span in held.freed(held.fold_to(folds)):
                 self._remove_blocks_in_range(request_id, *span)
 
     def forget(self, request_id: str) -> None:
         """Drop the plan of a request whose blocks are freed for good."""
         self.plans.pop(request_id, None)
         self._held.pop(request_id, None)
+        self._due.pop(request_id, None)
         if self.reserve is not None:
             self.reserve.forget(request_id)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pte_vllm.engine.request_ids import find_external
-from pte_vllm.method.names import Evict
+from pte_vllm.method.names import Evict, KeepScore
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.requests import RequestOptions
 
@@ -30,6 +30,8 @@ class EarlierRequest:
     window_tokens: int
     evict: Evict
     evict_seed: int
+    keep_tokens: int
+    keep_score: KeepScore
     rule: str | None
     """The rule that the request gave; None is the adapter's."""
     adapter: str | None
@@ -55,6 +57,8 @@ class EarlierRequest:
             window_tokens=plan.window_tokens,
             evict=plan.evict,
             evict_seed=plan.evict_seed,
+            keep_tokens=plan.keep_tokens,
+            keep_score=plan.keep_score,
             rule=options.rule,
             adapter=adapter[0] if adapter is not None else None,
             adapter_path=adapter[1] if adapter is not None else None,
@@ -94,6 +98,8 @@ class EarlierRequest:
             ("pte_update", options.rule, self.rule or adapter_rule),
             ("pte_evict", options.evict, self.evict),
             ("pte_evict_seed", options.evict_seed, self.evict_seed),
+            ("pte_keep", options.keep_tokens, self.keep_tokens),
+            ("pte_keep_score", options.keep_score, self.keep_score),
         ):
             if given is not None and given != before:
                 raise ValueError(
@@ -109,15 +115,17 @@ class EarlierRequest:
 
     def apply(self, options: RequestOptions) -> RequestOptions:
         """Return the continuation's options with the plan of this request spelled out."""
-        drawn = self.evict != "oldest"
+        drawn = "random" in (self.evict, self.keep_score)
         return replace(
             options,
             state_id=None,
             window_tokens=self.window_tokens,
             pin_tokens=self.pin_tokens,
             rule=self.rule,
-            evict=self.evict if drawn else None,
+            evict=None if self.evict == "oldest" else self.evict,
             evict_seed=self.evict_seed if drawn else None,
+            keep_tokens=self.keep_tokens if self.window_tokens else None,
+            keep_score=self.keep_score if self.keep_tokens else None,
         )
 
 
@@ -147,7 +155,8 @@ class EarlierRequests:
             raise ValueError(
                 f"pte_state_id: there is no request {name} here, or it was forgotten; to continue "
                 "from its tokens alone, leave pte_state_id out and send its pte_pin_tokens, "
-                "pte_window and pte_update, and pte_evict and pte_evict_seed if it had them"
+                "pte_window and pte_update, and pte_evict, pte_evict_seed, pte_keep and "
+                "pte_keep_score if it had them"
             )
         return self._by_id[request_id]
 

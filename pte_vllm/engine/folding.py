@@ -35,8 +35,8 @@ _MAX_COPY_BYTES = 2**29
 
 
 @cache
-def _compiled() -> ctypes.CDLL | None:
-    """The compiled code of a CPU, if there is any; why not, LoRA has said at start."""
+def compiled() -> ctypes.CDLL | None:
+    """Return the compiled code of a CPU, if there is any; why not, LoRA has said at start."""
     try:
         return native.load()
     except native.NativeError:
@@ -102,7 +102,7 @@ class EvictedBlocks:
                 table, loaded.encoder, block_ids, positions, rope, with_kk=with_kk
             )
         caches = self._caches_of(loaded)
-        library = _compiled() if can_fold(caches, loaded.config.rank) else None
+        library = compiled() if can_fold(caches, loaded.config.rank) else None
         if library is None:
             return None
         return moments_cpu(

@@ -4,7 +4,8 @@ vLLM has two runners, V1 and V2, which keep requests and blocks in different for
 and `runner_v2.py` read those and call what is here. The order of a step is the same for both:
 
     _begin_step   before vLLM updates its requests, which zeroes and hands out blocks that the
-                  scheduler has just freed: what they hold is folded first
+                  scheduler has just freed: what they hold is folded first, and only when all folds
+                  have read do those that keep tokens write
     _start        of every request that is new, or comes back after a preemption
     _publish      once the order of the batch is known, before attention metadata is built
 """
@@ -23,9 +24,11 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker import lora_model_runner_mixin
 
 from pte_vllm.adapter.files import layer_of
+from pte_vllm.adapter.probes import Probes
 from pte_vllm.engine.attention import Gaps, set_gaps
 from pte_vllm.engine.failures import FiniteCheck
 from pte_vllm.engine.folding import EvictedBlocks
+from pte_vllm.engine.keeping import KeptTokens, Selection
 from pte_vllm.engine.lora.install import install_views
 from pte_vllm.engine.lora.manager import PTELoRAManager
 from pte_vllm.engine.lora.slots import TokenSlots
@@ -117,10 +120,19 @@ class PTERunnerMixin(ABC):
                     f"{attn_group.kernel_block_size}; set --block-size to the latter for PTE"
                 )
         layers = self.compilation_config.static_forward_context
+        example = layers[group.layer_names[0]]
         self.pte_evicted = EvictedBlocks(
             caches={layer_of(name): layers[name].kv_cache for name in group.layer_names},
-            layout=BlockLayout.probe(layers[group.layer_names[0]]),
+            layout=BlockLayout.probe(example),
             rope=self._find_rope(group.layer_names[0]),
+        )
+        caches, file = self.pte_evicted.caches, self.pte_engine.probes
+        self.pte_kept = KeptTokens.of(
+            [caches[layer] for layer in sorted(caches)],
+            self.pte_evicted.layout,
+            self.pte_evicted.rope,
+            probes=None if file is None else Probes.load(file),
+            scale=example.impl.scale,
         )
 
     def _find_rope(self, attention_name: str) -> RopeTable | None:
@@ -137,6 +149,10 @@ class PTERunnerMixin(ABC):
 
         The ids are on the device, and are those from before this step.
         """
+
+    @abstractmethod
+    def _move_kept(self, request_id: str, first: int, block_ids: list[int]) -> None:
+        """Note that the blocks from logical block `first` on are others from this step on."""
 
     @abstractmethod
     def pte_known_requests(self) -> set[str]:
@@ -183,10 +199,16 @@ class PTERunnerMixin(ABC):
             ]
             if not behind:
                 return
-            self._fold_once({request_id: sequences[request_id] for request_id, _ in behind})
+            moved = getattr(scheduler_output, "pte_moved", {})
+            self._fold_once({request_id: sequences[request_id] for request_id, _ in behind}, moved)
 
-    def _fold_once(self, due: dict[str, FoldingSequence]) -> None:
+    def _fold_once(self, due: dict[str, FoldingSequence], moved: dict[str, list[int]]) -> None:
         """Fold each sequence once; those that are alike fold together."""
+        selections = [
+            Selection(request_id=request_id, sequence=sequence, fold=sequence.folds)
+            for request_id, sequence in due.items()
+            if sequence.plan.keep_blocks
+        ]
         alike: dict[tuple[int, str, int], dict[str, FoldingSequence]] = {}
         evicted = {request_id: sequence.evict() for request_id, sequence in due.items()}
         for request_id, sequence in due.items():
@@ -195,6 +217,10 @@ class PTERunnerMixin(ABC):
                 alike.setdefault(key, {})[request_id] = sequence
         for group in alike.values():
             self._fold(group, [evicted[request_id] for request_id in group])
+        self.pte_kept.keep(selections, self._block_ids, moved)
+        for selection in selections:
+            if (own := moved.get(selection.request_id)) is not None:
+                self._move_kept(selection.request_id, selection.plan.pinned_blocks, own)
         for sequence in due.values():
             plan = sequence.plan
             self.pte_pool.counters.add_fold(

@@ -68,6 +68,13 @@ class PTERunnerV1Mixin(PTERunnerMixin):
         ids = [[own[block] for block in row] for own, row in zip(held, blocks, strict=True)]
         return async_tensor_h2d(ids, device=self.device, dtype=torch.int64)
 
+    def _move_kept(self, request_id: str, first: int, block_ids: list[int]) -> None:
+        own = slice(first, first + len(block_ids))
+        self.requests[request_id].block_ids[0][own] = block_ids
+        row = self.input_batch.req_id_to_index.get(request_id)
+        if row is not None:  # else vLLM makes a row from the list above
+            self.input_batch.block_table[0].block_table.np[row, own] = block_ids
+
     def pte_known_requests(self) -> set[str]:
         return set(self.requests)
 

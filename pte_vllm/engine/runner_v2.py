@@ -109,6 +109,12 @@ class PTERunnerV2Mixin(PTERunnerMixin):
         table = self.block_tables.block_tables[0].gpu  # [max_num_reqs, blocks] int32
         return table[where_d[:, :1], where_d[:, 1:]].long()
 
+    def _move_kept(self, request_id: str, first: int, block_ids: list[int]) -> None:
+        row = self.req_states.req_id_to_index[request_id]
+        table = self.block_tables.block_tables[0].gpu
+        ids = async_tensor_h2d(block_ids, device=self.device, dtype=table.dtype)
+        table[row, first : first + len(block_ids)] = ids
+
     def pte_known_requests(self) -> set[str]:
         return self.pte_preempted.union(self.req_states.req_id_to_index)
 

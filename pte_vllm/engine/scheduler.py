@@ -12,6 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
+from pte_vllm.adapter.probes import Probes
 from pte_vllm.engine.cache import PTEManager
 from pte_vllm.engine.failures import ATTRIBUTE as FAILURES
 from pte_vllm.engine.failures import StepFailures
@@ -50,7 +51,8 @@ class PTESchedulerMixin:
         if engine.reserve_windows:
             manager.reserve = WindowReserve(manager.req_to_blocks, manager.num_held_blocks)
         self.pte_rules: dict[str, str] = {}  # of requests that chose one
-        self.pte_snapshots = SnapshotIndex(manager, _capacity(engine, self.vllm_config))
+        probes = b"" if engine.probes is None else Probes.load(engine.probes).content_hash.encode()
+        self.pte_snapshots = SnapshotIndex(manager, _capacity(engine, self.vllm_config), probes)
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
@@ -152,6 +154,11 @@ class PTESchedulerMixin:
             (self.requests[new.req_id], new.num_computed_tokens)
             for new in output.scheduled_new_reqs
         )
+        output.pte_moved = {
+            request_id: blocks
+            for request_id, blocks in self.pte_manager.take_moved().items()
+            if request_id in output.num_scheduled_tokens
+        }
         starting = [new.req_id for new in output.scheduled_new_reqs]
         starting += output.scheduled_cached_reqs.resumed_req_ids
         output.pte_starts = {

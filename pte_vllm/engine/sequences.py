@@ -59,6 +59,11 @@ class FoldingSequence:
     peak_blocks: int = 0
     rho: list[Tensor] = field(default_factory=list)
     """ρ of each fold, a scalar on the device; nobody waits for it until it is asked for."""
+    survivals: list[Tensor | None] = field(default_factory=list)
+    """Which candidates each fold kept, `[L, H, C]` bool on their way to the host; None where all
+    stayed, or none."""
+    forced: list[Tensor | None] = field(default_factory=list)
+    """What the first folds have to keep: what they kept when these tokens ran before."""
     _held: HeldBlocks = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +80,15 @@ class FoldingSequence:
         evicted = self.held.fold_to(self._held.folds + 1)
         self.folded_blocks += self.plan.evict_blocks
         return blocks_of(evicted)
+
+    @property
+    def folds(self) -> int:
+        """How many folds lie behind."""
+        return self.folded_blocks // self.plan.evict_blocks
+
+    def to_force(self) -> list[Tensor | None]:
+        """Return what another run of the same tokens has to keep, fold by fold."""
+        return self.survivals + self.forced[len(self.survivals) :]
 
     @property
     def sums_say_state(self) -> bool:
@@ -125,3 +139,5 @@ class Snapshot:
     state: Tensor | None
     """S as tokens read it, `[L, G, r]`; None where `sums` say what it is."""
     rho: Tensor | None  # [folds]
+    survivals: tuple[Tensor | None, ...] = ()
+    """Of all its folds, as `FoldingSequence` has them."""

@@ -6,6 +6,9 @@ to its end, the adapter's name and path and a salt (rules that a request chose h
 hashed once more with the plan, and the adapter's number, which is another after a reload, it names
 such a block, or the state after folding it, and equals no plain hash.
 
+Blocks of kept tokens are named by the state that they go with and by the run that chose them: two
+runs of the same tokens may differ in what they kept, as near ties are decided by rounding.
+
 The scheduler owns the index and gives the orders; the worker stores what it is told. Blocks of a
 sequence are named when it ends, so running sequences pay nothing.
 """
@@ -30,8 +33,15 @@ if TYPE_CHECKING:
     from pte_vllm.method.plan import FoldPlan
 
 
-def derived_hash(request: Request, plan: FoldPlan, block: int) -> BlockHash:
-    """Name a block at or after `first_fold`, or the state once that block is folded."""
+def derived_hash(request: Request, plan: FoldPlan, block: int, probes: bytes = b"") -> BlockHash:
+    """Name a block at or after `first_fold`, or the state once that block is folded.
+
+    Args:
+        request: A request whose tokens reach that far.
+        plan: How it folds.
+        block: The number of the block in the sequence.
+        probes: What names the engine's probes.
+    """
     lora = request.lora_request
     numbers = struct.pack(
         "<4q",
@@ -42,6 +52,9 @@ def derived_hash(request: Request, plan: FoldPlan, block: int) -> BlockHash:
     )
     if plan.evict != "oldest":
         numbers += struct.pack("<6sq", plan.evict.encode(), plan.evict_seed)
+    if plan.keep_blocks:
+        score = plan.keep_score.encode()
+        numbers += struct.pack("<q8sq", plan.keep_blocks, score, plan.evict_seed) + probes
     name = hashlib.sha256(b"pte" + numbers + request.block_hashes[block]).digest()
     return cast("BlockHash", name)
 
@@ -52,12 +65,15 @@ class SnapshotIndex:
     Args:
         manager: The manager of the blocks; without prefix caching nothing is ever kept.
         capacity: The most states to keep.
+        probes: What names the engine's probes, where it has some.
     """
 
-    def __init__(self, manager: PTEManager, capacity: int) -> None:
+    def __init__(self, manager: PTEManager, capacity: int, probes: bytes = b"") -> None:
         self._manager = manager
+        self._probes = probes
         self._capacity = capacity if manager.enable_caching else 0
-        self._kept: OrderedDict[bytes, None] = OrderedDict()
+        self._kept: OrderedDict[bytes, int] = OrderedDict()  # and the run that it is of
+        self._runs = 0
         self._keep: dict[str, bytes] = {}
         self._forget: set[bytes] = set()
 
@@ -72,9 +88,12 @@ class SnapshotIndex:
         if not self._capacity or not folded:
             return
         processed = request.num_computed_tokens - request.num_in_flight_tokens
-        self._name_blocks(request, plan, min(processed, request.num_tokens))
+        selected = _selected(plan, folded)
+        after = plan.pinned_blocks + folded if selected else 0
+        self._name_blocks(request, plan, after, min(processed, request.num_tokens))
         key = self._state_key(request, plan, folded)
-        self._kept[key] = None
+        run = self._name_kept(request, plan, key) if selected else None
+        self._kept[key] = self._kept.get(key, 0) if run is None else run
         self._kept.move_to_end(key)
         self._keep[request.request_id] = key
         self._forget.discard(key)
@@ -99,14 +118,20 @@ class SnapshotIndex:
         if not self._kept or longest < plan.first_fold or len(prefix) < plan.pinned_blocks:
             return None
         for folded in range(plan.folded_blocks(longest), 0, -plan.evict_blocks):
-            if self._state_key(request, plan, folded) not in self._kept:
+            key = self._state_key(request, plan, folded)
+            if key not in self._kept:
                 continue
             # The state serves tokens [start, end); a hit that ended at `end` would owe a fold.
             start = self._boundary(plan, folded)
             end = min(longest // plan.block_size, start + plan.evict_blocks - 1)
             blocks = prefix[: plan.pinned_blocks]
+            if _selected(plan, folded):
+                kept = self._find_kept(plan, key)
+                if kept is None:
+                    continue
+                blocks = [*blocks, *kept]
             for first, last in HeldBlocks(plan, folded // plan.evict_blocks).spans:
-                first = max(first, plan.pinned_blocks)
+                first = max(first, min(len(blocks), last))
                 gap = [self._manager.block_pool.null_block] * (first - len(blocks))
                 window = self._cached(request, plan, first, min(last, end))
                 blocks = [*blocks, *gap, *window]
@@ -148,18 +173,20 @@ class SnapshotIndex:
         # What is drawn may lie anywhere before the boundary.
         oldest = plan.evict == "oldest"
         end = plan.pinned_blocks + folded if oldest else self._boundary(plan, folded)
-        return derived_hash(request, plan, end - 1)
+        return derived_hash(request, plan, end - 1, self._probes)
 
-    def _name_blocks(self, request: Request, plan: FoldPlan, num_tokens: int) -> None:
+    def _name_blocks(self, request: Request, plan: FoldPlan, after: int, num_tokens: int) -> None:
+        """Name the blocks of a sequence that ends: those past `first_fold`, from `after` on."""
         first = max(
             plan.first_fold // plan.block_size,
+            after,
             self._manager.num_cached_block.get(request.request_id, 0),
         )
         last = num_tokens // plan.block_size
         pool = self._manager.block_pool
         if first >= last or pool.enable_kv_cache_events:
             return  # events would tell others of blocks under names they do not know
-        names = [derived_hash(request, plan, i) for i in range(first, last)]
+        names = [derived_hash(request, plan, i, self._probes) for i in range(first, last)]
         pool.cache_full_blocks(
             request=cast("Request", SimpleNamespace(block_hashes=[*[b""] * first, *names])),
             blocks=self._manager.req_to_blocks[request.request_id],
@@ -169,14 +196,59 @@ class SnapshotIndex:
             kv_cache_group_id=self._manager.kv_cache_group_id,
         )
 
+    def _name_kept(self, request: Request, plan: FoldPlan, key: bytes) -> int | None:
+        """Name the blocks of kept tokens of a sequence that ends, as they go with a state.
+
+        Returns:
+            The run that names them; None where they keep the names of an earlier run's, which the
+            sequence took up and has not written into.
+        """
+        places = range(plan.pinned_blocks, plan.pinned_blocks + plan.keep_blocks)
+        own = [self._manager.req_to_blocks[request.request_id][i] for i in places]
+        pool = self._manager.block_pool
+        if pool.enable_kv_cache_events or any(block.block_hash is not None for block in own):
+            return None
+        self._runs += 1
+        names = [_kept_name(key, self._runs, i) for i in range(len(own))]
+        pool.cache_full_blocks(
+            request=cast("Request", SimpleNamespace(block_hashes=names)),
+            blocks=own,
+            num_cached_blocks=0,
+            num_full_blocks=len(own),
+            block_size=plan.block_size,
+            kv_cache_group_id=self._manager.kv_cache_group_id,
+        )
+        return self._runs
+
+    def _find_kept(self, plan: FoldPlan, key: bytes) -> list[KVCacheBlock] | None:
+        """Return the blocks of kept tokens that go with a state, all of one run; None without."""
+        found: list[KVCacheBlock] = []
+        for i in range(plan.keep_blocks):
+            name = _kept_name(key, self._kept[key], i)
+            hit = self._manager.block_pool.get_cached_block(name, [self._manager.kv_cache_group_id])
+            if hit is None:
+                return None
+            found += hit
+        return found
+
     def _cached(self, request: Request, plan: FoldPlan, first: int, end: int) -> list[KVCacheBlock]:
         """Blocks `[first, end)` of the window, up to the first that is gone."""
         found: list[KVCacheBlock] = []
         for i in range(first, end):
             past = i * plan.block_size >= plan.first_fold
-            name = derived_hash(request, plan, i) if past else request.block_hashes[i]
+            name = derived_hash(request, plan, i, self._probes) if past else request.block_hashes[i]
             hit = self._manager.block_pool.get_cached_block(name, [self._manager.kv_cache_group_id])
             if hit is None:
                 break
             found += hit
         return found
+
+
+def _selected(plan: FoldPlan, folded: int) -> bool:
+    """Return whether the last of the folds behind these blocks chose what is kept."""
+    return folded > 0 and plan.selects(folded // plan.evict_blocks - 1)
+
+
+def _kept_name(key: bytes, run: int, place: int) -> BlockHash:
+    numbers = struct.pack("<2q", run, place)
+    return cast("BlockHash", hashlib.sha256(b"kept" + key + numbers).digest())

@@ -87,6 +87,8 @@ class StatePool:
         peak = previous.peak_blocks if previous is not None else 0
         self.stop(request_id)
         sequence = FoldingSequence(plan=plan, adapter=adapter, peak_blocks=peak)
+        if previous is not None:
+            sequence.forced = previous.to_force()
         if loaded is not None:
             sequence.loaded, sequence.rule = loaded, rule or loaded.config.rule
             check_rule_fits(sequence.rule, loaded.config.rank, loaded.config.global_tokens)
@@ -129,6 +131,7 @@ class StatePool:
             sums={name: to_host(sums) for name, sums in sequence.sums.items()},
             state=None if sequence.sums_say_state else to_host(self._own_state(sequence)),
             rho=to_host(torch.stack(sequence.rho)) if sequence.rho else None,
+            survivals=tuple(sequence.survivals),
         )
 
     def restore(self, sequence: FoldingSequence, snapshot: Snapshot) -> None:
@@ -136,6 +139,7 @@ class StatePool:
         assert sequence.rule == snapshot.rule and not sequence.folded_blocks
         device = self.states.device
         sequence.folded_blocks = snapshot.folded_blocks
+        sequence.survivals = list(snapshot.survivals)
         if sequence.loaded is not None:
             sums = {k: v.to(device, non_blocking=True) for k, v in snapshot.sums.items()}
             if snapshot.rho is not None:

@@ -82,11 +82,12 @@ def take(caches: Sequence[Tensor], layout: BlockLayout, candidates: Tensor, kept
     block_size = len(layout.key_index)
     index = _cells(layout)
     heads = torch.arange(kept.shape[2], device=kept.device)[:, None, None]
-    rows = torch.arange(len(candidates), device=kept.device)[:, None, None]
-    blocks = candidates[rows, kept // block_size]  # [L, S, H, K]
+    sequences = torch.arange(len(candidates), device=kept.device)[:, None, None]
+    blocks = candidates[sequences, kept // block_size]  # [L, S, H, K]
     cells = index[kept % block_size]  # [L, S, H, K, 2 D]
+    rows, columns = cells // caches[0].shape[3], cells % caches[0].shape[3]
     return torch.stack(
-        [cache.flatten(2)[blocks[i, ..., None], heads, cells[i]] for i, cache in enumerate(caches)]
+        [cache[blocks[i, ..., None], heads, rows[i], columns[i]] for i, cache in enumerate(caches)]
     )
 
 
@@ -98,8 +99,9 @@ def put(caches: Sequence[Tensor], layout: BlockLayout, own: Tensor, taken: Tenso
     heads = torch.arange(taken.shape[2], device=own.device)[:, None, None]
     blocks = own[:, None, places // block_size, None]  # [S, 1, K, 1]
     cells = index[places % block_size]  # [K, 2 D]
-    for cache, numbers in zip(caches, taken, strict=True):
-        cache.flatten(2)[blocks, heads, cells] = numbers
+    rows, columns = cells // caches[0].shape[3], cells % caches[0].shape[3]
+    for cache, numbers in zip(caches, taken, strict=True):  # flattened it might be a copy
+        cache[blocks, heads, rows, columns] = numbers
 
 
 def _cells(layout: BlockLayout) -> Tensor:

@@ -12,10 +12,12 @@ from typing import Any
 from pte_vllm.method.names import (
     FEATURES,
     INITS,
+    KEEP_SCORES,
     KEYS,
     NORMALIZES,
     READS,
     RULE_NAMES,
+    KeepScore,
 )
 from pte_vllm.method.plan import FoldPlan
 
@@ -143,6 +145,12 @@ class EngineConfig:
     """`--pte-keep-thoughts-mib`: most memory for them, in the host's RAM; the oldest leave."""
     reserve_windows: bool = True
     """`--pte-reserve-windows`: start a request only when its whole window fits beside others."""
+    keep_tokens: int = 0
+    """`--pte-keep`: evicted tokens that each KV head keeps; 0 keeps none."""
+    keep_score: KeepScore = "expected"
+    """`--pte-keep-score`: by which score of `method.keep` they are chosen."""
+    probes: str | None = None
+    """`--pte-probes`: the file of probes for the score `expected`; None: there is none."""
 
     def __post_init__(self) -> None:
         if as_int("--pte-window", self.window_tokens) < 0:
@@ -155,6 +163,9 @@ class EngineConfig:
             )
         if self.pin_tokens is not None:
             self._check_pin_tokens(self.pin_tokens)
+        if as_int("--pte-keep", self.keep_tokens) < 0:
+            raise ValueError(f"--pte-keep must not be negative, got {self.keep_tokens}")
+        check_choice("--pte-keep-score", self.keep_score, KEEP_SCORES)
         for name in ("keep_thoughts", "keep_thoughts_mib"):
             flag, value = f"--pte-{name.replace('_', '-')}", getattr(self, name)
             if as_int(flag, value) < 0:
@@ -192,4 +203,6 @@ class EngineConfig:
             window_tokens=self.window_tokens,
             evict_ratio=self.evict_ratio,
             block_size=block_size,
+            keep_tokens=self.keep_tokens if self.window_tokens else 0,
+            keep_score=self.keep_score,
         )

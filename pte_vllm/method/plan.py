@@ -162,6 +162,10 @@ class FoldPlan:
             return self.first_fold
         return self.first_fold + ((pos - self.first_fold) // self.stride + 1) * self.stride
 
+    def is_boundary(self, pos: int) -> bool:
+        """Return whether a fold comes right before the token at `pos`."""
+        return pos >= self.first_fold and (pos - self.first_fold) % self.stride == 0
+
     def held_blocks(self, pos: int) -> int:
         """Return how many blocks the token at `pos` needs in the cache, its own included."""
         folds = self.folds(pos)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pte_vllm.method.names import EVICTS, RULE_NAMES, Evict
+from pte_vllm.method.names import EVICTS, KEEP_SCORES, RULE_NAMES, Evict, KeepScore
 from pte_vllm.method.options import EngineConfig, as_int, check_choice
 from pte_vllm.method.plan import FoldPlan
 
@@ -19,6 +19,8 @@ REQUEST_OPTIONS = (
     "pte_update",
     "pte_evict",
     "pte_evict_seed",
+    "pte_keep",
+    "pte_keep_score",
     "pte_state_id",
 )
 
@@ -37,6 +39,10 @@ class RequestOptions:
     """`pte_evict` sets it; None is `oldest`."""
     evict_seed: int | None = None
     """`pte_evict_seed` sets it; None is 0."""
+    keep_tokens: int | None = None
+    """`pte_keep` sets it; None is the engine's number, 0 keeps nothing."""
+    keep_score: KeepScore | None = None
+    """`pte_keep_score` sets it; None is the engine's."""
     state_id: str | None = None
     """`pte_state_id` names an earlier request to continue; the API server resolves it."""
 
@@ -74,6 +80,13 @@ class RequestOptions:
             seed = options["evict_seed"] = as_int("pte_evict_seed", given["pte_evict_seed"])
             if not 0 <= seed < 2**63:
                 raise ValueError(f"pte_evict_seed must lie in [0, 2**63), got {seed}")
+        if given.get("pte_keep") is not None:
+            options["keep_tokens"] = as_int("pte_keep", given["pte_keep"])
+            if options["keep_tokens"] < 0:
+                raise ValueError(f"pte_keep must not be negative, got {given['pte_keep']}")
+        if given.get("pte_keep_score") is not None:
+            check_choice("pte_keep_score", given["pte_keep_score"], KEEP_SCORES)
+            options["keep_score"] = given["pte_keep_score"]
         if given.get("pte_state_id") is not None:
             state_id = given["pte_state_id"]
             if not isinstance(state_id, str) or not 0 < len(state_id) <= 512:
@@ -94,6 +107,8 @@ class RequestOptions:
             "pte_update": self.rule,
             "pte_evict": self.evict,
             "pte_evict_seed": self.evict_seed,
+            "pte_keep": self.keep_tokens,
+            "pte_keep_score": self.keep_score,
         }
         return {name: value for name, value in given.items() if value is not None}
 
@@ -118,10 +133,12 @@ class RequestOptions:
                 f"pte_pin_tokens is {pin_tokens}, beyond the prompt of {num_prompt_tokens} tokens"
             )
         window_tokens = engine.window_tokens if self.window_tokens is None else self.window_tokens
-        if self.evict_seed is not None and self.evict != "random":
+        keep_tokens, keep_score = self._keep(engine, window_tokens)
+        drawn = self.evict == "random" or (keep_tokens > 0 and keep_score == "random")
+        if self.evict_seed is not None and not drawn:
             raise ValueError(
                 f"pte_evict_seed is {self.evict_seed}, but nothing is drawn: send pte_evict random "
-                "too, or leave it out"
+                "or pte_keep_score random too, or leave it out"
             )
         if self.evict == "random" and not window_tokens:
             raise ValueError(
@@ -136,9 +153,12 @@ class RequestOptions:
                 block_size=block_size,
                 evict=self.evict or "oldest",
                 evict_seed=self.evict_seed or 0,
+                keep_tokens=keep_tokens,
+                keep_score=keep_score if keep_tokens else FoldPlan.keep_score,
             )
         except ValueError as error:
-            raise ValueError(f"pte_window: {error}") from error
+            option = "pte_keep" if str(error).startswith("keep") else "pte_window"
+            raise ValueError(f"{option}: {error}") from error
         limit = engine.max_prompt_tokens
         if plan.bounded and limit is not None and pin_tokens > limit:
             raise ValueError(
@@ -146,6 +166,40 @@ class RequestOptions:
                 "send a smaller pte_pin_tokens, so that the rest of the prompt counts as thoughts"
             )
         return plan
+
+    def _keep(self, engine: EngineConfig, window_tokens: int) -> tuple[int, KeepScore]:
+        """Return how many tokens the request keeps, and by which score.
+
+        Raises:
+            ValueError: If it asks to keep tokens where none can be kept.
+        """
+        score = self.keep_score or engine.keep_score
+        keeps = engine.keep_tokens if self.keep_tokens is None else self.keep_tokens
+        if self.keep_tokens is None and (self.evict == "random" or not window_tokens):
+            keeps = 0  # the server's default is for windows whose oldest blocks leave
+        if not keeps:
+            if self.keep_score is not None:
+                raise ValueError(
+                    f"pte_keep_score is {self.keep_score}, but nothing is kept: send pte_keep too, "
+                    "or leave it out"
+                )
+            return 0, score
+        if not window_tokens:
+            raise ValueError(
+                f"pte_keep is {keeps}, but this request has full attention, which evicts nothing: "
+                "send a pte_window, or leave pte_keep out"
+            )
+        if self.evict == "random":
+            raise ValueError(
+                f"pte_keep is {keeps}, but pte_evict random is a control that keeps nothing: leave "
+                "one of them out"
+            )
+        if score == "expected" and engine.probes is None:
+            raise ValueError(
+                f"pte_keep is {keeps}, and this server has no probes to choose tokens by: start it "
+                "with --pte-keep or --pte-probes, or send pte_keep_score random"
+            )
+        return keeps, score
 
 
 def request_plan(

@@ -26,10 +26,12 @@ BLOCK = 32
 
 
 def drawn(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a plan that say which blocks leave, from options of a request."""
+    """Return the fields of a plan that say what leaves and what stays, from a request's options."""
     return {
         "evict": options.get("pte_evict", "oldest"),
         "evict_seed": options.get("pte_evict_seed", 0),
+        "keep_tokens": options.get("pte_keep", 0),
+        "keep_score": options.get("pte_keep_score", "expected"),
     }
 
 
@@ -82,6 +84,7 @@ class Engine:
     Args:
         model: checkpoint directory.
         window_tokens: `--pte-window`.
+        probes: the file of probes, for requests that keep tokens.
         num_blocks: blocks of the pool, vLLM's null block not counted.
         pte: False starts vLLM as it is.
         async_scheduling: forced on; vLLM's CPU platform turns it off.
@@ -98,6 +101,7 @@ class Engine:
         pin_tokens: int | None = None,
         keep_thoughts: int = EngineConfig.keep_thoughts,
         reserve_windows: bool = True,
+        probes: Path | None = None,
         num_blocks: int = 400,
         pte: bool = True,
         async_scheduling: bool = False,
@@ -112,6 +116,7 @@ class Engine:
             pin_tokens=pin_tokens,
             keep_thoughts=keep_thoughts,
             reserve_windows=reserve_windows,
+            probes=None if probes is None else str(probes),
         )
         args: dict[str, Any] = {
             "model": str(model),
