@@ -8,21 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_vllm.adapter.probes import Probes
+from tests.engine.conftest import same
 from tests.harness.engine import BLOCK, Engine, Job
 from tests.harness.models import random_tokens
 
 WINDOW = 3 * BLOCK
 """Of which one block leaves at a fold."""
-
-
-@pytest.fixture(scope="module")
-def probes(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random queries: what they attend to matters here to nobody, only that it is always so."""
-    file = tmp_path_factory.mktemp("probes") / "probes.safetensors"
-    queries = 3 * torch.randn(3, 2, 24, 32, generator=torch.Generator().manual_seed(5))
-    Probes.of(queries, "none").save(file)
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +55,63 @@ def test_selections(engine: Engine, keep: int, score: str) -> None:
     assert job.logprobs != none.logprobs
     whole = keep // BLOCK
     assert survivals[:whole] == [None] * whole
-    assert len(survivals) == 9 + 1 - 3 + 1
+    plan = job.plan(WINDOW)
+    assert len(survivals) == plan.folds(len(job.prompt) + len(job.tokens) - 2) > whole + 2
     for marks in survivals[whole:]:
         assert marks is not None and marks.shape == (3, 2, keep + BLOCK)
         assert (marks.sum(-1) == keep).all()
     # Heads choose differently.
     assert not torch.equal(survivals[-1][0, 0], survivals[-1][1, 1])
+
+
+def test_preempted_ones_keep_what_they_kept(engine: Engine) -> None:
+    wanted, jobs = ([_job(seed, BLOCK) for seed in range(5, 9)] for _ in range(2))
+    for job in wanted:
+        engine.run([job])
+    before: dict[str, list[torch.Tensor | None]] = {}
+    preempted = 0
+
+    def on_step(step: int, request_ids: list[str]) -> None:
+        nonlocal preempted
+        engine.scheduler.pte_check_integrity()
+        for name, sequence in engine.runner.pte_pool.sequences.items():
+            known = before.setdefault(name, [])
+            for now, then in zip(sequence.survivals, known, strict=False):
+                assert (now is None) == (then is None)
+                assert now is None or torch.equal(now, then)
+            known += sequence.survivals[len(known) :]
+        if step % 41 == 40:
+            preempted += 1
+            engine.preempt(step % len(engine.scheduler.running))
+
+    engine.run(jobs, on_step)
+    assert preempted > 4 and all(len(known) > 5 for known in before.values())
+    for job, alone in zip(jobs, wanted, strict=True):
+        same(job, alone)
+
+
+@pytest.mark.parametrize("keep", [BLOCK, 2 * BLOCK])
+def test_continued_and_forked(engine: Engine, keep: int) -> None:
+    """A later request takes up what an ended one kept, and two may do so at once."""
+    whole = _job(31, keep, 10 * BLOCK + 3)
+    whole.temperature = 0.0
+    engine.run([whole])
+    first = _job(31, keep, 7 * BLOCK)
+    first.temperature = 0.0
+    engine.run([first])
+    assert first.tokens == whole.tokens[: 7 * BLOCK]
+
+    def go_on() -> Job:
+        job = _job(31, keep, 3 * BLOCK + 3, pte_pin_tokens=len(first.prompt))
+        job.prompt, job.temperature = first.prompt + first.tokens, 0.0
+        return job
+
+    pair = [go_on(), go_on()]
+    engine.run(pair)
+    again = go_on()  # what the pair left
+    engine.run([again])
+    plan = first.plan(WINDOW)
+    for job in (*pair, again):
+        assert job.cached_tokens > plan.first_fold + plan.stride
+        assert job.tokens == whole.tokens[7 * BLOCK :]
+        assert job.logprobs == pytest.approx(whole.logprobs[7 * BLOCK :], abs=2e-4)
