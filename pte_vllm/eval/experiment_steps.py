@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pte_vllm.eval import fidelity
+from pte_vllm.eval import fidelity, fidelity_flags
 from pte_vllm.eval.experiment_arms import ARMS, adapter_name, read_json
 from pte_vllm.eval.options import RunOptions
 from pte_vllm.eval.report import RESULTS
@@ -121,7 +121,7 @@ def measure_fidelity(options: argparse.Namespace, adapters: dict[str, Path]) -> 
     arguments += ["--evict-ratio", str(options.evict_ratio)]
     for name, path in adapters.items():
         arguments += ["--adapter", f"{name}={path}"]
-    return fidelity.run(fidelity.parse(arguments))
+    return fidelity.run(fidelity_flags.parse(arguments))
 
 
 def measure_accuracy(

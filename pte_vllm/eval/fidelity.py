@@ -14,18 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pte_vllm.eval.fidelity_flags import BLOCK_SIZE, EVICT_RATIO, parse
 from pte_vllm.models.location import check_model
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pte_vllm.adapter.format import ModelShape
+    from pte_vllm.adapter.probes import Probes
     from pte_vllm.eval.fidelity_arms import Eviction, FidelityArm
     from pte_vllm.eval.fidelity_tokens import MeasuredTokens
     from pte_vllm.train.distill.examples import Example
-
-KV_DTYPES = ("bfloat16", "float16", "float32", "fp8")
-EVICTIONS = ("oldest", "random")
-BLOCK_SIZE, EVICT_RATIO = 32, 0.25
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     for name, directory in options.adapter.items():
         if not (directory / "adapter_config.json").is_file():
             raise FileNotFoundError(f"--adapter {name}: {directory} holds no adapter")
+    if options.probes is not None and not options.probes.is_file():
+        raise FileNotFoundError(f"--probes: {options.probes} does not exist")
     from pte_vllm.wire.transport import ServerError
 
     try:
@@ -52,107 +53,6 @@ def main(arguments: Sequence[str]) -> int:
         print(f"pte-vllm: error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the flags."""
-    parser = argparse.ArgumentParser(
-        prog="pte-vllm eval fidelity",
-        description="Measure how well windows, adapters and controls predict answers that the "
-        "model gave under full attention: loss, KL to full attention, share of the same top token. "
-        "Nothing is sampled. It reads the answers in the trainer's replay, or with --url on a "
-        "running server.",
-    )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="name or directory of the base model")
-    add("thoughts", metavar="THOUGHTS", type=Path, help="file of `pte-vllm eval thoughts`")
-    add(
-        "--window",
-        type=_windows,
-        default="64",
-        metavar="W,W,...",
-        help="plain windows, in tokens; adapters and controls have the first (%(default)s)",
-    )
-    add(
-        "--adapter",
-        type=_named,
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="an adapter under the first window, and a plain window of the same bytes; repeatable",
-    )
-    add(
-        "--evict",
-        type=_evictions,
-        default="oldest",
-        metavar="HOW,...",
-        help="controls that fold other blocks than the oldest: random (%(default)s)",
-    )
-    add(
-        "--sinks",
-        action="store_true",
-        help="a control of the same memory that pins four tokens, and not the question",
-    )
-    add("--sequences", type=_count, default=24, metavar="N", help="answers to read (%(default)s)")
-    add("--block-size", type=_count, metavar="N", help=f"tokens of a KV block ({BLOCK_SIZE})")
-    add(
-        "--evict-ratio",
-        type=float,
-        metavar="R",
-        help=f"part of a full window that one fold frees ({EVICT_RATIO})",
-    )
-    add(
-        "--evict-tokens",
-        type=_count,
-        metavar="N",
-        help="tokens that one fold frees, the same for all windows; in place of --evict-ratio",
-    )
-    add(
-        "--kv-dtype",
-        choices=KV_DTYPES,
-        default="bfloat16",
-        help="dtype of the KV cache that a state's bytes are compared with (%(default)s)",
-    )
-    add("--url", help="score on this server in place of the replay; adapters are pushed to it")
-    add(
-        "--api-key-env",
-        metavar="NAME",
-        help="environment variable that holds the server's key; pushing may need the admin key",
-    )
-    add(
-        "--top-logprobs",
-        type=_count,
-        default=20,
-        metavar="K",
-        help="tokens that the server names in each place, up to its --max-logprobs (%(default)s)",
-    )
-    add(
-        "--batch",
-        type=_count,
-        default=8,
-        metavar="N",
-        help="answers read at once; bounds memory, does not change the result (%(default)s)",
-    )
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the replay")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the replay")
-    add("--out", type=Path, default=Path("out/fidelity"), metavar="DIR", help="(%(default)s)")
-    options = parser.parse_args(arguments)
-    names = [name for name, _ in options.adapter]
-    if len(set(names)) < len(names):
-        parser.error("--adapter: two adapters have the same name")
-    options.adapter = dict(options.adapter)
-    if options.evict_tokens is not None and options.evict_ratio is not None:
-        parser.error("--evict-tokens and --evict-ratio exclude each other")
-    if options.url is not None:
-        options.url = options.url.rstrip("/")
-        if not options.url.startswith(("http://", "https://")):
-            parser.error(f"--url must start with http:// or https://, got {options.url}")
-        if options.sinks or options.evict_tokens is not None:
-            parser.error(
-                "--sinks and --evict-tokens: a server folds the part of a window that it was "
-                "started with; leave them out, or leave out --url"
-            )
-    return options
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -167,6 +67,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     console = Console(stderr=True, highlight=False)
     shape = ModelShape.from_hf(AutoConfig.from_pretrained(options.model))
     adapters = {name: Adapter.load(path, shape) for name, path in options.adapter.items()}
+    probes = _probes(options.probes, shape)
     bytes_per_token = fidelity_arms.kv_bytes_per_token(shape, options.kv_dtype)
     eviction = _eviction(options)
     arms = fidelity_arms.build_arms(
@@ -176,11 +77,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         bytes_per_token=bytes_per_token,
         evict=options.evict,
         sinks=options.sinks,
+        keep=options.keep,
+        keep_scores=options.keep_score,
     )
     examples = _read(options.thoughts, arms, options.sequences)
     console.print(f"{len(examples)} answers, {len(arms)} arms")
-    by = _by_replay if options.url is None else _by_server
-    measured = by(options, examples, arms, adapters, console)
+    if options.url is None:
+        measured = _by_replay(options, examples, arms, adapters, probes, console)
+    else:
+        measured = _by_server(options, examples, arms, console)
     report = {
         "model": options.model,
         "thoughts": str(options.thoughts),
@@ -189,6 +94,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "evict_ratio": None if eviction.evict_tokens else eviction.evict_ratio,
         "evict_tokens": eviction.evict_tokens,
         "kv_dtype": options.kv_dtype,
+        "probes": None if probes is None else probes.content_hash,
         **fidelity_report.summarize(measured, arms, examples, bytes_per_token=bytes_per_token),
     }
     # Tables are wide; into a file they go as they are.
@@ -221,6 +127,26 @@ def _eviction(options: argparse.Namespace) -> Eviction:
         evict_ratio=EVICT_RATIO if ratio is None else ratio,
         evict_tokens=options.evict_tokens,
     )
+
+
+def _probes(path: Path | None, shape: ModelShape) -> Probes | None:
+    """Read the probes, if there are some.
+
+    Raises:
+        ValueError: naming the flag, if they cannot be read or are for another model.
+    """
+    from pte_vllm.adapter.probes import Probes, ProbesError
+
+    if path is None:
+        return None
+    try:
+        probes = Probes.load(path)
+        probes.check_fits(
+            num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim
+        )
+    except ProbesError as error:
+        raise ValueError(f"--probes: {error}") from error
+    return probes
 
 
 def _read(path: Path, arms: Sequence[FidelityArm], count: int) -> list[Example]:
@@ -258,6 +184,7 @@ def _by_replay(
     examples: Sequence[Example],
     arms: Sequence[FidelityArm],
     adapters: dict[str, Any],
+    probes: Probes | None,
     console: Console,
 ) -> MeasuredTokens:
     import torch
@@ -272,7 +199,13 @@ def _by_replay(
     base = PTEModel.from_pretrained(chosen.base, dtype=chosen.dtype, device=chosen.device).base
     with shown_progress(console, len(examples), arms, options.batch) as progress:
         return fidelity_replay.measure(
-            base, examples, arms, adapters, batch_sequences=options.batch, on_done=progress
+            base,
+            examples,
+            arms,
+            adapters,
+            probes=probes,
+            batch_sequences=options.batch,
+            on_done=progress,
         )
 
 
@@ -280,7 +213,6 @@ def _by_server(
     options: argparse.Namespace,
     examples: Sequence[Example],
     arms: Sequence[FidelityArm],
-    adapters: dict[str, Any],
     console: Console,
 ) -> MeasuredTokens:
     from pte_vllm.eval import fidelity_server
@@ -304,28 +236,3 @@ def _client(options: argparse.Namespace) -> Any:
     from pte_vllm.wire.client import RolloutClient
 
     return RolloutClient(options.url, api_key=key_from(options.api_key_env))
-
-
-def _windows(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]
-
-
-def _evictions(text: str) -> list[str]:
-    found = text.split(",")
-    for how in found:
-        if how not in EVICTIONS:
-            raise argparse.ArgumentTypeError(f"{how!r} is none of {', '.join(EVICTIONS)}")
-    return found
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
-    return int(text)
-
-
-def _named(text: str) -> tuple[str, Path]:
-    name, sign, path = text.partition("=")
-    if not (name and sign and path):
-        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=DIR")
-    return name, Path(path)

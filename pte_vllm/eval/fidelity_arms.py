@@ -12,7 +12,7 @@ from pte_vllm.eval.weights import in_kv_tokens
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.weight import kv_token_bytes
 
-Kind = Literal["window", "adapter", "equal-bytes", "evict", "sinks"]
+Kind = Literal["window", "adapter", "equal-bytes", "evict", "keep", "sinks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class Eviction:
                 **more,
             )
         except ValueError as error:
-            raise ValueError(f"--window, --block-size, --evict-ratio: {error}") from error
+            keep = ", --keep" if more.get("keep_tokens") else ""
+            raise ValueError(f"--window, --block-size, --evict-ratio{keep}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,10 @@ class FidelityArm:
     """The name of the adapter that is on; None: the base model."""
     evict: str = "oldest"
     """Which blocks of a full window a fold takes."""
+    keep_tokens: int = 0
+    """How many evicted tokens each KV head keeps."""
+    keep_score: str = "expected"
+    """By which score they are chosen."""
     baseline: str | None = None
     """The plain window of the same size, with which the arm is compared; None: it is one."""
     state_bytes: int = 0
@@ -72,7 +77,9 @@ class FidelityArm:
         """Return the plan of a sequence whose question has `pin_tokens`."""
         if self.kind == "sinks":
             return self._sinks(pin_tokens)
-        more = {} if self.evict == "oldest" else {"evict": self.evict}
+        more: dict[str, Any] = {} if self.evict == "oldest" else {"evict": self.evict}
+        if self.keep_tokens:
+            more |= {"keep_tokens": self.keep_tokens, "keep_score": self.keep_score}
         return self.eviction.plan(pin_tokens, self.window_tokens, **more)
 
     def _sinks(self, pin_tokens: int) -> FoldPlan:
@@ -88,7 +95,8 @@ class FidelityArm:
     @property
     def does(self) -> tuple[Any, ...]:
         """What it computes: arms for which this is the same have the same numbers."""
-        return self.kind == "sinks", self.window_tokens, self.adapter, self.evict
+        keeps = (self.keep_tokens, self.keep_score)
+        return self.kind == "sinks", self.window_tokens, self.adapter, self.evict, keeps
 
 
 def kv_bytes_per_token(model: ModelShape, dtype: str) -> int:
@@ -104,8 +112,10 @@ def build_arms(
     bytes_per_token: int,
     evict: Sequence[str] = ("oldest",),
     sinks: bool = False,
+    keep: Sequence[int] = (),
+    keep_scores: Sequence[str] = ("expected",),
 ) -> list[FidelityArm]:
-    """List what is compared; adapters and controls have the first of the windows.
+    """List what is compared; adapters and controls have the first of the windows, keeps have all.
 
     Args:
         windows: sizes of plain windows, in tokens.
@@ -114,6 +124,8 @@ def build_arms(
         bytes_per_token: what one token holds in the KV cache.
         evict: which blocks a fold may take; `oldest` adds no arm.
         sinks: whether there is an arm that pins the first tokens and not the question.
+        keep: how many evicted tokens arms keep, which the base model does under each window.
+        keep_scores: by which scores these are chosen; each has an arm.
 
     Raises:
         ValueError: naming the flag, if the numbers do not go together.
@@ -123,6 +135,20 @@ def build_arms(
     arms = [
         FidelityArm(name=_window_name(w), kind="window", window_tokens=w, eviction=eviction)
         for w in dict.fromkeys(windows)
+    ]
+    arms += [
+        FidelityArm(
+            name=f"{window.name} keep {tokens}{'' if score == 'expected' else f' {score}'}",
+            kind="keep",
+            window_tokens=window.window_tokens,
+            eviction=eviction,
+            keep_tokens=tokens,
+            keep_score=score,
+            baseline=window.name,
+        )
+        for window in arms
+        for tokens in dict.fromkeys(keep)
+        for score in dict.fromkeys(keep_scores)
     ]
     for how in evict:
         if how != "oldest":

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pte_vllm.adapter.format import Adapter
+from pte_vllm.adapter.probes import Probes
 from pte_vllm.eval.fidelity_arms import FidelityArm
 from pte_vllm.eval.fidelity_parts import OnDone, Parts
 from pte_vllm.eval.fidelity_tokens import MeasuredTokens
@@ -14,6 +15,7 @@ from pte_vllm.train.distill.agreement import compare
 from pte_vllm.train.distill.examples import Example, align
 from pte_vllm.train.distill.step import of_like_length
 from pte_vllm.train.distill.teacher import ask_teacher
+from pte_vllm.train.replay.keeping import Keeper
 from pte_vllm.train.replay.modeling import PTEModel
 
 
@@ -24,6 +26,7 @@ def measure(
     adapters: Mapping[str, Adapter],
     *,
     batch_sequences: int,
+    probes: Probes | None = None,
     on_done: OnDone = lambda name: None,
 ) -> MeasuredTokens:
     """Measure all arms on the tokens that `examples` want; arms that do the same run once.
@@ -34,12 +37,14 @@ def measure(
         arms: what is compared.
         adapters: those of the arms, by name.
         batch_sequences: how many answers are read at once; does not change the result.
+        probes: the base model's, if an arm keeps tokens by the score `expected`.
         on_done: hears `batches × (1 + different arms)` times of a part.
 
     Raises:
-        ValueError: if the model cannot be replayed, or an adapter does not fit it.
+        ValueError: if the model cannot be replayed, or an adapter or the probes do not fit it.
     """
     bare = PTEModel(base)
+    keeper = Keeper(bare, probes) if probes is not None else None
     parts = Parts(arms)
     done = 0
     for chosen in of_like_length(examples, batch_sequences):
@@ -58,6 +63,7 @@ def measure(
                     plans,
                     teacher,
                     same_weights=adapter is None,
+                    keeper=keeper,
                 )
             parts.add(
                 arm,

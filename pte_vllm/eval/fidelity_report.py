@@ -51,6 +51,8 @@ def summarize(
             "name": arm.name,
             "kind": arm.kind,
             "window_tokens": arm.window_tokens,
+            "keep_tokens": arm.keep_tokens,
+            "keep_score": arm.keep_score if arm.keep_tokens else None,
             "kv_tokens": float(np.mean(peaks)) * arm.eviction.block_size,
             "state_bytes": arm.state_bytes,
             "state_kv_tokens": state,

@@ -104,9 +104,10 @@ def _features(x: Tensor, pte: PTEConfig) -> Tensor:
 def log_probs(
     model: Any, adapter: Adapter, ids: list[int], plan: FoldPlan, rule: str
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs `[T - 1]` and final states `[L, G, r]`; the model must use eager attention."""
+    """Log-probs `[T - 1]` and final states `[L, G, r]`; the model must use eager attention,
+    or one that has its own mask."""
     pte = adapter.pte
-    assert pte is not None and model.config._attn_implementation == "eager"
+    assert pte is not None and model.config._attn_implementation != "sdpa"
     visible, folds = walk(len(ids), plan)
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
     per_token = {i: torch.zeros(len(ids), pte.global_tokens, pte.rank) for i in adapter.layers}
@@ -121,7 +122,7 @@ def log_probs(
                 _, taken = folds[n - 1]
                 k, v = (seen[i, side][taken] for side in "kv")
                 if pte.keys == "rotated":
-                    k = _rotate(model, k, taken)
+                    k = rotate(model, k, taken)
                 evicted[i].append((k, v))
             per_token[i][start:] = state(adapter.encoders[i], pte, rule, evicted[i])
         out = model(
@@ -178,7 +179,7 @@ def _hooks(
     return hooks
 
 
-def _rotate(model: Any, k: Tensor, positions: list[int]) -> Tensor:
+def rotate(model: Any, k: Tensor, positions: list[int]) -> Tensor:
     """RoPE by complex numbers: `[m, d_kv]` at these positions."""
     rotary = model.model.rotary_emb
     half = len(rotary.inv_freq)

@@ -16,6 +16,7 @@ from torch import Tensor
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.distill.teacher import Teacher
 from pte_vllm.train.replay.aligned import AlignedBatch
+from pte_vllm.train.replay.keeping import Keeper
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.results import Scores
 from pte_vllm.train.replay.segments import replay
@@ -42,6 +43,7 @@ def compare(
     *,
     rule: str | None = None,
     same_weights: bool = False,
+    keeper: Keeper | None = None,
 ) -> Agreement:
     """Replay sequences under a student's plans, and compare it with the teacher token by token.
 
@@ -54,6 +56,7 @@ def compare(
         rule: the rule to fold by; None: the adapter's.
         same_weights: whether the student is the base model itself, its adapter off. Until its first
             fold it then says what the teacher says, whose KV cache is taken over if it has one.
+        keeper: the model's probes, for plans that keep tokens by the score `expected`.
 
     Raises:
         ValueError: if an option does not fit the model.
@@ -93,7 +96,7 @@ def compare(
                 before = slice(0, plans[b].first_fold + 1)
                 logprobs[b, before] = teacher.logprobs[b, before]
                 same_top[b, before] = teacher.index[b, before] >= 0
-        replay(model, batch, loss=look, rule=rule, before_fold=known)
+        replay(model, batch, loss=look, rule=rule, before_fold=known, keeper=keeper)
     return Agreement(logprobs=logprobs, kls=kls, same_top=same_top)
 
 

@@ -9,13 +9,14 @@ Shapes: B sequences, M wanted tokens of the batch, N of them scored at once, V v
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.results import Scores
@@ -171,5 +172,7 @@ def unbounded(batch: AlignedBatch) -> AlignedBatch:
         left=torch.zeros_like(batch.left),
         lengths=batch.lengths,
         wanted=batch.by_token(batch.wanted).bool(),
-        plan=replace(batch.plan, window_tokens=0, evict="oldest", evict_seed=0),
+        plan=FoldPlan(
+            pin_tokens=batch.plan.pin_tokens, window_tokens=0, block_size=batch.plan.block_size
+        ),
     )

@@ -50,7 +50,8 @@ class AlignedBatch:
             raise ValueError("a sequence is empty")
         if len({replace(p, pin_tokens=0) for p in plans}) > 1:
             raise ValueError(
-                "plans of one batch must share window, evict ratio, block size, evict and its seed"
+                "plans of one batch must share window, evict ratio, block size, evict, its seed, "
+                "and what is kept"
             )
         first = plans[0]
         pinned_blocks = max(p.pinned_blocks for p in plans)

@@ -10,12 +10,14 @@ Shapes: B sequences, `longest` tokens; columns of a result are tokens, not colum
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pte_vllm.train.replay.aligned import AlignedBatch
+from pte_vllm.train.replay.keeping import Keeper, Marks
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.results import Scores
 from pte_vllm.train.replay.segments import replay
@@ -35,6 +37,8 @@ def differentiable_log_probs(
     rule: str | None = None,
     temperature: float = 1.0,
     backward: Literal["segments", "full"] = "segments",
+    keeper: Keeper | None = None,
+    marks: Sequence[Marks] | None = None,
 ) -> TokenScores:
     """Compute log-probs and entropies whose gradients reach the model's trainable parameters.
 
@@ -45,14 +49,16 @@ def differentiable_log_probs(
         rule: the rule to fold by; None: the adapter's.
         temperature: the temperature of the sampler whose log-probs are wanted.
         backward: how gradients flow between segments, as in `replay`.
+        keeper: the model's probes, as in `replay`.
+        marks: what each sequence is made to keep, as in `replay`.
 
     Raises:
         ValueError: if an option does not fit the model.
     """
-    options = {"rule": rule, "temperature": temperature}
+    options = {"rule": rule, "temperature": temperature, "keeper": keeper, "marks": marks}
     parameters = model.trainable_parameters()
     if not torch.is_grad_enabled() or not parameters:
-        return TokenScores(*_scores(model, batch, options))
+        return _scores(model, batch, options)[0]
     found = _LogProbs.apply(model, batch, options, backward, *parameters)
     return TokenScores(*found)
 
@@ -72,8 +78,10 @@ class _LogProbs(torch.autograd.Function):
         backward: Literal["segments", "full"],
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.call = (model, batch, options, backward)
-        return _scores(model, batch, options)
+        found, marks = _scores(model, batch, options)
+        # What was kept is kept again, even if kernels round otherwise where they keep a graph.
+        ctx.call = (model, batch, {**options, "marks": marks}, backward)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,8 +110,10 @@ class _LogProbs(torch.autograd.Function):
         return (None, None, None, None, *found)
 
 
-def _scores(model: PTEModel, batch: AlignedBatch, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Replay without gradients: log-probs and entropies, each `[B, longest]`."""
+def _scores(
+    model: PTEModel, batch: AlignedBatch, options: dict[str, Any]
+) -> tuple[TokenScores, list[Marks] | None]:
+    """Replay without gradients; returns what was kept as well, if the plan keeps anything."""
     entropies = torch.zeros(
         len(batch.ids), int(batch.lengths.max()), device=model.device, dtype=torch.float32
     )
@@ -113,7 +123,8 @@ def _scores(model: PTEModel, batch: AlignedBatch, options: dict[str, Any]) -> tu
         return scores.logprobs.new_zeros(())
 
     result = replay(model, batch, loss=keep, **options)
-    return result.logprobs, entropies
+    kept: list[Marks] = [[fold.marks for fold in folds] for folds in result.folds]
+    return TokenScores(result.logprobs, entropies), kept if batch.plan.keep_tokens else None
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a replay hands to a loss, and what it returns.
 
-Shapes: B sequences, N tokens that are scored at once, V vocabulary, L layers with an encoder; G and
-r as in `method.reference`.
+Shapes: B sequences, N tokens that are scored at once, V vocabulary, L layers with an encoder, H KV
+heads, C candidates of a fold (`method.keep`); G and r as in `method.reference`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ class Fold:
     spans: Spans
     """The logical blocks that were folded, as half-open intervals."""
     rho: Tensor  # [L] ‖ΔS‖ / ‖S‖ of each layer with an encoder
+    marks: Tensor | None = None
+    """Which candidates each KV head of each layer kept, `[layers, H, C]` bool, in the order of
+    their positions; None where all stayed, or none was kept."""
+    agreement: Tensor | None = None
+    """Where the marks were given: which part of them the replay would have set itself, a scalar."""
 
 
 @dataclass(kw_only=True)

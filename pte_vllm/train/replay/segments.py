@@ -2,14 +2,15 @@
 
 It does not know vLLM, and everything else is measured by it. Sequences are cut at the plan's
 boundaries; at each of them the blocks of the window that the plan names are folded into the thought
-states (`method.reference`) and dropped from the KV cache.
+states (`method.reference`) and dropped from the KV cache, but for the tokens that the plan keeps.
 
 Two ways to back-propagate a loss that adds up over tokens:
 
     segments  each segment back-propagates on its own, keys and values of earlier segments count as
-              constants, and what reaches a state is collected and sent once through the chain of
-              folds. Activations are held of one segment; what grows with the length are evicted
-              keys and values, 2 d_kv numbers of the cache's dtype a token and layer with an encoder
+              constants, kept ones too, and what reaches a state is collected and sent once through
+              the chain of folds. Activations are held of one segment; what grows with the length
+              are evicted keys and values, 2 d_kv numbers of the cache's dtype a token and layer
+              with an encoder
     full      through everything, keys and values included; memory grows with the length
 
 Shapes: B sequences in T columns (`AlignedBatch`), n columns of a segment, N tokens that are scored
@@ -25,12 +26,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pte_vllm.method.blocks import HeldBlocks, Spans, runs
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.models.rope_check import undo_rope
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.attention_kernels import attention_mask
 from pte_vllm.train.replay.fold_chain import FoldChain, ThoughtStates
+from pte_vllm.train.replay.folding import Folding
+from pte_vllm.train.replay.keeping import Keeper, Keeping, Marks
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.results import Fold, ReplayResult, Scores, TokenLoss
 from pte_vllm.train.replay.window_cache import WindowCache
@@ -50,14 +51,10 @@ class _Run:
     temperature: float
     loss: TokenLoss | None
     memory: ThoughtStates | None
+    folding: Folding
     cache: WindowCache = field(default_factory=WindowCache)
     chain: FoldChain = field(default_factory=FoldChain)
-    held: HeldBlocks = field(init=False)
-    """The blocks in the cache, counted in columns."""
     total: Tensor | None = None  # of the losses: with a graph in mode full
-
-    def __post_init__(self) -> None:
-        self.held = HeldBlocks(self.batch.plan)
 
 
 def replay(
@@ -71,6 +68,8 @@ def replay(
     chunk_tokens: int | None = None,
     before_fold: WindowCache | None = None,
     keep_cache: bool = False,
+    keeper: Keeper | None = None,
+    marks: Sequence[Marks] | None = None,
 ) -> ReplayResult:
     """Replay a batch; gradients are added to the model's trainable parameters.
 
@@ -85,6 +84,9 @@ def replay(
         before_fold: what the cache holds at the first fold, by column, where that is known; taken
             over. No token is scored then that is predicted before a fold. With backward `none`.
         keep_cache: whether the result has the cache.
+        keeper: the model's probes; needed where the plan keeps tokens by the score `expected`.
+        marks: what each sequence is made to keep at its first folds, as a run recorded it, and as
+            `Fold.marks` says it; at later folds the replay chooses.
 
     Raises:
         ValueError: if an option does not fit the model or another option.
@@ -99,6 +101,8 @@ def replay(
         raise ValueError(f"chunk_tokens must be positive and without backward, got {chunk_tokens}")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+    if marks is not None and not batch.plan.keep_tokens:
+        raise ValueError("marks of kept tokens, and a plan that keeps none")
     batch = batch.to(model.device)
     with torch.set_grad_enabled(backward != "none"):
         memory = None
@@ -107,6 +111,7 @@ def replay(
             memory = ThoughtStates(
                 model.encoder, model.config, rule, len(batch.ids), model.base.dtype
             )
+        keeping = Keeping(model, batch, keeper, marks) if batch.plan.keep_tokens else None
         run = _Run(
             model=model,
             batch=batch,
@@ -114,6 +119,7 @@ def replay(
             temperature=temperature,
             loss=loss,
             memory=memory,
+            folding=Folding(model, batch, memory, keeping),
         )
         start = 0
         if before_fold is not None:
@@ -142,12 +148,11 @@ def _replay(run: _Run, chunk_tokens: int | None, known: int) -> ReplayResult:
     for start, end in plan.segments(batch.ids.shape[1]):
         if start < known:
             continue
-        if plan.folds(start) > run.held.folds:
-            spans, rho = _fold(run)
-            going_on = batch.left + batch.lengths > start
-            for b in going_on.nonzero()[:, 0].tolist():
-                folds[b].append(_record(batch, b, start, spans, rho[:, b]))
+        if plan.folds(start) > run.folding.held.folds:
+            for b, fold in run.folding.fold(run.cache, start).items():
+                folds[b].append(fold)
             if run.memory is not None and final is not None:
+                going_on = batch.left + batch.lengths > start
                 final = torch.where(going_on[:, None, None], run.memory.states.detach(), final)
         for first, last in _chunks(start, end, chunk_tokens):
             _segment(run, columns, first, last)
@@ -192,7 +197,7 @@ def _forward(run: _Run, start: int, end: int) -> Tensor:
     device = batch.ids.device
     columns = torch.arange(start, end, device=device)
     size = batch.plan.block_size
-    past = ((first * size, min(end * size, start)) for first, end in run.held.spans)
+    past = ((first * size, min(end * size, start)) for first, end in run.folding.held.spans)
     held = torch.cat([*(torch.arange(*span, device=device) for span in past), columns])
     causal = held[None] <= columns[:, None]  # [n, t]
     own = held[None] >= batch.left[:, None]  # [B, t] padding belongs to nobody
@@ -238,44 +243,6 @@ def _score(run: _Run, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     if segments and leaf.grad is not None and hidden.requires_grad:
         hidden.backward(leaf.grad)
     return torch.cat(found)
-
-
-def _fold(run: _Run) -> tuple[Spans, Tensor]:
-    """Fold once and drop what leaves; returns its blocks, in columns, and ρ `[L, B]`."""
-    batch, plan = run.batch, run.batch.plan
-    # What the cache holds are the pinned tokens and those of the full window, in order.
-    places = runs(plan.pinned_blocks + i for i in plan.leaving(run.held.folds))
-    spans = run.held.fold_to(run.held.folds + 1)
-    evicted = run.cache.evict(_tokens(places, plan.block_size), run.model.layers)
-    if evicted is None or run.memory is None:
-        return spans, torch.zeros(0, len(batch.ids))
-    columns = [torch.arange(*span) for span in _tokens(spans, plan.block_size)]
-
-    def encoded(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        positions = torch.cat(columns).to(k.device)[None] - batch.left[:, None]
-        return _as_encoded(run.model, k, positions), v.float().flatten(-2)
-
-    return spans, run.memory.fold(*evicted, encoded)  # [L, B, m, H, D] each
-
-
-def _tokens(spans: Spans, block_size: int) -> Spans:
-    return tuple((first * block_size, end * block_size) for first, end in spans)
-
-
-def _as_encoded(model: PTEModel, k: Tensor, positions: Tensor) -> Tensor:
-    """Turn cached keys `[L, B, m, H, D]` at `positions: [B, m]` into K_e `[L, B, m, d_kv]`."""
-    assert model.config is not None
-    if model.config.keys == "rotated":
-        return k.float().flatten(-2)
-    return undo_rope(model.base, k, positions).flatten(-2)
-
-
-def _record(batch: AlignedBatch, b: int, start: int, spans: Spans, rho: Tensor) -> Fold:
-    """Say what a fold before column `start` was for sequence `b`, in its own positions."""
-    shift = int(batch.left[b])
-    blocks = shift // batch.plan.block_size
-    own = tuple((first - blocks, end - blocks) for first, end in spans)
-    return Fold(at=start - shift, spans=own, rho=rho)
 
 
 def _chunks(start: int, end: int, size: int | None) -> Iterator[tuple[int, int]]:

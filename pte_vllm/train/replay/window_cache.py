@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from pte_vllm.method.blocks import Spans, without
+from pte_vllm.method.blocks import Span, Spans, without
 
 
 class WindowLayer(DynamicLayer):
@@ -61,30 +61,48 @@ class WindowCache(Cache):
             layer.past = (keys.detach(), values.detach()) if detach else (keys, values)
             layer.keys, layer.values = layer.past
 
-    def evict(self, spans: Spans, layers: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-        """Drop tokens from every layer.
+    def tokens(self, spans: Spans, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Copy keys and values of some committed tokens.
 
         Args:
-            spans: which of the committed tokens, as half-open ranges in order; m in all.
-            layers: whose keys and values are asked for.
+            spans: which of them, as half-open ranges in order; m in all.
+            layers: whose, at least one.
 
         Returns:
-            Their keys and values in `layers`, each `[L, B, m, H, D]`; None without layers.
+            Their keys and values, each `[L, B, m, H, D]`.
         """
-        taken = {}
-        kept = without(((0, self.num_tokens),), spans)
-        for i, layer in enumerate(self.layers):
-            assert layer.past is not None
-            if i in layers:
-                taken[i] = tuple(_joined(_parts(t, spans)).transpose(1, 2) for t in layer.past)
-            # Copied in any case: a view would keep what is dropped in memory.
-            k, v = (torch.cat([t[:, :, :0], *_parts(t, kept)], 2) for t in layer.past)
-            layer.past = (k, v)
-            layer.keys, layer.values = k, v
-        if not layers:
-            return None
-        keys, values = zip(*(taken[i] for i in layers), strict=True)
+        found = []
+        for i in layers:
+            past = self.layers[i].past
+            assert past is not None
+            found.append([_joined(_parts(t, spans)).transpose(1, 2) for t in past])
+        keys, values = zip(*found, strict=True)
         return torch.stack(keys), torch.stack(values)
+
+    def drop(self, spans: Spans) -> None:
+        """Drop committed tokens, half-open ranges in order, from every layer."""
+        stay = without(((0, self.num_tokens),), spans)
+        for layer in self.layers:
+            assert layer.past is not None
+            # Copied in any case: a view would keep what is dropped in memory.
+            k, v = (torch.cat([t[:, :, :0], *_parts(t, stay)], 2) for t in layer.past)
+            layer.past = layer.keys, layer.values = k, v
+
+    def select(self, span: Span, places: Tensor) -> None:
+        """Keep some tokens of a half-open range of the committed ones, and all outside of it.
+
+        Args:
+            span: the range.
+            places: which of it each KV head of each layer keeps, `[layers, B, H, K]`, ascending.
+        """
+        first, end = span
+        for layer, chosen in zip(self.layers, places, strict=True):
+            assert layer.past is not None
+            k, v = (
+                torch.cat((t[:, :, :first], gathered(t[:, :, first:end], chosen), t[:, :, end:]), 2)
+                for t in layer.past
+            )
+            layer.past = layer.keys, layer.values = k, v
 
     def shifted(self, rows: Sequence[int], left: Sequence[int], columns: int) -> WindowCache:
         """Copy the first tokens of some sequences into a cache of their own, each moved right.
@@ -107,6 +125,11 @@ class WindowCache(Cache):
             copy.update(*moved, i)
         copy.commit(detach=True)
         return copy
+
+
+def gathered(tokens: Tensor, places: Tensor) -> Tensor:
+    """Pick tokens `[B, H, C, D]` by places `[B, H, K]`, which differ by head: `[B, H, K, D]`."""
+    return tokens.gather(2, places[..., None].expand(-1, -1, -1, tokens.shape[-1]))
 
 
 def _parts(tensor: Tensor, spans: Spans) -> list[Tensor]:

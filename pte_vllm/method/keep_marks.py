@@ -1,0 +1,38 @@
+"""Marks of kept tokens as bytes, which is how records carry them.
+
+A mark says of one candidate whether it was kept (`method.keep.survival`). Marks are packed one bit
+each: layer after layer, in it KV head after KV head, in that the candidates in the order of their
+positions; the first one is the highest bit of the first byte. The last byte is filled with zeros.
+
+Letters in shapes: L layers, H KV heads, C candidates.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def packed(marks: Tensor) -> bytes:
+    """Pack marks `[L, H, C]`, bool on any device, into ceil(L·H·C / 8) bytes."""
+    return np.packbits(marks.cpu().numpy()).tobytes()
+
+
+def unpacked(data: bytes, num_layers: int, num_heads: int, num_candidates: int) -> Tensor:
+    """Unpack marks `[L, H, C]`, bool on the host.
+
+    Raises:
+        ValueError: If these are not the bytes of so many marks.
+    """
+    count = num_layers * num_heads * num_candidates
+    size = -(-count // 8)
+    if len(data) != size:
+        raise ValueError(
+            f"{num_layers} layers, {num_heads} KV heads and {num_candidates} candidates have marks "
+            f"of {size} bytes, got {len(data)}"
+        )
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
+    if bits[count:].any():
+        raise ValueError(f"{count} marks are followed by bits that are not zero")
+    return torch.from_numpy(bits[:count].astype(bool)).view(num_layers, num_heads, num_candidates)
