@@ -6,6 +6,7 @@ engine config; the input processor sees both, before the request reaches the eng
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -18,7 +19,10 @@ from pte_vllm.adapter.files import read_pte_config
 from pte_vllm.engine.earlier import EARLIER, EarlierRequest
 from pte_vllm.engine.headers import with_headers
 from pte_vllm.engine.loads import loading
+from pte_vllm.method.keep_marks import marks_of
+from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.options import EngineConfig, check_rule_fits
+from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.requests import REQUEST_OPTIONS, RequestOptions
 from pte_vllm.patches.base import Patch
 
@@ -76,6 +80,11 @@ def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, p
             f"the request may hold {peak} KV cache blocks, but the pool has {usable}; lower "
             "max_tokens, pte_window or pte_pin_tokens"
         )
+    if options.kept:
+        _check_kept(options.kept, plan, vllm_config)
+        # What is kept changes later blocks, and their names do not tell it.
+        digest = hashlib.sha256(repr(options.kept).encode()).hexdigest()
+        request.cache_salt = f"{request.cache_salt or ''}|pte_kept={digest}"
     if options.rule is not None:
         _check_rule(options.rule, request)
         # Before the first fold some rules start from different states; never share their blocks.
@@ -90,6 +99,15 @@ def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, p
         prompt=prompt,
     )
     EARLIER.add(request.request_id, continued)
+
+
+def _check_kept(record: KeptRecord, plan: FoldPlan, vllm_config: Any) -> None:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    sizes = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+    try:
+        marks_of(record, plan, *sizes)
+    except ValueError as error:
+        raise ValueError(f"pte_kept: {error}") from error
 
 
 def _check_allowed(params: Any) -> None:

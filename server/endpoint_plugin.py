@@ -69,6 +69,8 @@ async def info(request: Request) -> dict[str, Any]:
             "max_prompt_tokens": engine.max_prompt_tokens,
             "pin_tokens": engine.pin_tokens,
             "block_size": config.cache_config.block_size,
+            "keep_tokens": engine.keep_tokens,
+            "keep_score": engine.keep_score,
         },
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "kv_bytes_per_token": _kv_bytes_per_token(config),

@@ -9,6 +9,7 @@ from fastapi import HTTPException, Request
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
+from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.server.access.admission import Admission
 from pte_vllm.server.adapters.loads import Loads
@@ -17,8 +18,8 @@ from pte_vllm.server.adapters.resolving import Resolving
 from pte_vllm.server.adapters.spool import Spool
 from pte_vllm.server.early import open_spool
 from pte_vllm.server.failures import say_why
+from pte_vllm.server.finished import FinishedReader
 from pte_vllm.server.options import ServiceConfig
-from pte_vllm.server.rho import RhoReader
 
 
 @dataclass
@@ -37,7 +38,10 @@ class Service:
     spool: Spool
     registry: AdapterRegistry
     admission: Admission
-    rho: RhoReader
+    rho: FinishedReader[list[float]]
+    """Reads ρ of each fold."""
+    kept: FinishedReader[KeptRecord]
+    """Reads what each fold kept, of rollouts that keep tokens."""
     listeners: Listeners = field(default_factory=Listeners)
 
     @property
@@ -66,7 +70,8 @@ def make_service(
         spool=spool,
         registry=registry,
         admission=Admission(options.max_rollouts),
-        rho=RhoReader(engine),
+        rho=FinishedReader(engine, "pte_rho"),
+        kept=FinishedReader(engine, "pte_kept"),
     )
 
 

@@ -123,3 +123,16 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random queries for a tiny model; what is kept matters to nobody, only that it stays so."""
+    import torch
+
+    from pte_vllm.adapter.probes import Probes
+
+    file = tmp_path_factory.mktemp("probes") / "probes.safetensors"
+    queries = 3 * torch.randn(3, 2, 24, 32, generator=torch.Generator().manual_seed(5))
+    Probes.of(queries, "none").save(file)
+    return file

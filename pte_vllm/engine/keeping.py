@@ -26,6 +26,8 @@ from pte_vllm.kernels.choice import use_kernels
 from pte_vllm.kernels.keep_cpu import can_keep, expected_scores_cpu, put_cpu, take_cpu
 from pte_vllm.kernels.keep_torch import ProbedCache
 from pte_vllm.method import keep
+from pte_vllm.method.keep_marks import marks_of
+from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.plan import FoldPlan
 
 if TYPE_CHECKING:
@@ -134,6 +136,10 @@ class KeptTokens:
             if unusable(caches, layout, rank=1) is None:
                 table = CacheTable.of(caches)
         return cls(caches=tuple(caches), layout=layout, probed=probed, table=table)
+
+    def marks_of(self, record: KeptRecord, plan: FoldPlan) -> list[Tensor | None]:
+        """Unpack what a request was made to keep; the API server has checked it."""
+        return marks_of(record, plan, len(self.caches), self.caches[0].shape[1])
 
     @torch.inference_mode()
     def keep(

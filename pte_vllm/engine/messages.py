@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.plan import FoldPlan
 
 
@@ -14,6 +15,10 @@ class SequenceStart:
     plan: FoldPlan
     rule: str | None = None
     """The update rule that the request chose; None: the adapter's."""
+    kept: KeptRecord = ()
+    """What its first folds have to keep, as an earlier run recorded it."""
+    return_kept: bool = False
+    """Whether to remember what it kept when it has ended."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pte_vllm.engine.failures import with_failures
 from pte_vllm.engine.sequences import IDENTITY_SLOT
 from pte_vllm.engine.thoughts import Thoughts
+from pte_vllm.method.kept_record import KeptRecord
 
 if TYPE_CHECKING:
     from pte_vllm.engine.runner_base import PTERunnerMixin
@@ -92,6 +93,14 @@ class QueriesMixin:
         """
         self.model_runner._sync_device()
         return [self.model_runner.pte_pool.rho(name) for name in names]
+
+    def pte_kept(self, names: list[str]) -> list[KeptRecord | None]:
+        """Return what each finished request kept, of those that asked for it; each time once.
+
+        The device is waited for once, whatever their number.
+        """
+        self.model_runner._sync_device()
+        return [self.model_runner.pte_pool.records.take(name) for name in names]
 
     def _settled(self, name: str, *, with_state: bool = True) -> Thoughts | None:
         thoughts = self.model_runner.pte_pool.thoughts(name, with_state=with_state)

@@ -252,6 +252,8 @@ class PTERunnerMixin(ABC):
             adapter=lora.lora_name if lora is not None else None,
             rule=start.rule,
             loaded=self.lora_manager.encoder_of(lora) if lora is not None else None,
+            forced=self.pte_kept.marks_of(start.kept, start.plan),
+            return_kept=start.return_kept,
         )
         if sequence.loaded is not None and sequence.rule is not None:
             self.pte_evicted.warm_up(sequence.loaded, sequence.rule)

@@ -50,7 +50,7 @@ class PTESchedulerMixin:
         self.pte_plans = manager.plans
         if engine.reserve_windows:
             manager.reserve = WindowReserve(manager.req_to_blocks, manager.num_held_blocks)
-        self.pte_rules: dict[str, str] = {}  # of requests that chose one
+        self.pte_starts: dict[str, SequenceStart] = {}
         probes = b"" if engine.probes is None else Probes.load(engine.probes).content_hash.encode()
         self.pte_snapshots = SnapshotIndex(manager, _capacity(engine, self.vllm_config), probes)
 
@@ -65,8 +65,12 @@ class PTESchedulerMixin:
             if self.pte_manager.reserve is not None:
                 most = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
                 self.pte_manager.reserve.enter(request.request_id, plan, most)
-            if options.rule is not None:
-                self.pte_rules[request.request_id] = options.rule
+            self.pte_starts[request.request_id] = SequenceStart(
+                plan=plan,
+                rule=options.rule,
+                kept=options.kept,
+                return_kept=options.return_kept,
+            )
         super().add_request(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -103,7 +107,7 @@ class PTESchedulerMixin:
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self.pte_manager.forget(request.request_id)
-        self.pte_rules.pop(request.request_id, None)
+        self.pte_starts.pop(request.request_id, None)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """End a prefix hit before the first fold, or take up an earlier sequence past it.
@@ -161,12 +165,7 @@ class PTESchedulerMixin:
         }
         starting = [new.req_id for new in output.scheduled_new_reqs]
         starting += output.scheduled_cached_reqs.resumed_req_ids
-        output.pte_starts = {
-            request_id: SequenceStart(
-                plan=self.pte_plans[request_id], rule=self.pte_rules.get(request_id)
-            )
-            for request_id in starting
-        }
+        output.pte_starts = {name: self.pte_starts[name] for name in starting}
         return output
 
     def update_from_output(
@@ -246,7 +245,7 @@ class PTESchedulerMixin:
     def pte_check_integrity(self) -> None:
         """Raise AssertionError unless plans, requests and blocks agree."""
         assert set(self.pte_plans) == set(self.requests)
-        assert set(self.pte_rules) <= set(self.requests)
+        assert set(self.pte_starts) == set(self.requests)
         self.pte_manager.check_integrity()
 
 

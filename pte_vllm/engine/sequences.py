@@ -64,6 +64,8 @@ class FoldingSequence:
     stayed, or none."""
     forced: list[Tensor | None] = field(default_factory=list)
     """What the first folds have to keep: what they kept when these tokens ran before."""
+    return_kept: bool = False
+    """Whether `survivals` are remembered when the request has ended."""
     _held: HeldBlocks = field(init=False)
 
     def __post_init__(self) -> None:

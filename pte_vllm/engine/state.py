@@ -8,6 +8,7 @@ preempted, and starts from S_0 again when it resumes.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from pte_vllm.engine.counters import FoldCounters
+from pte_vllm.engine.kept_records import KeptRecords
 from pte_vllm.engine.request_ids import find_id
 from pte_vllm.engine.sequences import IDENTITY_SLOT, FoldingSequence, LoadedEncoder, Snapshot
 from pte_vllm.engine.thoughts import Thoughts, ThoughtStore, to_host
@@ -63,6 +65,7 @@ class StatePool:
         self.kept = kept
         # Without states; enough that a rollout still finds its own when many end at once.
         self.finished: deque[Thoughts] = deque(maxlen=max(self.SHOWN_FINISHED, 4 * max_num_seqs))
+        self.records = KeptRecords()
         self.counters = FoldCounters(device)
 
     def start(
@@ -73,6 +76,8 @@ class StatePool:
         adapter: str | None = None,
         rule: str | None = None,
         loaded: LoadedEncoder | None = None,
+        forced: Sequence[Tensor | None] = (),
+        return_kept: bool = False,
     ) -> FoldingSequence:
         """Start a sequence from S_0, or start it over, with a slot if it has a thought state.
 
@@ -82,13 +87,19 @@ class StatePool:
             adapter: The name of its adapter, to be shown.
             rule: The update rule that the request chose; None: the adapter's.
             loaded: The encoder of its adapter; None where it has no thought state.
+            forced: What its first folds have to keep; one that starts over keeps what it kept.
+            return_kept: Whether to remember what it kept when it has ended.
         """
         previous = self.sequences.get(request_id)
         peak = previous.peak_blocks if previous is not None else 0
         self.stop(request_id)
-        sequence = FoldingSequence(plan=plan, adapter=adapter, peak_blocks=peak)
+        sequence = FoldingSequence(
+            plan=plan, adapter=adapter, peak_blocks=peak, return_kept=return_kept
+        )
+        sequence.forced = list(forced)
         if previous is not None:
             sequence.forced = previous.to_force()
+            sequence.return_kept |= previous.return_kept
         if loaded is not None:
             sequence.loaded, sequence.rule = loaded, rule or loaded.config.rule
             check_rule_fits(sequence.rule, loaded.config.rank, loaded.config.global_tokens)
@@ -121,6 +132,8 @@ class StatePool:
             self.stop(request_id)
             self.finished.append(thoughts.without_state())
             self.kept.add(thoughts)
+            if sequence.return_kept:
+                self.records.add(request_id, sequence.survivals)
 
     def snapshot(self, request_id: str) -> Snapshot:
         """Copy a running sequence's memory; the tensors may still be on their way to the host."""

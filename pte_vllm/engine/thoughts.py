@@ -97,6 +97,7 @@ class Thoughts:
             "pin_tokens": self.plan.pin_tokens,
             "window_tokens": self.plan.window_tokens,
             **self._drawn(),
+            "keep_tokens": self.plan.keep_tokens,
             "folds": self.folds,
             "folded_tokens": self.folded_blocks * self.plan.block_size,
             "held_blocks": self.held_blocks,

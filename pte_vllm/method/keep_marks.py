@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pte_vllm.method.kept_record import KeptRecord
+from pte_vllm.method.plan import FoldPlan
+
 
 def packed(marks: Tensor) -> bytes:
     """Pack marks `[L, H, C]`, bool on any device, into ceil(L·H·C / 8) bytes."""
@@ -36,3 +39,34 @@ def unpacked(data: bytes, num_layers: int, num_heads: int, num_candidates: int) 
     if bits[count:].any():
         raise ValueError(f"{count} marks are followed by bits that are not zero")
     return torch.from_numpy(bits[:count].astype(bool)).view(num_layers, num_heads, num_candidates)
+
+
+def num_candidates(plan: FoldPlan, fold: int) -> int:
+    """Return how many tokens a fold chooses from, C: those kept before it and those that leave."""
+    return (plan.kept_blocks(fold) + plan.evict_blocks) * plan.block_size
+
+
+def marks_of(
+    record: KeptRecord, plan: FoldPlan, num_layers: int, num_heads: int
+) -> list[Tensor | None]:
+    """Unpack a record: `[L, H, C]` bool for each fold, None for one that keeps all.
+
+    Raises:
+        ValueError: If it does not fit the plan and the model; the message names the fold.
+    """
+    found: list[Tensor | None] = []
+    for fold, data in enumerate(record):
+        if (data is not None) != plan.selects(fold):
+            what = "chooses what it keeps" if plan.selects(fold) else "keeps all candidates"
+            raise ValueError(f"fold {fold} {what}, and the record says otherwise")
+        if data is None:
+            found.append(None)
+            continue
+        try:
+            marks = unpacked(data, num_layers, num_heads, num_candidates(plan, fold))
+        except ValueError as error:
+            raise ValueError(f"fold {fold}: {error}") from error
+        if not bool((marks.sum(-1) == plan.keep_tokens).all()):
+            raise ValueError(f"fold {fold}: every head of every layer keeps {plan.keep_tokens}")
+        found.append(marks)
+    return found

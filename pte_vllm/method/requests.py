@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pte_vllm.method.kept_record import KeptRecord, record_from_json, record_to_json
 from pte_vllm.method.names import EVICTS, KEEP_SCORES, RULE_NAMES, Evict, KeepScore
 from pte_vllm.method.options import EngineConfig, as_int, check_choice
 from pte_vllm.method.plan import FoldPlan
@@ -21,6 +22,8 @@ REQUEST_OPTIONS = (
     "pte_evict_seed",
     "pte_keep",
     "pte_keep_score",
+    "pte_kept",
+    "pte_return_kept",
     "pte_state_id",
 )
 
@@ -43,6 +46,10 @@ class RequestOptions:
     """`pte_keep` sets it; None is the engine's number, 0 keeps nothing."""
     keep_score: KeepScore | None = None
     """`pte_keep_score` sets it; None is the engine's."""
+    kept: KeptRecord = ()
+    """`pte_kept` sets it: what the first folds have to keep, as an earlier run recorded it."""
+    return_kept: bool = False
+    """`pte_return_kept` sets it: the engine remembers what was kept until it is asked for it."""
     state_id: str | None = None
     """`pte_state_id` names an earlier request to continue; the API server resolves it."""
 
@@ -87,6 +94,17 @@ class RequestOptions:
         if given.get("pte_keep_score") is not None:
             check_choice("pte_keep_score", given["pte_keep_score"], KEEP_SCORES)
             options["keep_score"] = given["pte_keep_score"]
+        if given.get("pte_kept") is not None:
+            try:
+                options["kept"] = record_from_json(given["pte_kept"])
+            except ValueError as error:
+                raise ValueError(f"pte_kept: {error}") from error
+        if given.get("pte_return_kept") is not None:
+            options["return_kept"] = given["pte_return_kept"]
+            if not isinstance(options["return_kept"], bool):
+                raise ValueError(
+                    f"pte_return_kept must be true or false, got {given['pte_return_kept']!r}"
+                )
         if given.get("pte_state_id") is not None:
             state_id = given["pte_state_id"]
             if not isinstance(state_id, str) or not 0 < len(state_id) <= 512:
@@ -109,6 +127,8 @@ class RequestOptions:
             "pte_evict_seed": self.evict_seed,
             "pte_keep": self.keep_tokens,
             "pte_keep_score": self.keep_score,
+            "pte_kept": record_to_json(self.kept) or None,
+            "pte_return_kept": self.return_kept or None,
         }
         return {name: value for name, value in given.items() if value is not None}
 
@@ -178,6 +198,10 @@ class RequestOptions:
         if self.keep_tokens is None and (self.evict == "random" or not window_tokens):
             keeps = 0  # the server's default is for windows whose oldest blocks leave
         if not keeps:
+            if self.kept:
+                raise ValueError(
+                    "pte_kept says what folds keep, but nothing is kept: send pte_keep"
+                )
             if self.keep_score is not None:
                 raise ValueError(
                     f"pte_keep_score is {self.keep_score}, but nothing is kept: send pte_keep too, "

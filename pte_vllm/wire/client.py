@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from pte_vllm.adapter.hashes import content_hash, file_hashes
-from pte_vllm.method.names import Evict
-from pte_vllm.wire.expected import Expected, Group, RolloutMismatch, draws_of
+from pte_vllm.method.kept_record import KeptRecord, record_to_json
+from pte_vllm.method.names import Evict, KeepScore
+from pte_vllm.wire.expected import Expected, Group, RolloutMismatch, choices_of
 from pte_vllm.wire.records import Request
 from pte_vllm.wire.rollout import InFlight, Rollout
 from pte_vllm.wire.transport import CONFLICT, ServerError, Transport, bearer
@@ -102,6 +103,8 @@ class RolloutClient:
         rule: str | None = None,
         evict: Evict | None = None,
         evict_seed: int | None = None,
+        keep_tokens: int | None = None,
+        keep_score: KeepScore | None = None,
         group_ids: Sequence[str] | None = None,
         min_weight_version: int | None = None,
         in_flight: InFlight = "pin",
@@ -122,6 +125,8 @@ class RolloutClient:
             rule: the rule by which folds add up; None takes the adapter's.
             evict: which blocks of a full window leave, `oldest` or `random`; None is `oldest`.
             evict_seed: what random blocks are drawn by; None is 0.
+            keep_tokens: how many evicted tokens each KV head keeps; None takes the server's.
+            keep_score: by which score they are chosen; None takes the server's.
             group_ids: a name for each prompt, all different; "0", "1", ... by default.
             min_weight_version: the server refuses weights older than this.
             in_flight: what a sample does when `name` gets a new version meanwhile: finish on its
@@ -148,7 +153,8 @@ class RolloutClient:
         texts = {isinstance(group.prompt, str) for group in groups.values()}
         if len(texts) > 1:
             raise ValueError("prompts must be all texts or all token ids")
-        policy = {"adapter": adapter, "window_tokens": window_tokens, **draws_of(evict, evict_seed)}
+        choices = choices_of(evict, evict_seed, keep_tokens, keep_score)
+        policy = {"adapter": adapter, "window_tokens": window_tokens, **choices}
         options = {
             "n": n,
             **policy,
@@ -187,8 +193,11 @@ class RolloutClient:
         rule: str | None = None,
         evict: Evict | None = None,
         evict_seed: int | None = None,
+        keep_tokens: int | None = None,
+        keep_score: KeepScore | None = None,
         min_weight_version: int | None = None,
         top_logprobs: int = 0,
+        kept: Sequence[KeptRecord | None] | None = None,
     ) -> list[Rollout]:
         """Return the log-probs, at temperature 1, of what follows `prompt_tokens` of each sequence.
 
@@ -207,7 +216,8 @@ class RolloutClient:
                 missing={0},
                 pin_tokens=pin_tokens,
             )
-        policy = {"adapter": adapter, "window_tokens": window_tokens, **draws_of(evict, evict_seed)}
+        choices = choices_of(evict, evict_seed, keep_tokens, keep_score)
+        policy = {"adapter": adapter, "window_tokens": window_tokens, **choices}
         options = {
             **policy,
             "pin_tokens": pin_tokens,
@@ -216,9 +226,13 @@ class RolloutClient:
             **({"top_logprobs": top_logprobs} if top_logprobs else {}),  # older servers refuse it
         }
 
+        records = dict(zip(groups, kept or [None] * len(groups), strict=True))
+
         def body(missing: dict[str, Group]) -> dict[str, Any]:
+            again = [records[group_id] for group_id in missing]
             return {
                 **options,
+                **({"kept": [r and record_to_json(r) for r in again]} if any(again) else {}),
                 "token_ids": [[*g.prompt, *(g.answer or ())] for g in missing.values()],
                 "prompt_tokens": [len(group.prompt) for group in missing.values()],
                 "group_id": list(missing),

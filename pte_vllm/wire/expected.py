@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pte_vllm.method.names import Evict
+from pte_vllm.method.names import Evict, KeepScore
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.wire.rollout import Rollout
 
@@ -54,6 +54,10 @@ class Expected:
     """Which blocks leave; None is the oldest."""
     evict_seed: int | None = None
     """What they are drawn by; None is 0."""
+    keep_tokens: int | None = None
+    """How many tokens each head keeps; None leaves it to the server."""
+    keep_score: KeepScore | None = None
+    """By which score; None leaves it to the server."""
     top_logprobs: int = 0
     """How many of the most probable tokens a score names in each place."""
 
@@ -107,9 +111,17 @@ class Expected:
     def _plan(self, group: Group, num_prompt: int, default: Mapping[str, Any]) -> FoldPlan:
         """Make the plan that follows from the request and the server's defaults."""
         asked = self.window_tokens
+        window_tokens = default["window_tokens"] if asked is None else asked
+        keep_tokens = self.keep_tokens
+        if keep_tokens is None:  # servers of earlier versions keep nothing, and do not say so
+            keeps = window_tokens and self.evict != "random"
+            keep_tokens = default.get("keep_tokens", 0) if keeps else 0
+        score = self.keep_score or default.get("keep_score", FoldPlan.keep_score)
         return FoldPlan(
             pin_tokens=num_prompt if group.pin_tokens is None else group.pin_tokens,
-            window_tokens=default["window_tokens"] if asked is None else asked,
+            window_tokens=window_tokens,
+            keep_tokens=keep_tokens,
+            keep_score=score if keep_tokens else FoldPlan.keep_score,
             evict_ratio=default["evict_ratio"],
             block_size=default["block_size"],
             evict=self.evict or "oldest",
@@ -117,9 +129,22 @@ class Expected:
         )
 
 
-def draws_of(evict: Evict | None, evict_seed: int | None) -> dict[str, Any]:
-    """Return the fields of draws that a request gives; servers of earlier versions know none."""
-    given = {"evict": evict, "evict_seed": evict_seed}
+def choices_of(
+    evict: Evict | None,
+    evict_seed: int | None,
+    keep_tokens: int | None,
+    keep_score: KeepScore | None,
+) -> dict[str, Any]:
+    """Return the fields that say what leaves and what is kept, of those that a request gives.
+
+    Servers of earlier versions know none of them.
+    """
+    given = {
+        "evict": evict,
+        "evict_seed": evict_seed,
+        "keep_tokens": keep_tokens,
+        "keep_score": keep_score,
+    }
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -14,19 +14,11 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    TypeAdapter,
-    ValidationError,
-    WrapSerializer,
-    with_config,
-)
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from pte_vllm.method.names import RuleName
-from pte_vllm.method.plan import FoldPlan
 from pte_vllm.wire.folds import FoldEvent, fold_events, num_folds
+from pte_vllm.wire.values import Bit, Count, Kept, LogProb, Name, Plan, TokenId
 
 FinishReason = Literal["stop", "length", "abort", "scored"]
 """`stop`: the text or a stop token ended it. `length`: there was no room left. `abort`: it was
@@ -37,14 +29,6 @@ InFlight = Literal["pin", "switch_rebuild"]
 """What a sample does when its adapter gets a new version: it finishes on its own version, or it
 reads its tokens again and goes on with the new one."""
 
-_ROUNDING = 1e-4  # a log-softmax in fp32 may end this far above zero
-
-Count = Annotated[int, Field(ge=0)]
-TokenId = Annotated[int, Field(ge=0)]
-LogProb = Annotated[float, Field(le=_ROUNDING)]
-Bit = Annotated[int, Field(ge=0, le=1)]
-Name = Annotated[str, Field(min_length=1)]
-
 _OPTIONAL = Field(exclude_if=lambda value: value is None)
 """Of fields that a line leaves out where they say nothing: most records have none of them."""
 
@@ -53,17 +37,6 @@ _OPTIONAL = Field(exclude_if=lambda value: value is None)
 _exact = with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 
 T = TypeVar("T")
-
-
-def _without_draws(plan: FoldPlan, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-    """Leave out the fields of draws where the oldest blocks leave: earlier readers know none."""
-    values: dict[str, Any] = write(plan)
-    if plan.evict == "oldest":
-        del values["evict"], values["evict_seed"]
-    return values
-
-
-Plan = Annotated[FoldPlan, WrapSerializer(_without_draws)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +75,8 @@ class _Fields:
     """Which sample of its group this is, from 0."""
     num_preempted: Count | None
     """How often the engine evicted and replayed it; None where the server keeps no statistics."""
+    kept: Annotated[Kept | None, _OPTIONAL] = None
+    """What each fold kept, for a replay to keep the same; None where the plan keeps nothing."""
     top_ids: Annotated[tuple[tuple[TokenId, ...], ...] | None, _OPTIONAL] = None
     """`[N, k]`: the k most probable tokens in the place of each completion token, best first; None
     unless a score was asked for them. A record without them has no such field."""
@@ -147,9 +122,19 @@ class Rollout(_Fields):
                 f"plan: {self.plan.pin_tokens} pinned tokens, but the prompt has "
                 f"{len(self.prompt_ids)}"
             )
+        self._check_kept()
         self._check_top()
         self._check_rho()
         self._check_versions()
+
+    def _check_kept(self) -> None:
+        count = num_folds(self.plan, self._num_tokens) if self.plan.keep_tokens else 0
+        found = self.kept or ()
+        if len(found) != count:
+            raise ValueError(f"kept has {len(found)} entries for {count} folds that keep tokens")
+        for fold, marks in enumerate(found):
+            if (marks is not None) != self.plan.selects(fold):
+                raise ValueError(f"kept: fold {fold} has marks, or lacks them, against its plan")
 
     def _check_top(self) -> None:
         if self.top_ids is None and self.top_logprobs is None:

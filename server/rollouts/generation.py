@@ -39,6 +39,9 @@ FIELDS = {
     "pte_pin_tokens": "pin_tokens",
     "pte_update": "update",
     "pte_evict": "evict",  # and the seed, which begins so
+    "pte_keep_score": "keep_score",
+    "pte_kept": "kept",
+    "pte_keep": "keep_tokens",
 }
 """Fields of a request by the names that the same options have in `vllm_xargs`."""
 

@@ -20,6 +20,7 @@ from vllm.outputs import RequestOutput
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.sampling_params import SamplingParams
 
+from pte_vllm.method.kept_record import KeptRecord, record_to_json
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.requests import RequestOptions
 from pte_vllm.server.adapters.catalog import Resolved
@@ -101,13 +102,15 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
         if end == job.params.max_tokens:
             done = replace(done, finish_reason="length")
             break
-        part, parts = await _on_newest(service, job, done), parts + 1
+        so_far = await _kept(service, f"{request_id}-{parts}", job.plan, len(done.prompt_ids) + end)
+        part, parts = await _on_newest(service, job, done, so_far), parts + 1
     num_tokens = len(done.prompt_ids) + len(done.completion_ids)
     rho = None
     if part.adapter.lora is not None and num_folds(job.plan, num_tokens):
         # The last part knows: it folded everything before it again on its own version.
         name = f"{request_id}-{parts}"
         rho = rho_of_folds(job.plan, num_tokens, await service.rho.read(name))
+    kept = await _kept(service, f"{request_id}-{parts}", job.plan, num_tokens)
     return Rollout(
         prompt_ids=done.prompt_ids,
         completion_ids=done.completion_ids,
@@ -119,6 +122,7 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
         weight_versions=tuple(spans),
         plan=job.plan,
         rho=rho,
+        kept=kept,
         group_id=job.group_id,
         index=job.index,
         num_preempted=num_preempted,
@@ -164,10 +168,28 @@ async def _generate(service: Service, request_id: str, job: Job) -> tuple[Reques
     return final, stopping is not None
 
 
-async def _on_newest(service: Service, job: Job, done: Outcome) -> Job:
+async def _kept(
+    service: Service, request_id: str, plan: FoldPlan, num_tokens: int
+) -> KeptRecord | None:
+    """Return what the folds of a sequence kept; None where the plan keeps nothing.
+
+    Raises:
+        GenerationError: if the worker has forgotten it; without it nobody can replay the sequence.
+    """
+    count = num_folds(plan, num_tokens)
+    if not plan.keep_tokens or not count:
+        return None
+    found = await service.kept.read(request_id)
+    if found is None or len(found) < count:
+        raise GenerationError(f"{request_id}: what its folds kept is not known any more")
+    return found[:count]  # the engine may have folded once more
+
+
+async def _on_newest(service: Service, job: Job, done: Outcome, kept: KeptRecord | None) -> Job:
     """Make the job that finishes this one on the newest version.
 
-    What is done counts as thoughts, not as question.
+    What is done counts as thoughts, not as question; and what was kept is kept again, as the tokens
+    after it were sampled from that.
     """
     sampled = len(done.completion_ids)
     params = job.params.clone()
@@ -176,6 +198,8 @@ async def _on_newest(service: Service, job: Job, done: Outcome) -> Job:
     if params.seed is not None:
         params.seed = (params.seed + sampled) % 2**63  # draws of its own, again the same ones
     params.extra_args = {**(params.extra_args or {}), "pte_pin_tokens": job.plan.pin_tokens}
+    if kept:
+        params.extra_args["pte_kept"] = record_to_json(kept)
     prompt = await render(service, [*done.prompt_ids, *done.completion_ids])
     adapter = service.registry.catalog.resolve(job.adapter.pushed_name)
     return replace(job, prompt=prompt, params=params, adapter=adapter)

@@ -61,8 +61,10 @@ async def score(body: ScoreRequest, request: Request) -> Response:
     _check_top(state, body.top_logprobs)
     adapter = resolve(state, body)
     jobs: list[Job] = []
-    for tokens, num_prompt, group_id in zip(
-        body.token_ids, body.prompt_tokens, body.group_ids(len(body.token_ids)), strict=True
+    kept = body.kept or [None] * len(body.token_ids)
+    for tokens, num_prompt, group_id, record in zip(
+        *(body.token_ids, body.prompt_tokens, body.group_ids(len(body.token_ids)), kept),
+        strict=True,
     ):
         # To the engine all tokens are prompt: what is pinned has to be said.
         pin_tokens = num_prompt if body.pin_tokens is None else body.pin_tokens
@@ -72,7 +74,7 @@ async def score(body: ScoreRequest, request: Request) -> Response:
             prompt_logprobs=body.top_logprobs,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=_xargs(body, pin_tokens),
+            extra_args=_xargs(body, pin_tokens) | ({"pte_kept": record} if record else {}),
         )
         rendered = await render(state, tokens)
         validate(state, rendered, params, adapter)
@@ -107,6 +109,9 @@ def _xargs(body: RolloutRequest | ScoreRequest, pin_tokens: int) -> dict[str, An
         "pte_update": body.rule,
         "pte_evict": body.evict,
         "pte_evict_seed": body.evict_seed,
+        "pte_keep": body.keep_tokens,
+        "pte_keep_score": body.keep_score,
+        "pte_return_kept": True,
     }
     return {name: value for name, value in given.items() if value is not None}
 

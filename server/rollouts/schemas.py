@@ -44,6 +44,9 @@ class _Request(_Strict):
     evict: str | None = None
     evict_seed: int | None = None
     """As `pte_evict` and `pte_evict_seed`."""
+    keep_tokens: int | None = None
+    keep_score: str | None = None
+    """As `pte_keep` and `pte_keep_score`."""
     min_weight_version: int | None = Field(None, ge=0)
     group_id: GroupId | list[GroupId] | None = None
     """A name for each sequence, a plain string if there is one; "0", "1", ... by default."""
@@ -108,6 +111,8 @@ class ScoreRequest(_Request):
     """The sequences, questions with their answers."""
     prompt_tokens: list[Annotated[int, Field(ge=1)]]
     """How many tokens of each sequence are its question; those after it are scored."""
+    kept: list[list[str | None] | None] | None = None
+    """What the folds of each sequence have to keep, as its record has it; null: they choose."""
     top_logprobs: int = Field(0, ge=0)
     """How many of the most probable tokens are named in each place, up to `--max-logprobs`."""
 
@@ -117,6 +122,10 @@ class ScoreRequest(_Request):
             raise ValueError(
                 f"prompt_tokens has {len(self.prompt_tokens)} values for {len(self.token_ids)} "
                 "sequences"
+            )
+        if self.kept is not None and len(self.kept) != len(self.token_ids):
+            raise ValueError(
+                f"kept has {len(self.kept)} entries for {len(self.token_ids)} sequences"
             )
         for tokens, prompt in zip(self.token_ids, self.prompt_tokens, strict=True):
             if prompt >= len(tokens):

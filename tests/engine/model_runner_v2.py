@@ -30,9 +30,10 @@ def model(tiny: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[Engine]:
+def engine(model: Path, probes: Path) -> Iterator[Engine]:
     engine = Engine(
         model,
+        probes=probes,
         window_tokens=WINDOW,
         lora_rank=8,
         async_scheduling=True,
@@ -66,6 +67,7 @@ def test_parity(engine: Engine, model: Path, paper: Any, adapters: Callable[...,
         Job(random_tokens(90, 500, 4), 20, paper, {"pte_window": 0}),
         Job(random_tokens(310, 500, 5), 20, ridge, {"pte_pin_tokens": 20}),
         Job(random_tokens(300, 500, 6), 20, ridge, RANDOM),
+        Job(random_tokens(20, 500, 7), 150, None, {"pte_keep": BLOCK}),
     ]
     preempted = []
 

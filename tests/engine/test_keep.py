@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.conftest import same
+from tests.engine.kept import same
 from tests.harness.engine import BLOCK, Engine, Job
 from tests.harness.models import random_tokens
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.engine.conftest import same
+from tests.engine.kept import same
 from tests.harness.engine import BLOCK, Engine, Job
 from tests.harness.models import random_tokens
 

@@ -18,6 +18,7 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 from vllm.v1.executor import Executor  # noqa: E402
 
+from pte_vllm.method.kept_record import KeptRecord  # noqa: E402
 from pte_vllm.method.options import EngineConfig  # noqa: E402
 from pte_vllm.method.plan import FoldPlan  # noqa: E402
 from pte_vllm.serve import engine_args  # noqa: E402
@@ -52,6 +53,10 @@ class Job:
     prompt_scores: list[float] = field(default_factory=list)
     finished: bool = False
     finish_reason: str | None = None
+    kept: KeptRecord = ()
+    """What each of its folds kept, of one that keeps tokens."""
+    probes: Path | None = None
+    """The engine's."""
     cached_tokens: int = 0
     """Of the prompt, those that were not read again."""
 
@@ -63,10 +68,14 @@ class Job:
             ignore_eos=True,
             logprobs=0,
             prompt_logprobs=0 if self.prompt_logprobs else None,
-            extra_args=dict(self.options),
+            extra_args=self.options | ({"pte_return_kept": True} if self.keeps else {}),
             output_kind=RequestOutputKind.FINAL_ONLY,
             n=self.n,
         )
+
+    @property
+    def keeps(self) -> bool:
+        return bool(self.options.get("pte_keep"))
 
     def plan(self, window_tokens: int, evict_ratio: float = 0.25) -> FoldPlan:
         return FoldPlan(
@@ -109,6 +118,7 @@ class Engine:
         **vllm_args: Any,
     ) -> None:
         self.window_tokens, self.evict_ratio = window_tokens, evict_ratio
+        self.probes = probes
         engine_config = EngineConfig(
             window_tokens=window_tokens,
             evict_ratio=evict_ratio,
@@ -186,6 +196,10 @@ class Engine:
                 _fill(by_id[output.request_id], output)
             step += 1
         self.settle()
+        for request_id, job in by_id.items():
+            if job.keeps:
+                job.kept = self.runner.pte_pool.records.take(request_id) or ()
+                job.probes = self.probes
         return jobs
 
     def _add(self, request_id: str, job: Job) -> None:

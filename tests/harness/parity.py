@@ -9,13 +9,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pte_vllm.adapter.format import Adapter
+from pte_vllm.adapter.probes import Probes
+from pte_vllm.method.keep_marks import marks_of
+from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.replay.keeping import Keeper
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.segments import log_probs
+from pte_vllm.wire.folds import num_folds
 from tests.harness.engine import Job
 
 TOLERANCE = 2e-4
 """Largest difference in log-prob, fp32."""
+AGREEMENT = 0.995
+"""Least part of what the engine kept that the replay would have kept by itself."""
 
 
 @cache
@@ -33,12 +40,35 @@ def replayed(
     rule: str | None = None,
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
+    probes: Path | None = None,
+    record: KeptRecord = (),
 ) -> torch.Tensor:
-    """Log-prob of every token after the first, `[T - 1]`."""
+    """Log-prob of every token after the first, `[T - 1]`, where folds keep what `record` says.
+
+    Left to itself, the replay would keep the same but for near ties.
+    """
     loaded = None if adapter is None else Adapter.load(adapter)
     attached = PTEModel(load_model(model, dtype), loaded)
     try:
-        found = log_probs(attached, tokens, plan, rule=rule, temperature=temperature)
+        if not plan.keep_tokens:
+            return log_probs(attached, tokens, plan, rule=rule, temperature=temperature).logprobs[
+                0, 1:
+            ]
+        config, count = attached.base.config, num_folds(plan, len(tokens))
+        marks = marks_of(record, plan, config.num_hidden_layers, config.num_key_value_heads)
+        assert len(marks) >= count, f"{len(marks)} records of {count} folds"
+        assert probes is not None
+        found = log_probs(
+            *(attached, tokens, plan),
+            rule=rule,
+            temperature=temperature,
+            keeper=Keeper(attached, Probes.load(probes)),
+            marks=[marks[:count]],
+        )
+        agreed = [fold.agreement for fold in found.folds[0] if fold.agreement is not None]
+        if agreed:
+            print(f"{len(agreed)} choices, {sum(agreed) / len(agreed):.4f} of what was kept agrees")
+            assert sum(agreed) / len(agreed) > AGREEMENT
         return found.logprobs[0, 1:]
     finally:
         attached.detach()
@@ -47,7 +77,7 @@ def replayed(
 def difference(
     model: Path, job: Job, window_tokens: int, *, evict_ratio: float = 0.25, **options: object
 ) -> torch.Tensor:
-    """|Δ log p| of every generated token, `[max_tokens]`."""
+    """|Δ log p| of every generated token, `[max_tokens]`; what the engine kept is kept again."""
     assert job.finished and len(job.tokens) == job.max_tokens
     adapter = Path(job.adapter.lora_path) if job.adapter is not None else None
     expected = replayed(
@@ -56,6 +86,8 @@ def difference(
         job.prompt + job.tokens,
         job.plan(window_tokens, evict_ratio),
         rule=job.options.get("pte_update"),
+        probes=job.probes,
+        record=job.kept,
         **options,
     )
     found = torch.tensor(job.logprobs)

@@ -17,8 +17,8 @@ RANDOM = {"pte_evict": "random"}
 
 
 @pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[Engine]:
-    engine = Engine(model, window_tokens=WINDOW, lora_rank=8)
+def engine(model: Path, probes: Path) -> Iterator[Engine]:
+    engine = Engine(model, window_tokens=WINDOW, lora_rank=8, probes=probes)
     yield engine
     engine.check_idle()
     engine.close()
@@ -26,7 +26,10 @@ def engine(model: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def make_jobs(model: Path, adapters: Callable[..., Path]) -> Callable[[], list[Job]]:
-    """Four requests under test: two PTE rules, one of them also with random blocks, and none."""
+    """Six requests under test: two PTE rules, one of them also with random blocks, and none.
+
+    With an adapter and without, they keep tokens too.
+    """
     paper = lora("paper", adapters(model, rank=8, rule="paper"), 1)
     ridge = lora("ridge", adapters(model, rank=8, rule="ridge"), 2)
 
@@ -36,6 +39,8 @@ def make_jobs(model: Path, adapters: Callable[..., Path]) -> Callable[[], list[J
             Job(random_tokens(70, 500, 2), LENGTH, ridge, seed=2),
             Job(random_tokens(20, 500, 3), LENGTH, seed=3),
             Job(random_tokens(33, 500, 4), LENGTH, ridge, {**RANDOM, "pte_evict_seed": 8}, seed=4),
+            Job(random_tokens(50, 500, 5), LENGTH, ridge, {"pte_keep": 2 * BLOCK}, seed=5),
+            Job(random_tokens(25, 500, 6), LENGTH, None, {"pte_keep": BLOCK}, seed=6),
         ]
 
     return make
@@ -61,6 +66,10 @@ def test_mixed_with_others(
             options["pte_pin_tokens"] = len(prompt) // 2
         if window and i % 2:  # windows of two and of eight blocks, of which two leave
             options |= {**RANDOM, "pte_evict_seed": i}
+        elif window and i % 5 < 3:
+            options |= {"pte_keep": (1 + i % 3) * BLOCK}
+            if i % 5 == 0:
+                options |= {"pte_keep_score": "random", "pte_evict_seed": i}
         adapter = [None, plain, *(j.adapter for j in make_jobs()[:2])][i % 4]
         others.append(Job(prompt, 60 + 23 * i, adapter, options))
     jobs = make_jobs()
@@ -144,24 +153,35 @@ def test_thoughts_in_the_prompt(
 ) -> None:
     """Prefill folds too: prompt log-probs of a resumed chain of thoughts."""
     adapter = make_jobs()[1].adapter
-    for pin in (10, BLOCK, 100):
+    for pin, more in ((10, RANDOM), (BLOCK, {}), (100, RANDOM), (40, {"pte_keep": 2 * BLOCK})):
         prompt = random_tokens(600, 500, pin)
-        options = {"pte_pin_tokens": pin, **({} if pin == BLOCK else RANDOM)}
+        options = {"pte_pin_tokens": pin, **more}
         job = Job(prompt, 50, adapter, options, prompt_logprobs=True)
         engine.run([job])
         assert_parity(model, [job], WINDOW, min_folds=8)
-        expected = replayed(model, Path(adapter.lora_path), prompt, job.plan(WINDOW))
+        expected = replayed(
+            *(model, Path(adapter.lora_path), prompt, job.plan(WINDOW)),
+            probes=job.probes,
+            record=job.kept,
+        )
         worst = max(abs(a - b) for a, b in zip(job.prompt_scores, expected.tolist(), strict=True))
         assert worst <= 2e-4
 
 
 @pytest.mark.parametrize("chunk", [16, 50])
-def test_small_prefill_chunks(model: Path, make_jobs: Callable[[], list[Job]], chunk: int) -> None:
+def test_small_prefill_chunks(
+    model: Path, make_jobs: Callable[[], list[Job]], probes: Path, chunk: int
+) -> None:
     engine = Engine(
-        model, window_tokens=WINDOW, lora_rank=8, max_num_batched_tokens=chunk, max_num_seqs=8
+        model,
+        window_tokens=WINDOW,
+        lora_rank=8,
+        probes=probes,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=8,
     )
     jobs = make_jobs()
-    for options in ({}, RANDOM):
+    for options in ({}, RANDOM, {"pte_keep": BLOCK}):
         options = {"pte_pin_tokens": 30, **options}
         jobs.append(Job(random_tokens(400, 500, 4), 60, jobs[0].adapter, options))
     try:
@@ -172,11 +192,12 @@ def test_small_prefill_chunks(model: Path, make_jobs: Callable[[], list[Job]], c
     assert_parity(model, jobs, WINDOW, min_folds=8)
 
 
-def test_async_scheduling(model: Path, make_jobs: Callable[[], list[Job]]) -> None:
+def test_async_scheduling(model: Path, make_jobs: Callable[[], list[Job]], probes: Path) -> None:
     engine = Engine(
         model,
         window_tokens=WINDOW,
         lora_rank=8,
+        probes=probes,
         async_scheduling=True,
         num_blocks=40,
         max_prompt_tokens=128,

@@ -1,4 +1,4 @@
-"""ρ of finished rollouts, asked of the worker for many at once.
+"""What a worker knows of finished rollouts, asked of it for many at once.
 
 Each question is a message to the engine, and has the worker wait for its device. What finishes
 while one is under way goes into the next.
@@ -7,27 +7,29 @@ while one is under way goes into the next.
 from __future__ import annotations
 
 import asyncio
+from typing import Generic, TypeVar
 
 from vllm.engine.protocol import EngineClient
 
-Measured = list[float] | None
+Answer = TypeVar("Answer")
 
 
-class RhoReader:
-    """Reads ρ of requests; one question at a time is under way, however many ask.
+class FinishedReader(Generic[Answer]):
+    """Reads one thing about requests; one question at a time is under way, however many ask.
 
     Args:
         engine: the engine that ran them.
+        method: the worker's method, which takes the names of requests and answers for each.
     """
 
-    def __init__(self, engine: EngineClient) -> None:
-        self._engine = engine
-        self._waiting: list[tuple[str, asyncio.Future[Measured]]] = []
+    def __init__(self, engine: EngineClient, method: str) -> None:
+        self._engine, self._method = engine, method
+        self._waiting: list[tuple[str, asyncio.Future[Answer | None]]] = []
         self._asking: asyncio.Task[None] | None = None
 
-    async def read(self, request_id: str) -> Measured:
-        """Return ρ of each fold of a request; None if the worker does not know it any more."""
-        answer: asyncio.Future[Measured] = asyncio.get_running_loop().create_future()
+    async def read(self, request_id: str) -> Answer | None:
+        """Return the worker's answer for a request; None if it does not know it any more."""
+        answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._waiting.append((request_id, answer))
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask())
@@ -38,7 +40,7 @@ class RhoReader:
             batch, self._waiting = self._waiting, []
             names = [name for name, _ in batch]
             try:
-                (found,) = await self._engine.collective_rpc("pte_rho", args=(names,))
+                (found,) = await self._engine.collective_rpc(self._method, args=(names,))
             except Exception as error:
                 for _, answer in batch:
                     if not answer.done():  # its client has left

@@ -1,4 +1,4 @@
-"""ρ of many rollouts is asked for at once, and each gets its own."""
+"""What is known of many rollouts is asked for at once, and each gets its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pte_vllm.server.rho import RhoReader
+from pte_vllm.server.finished import FinishedReader
 
 
 class Worker:
@@ -19,6 +19,7 @@ class Worker:
         self.broken = False
 
     async def collective_rpc(self, method: str, args: tuple[list[str]]) -> list[Any]:
+        assert method == "pte_rho"
         self.questions.append(args[0])
         await self.go_on.wait()
         if self.broken:
@@ -26,7 +27,7 @@ class Worker:
         return [[None if name == "unknown" else [float(name)] for name in args[0]]]
 
 
-async def _under_way(reader: RhoReader, *names: str) -> list[asyncio.Task]:
+async def _under_way(reader: FinishedReader[list[float]], *names: str) -> list[asyncio.Task]:
     tasks = [asyncio.create_task(reader.read(name)) for name in names]
     for _ in range(3):
         await asyncio.sleep(0)
@@ -36,7 +37,7 @@ async def _under_way(reader: RhoReader, *names: str) -> list[asyncio.Task]:
 def test_what_waits_is_asked_together() -> None:
     async def run() -> None:
         worker = Worker()
-        reader = RhoReader(worker)
+        reader = FinishedReader[list[float]](worker, "pte_rho")
         first = await _under_way(reader, "1")
         rest = await _under_way(reader, *(str(i) for i in range(2, 500)), "unknown")
         rest[3].cancel()  # its client left
@@ -54,7 +55,7 @@ def test_what_waits_is_asked_together() -> None:
 def test_a_failure_reaches_all_who_asked_and_no_others() -> None:
     async def run() -> None:
         worker = Worker()
-        reader = RhoReader(worker)
+        reader = FinishedReader[list[float]](worker, "pte_rho")
         worker.broken = True
         asked = await _under_way(reader, "1", "2")
         worker.go_on.set()
