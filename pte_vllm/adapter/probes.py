@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pte_vllm.models.permissions import allow_as_umask
+
 FORMAT_VERSION = "1"
 _TENSOR = "probes"
 
@@ -75,6 +77,7 @@ class Probes:
         part = path.with_name(f".{path.name}.part")
         about = {"format_version": FORMAT_VERSION, "model_hash": self.model_hash}
         save_file({_TENSOR: self.queries}, part, metadata=about)
+        allow_as_umask(part)  # a server may run as another user
         part.replace(path)
 
     def check_fits(self, *, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
