@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,7 @@ def make_probes(
     disable_progress_bar()  # ours are enough
     network: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     network.to(device)
-    try:
-        check_unrotation(network, range(shape.num_layers))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"MODEL: there are no probes for {model}: {error}") from error
+    _check_rope(network, model)
     console.print(
         f"sampling {len(prompts)} thoughts of up to {options.max_tokens} tokens from {model} "
         f"({str(network.dtype).removeprefix('torch.')} on {device.type}), and from these "
@@ -129,6 +127,17 @@ def _check_room(prompts: list[list[int]], config: Any, options: ProbeOptions) ->
         )
 
 
+def _check_rope(network: Any, model: str) -> None:
+    """Refuse a model whose queries cannot be turned back to before RoPE, or not in all layers."""
+    try:
+        if getattr(getattr(network, "model", None), "rotary_emb", None) is None:
+            raise ValueError(f"{network.config.model_type} is not built like Llama: no rotary_emb")
+        advice = "tokens are kept in all layers of a model or in none"
+        check_unrotation(network, range(network.config.num_hidden_layers), advice=advice)
+    except ValueError as error:
+        raise ValueError(f"MODEL: {model} can have no probes: {error}") from error
+
+
 def _token_ids(tokenizer: Any, text: str) -> list[int]:
     """Encode a prompt: as a user's message where the tokenizer has a chat template, else as is."""
     if getattr(tokenizer, "chat_template", None):
@@ -160,5 +169,5 @@ def _device(name: str) -> torch.device:
 
 def _multiplies_bf16() -> bool:
     """Return whether this CPU has bf16 instructions; without them float32 is faster."""
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.13
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.13
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

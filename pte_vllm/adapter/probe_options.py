@@ -26,7 +26,7 @@ class ProbeOptions:
     """Probes for each KV head of each layer."""
     temperature: float = 0.7
     """Of the sampling; nothing else shapes it, whatever the model's own defaults are."""
-    batch_size: int = 16
+    batch_size: int = 32
     """Thoughts that are sampled at once; other sizes draw other thoughts."""
     seed: int = 0
     """Of all that is drawn: prompts, thoughts and probes."""

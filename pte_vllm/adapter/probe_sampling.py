@@ -7,12 +7,12 @@ layers, H KV heads, G query heads of a KV head, D head size, n probes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -22,9 +22,6 @@ from pte_vllm.models.rope_check import undo_rope
 
 _SHOWN_SDPA = "pte_shown_sdpa"
 """Under this name transformers finds attention that shows its queries first."""
-
-Show = Callable[[int, Tensor], None]
-"""Takes a layer's index and its queries as attention gets them, `[B, H·G, tokens, D]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,25 +161,20 @@ def draw_probes(
     ).view(shape.num_layers, heads, num_probes)
     probes = torch.full((*drawn.shape, shape.head_dim), float("nan"))
     shown: set[int] = set()
-    first = 0  # of this thought, among all queries of a KV head
+
+    def take(thought: Thought, first: int, layer: int, queries: Tensor) -> None:
+        """Put what is drawn of a thought, whose queries begin at `first`, where it belongs."""
+        shown.add(layer)
+        queries = queries[thought.prompt_tokens :].cpu().unflatten(1, (heads, group))
+        numbers = drawn[layer] - first
+        head, place = ((numbers >= 0) & (numbers < group * thought.num_tokens)).nonzero().T
+        number = numbers[head, place]
+        probes[layer, head, place] = queries[number // group, head, number % group]
+
+    first = 0
     for thought in thoughts:
-        token_ids = thought.token_ids[None].to(model.device)
-        positions = torch.arange(token_ids.shape[1], device=model.device)[None]
-        end = first + group * thought.num_tokens
-
-        def show(layer: int, q: Tensor) -> None:
-            shown.add(layer)
-            plain = undo_rope(model, q.transpose(1, 2), positions)[0]  # noqa: B023: runs below
-            plain = plain[thought.prompt_tokens :].cpu()  # noqa: B023
-            plain = plain.unflatten(1, (heads, group))  # [T, H, G, D]
-            mine = (drawn[layer] >= first) & (drawn[layer] < end)  # noqa: B023
-            head, place = mine.nonzero(as_tuple=True)
-            index = drawn[layer][mine] - first  # noqa: B023
-            probes[layer, head, place] = plain[index // group, head, index % group]
-
-        with _shown(model, show):
-            model.model(input_ids=token_ids, use_cache=False)
-        first = end
+        visit_queries(model, thought.token_ids, partial(take, thought, first))
+        first += group * thought.num_tokens
         progress()
     if len(shown) < shape.num_layers:
         raise ValueError(f"{type(model).__name__} has layers whose attention shows no queries")
@@ -191,24 +183,30 @@ def draw_probes(
     return probes
 
 
-@contextmanager
-def _shown(model: Any, show: Show) -> Iterator[None]:
-    """Let the model's attention show its queries while the context lasts."""
+@torch.no_grad()
+def visit_queries(model: Any, token_ids: Tensor, visit: Callable[[int, Tensor], None]) -> None:
+    """Run the model on `token_ids: [N]` and show `visit` each layer's queries from before RoPE.
+
+    Args:
+        model: A transformers causal LM.
+        token_ids: One sequence, on any device.
+        visit: Takes a layer's index and its queries, `[N, H·G, D]` float32, after any norm of the
+            model's and before its scaling.
+    """
+    positions = torch.arange(len(token_ids), device=model.device)[None]
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
-    ) -> tuple[Tensor, None]:
-        show(int(module.layer_idx), query)  # type: ignore[arg-type]  # transformers sets it
-        found: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, mask, **options
-        )
-        return found
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> Any:
+        visit(module.layer_idx, undo_rope(model, query.transpose(1, 2), positions)[0])
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
 
     AttentionInterface.register(_SHOWN_SDPA, attention)
     AttentionMaskInterface.register(_SHOWN_SDPA, sdpa_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(_SHOWN_SDPA)
     try:
-        yield
+        model.model(input_ids=token_ids[None].to(model.device), use_cache=False)
     finally:
         model.set_attn_implementation(before)
+        AttentionInterface.register(_SHOWN_SDPA, sdpa_attention_forward)  # holds nothing of ours
