@@ -8,6 +8,7 @@ of each layer. Its metadata say what it was made for. `method.keep` says what th
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pte_vllm.models.permissions import allow_as_umask
 
 FORMAT_VERSION = "1"
 _TENSOR = "probes"
@@ -72,9 +75,10 @@ class Probes:
     def save(self, path: str | Path) -> None:
         """Write the file, which appears whole or not at all."""
         path = Path(path)
-        part = path.with_name(f".{path.name}.part")
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may write it too
         about = {"format_version": FORMAT_VERSION, "model_hash": self.model_hash}
         save_file({_TENSOR: self.queries}, part, metadata=about)
+        allow_as_umask(part)  # a server may run as another user
         part.replace(path)
 
     def check_fits(self, *, num_layers: int, num_kv_heads: int, head_dim: int) -> None:

@@ -1,14 +1,16 @@
-"""`pte-vllm adapter init` and `inspect`: their flags. Standard library only until one runs."""
+"""`pte-vllm adapter init`, `inspect`, `calibrate`: flags. Standard library only until one runs."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 from pte_vllm.adapter.defaults import parse_layers
 from pte_vllm.adapter.flags import add_flags, new_adapter
 from pte_vllm.adapter.hashes import CONFIG_FILE
+from pte_vllm.adapter.probe_options import DEVICES, DTYPES, ProbeOptions, read_prompts
 from pte_vllm.models.location import check_model
 
 
@@ -18,6 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_init(commands)
     _add_inspect(commands)
+    _add_calibrate(commands)
     options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     return command(options)
@@ -86,4 +89,64 @@ def _inspect(options: argparse.Namespace) -> int:
     from pte_vllm.adapter.inspect import inspect
 
     inspect(options.path, model=options.model, as_json=options.json)
+    return 0
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="sample a model's probes, by which kept tokens are scored",
+        description="Let a model think about some prompts, and write probes to the file OUT: "
+        "queries of these thoughts, by which a server scores the tokens that it keeps. One file "
+        "serves the base model and all its adapters.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    default = ProbeOptions()
+    parser.add_argument("model", metavar="MODEL", help="name or directory of the base model")
+    parser.add_argument("out", metavar="OUT", help="file to write, a .safetensors")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='what to think about: a .jsonl with a field "prompt", or text with a prompt in each '
+        "line; None: prompts of the package's own",
+    )
+    for flag, name, about in (
+        ("--num-thoughts", "num_thoughts", "thoughts to sample, each to a prompt"),
+        ("--max-tokens", "max_tokens", "most tokens of a thought"),
+        ("--probes", "num_probes", "probes for each KV head of each layer"),
+        ("--batch-size", "batch_size", "thoughts sampled at once; fewer take less memory"),
+        ("--seed", "seed", "seed of all that is drawn"),
+    ):
+        parser.add_argument(
+            flag, dest=name, metavar="N", type=int, default=getattr(default, name), help=about
+        )
+    parser.add_argument(
+        "--temperature", type=float, default=default.temperature, help="of the sampling"
+    )
+    parser.add_argument("--device", choices=DEVICES, default=default.device, help="auto: a GPU")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=default.dtype,
+        help="auto: the model's own, but float32 on a CPU without bf16 instructions",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file OUT")
+    parser.set_defaults(command=_calibrate)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    names = (field.name for field in fields(ProbeOptions))
+    wanted = ProbeOptions(**{name: getattr(options, name) for name in names})
+    check_model(options.model)
+    if os.path.isdir(options.out):
+        raise ValueError(f"OUT: {options.out} is a directory; name a file in it")
+    if os.path.exists(options.out) and not options.overwrite:
+        raise ValueError(
+            f"OUT: {options.out} exists already: name another file, or give --overwrite to lose it"
+        )
+    if options.prompts is not None:
+        read_prompts(options.prompts)  # a mistake shows before anything is loaded
+    from pte_vllm.adapter.make_probes import make_probes
+
+    make_probes(options.model, options.out, wanted, prompts_file=options.prompts)
     return 0

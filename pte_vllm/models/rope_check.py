@@ -24,9 +24,11 @@ _TOLERANCE = 0.03
 5e-3 in bfloat16, on random models and SmolLM2-135M alike; keys of another layout, or not turned at
 all, differ by 0.17 to 1.7."""
 
+_ADVICE = "leave it out of the adapter's layers, or encode keys as cached (keys = rotated)"
+
 
 @torch.no_grad()
-def check_unrotation(model: Any, layers: Collection[int]) -> None:
+def check_unrotation(model: Any, layers: Collection[int], *, advice: str = _ADVICE) -> None:
     """Refuse a model of which some layer's keys would be encoded wrongly.
 
     One forward of a few tokens.
@@ -34,6 +36,7 @@ def check_unrotation(model: Any, layers: Collection[int]) -> None:
     Args:
         model: a transformers causal LM in any dtype, on any device, without an adapter.
         layers: those that get a state, and so need their keys without RoPE.
+        advice: what to do about a layer without RoPE.
 
     Raises:
         ValueError: naming the kind of model, the layer, and what is the matter.
@@ -52,10 +55,7 @@ def check_unrotation(model: Any, layers: Collection[int]) -> None:
         cached = held.keys.transpose(1, 2)  # [P, 1, H, D]
         if not _spread(undo_rope(model, cached, positions)) <= _TOLERANCE:  # NaN is refused too
             if _spread(cached.float()) <= _TOLERANCE:
-                matter = (
-                    "has no RoPE that could be undone; leave it out of the adapter's layers, or "
-                    "encode keys as cached (keys = rotated)"
-                )
+                matter = f"has no RoPE that could be undone; {advice}"
             else:
                 matter = (
                     "has an unsupported RoPE layout: undone as in Llama (half layout, nothing "
