@@ -11,6 +11,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pte_vllm.engine.cpu_defaults import choose_dtype, fitting_utilization
@@ -96,6 +97,7 @@ def serve(
     args.pte_service = service or ServiceConfig()
     args.pte_ending = ending = Ending()
     args.pte_spool = check_early(args, args.pte_service)
+    args.additional_config[EngineConfig.KEY]["probes"] = _probes(model, engine)
     if _runs_here(args):
         import uvloop
 
@@ -103,6 +105,24 @@ def serve(
         return ending.exit_status
     command.cmd(args)
     return 0
+
+
+def _probes(model: str, engine: EngineConfig) -> str | None:
+    """Return the file of probes that the engine needs, which is sampled first if there is none.
+
+    Raises:
+        ValueError, OSError: naming the flag, if it cannot be used, or cannot be made.
+    """
+    if engine.probes is not None:
+        from pte_vllm.adapter.probes import Probes
+
+        Probes.load(engine.probes)
+        return str(Path(engine.probes).absolute())
+    if not engine.keep_tokens or engine.keep_score != "expected":
+        return None
+    from pte_vllm.adapter.probe_cache import calibrated
+
+    return str(calibrated(model))
 
 
 def _runs_here(args: Namespace) -> bool:

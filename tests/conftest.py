@@ -127,12 +127,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random queries for a tiny model; what is kept matters to nobody, only that it stays so."""
-    import torch
+    """Probes for any tiny model."""
+    from tests.harness.models import write_probes
 
-    from pte_vllm.adapter.probes import Probes
-
-    file = tmp_path_factory.mktemp("probes") / "probes.safetensors"
-    queries = 3 * torch.randn(3, 2, 24, 32, generator=torch.Generator().manual_seed(5))
-    Probes.of(queries, "none").save(file)
-    return file
+    return write_probes(tmp_path_factory.mktemp("probes") / "probes.safetensors")

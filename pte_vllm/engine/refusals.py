@@ -102,6 +102,11 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
         raise UnsupportedError(f"{model.model} has cross-attention, which PTE does not support")
     check_block_size(vllm_config.cache_config.block_size)
     check_window(engine, vllm_config.cache_config.block_size)
+    if engine.keep_tokens and engine.keep_score == "expected" and engine.probes is None:
+        raise UnsupportedError(
+            f"--pte-keep {engine.keep_tokens} needs a file of probes: sample one with pte-vllm "
+            "adapter calibrate, and name it with --pte-probes"
+        )
 
 
 def _default_block_size() -> int | None:
@@ -137,10 +142,15 @@ def check_block_size(block_size: int) -> None:
 
 
 def check_window(engine: EngineConfig, block_size: int) -> None:
-    """Raise UnsupportedError unless the default window fits the block size."""
+    """Raise UnsupportedError unless the default window, and what is kept, fit the block size."""
     try:
         engine.plan(pin_tokens=0, block_size=block_size)
     except ValueError as error:
+        if str(error).startswith("keep"):
+            raise UnsupportedError(
+                f"--pte-keep {engine.keep_tokens}: {error}; choose another --pte-keep or "
+                "--block-size"
+            ) from error
         raise UnsupportedError(
             f"--pte-window {engine.window_tokens}: {error}; choose another --pte-window or "
             "--block-size"

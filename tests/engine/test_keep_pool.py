@@ -37,10 +37,10 @@ def test_in_a_tight_pool(tiny: Callable[[str], Path], probes: Path) -> None:
     preemptions = 0
     preempt = tight.scheduler._preempt_request
 
-    def counted(*args: object) -> None:
+    def counted(*args: object, **kwargs: object) -> None:
         nonlocal preemptions
         preemptions += 1
-        preempt(*args)
+        preempt(*args, **kwargs)
 
     tight.scheduler._preempt_request = counted
 

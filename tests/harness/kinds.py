@@ -37,7 +37,10 @@ class Kind:
     key: str | None = None
 
 
-_FLAGS = ("--enable-prompt-tokens-details", "--pte-keep-thoughts", str(KEEP_THOUGHTS))
+_FLAGS = (
+    *("--enable-prompt-tokens-details", "--pte-keep-thoughts", str(KEEP_THOUGHTS)),
+    *("--pte-probes", "{directory}/probes.safetensors"),
+)
 KINDS = {
     "open": Kind(
         modules=(

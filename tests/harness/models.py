@@ -39,6 +39,7 @@ _CLASSES = {
 }
 
 
+TINY_LAYERS = 3
 TINY: dict[str, Any] = {
     "vocab_size": VOCAB,
     "intermediate_size": 160,
@@ -54,7 +55,9 @@ TINY: dict[str, Any] = {
 are far from uniform."""
 
 
-def make_tiny_model(architecture: str, directory: Path, *, seed: int = 0, layers: int = 3) -> None:
+def make_tiny_model(
+    architecture: str, directory: Path, *, seed: int = 0, layers: int = TINY_LAYERS
+) -> None:
     """Write a random checkpoint with grouped-query attention and a byte tokenizer."""
     config_class, model_class = _CLASSES[architecture]
     torch.manual_seed(seed)
@@ -211,3 +214,16 @@ def make_random_adapter(
     Adapter(
         peft=_peft(rank, targets), pte=pte, lora_a=lora_a, lora_b=lora_b, encoders=encoders
     ).save(directory)
+
+
+def write_probes(file: Path) -> Path:
+    """Write random queries as probes of any tiny model, and return the file.
+
+    What is kept by them matters to nobody, only that it is kept everywhere.
+    """
+    from pte_vllm.adapter.probes import Probes
+
+    shape = TINY_LAYERS, TINY["num_key_value_heads"], 24, TINY["head_dim"]
+    queries = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    Probes.of(queries, "none").save(file)
+    return file

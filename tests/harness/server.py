@@ -69,6 +69,10 @@ class Server(launch.Server):
         return Path(self.command[self.command.index("--pte-spool") + 1])
 
     @property
+    def probes(self) -> Path:
+        return Path(self.command[self.command.index("--pte-probes") + 1])
+
+    @property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 

@@ -60,7 +60,9 @@ def client(server: Server) -> Iterator[RolloutClient]:
 
 
 def _difference(server: Server, versions: dict[str, Path], rollout: Rollout, **options) -> float:
-    """Return the largest |Δ log p| between a record and the replay."""
+    """Return the largest |Δ log p| between a record and the replay, which keeps what it kept."""
+    if rollout.plan.keep_tokens:
+        options |= {"probes": server.probes, "record": rollout.kept}
     expected = replayed(
         server.model,
         versions[rollout.adapter] if rollout.adapter is not None else None,
@@ -94,22 +96,36 @@ def test_rollouts_agree_with_the_replay(
 
 
 @pytest.mark.parametrize(
-    "plan", [{"window_tokens": 2 * BLOCK}, {"evict": "random", "evict_seed": 2**53 + 1}], ids=str
+    "plan",
+    [
+        {"window_tokens": 2 * BLOCK},
+        {"evict": "random", "evict_seed": 2**53 + 1},
+        {"keep_tokens": 2 * BLOCK},
+        {"keep_tokens": BLOCK, "keep_score": "random", "evict_seed": 3},
+    ],
+    ids=str,
 )
-def test_scores_agree_with_rollouts(server: Server, client: RolloutClient, plan: dict) -> None:
+def test_scores_agree_with_rollouts(
+    server: Server, client: RolloutClient, versions: dict[str, Path], plan: dict
+) -> None:
     prompts = [random_tokens(30 + 20 * i, 500, i) for i in range(2)]
     options = {"adapter": "ridge", **plan}
     sampling = {**SAMPLING, "temperature": 1.0}
     sampled = {r.group_id: r for r in client.rollouts(prompts, sampling=sampling, **options)}
     records = [sampled["0"], sampled["1"]]
     scored = client.score(
-        [r.token_ids for r in records], [len(r.prompt_ids) for r in records], **options
+        [r.token_ids for r in records],
+        [len(r.prompt_ids) for r in records],
+        kept=[r.kept for r in records],
+        **options,
     )
     for record, score in zip(records, scored, strict=True):
         assert len(score.fold_events) >= 6 and score.plan == record.plan
         for ours, theirs in zip(score.fold_events, record.fold_events, strict=True):
             assert (ours.at, ours.blocks, ours.spans) == (theirs.at, theirs.blocks, theirs.spans)
             assert ours.rho == pytest.approx(theirs.rho, rel=1e-3)
+        assert score.kept == record.kept and (record.kept is not None) == ("keep_tokens" in plan)
+        assert _difference(server, versions, record) <= TOLERANCE
         pairs = zip(record.logprobs, score.logprobs, strict=True)
         assert max(abs(a - b) for a, b in pairs) <= 2e-4
     # Another rule is another distribution, so the options do arrive.

@@ -20,7 +20,7 @@ from torch import Tensor
 from pte_vllm.adapter.format import ModelShape
 from pte_vllm.adapter.probes import Probes
 from pte_vllm.method import keep, rope
-from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.keep_marks import num_candidates
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.window_cache import WindowCache
@@ -185,11 +185,6 @@ class Keeping:
                 )
             )
         return found
-
-
-def num_candidates(plan: FoldPlan, fold: int) -> int:
-    """Return how many tokens a fold chooses from, C: those kept before it and those that leave."""
-    return (plan.kept_blocks(fold) + plan.evict_blocks) * plan.block_size
 
 
 def _rotated(base: Any, queries: Tensor, positions: Tensor, like: Tensor) -> Tensor:
