@@ -20,7 +20,7 @@ _TILE = 32
 """Tokens, and probes, of a program at a time."""
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _logits(  # type: ignore[no-untyped-def]
     rows,  # [TOKENS] where each token's keys begin
     live,  # [TOKENS]
@@ -216,9 +216,8 @@ def expected_scores_triton(
     blocks = torch.cat((candidates, newest), 1).contiguous()
     table_size = 1 if rope is None else len(rope.cos)
     positions = keep.probe_positions(fold_at, num_probes, table_size).contiguous()
-    options = {"dtype": torch.float32, "device": cache.device}
-    totals = torch.empty(num_layers, num_seqs, num_heads, num_probes, **options)
-    scores = torch.empty(num_layers, num_seqs, num_heads, num_wanted * block_size, **options)
+    totals = queries.new_empty(num_layers, num_seqs, num_heads, num_probes)
+    scores = queries.new_empty(num_layers, num_seqs, num_heads, num_wanted * block_size)
     for with_scores, count in ((False, num_probes), (True, num_wanted * block_size)):
         num_parts = triton.cdiv(count, _TILE)
         _attention_kernel[(num_seqs * num_heads * num_parts, num_layers)](
@@ -251,7 +250,7 @@ def expected_scores_triton(
 
 def take_triton(table: CacheTable, candidates: Tensor, kept: Tensor) -> Tensor:
     """Do what `keep_torch.take` does."""
-    taken = table.caches[0].new_empty(*kept.shape, table.caches[0].shape[3])
+    taken: Tensor = table.caches[0].new_empty(*kept.shape, table.caches[0].shape[3])
     _copy(table, candidates.contiguous(), kept.contiguous(), taken, out=True)
     return taken
 

@@ -56,7 +56,8 @@ def expected_scores(
     others = probes @ newest.mT * scale  # [*, n, m]
     total = torch.cat((logits, others), -1).logsumexp(-1, keepdim=True)
     shares = (logits - total).exp()
-    return shares.square().mean(-2).sqrt() * values.float().norm(dim=-1)
+    scores: Tensor = shares.square().mean(-2).sqrt() * values.float().norm(dim=-1)
+    return scores
 
 
 def random_scores(
@@ -90,7 +91,8 @@ def _mixed(x: Tensor) -> Tensor:
 
 def _shifted(x: Tensor, by: int) -> Tensor:
     """Shift int64 right as if it had no sign."""
-    return (x >> by) & (2 ** (64 - by) - 1)
+    shifted: Tensor = (x >> by) & (2 ** (64 - by) - 1)
+    return shifted
 
 
 def _signed(number: int) -> int:
