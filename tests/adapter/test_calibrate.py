@@ -191,6 +191,7 @@ def test_the_command_writes_a_file(
     said = capsys.readouterr().err
     assert f"sampling 3 thoughts of up to 12 tokens from {model}" in said
     assert f"wrote {out}: 0.0 MiB, from " in said
+    assert "tokens sampled: 36 of 36" in said and "thoughts read: 3 of 3" in said
 
 
 def test_seeds_and_prompts(tiny: Tiny, tmp_path: Path) -> None:
