@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,11 @@ def make_probes(
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        sampling = progress.add_task("tokens", total=len(prompts) * options.max_tokens)
-        reading = progress.add_task("thoughts read", total=len(prompts))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
+        sampled = _counter(progress, "tokens sampled", len(prompts) * options.max_tokens)
+        read = _counter(progress, "thoughts read", len(prompts))
         thoughts = sample_thoughts(
             network,
             prompts,
@@ -80,14 +82,14 @@ def make_probes(
             batch_size=options.batch_size,
             end_ids=_end_ids(network, tokenizer),
             seed=options.seed,
-            progress=lambda tokens: progress.advance(sampling, tokens),
+            progress=sampled,
         )
         queries = draw_probes(
             network,
             thoughts,
             options.num_probes,
             seed=options.seed,
-            progress=lambda: progress.advance(reading),
+            progress=lambda: read(1),
         )
     probes = Probes.of(queries, name)
     probes.save(out)
@@ -101,6 +103,20 @@ def make_probes(
         soft_wrap=True,
     )
     return probes
+
+
+def _counter(progress: Progress, name: str, total: int) -> Callable[[int], None]:
+    """Return what takes how many more are done; without a terminal every tenth is a line."""
+    task, done = progress.add_task(name, total=total), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        tenths, done = 10 * done // total, done + count
+        progress.advance(task, count)
+        if not progress.console.is_terminal and 10 * done // total > tenths:
+            progress.console.print(f"{name}: {done} of {total}")
+
+    return advance
 
 
 def _check_enough(shape: ModelShape, options: ProbeOptions) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pte_vllm.method.names import Evict
+from pte_vllm.method.names import Evict, KeepScore
 from pte_vllm.method.plan import FoldPlan
 
 FULL = "full"
@@ -33,6 +33,10 @@ class Arm:
     """Which blocks leave a full window: `oldest` or `random`."""
     sinks: bool = False
     """Whether only the first tokens are pinned, and the question is a thought like any other."""
+    keep_tokens: int = 0
+    """How many evicted tokens each KV head keeps."""
+    keep_score: KeepScore = "expected"
+    """By which score they are chosen."""
     equal_to: str | None = None
     """The adapter whose state this arm holds as a longer window; its own `adapter` is None."""
 
@@ -48,6 +52,10 @@ class Arm:
             parts.append("sinks")
         if self.evict != "oldest":
             parts.append(self.evict)
+        if self.keep_tokens:
+            parts.append(f"keep{self.keep_tokens}")
+            if self.keep_score != "expected":
+                parts.append(self.keep_score)
         if self.adapter is not None:
             parts.append(self.adapter)
         if self.rule is not None:
@@ -68,6 +76,10 @@ class Arm:
             memory = "attention sinks"
         if self.evict != "oldest":
             memory += f", evicting at {self.evict}"
+        if self.keep_tokens:
+            memory = f"keeping {self.keep_tokens}"
+            if self.keep_score != "expected":
+                memory += f" at {self.keep_score}"
         return f"window {self.window_tokens}, {memory}"
 
     def plan(
@@ -79,7 +91,7 @@ class Arm:
             prompt_tokens: length of the question.
             block_size: tokens in a block of the server's KV cache.
             evict_ratio: part of a full window that one fold frees.
-            seed: of what this answer draws, for the control that evicts at random.
+            seed: of what this answer draws, for the controls that evict or keep at random.
         """
         plan = FoldPlan(
             pin_tokens=prompt_tokens,
@@ -87,7 +99,9 @@ class Arm:
             evict_ratio=evict_ratio,
             block_size=block_size,
             evict=self.evict,
-            evict_seed=seed if self.evict != "oldest" else 0,
+            evict_seed=seed if "random" in (self.evict, self.keep_score) else 0,
+            keep_tokens=self.keep_tokens,
+            keep_score=self.keep_score,
         )
         return with_sinks(plan) if self.sinks else plan
 
@@ -101,8 +115,14 @@ class Arm:
         plan = self.plan(0, block_size=block_size, evict_ratio=evict_ratio)
         return plan.window_blocks - 1 > plan.evict_blocks
 
-    def request_args(self, plan: FoldPlan) -> dict[str, Any]:
-        """Return the request options of an answer with this plan, as `vllm_xargs` takes them."""
+    def request_args(self, plan: FoldPlan, *, knows_keep: bool = True) -> dict[str, Any]:
+        """Return the request options of an answer with this plan, as `vllm_xargs` takes them.
+
+        Args:
+            plan: the plan of this arm.
+            knows_keep: whether the server knows `pte_keep`. What it keeps where a request does not
+                say is up to its flags, so each request says.
+        """
         args: dict[str, Any] = {"pte_window": plan.window_tokens}
         if self.sinks:
             args["pte_pin_tokens"] = plan.pin_tokens
@@ -110,6 +130,12 @@ class Arm:
             args["pte_update"] = self.rule
         if plan.evict != "oldest":
             args |= {"pte_evict": plan.evict, "pte_evict_seed": plan.evict_seed}
+        if knows_keep:
+            args["pte_keep"] = plan.keep_tokens
+        if plan.keep_tokens:
+            args["pte_keep_score"] = plan.keep_score
+            if plan.keep_score == "random":
+                args["pte_evict_seed"] = plan.evict_seed
         return args
 
 
@@ -127,7 +153,12 @@ def with_sinks(plan: FoldPlan) -> FoldPlan:
 
 def peak_tokens(plan: FoldPlan, num_tokens: int) -> int:
     """Return the most KV room that a sequence of `num_tokens` takes, in tokens."""
-    return plan.held_blocks(min(num_tokens, plan.first_fold) - 1) * plan.block_size
+    # Most is held by the last token, or where the window was full for the last time: what is kept
+    # grows up to there.
+    last = num_tokens - 1
+    full = plan.first_fold + max(0, plan.folds(last) - 1) * plan.stride
+    places = (last, min(num_tokens, full) - 1)
+    return max(map(plan.held_blocks, places)) * plan.block_size
 
 
 def make_arms(
@@ -137,6 +168,8 @@ def make_arms(
     rules: Sequence[str | None] = (None,),
     evict: Sequence[Evict] = ("oldest",),
     sinks: bool = False,
+    keep: Iterable[int] = (),
+    keep_scores: Sequence[KeepScore] = ("expected",),
     plain_windows: Iterable[int] = (),
     state_tokens: Mapping[str, int] | None = None,
     block_size: int = 16,
@@ -149,6 +182,8 @@ def make_arms(
         rules: update rules to try with each adapter; None is the adapter's own.
         evict: which blocks leave, for windows without memory.
         sinks: whether the control with attention sinks is among the arms.
+        keep: how many evicted tokens to keep, for windows without memory.
+        keep_scores: by which scores these are chosen; each is tried.
         plain_windows: further windows, without memory and controls.
         state_tokens: what the state of an adapter weighs in KV tokens, for windows of equal bytes;
             None leaves these out.
@@ -161,6 +196,11 @@ def make_arms(
         arms += [Arm(window_tokens=window, evict=how) for how in evict]
         if sinks:
             arms.append(Arm(window_tokens=window, sinks=True))
+        arms += [
+            Arm(window_tokens=window, keep_tokens=tokens, keep_score=score)
+            for tokens in keep
+            for score in keep_scores
+        ]
         for name in adapters:
             for rule in rules:
                 arms.append(Arm(window_tokens=window, adapter=name, rule=rule))

@@ -167,6 +167,27 @@ def _add_arms(parser: argparse.ArgumentParser) -> None:
         help="also keep only the first tokens and let the question leave, with as many blocks",
     )
     group.add_argument(
+        "--keep",
+        type=numbers,
+        default=[],
+        metavar="N,N",
+        help="for each --window also windows that keep so many evicted tokens for each KV head; a "
+        "--plain-window longer by N holds as many bytes",
+    )
+    group.add_argument(
+        "--keep-score",
+        type=names,
+        metavar="A,B",
+        help="how --keep chooses: expected, random (default: expected)",
+    )
+    group.add_argument(
+        "--probes",
+        type=Path,
+        metavar="FILE",
+        help="of our server: the model's probes, by which --keep-score expected chooses (default: "
+        "the server makes some)",
+    )
+    group.add_argument(
         "--equal-bytes",
         action="store_true",
         help="for each adapter also a window without memory, longer by what its state weighs",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.method.names import EVICTS, RULE_NAMES, Evict
+from pte_vllm.method.names import EVICTS, KEEP_SCORES, RULE_NAMES, Evict, KeepScore
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -55,6 +55,11 @@ class RunOptions:
     rules: tuple[str | None, ...]
     evict: tuple[Evict, ...]
     sinks: bool
+    keep: tuple[int, ...]
+    """Evicted tokens to keep, under each of `windows`."""
+    keep_scores: tuple[KeepScore, ...]
+    probes: str | None
+    """File of probes for a server that is started here; None: the server has its own."""
     equal_bytes: bool
     max_tokens: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -67,6 +72,17 @@ class RunOptions:
     evict_ratio: float
     out: Path
     server_flags: tuple[str, ...]
+
+    def server_arguments(self) -> tuple[str, ...]:
+        """Return the flags of our server that follow from others, and those given for it."""
+        found: list[str] = []
+        if self.keep and "expected" in self.keep_scores:
+            # Without a file of probes a server makes some if it keeps tokens by default.
+            if self.probes is not None:
+                found += ["--pte-probes", self.probes]
+            else:
+                found += ["--pte-keep", str(max(self.keep))]
+        return (*found, *self.server_flags)
 
 
 def read_options(given: argparse.Namespace) -> RunOptions:
@@ -96,6 +112,7 @@ def read_options(given: argparse.Namespace) -> RunOptions:
     if given.rule and not adapters:
         raise ValueError("--rule needs an --adapter whose folds follow it")
     _check_sampling(given)
+    _check_keep(given)
     if given.equal_bytes:
         missing = [name for name, path in adapters.items() if path is None]
         if missing or not adapters:
@@ -127,6 +144,9 @@ def read_options(given: argparse.Namespace) -> RunOptions:
         rules=(None, *given.rule),
         evict=tuple(dict.fromkeys(given.evict)),
         sinks=given.sinks,
+        keep=tuple(dict.fromkeys(given.keep)),
+        keep_scores=tuple(dict.fromkeys(given.keep_score or ["expected"])),
+        probes=None if given.probes is None else str(given.probes),
         equal_bytes=given.equal_bytes,
         max_tokens=tuple(dict.fromkeys(chosen["max_tokens"])),
         seeds=tuple(dict.fromkeys(given.seeds)),
@@ -140,6 +160,24 @@ def read_options(given: argparse.Namespace) -> RunOptions:
         out=given.out,
         server_flags=tuple(shlex.split(given.server_flags)),
     )
+
+
+def _check_keep(given: argparse.Namespace) -> None:
+    for score in given.keep_score or ():
+        if score not in KEEP_SCORES:
+            raise ValueError(f"--keep-score must be among {', '.join(KEEP_SCORES)}, got {score!r}")
+    if 0 in given.keep:
+        raise ValueError("--keep must be positive; windows that keep nothing are there anyway")
+    if not given.keep:
+        for flag, value in (("--keep-score", given.keep_score), ("--probes", given.probes)):
+            if value is not None:
+                raise ValueError(f"{flag} needs --keep: nothing is kept")
+    if given.probes is None:
+        return
+    if given.url is not None:
+        raise ValueError("--probes is for a server that is started here")
+    if not given.probes.is_file():
+        raise ValueError(f"--probes: {given.probes} does not exist")
 
 
 def _check_sampling(given: argparse.Namespace) -> None:

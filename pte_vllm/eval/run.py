@@ -115,7 +115,7 @@ def _server(options: RunOptions, console: Console) -> Iterator[tuple[ServerFacts
         concurrency=options.concurrency,
         block_size=options.block_size,
         evict_ratio=options.evict_ratio,
-        extra=options.server_flags,
+        extra=options.server_arguments(),
     )
     log = options.out / "server.log"
     with console.status("starting the server") as status:
@@ -148,12 +148,14 @@ def _arms(
             f"--adapter: {facts.url} has no {missing[0]!r}; it serves {', '.join(facts.models)}"
         )
     if not facts.pte:
-        if options.adapters or options.sinks or "random" in options.evict:
+        if options.adapters or options.sinks or options.keep or "random" in options.evict:
             raise ValueError(f"--url: {facts.url} runs without PTE, and has the full cache only")
         return [Arm(window_tokens=0)]
     _check_windows(options, facts.block_size)
     if "random" in options.evict and "pte_evict" not in facts.options:
         raise ValueError(f"--evict random: {facts.url} does not know pte_evict; update it")
+    if options.keep and "pte_keep" not in facts.options:
+        raise ValueError(f"--keep: {facts.url} does not know pte_keep; update it")
     state_tokens = None
     if options.equal_bytes:
         token_bytes = facts.kv_bytes_per_token
@@ -166,6 +168,8 @@ def _arms(
         rules=options.rules,
         evict=options.evict,
         sinks=options.sinks,
+        keep=options.keep,
+        keep_scores=options.keep_scores,
         plain_windows=options.plain_windows,
         state_tokens=state_tokens,
         block_size=facts.block_size,
@@ -188,6 +192,9 @@ def _check_windows(options: RunOptions, block_size: int) -> None:
                 f"--window {window} must be a multiple of the block size, {block_size}, and at "
                 "least two blocks"
             )
+    for tokens in options.keep:
+        if tokens % block_size:
+            raise ValueError(f"--keep {tokens} must be a multiple of the block size, {block_size}")
 
 
 def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: Any) -> list[Row]:
@@ -272,6 +279,7 @@ def _tasks(options: RunOptions, facts: ServerFacts, cells: Sequence[Cell]) -> li
             seed=cell.seed,
             block_size=facts.block_size,
             evict_ratio=facts.evict_ratio,
+            knows_keep="pte_keep" in facts.options,
             prompt_tokens=prompt_tokens if arm is not None and arm.sinks else None,
         )
         task.model = model

@@ -75,6 +75,7 @@ def problems_under(
     seed: int = 0,
     block_size: int = 16,
     evict_ratio: float = 0.25,
+    knows_keep: bool = False,
     prompt_tokens: Mapping[str, int] | None = None,
 ) -> Task:
     """Make the task that asks the problems of a benchmark under one arm.
@@ -96,6 +97,7 @@ def problems_under(
         seed: of sampling; each answer draws with a seed of its own.
         block_size: tokens in a block of the server's KV cache.
         evict_ratio: part of a full window that one fold frees there.
+        knows_keep: whether the server knows `pte_keep`.
         prompt_tokens: tokens of each question by problem, for the control with attention sinks.
     """
     problems = problems_of(benchmark, limit, data, data_seed, template, judge, system)
@@ -114,6 +116,7 @@ def problems_under(
             seed=seed,
             block_size=block_size,
             evict_ratio=evict_ratio,
+            knows_keep=knows_keep,
             prompt_tokens=dict(prompt_tokens or {}),
         ),
         scorer=judged(problems.__getitem__),
@@ -145,6 +148,7 @@ def answer_under(
     seed: int,
     block_size: int,
     evict_ratio: float,
+    knows_keep: bool,
     prompt_tokens: dict[str, int],
 ) -> Solver:
     """Answer once, with the request options of an arm and a seed for each problem and epoch.
@@ -163,7 +167,7 @@ def answer_under(
                 evict_ratio=evict_ratio,
                 seed=own,
             )
-            body["vllm_xargs"] = chosen.request_args(plan)
+            body["vllm_xargs"] = chosen.request_args(plan, knows_keep=knows_keep)
         return await generate(state, seed=own, extra_body=body)
 
     return solve

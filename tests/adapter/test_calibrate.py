@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +27,6 @@ from pte_vllm.adapter.probe_prompts import PROMPTS
 from pte_vllm.adapter.probe_sampling import Thought, draw_probes, sample_thoughts, visit_queries
 from pte_vllm.adapter.probes import Probes, ProbesError
 from pte_vllm.cli.main import main
-from pte_vllm.launch import pte_command
 from pte_vllm.models.location import model_hash
 from tests.harness.models import TINY, random_tokens
 
@@ -190,6 +191,7 @@ def test_the_command_writes_a_file(
     said = capsys.readouterr().err
     assert f"sampling 3 thoughts of up to 12 tokens from {model}" in said
     assert f"wrote {out}: 0.0 MiB, from " in said
+    assert "tokens sampled: 36 of 36" in said and "thoughts read: 3 of 3" in said
 
 
 def test_seeds_and_prompts(tiny: Tiny, tmp_path: Path) -> None:
@@ -409,7 +411,7 @@ def test_a_stop_leaves_no_file(cache: Path, tiny: Tiny) -> None:
     for line in process.stderr:
         if line.startswith("sampling 64 thoughts"):
             break
-    subprocess.run(["kill", "-INT", f"-{process.pid}"], check=True)
+    os.killpg(process.pid, signal.SIGINT)
     assert process.wait() == 77, process.stderr.read()
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
@@ -457,10 +459,3 @@ def test_parts_of_a_model_have_no_hash(tiny: Tiny, tmp_path: Path) -> None:
     (model / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="it has no config.json"):
         model_hash(model)
-
-
-def test_help_says_what_it_does() -> None:
-    done = subprocess.run(
-        pte_command("adapter", "calibrate", "--help"), capture_output=True, text=True, check=True
-    )
-    assert "probes" in done.stdout and "--num-thoughts" in done.stdout

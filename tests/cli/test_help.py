@@ -8,7 +8,8 @@ import sys
 import pytest
 
 COMMANDS = (
-    *("", "serve", "demo", "doctor", "plan", "model fetch", "adapter init", "adapter inspect"),
+    *("", "serve", "demo", "doctor", "plan", "model fetch"),
+    *("adapter init", "adapter inspect", "adapter calibrate"),
     *("bench", "bench throughput", "bench soak", "bench gpu", "bench train"),
     *("train", "train grpo", "train distill", "train memory-curve"),
     *("train experiment memory", "train experiment recall"),
@@ -50,6 +51,8 @@ def test_help(command: str) -> None:
         ("serve M --pte-windw 64", "there is no flag --pte-windw; did you mean --pte-window?"),
         ("serve ./nowhere", "MODEL: the model directory ./nowhere does not exist"),
         ("adapter init ./nowhere OUT", "MODEL: the model directory ./nowhere does not exist"),
+        ("adapter calibrate ./nowhere OUT", "MODEL: the model directory ./nowhere does not exist"),
+        ("adapter calibrate M OUT --probes none", "argument --probes: invalid int value: 'none'"),
         ("adapter inspect A --model ./nowhere", "--model: the model directory ./nowhere does not"),
         ("bench gpu --model ./nowhere", "--model: the model directory ./nowhere does not exist"),
         (

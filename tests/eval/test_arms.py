@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pte_vllm.eval.arms import Arm, make_arms, peak_tokens
@@ -16,6 +18,8 @@ def test_all_axes() -> None:
         rules=[None, "delta"],
         evict=["oldest", "random"],
         sinks=True,
+        keep=[32, 96],
+        keep_scores=["expected", "random"],
         plain_windows=[96],
         state_tokens={"a": 40, "b": 0},
         block_size=BLOCK,
@@ -30,15 +34,20 @@ def test_all_axes() -> None:
             f"w{window}-a",
             f"w{window}-a-delta",
             f"w{window}-b",
+            f"w{window}-keep32",
+            f"w{window}-keep96",
+            f"w{window}-keep32-random",
+            f"w{window}-keep96-random",
         } <= set(keys)
         # A state of 40 tokens weighs as much as two blocks; one of nothing as no block.
         assert {f"w{window + 64}-as-a", f"w{window}-as-b"} <= set(keys)
-    assert "w96" in keys and len(keys) == 1 + 2 * 9 + 1
+    assert "w96" in keys and len(keys) == 1 + 2 * 13 + 1
 
 
 def test_what_is_asked() -> None:
-    def asked(arm: Arm) -> dict[str, object]:
-        return arm.request_args(arm.plan(70, block_size=BLOCK, evict_ratio=0.25, seed=9))
+    def asked(arm: Arm, knows_keep: bool = False) -> dict[str, object]:
+        plan = arm.plan(70, block_size=BLOCK, evict_ratio=0.25, seed=9)
+        return arm.request_args(plan, knows_keep=knows_keep)
 
     assert asked(Arm(window_tokens=0)) == {"pte_window": 0}
     assert asked(Arm(window_tokens=64, adapter="a", rule="delta")) == {
@@ -52,6 +61,23 @@ def test_what_is_asked() -> None:
     }
     # The question has three blocks; one of them is a sink, and the window gets the other two.
     assert asked(Arm(window_tokens=64, sinks=True)) == {"pte_window": 128, "pte_pin_tokens": 4}
+    kept = Arm(window_tokens=64, keep_tokens=32)
+    expected = {"pte_window": 64, "pte_keep": 32, "pte_keep_score": "expected"}
+    assert asked(kept, knows_keep=True) == expected
+    assert asked(replace(kept, keep_score="random"), knows_keep=True) == {
+        **expected,
+        "pte_keep_score": "random",
+        "pte_evict_seed": 9,
+    }
+    # A server may keep tokens where a request does not say.
+    assert asked(Arm(window_tokens=64), knows_keep=True) == {"pte_window": 64, "pte_keep": 0}
+    assert asked(Arm(window_tokens=0), knows_keep=True) == {"pte_window": 0, "pte_keep": 0}
+
+
+def test_names_in_tables() -> None:
+    kept = Arm(window_tokens=64, keep_tokens=32)
+    assert kept.title == "window 64, keeping 32"
+    assert replace(kept, keep_score="random").title == "window 64, keeping 32 at random"
 
 
 def test_where_something_is_drawn() -> None:
@@ -67,6 +93,12 @@ def test_where_something_is_drawn() -> None:
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 70, 160, 161, 192, 500, 512])
 def test_peak_is_the_most_that_is_held(sinks: bool, num_tokens: int) -> None:
+    if not sinks:
+        for keep_tokens in (32, 96, 1024):
+            arm = Arm(window_tokens=64, keep_tokens=keep_tokens)
+            plan = arm.plan(70, block_size=BLOCK, evict_ratio=0.25)
+            held = max(plan.held_blocks(pos) for pos in range(num_tokens))
+            assert peak_tokens(plan, num_tokens) == held * BLOCK
     plan = Arm(window_tokens=64, sinks=sinks).plan(70, block_size=BLOCK, evict_ratio=0.25)
     held = max(plan.held_blocks(pos) for pos in range(num_tokens))
     assert peak_tokens(plan, num_tokens) == held * BLOCK

@@ -160,6 +160,18 @@ def test_every_option_is_described() -> None:
             ["--plan.evict", "random", "--plan.window_tokens", "0"],
             ["--plan.evict: evict random needs a window"],
         ),
+        (["--plan.keep_tokens", "24"], ["--plan.keep_tokens: keep of 24 tokens is not a multiple"]),
+        (["--plan.keep_tokens", "16"], ["--plan.probes is missing"]),
+        (["--plan.keep_score", "random"], ["--plan.keep_score random needs --plan.keep_tokens"]),
+        (["--plan.probes", "p"], ["--plan.probes needs --plan.keep_tokens"]),
+        (
+            ["--plan.keep_tokens", "16", "--plan.probes", "p", "--plan.window_tokens", "0"],
+            ["--plan.keep_tokens: keep needs a window"],
+        ),
+        (
+            ["--plan.keep_tokens", "16", "--plan.keep_score", "random"],
+            ["--plan.keep_tokens 16: rollouts do not say", "train grpo"],
+        ),
         (["--adapter.layers", "5-3"], ["--adapter.layers: 5-3 runs backwards"]),
         (["--adapter.target_modules", "[]"], ["--adapter.target_modules", "at least one"]),
         (

@@ -10,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from pte_vllm.adapter.format import Adapter
+from pte_vllm.adapter.probes import Probes
 from pte_vllm.cli.train import main as train_command
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.distill.examples import Example, read_rollouts, read_texts
-from pte_vllm.train.distill.loop import hold_out, train
+from pte_vllm.train.distill.loop import hold_out, load_examples, train
 from pte_vllm.train.distill.step import evaluate
 from pte_vllm.train.options.runs import DistillRun
+from pte_vllm.train.replay.keeping import Keeper
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.run.log import read_metrics
+from pte_vllm.train.run.start import load_tokenizer
 from pte_vllm.wire.rollout import Rollout, WeightSpan
 from tests.harness.models import random_tokens
 from tests.train.test_distill import full_logits, plan
@@ -233,3 +237,41 @@ def test_held_out_sequences_are_not_trained_on() -> None:
     assert hold_out(examples, 0) == (examples, [])
     with pytest.raises(ValueError, match="eval_sequences 10"):
         hold_out(examples, 10)
+
+
+@pytest.mark.parametrize("score", ["expected", "random"])
+def test_kept_tokens(score: str, tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    """The student is trained and measured under a window that keeps tokens."""
+    model, file = tiny("llama"), tmp_path / "probes.safetensors"
+    queries = torch.randn(3, 2, 8, 32, generator=torch.Generator().manual_seed(3))
+    Probes.of(queries, "none").save(file)
+
+    def first(name: str, **plan: Any) -> dict[str, float]:
+        values = options(model, text, tmp_path / name)
+        values["plan"] |= plan
+        values["optimizer"] |= {"steps": 1, "warmup_steps": 0}
+        return train(DistillRun.model_validate(values))[0]
+
+    plan: dict[str, Any] = {"keep_tokens": 32, "keep_score": score}
+    plan |= {"probes": str(file)} if score == "expected" else {"evict_seed": 4}
+    plain, kept = first("plain"), first("kept", **plan)
+    everything = first("everything", **{**plan, "keep_tokens": 1024})
+    assert abs(kept["eval/kl_window"] - plain["eval/kl_window"]) > 1e-3
+    assert everything["eval/kl_window"] < 1e-5  # nothing has left
+    # Of the examples and the probes that the run was given, one by one.
+    run = DistillRun.load(tmp_path / "kept" / "run.toml")
+    _, held_out = hold_out(load_examples(run, load_tokenizer(run.model.base), Console()), 4)
+    assert {example.plan.keep_tokens for example in held_out} == {32}
+    alone = PTEModel.from_pretrained(model)
+    keeper = Keeper(alone, Probes.load(file)) if score == "expected" else None
+    found = evaluate(alone, held_out, micro_batch_sequences=1, keeper=keeper)
+    assert found.kl_window == pytest.approx(kept["eval/kl_window"], rel=1e-4)
+
+
+def test_probes_of_another_model(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "probes.safetensors"
+    Probes.of(torch.ones(2, 2, 8, 32), "none").save(file)
+    values = options(tiny("llama"), text, tmp_path / "out")
+    values["plan"] |= {"keep_tokens": 32, "probes": str(file)}
+    with pytest.raises(ValueError, match="--plan.probes: these probes are for 2 layers"):
+        train(DistillRun.model_validate(values))

@@ -53,13 +53,15 @@ class LiveStorages(TorchDispatchMode):
         return sum(storage.nbytes() for storage in self._storages)
 
 
-def bytes_per_fold(model: PTEModel, rule: str) -> list[int]:
+def bytes_per_fold(model: PTEModel, rule: str, keep_tokens: int = 0) -> list[int]:
     """By how much each fold but the first raises what is alive at the end of a segment."""
     plan = FoldPlan(
         pin_tokens=BLOCK,
         window_tokens=WINDOW_BLOCKS * BLOCK,
         evict_ratio=EVICT_BLOCKS / WINDOW_BLOCKS,
         block_size=BLOCK,
+        keep_tokens=keep_tokens,
+        keep_score="random" if keep_tokens else "expected",
     )
     # One token more, so that the last segment is as long as the others.
     length = plan.first_fold + FOLDS * EVICT_BLOCKS * BLOCK + 1
@@ -78,13 +80,20 @@ def bytes_per_fold(model: PTEModel, rule: str) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rule", ["paper", "ridge", "delta", "none"])
+@pytest.mark.parametrize(
+    ("rule", "keep_tokens"),
+    [
+        *((rule, 0) for rule in ("paper", "ridge", "delta", "none")),
+        # As much as one fold evicts: the first fold fills it, and later ones replace some of it.
+        *((rule, EVICT_BLOCKS * BLOCK) for rule in ("ridge", "none")),
+    ],
+)
 def test_a_fold_keeps_what_it_evicted_once_in_the_caches_dtype(
-    rule: str, dtype: torch.dtype, tiny: Tiny, adapters: Adapters
+    rule: str, keep_tokens: int, dtype: torch.dtype, tiny: Tiny, adapters: Adapters
 ) -> None:
     path = tiny("llama")
     model = PTEModel.from_pretrained(path, adapters(path), dtype=dtype)
-    found = bytes_per_fold(model, rule)
+    found = bytes_per_fold(model, rule, keep_tokens)
     tokens = SEQUENCES * EVICT_BLOCKS * BLOCK
     evicted = 2 * tokens * D_KV * dtype.itemsize * LAYERS
     print(f"{rule}, {dtype}: {found} bytes a fold, {evicted} of evicted keys and values")

@@ -25,9 +25,8 @@ from pte_vllm.train.distill.examples import Example, batches, pack, read_rollout
 from pte_vllm.train.distill.samples import sample_answers
 from pte_vllm.train.distill.step import Evaluation, evaluate, take_step
 from pte_vllm.train.options.runs import DistillRun
-from pte_vllm.train.run.checkpoint import (
-    RunState,
-)
+from pte_vllm.train.run.build import build_keeper
+from pte_vllm.train.run.checkpoint import RunState
 from pte_vllm.train.run.log import MetricsLog, ProgressBar, series
 from pte_vllm.train.run.resume import resumed
 from pte_vllm.train.run.start import ADAPTER, StartedRun, learning_rate, load_tokenizer, start_run
@@ -148,13 +147,19 @@ def _run_steps(
 ) -> None:
     model, optimizer, done = start.model, start.optimizer, start.state.step
     options, last = run.distill, run.optimizer.steps
+    keeper = build_keeper(model, run.plan)
     stream = batches(examples, options.batch_sequences, seed=run.run.seed, start=done)
     with ProgressBar(console, title="distill", done=done, total=last) as bar:
 
         def measure(step: int) -> dict[str, float]:
             if not held_out:
                 return {}
-            found = evaluate(model, held_out, micro_batch_sequences=options.micro_batch_sequences)
+            found = evaluate(
+                model,
+                held_out,
+                micro_batch_sequences=options.micro_batch_sequences,
+                keeper=keeper,
+            )
             bar.note(f"step {step}: {describe(found)}")
             return {f"eval/{name}": value for name, value in found.as_metrics().items()}
 
@@ -172,6 +177,7 @@ def _run_steps(
                 micro_batch_sequences=options.micro_batch_sequences,
                 temperature=options.temperature,
                 teacher_top_k=options.teacher_top_k,
+                keeper=keeper,
             )
             speed = report.tokens / (time.monotonic() - began)
             values = {**report.as_metrics(), "lr": rate, "tokens_per_s": speed}

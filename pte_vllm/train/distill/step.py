@@ -25,6 +25,7 @@ from pte_vllm.train.distill.agreement import compare
 from pte_vllm.train.distill.examples import Example, align
 from pte_vllm.train.distill.teacher import CHUNK_TOKENS, Teacher, ask_teacher
 from pte_vllm.train.replay.aligned import AlignedBatch
+from pte_vllm.train.replay.keeping import Keeper
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.results import Scores
 from pte_vllm.train.replay.segments import replay
@@ -58,6 +59,7 @@ def accumulate_gradient(
     temperature: float = 1.0,
     teacher_top_k: int = 0,
     teacher_chunk_tokens: int = CHUNK_TOKENS,
+    keeper: Keeper | None = None,
 ) -> StepReport:
     """Add the gradient of one batch's loss to the gradients of the model's parameters.
 
@@ -69,6 +71,7 @@ def accumulate_gradient(
         teacher_top_k: how many of the teacher's best tokens are compared, as `Teacher.kl` says; 0:
             the whole distribution.
         teacher_chunk_tokens: most tokens of one forward pass of the teacher.
+        keeper: the model's probes, for plans that keep tokens by the score `expected`.
 
     Raises:
         ValueError: if no token of the batch lies beyond a first fold.
@@ -89,7 +92,9 @@ def accumulate_gradient(
         def kl(scores: Scores, teacher: Teacher = teacher) -> Tensor:
             return teacher.kl(scores).sum() / wanted_tokens
 
-        result = replay(model, batch, temperature=temperature, backward="segments", loss=kl)
+        result = replay(
+            model, batch, temperature=temperature, backward="segments", loss=kl, keeper=keeper
+        )
         loss += result.loss
         folds += sum(len(f) for f in result.folds)
     gradients = [p.grad for p in model.trainable_parameters() if p.grad is not None]
@@ -188,6 +193,7 @@ def evaluate(
     *,
     micro_batch_sequences: int = 4,
     rule: str | None = None,
+    keeper: Keeper | None = None,
 ) -> Evaluation:
     """Measure full attention, the window, and the window with the adapter, on the same tokens.
 
@@ -196,6 +202,7 @@ def evaluate(
         examples: the sequences to measure on.
         micro_batch_sequences: how many sequences are replayed at once; does not change the result.
         rule: the rule to fold by; None: the adapter's.
+        keeper: the model's probes, for plans that keep tokens by the score `expected`.
 
     Raises:
         ValueError: if no token lies beyond a first fold.
@@ -207,8 +214,8 @@ def evaluate(
         teacher = ask_teacher(model, align(chosen), keep_cache=True)
         tokens += teacher.num_tokens
         with model.adapter_disabled():
-            window = compare(model, sequences, plans, teacher, same_weights=True)
-        student = compare(model, sequences, plans, teacher, rule=rule)
+            window = compare(model, sequences, plans, teacher, same_weights=True, keeper=keeper)
+        student = compare(model, sequences, plans, teacher, rule=rule, keeper=keeper)
         values = [-x.logprobs for x in (teacher, window, student)] + [window.kls, student.kls]
         sums += torch.stack([x.double().sum().cpu() for x in values])
     if not tokens:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pte_vllm.adapter.defaults import OPTIONS, NewAdapter
-from pte_vllm.method.names import Evict
+from pte_vllm.method.names import Evict, KeepScore
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.options.parsing import Options
@@ -99,15 +99,31 @@ class PlanOptions(Options):
     evict: Evict = "oldest"
     """Which blocks of a full window are folded: the oldest, or random ones, as a control."""
     evict_seed: CountOrZero = 0
-    """What random blocks are drawn by; the same blocks of all sequences. Only with evict random."""
+    """What is drawn by, the same of all sequences. Only with evict random or keep_score random."""
+    keep_tokens: CountOrZero = 0
+    """Evicted tokens that each KV head keeps, a multiple of block_size; for distillation only."""
+    keep_score: KeepScore = "expected"
+    """How they are chosen: by the attention that probes pay them, or at random, as a control."""
+    probes: str | None = None
+    """File of the model's probes, for keep_score expected."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
             self.fold_plan(pin_tokens=0)
         except ValueError as error:
-            name = "evict" if str(error).startswith("evict") else "window_tokens"
+            option = {"evict": "evict", "keep": "keep_tokens"}
+            name = option.get(str(error).split()[0], "window_tokens")
             raise ValueError(f"--plan.{name}: {error}") from error
+        given = {"keep_score random": self.keep_score == "random", "probes": self.probes}
+        if not self.keep_tokens:
+            for name in (name for name, value in given.items() if value):
+                raise ValueError(f"--plan.{name} needs --plan.keep_tokens: nothing is kept")
+        elif self.keep_score == "expected" and self.probes is None:
+            raise ValueError(
+                "--plan.probes is missing: --plan.keep_tokens chooses by the model's probes, "
+                "unless --plan.keep_score is random"
+            )
         return self
 
     def window_for(self, longest_prompt: int) -> int:
@@ -131,6 +147,8 @@ class PlanOptions(Options):
             block_size=self.block_size,
             evict=self.evict,
             evict_seed=self.evict_seed,
+            keep_tokens=self.keep_tokens,
+            keep_score=self.keep_score,
         )
 
 

@@ -1,4 +1,4 @@
-"""The model of a run: the frozen base, and the adapter that it starts from."""
+"""The model of a run: the frozen base, the adapter that it starts from, and the probes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pte_vllm.adapter.calibration import sample_sequences
 from pte_vllm.adapter.defaults import parse_layers
 from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.adapter.init import init_adapter
+from pte_vllm.adapter.probes import Probes, ProbesError
 from pte_vllm.adapter.sample_text import SAMPLE_TEXT
 from pte_vllm.method.options import PTEConfig
-from pte_vllm.train.options.sections import AdapterOptions, ModelOptions
+from pte_vllm.train.options.sections import AdapterOptions, ModelOptions, PlanOptions
+from pte_vllm.train.replay.keeping import Keeper
 from pte_vllm.train.replay.modeling import PTEModel
 
 
@@ -74,3 +76,17 @@ def new_adapter(base: Any, tokenizer: Any, options: AdapterOptions, *, seed: int
         seed=seed,
     )
     return replace(adapter, pte=None, encoders={}) if options.plain else adapter
+
+
+def build_keeper(model: PTEModel, plan: PlanOptions) -> Keeper | None:
+    """Read the probes by which a run's plan chooses the tokens that are kept; None: it needs none.
+
+    Raises:
+        ValueError: naming the option, if they cannot be read or are for another model.
+    """
+    if plan.probes is None or plan.keep_score != "expected":
+        return None
+    try:
+        return Keeper(model, Probes.load(plan.probes))
+    except ProbesError as error:
+        raise ValueError(f"--plan.probes: {error}") from error

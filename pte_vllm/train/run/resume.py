@@ -18,7 +18,7 @@ Run = TypeVar("Run", GrpoRun, DistillRun)
 
 _FIXED = ("model.base", "model.adapter", "adapter.", "plan.")
 """Names, or their beginnings, of options that cannot change within a run."""
-_PATHS = ("model.base", "model.adapter", "adapter.text")
+_PATHS = ("model.base", "model.adapter", "adapter.text", "plan.probes")
 _OF_THIS_START = ("run.out", "run.resume")
 _ALGORITHMS = ("grpo", "distill")
 
