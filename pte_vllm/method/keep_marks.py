@@ -9,17 +9,23 @@ Letters in shapes: L layers, H KV heads, C candidates.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.plan import FoldPlan
 
+_SHIFTS = torch.arange(7, -1, -1, dtype=torch.uint8)
+"""From the highest bit of a byte to the lowest."""
+
 
 def packed(marks: Tensor) -> bytes:
     """Pack marks `[L, H, C]`, bool on any device, into ceil(L·H·C / 8) bytes."""
-    return np.packbits(marks.cpu().numpy()).tobytes()
+    bits = marks.cpu().flatten().byte()
+    padded = functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    found: bytes = (padded << _SHIFTS).sum(-1).byte().numpy().tobytes()
+    return found
 
 
 def unpacked(data: bytes, num_layers: int, num_heads: int, num_candidates: int) -> Tensor:
@@ -35,10 +41,11 @@ def unpacked(data: bytes, num_layers: int, num_heads: int, num_candidates: int) 
             f"{num_layers} layers, {num_heads} KV heads and {num_candidates} candidates have marks "
             f"of {size} bytes, got {len(data)}"
         )
-    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
-    if bits[count:].any():
+    given = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    bits = ((given[:, None] >> _SHIFTS) & 1).bool().flatten()
+    if bool(bits[count:].any()):
         raise ValueError(f"{count} marks are followed by bits that are not zero")
-    return torch.from_numpy(bits[:count].astype(bool)).view(num_layers, num_heads, num_candidates)
+    return bits[:count].view(num_layers, num_heads, num_candidates)
 
 
 def num_candidates(plan: FoldPlan, fold: int) -> int:
