@@ -66,10 +66,13 @@ class FakeServer:
         pin_tokens: int | None = None,
         evict: str | None = None,
         evict_seed: int | None = None,
+        keep_tokens: int | None = None,
+        keep_score: str | None = None,
         group_ids: Sequence[str] | None = None,
     ) -> Iterator[Rollout]:
         assert adapter is not None and sampling is not None and group_ids is not None
         assert window_tokens is not None
+        assert keep_tokens is None and keep_score is None, "it keeps nothing"
         self.asked.append(tuple(group_ids))
         self.windows.append(window_tokens)
         draws = {"evict": evict or "oldest", "evict_seed": evict_seed or 0}

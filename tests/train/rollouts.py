@@ -4,18 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from pte_vllm.method import keep
+from pte_vllm.method.keep_marks import num_candidates, packed
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.aligned import AlignedBatch
+from pte_vllm.train.replay.keeping import Marks
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.segments import replay
+from pte_vllm.wire.folds import num_folds
 from pte_vllm.wire.rollout import Rollout, WeightSpan
 from tests.harness.models import random_tokens
 
 BLOCK = 16
 
 
-def plan(pin_tokens: int, window_blocks: int = 2) -> FoldPlan:
-    return FoldPlan(pin_tokens=pin_tokens, window_tokens=window_blocks * BLOCK, block_size=BLOCK)
+def plan(pin_tokens: int, window_blocks: int = 2, keep_tokens: int = 0) -> FoldPlan:
+    return FoldPlan(
+        pin_tokens=pin_tokens,
+        window_tokens=window_blocks * BLOCK,
+        block_size=BLOCK,
+        keep_tokens=keep_tokens,
+        keep_score="random" if keep_tokens else "expected",
+    )
+
+
+def other_marks(model: PTEModel, fold_plan: FoldPlan, num_folds: int, seed: int) -> Marks:
+    """What a sampler might have kept at each fold, which a replay would not choose."""
+    generator = torch.Generator().manual_seed(seed)
+    config, found = model.base.config, []
+    for fold in range(num_folds):
+        size = num_candidates(fold_plan, fold)
+        scores = torch.rand(
+            *(config.num_hidden_layers, config.num_key_value_heads, size), generator=generator
+        )
+        kept = keep.survival(keep.best(scores, fold_plan.keep_tokens), size)
+        found.append(kept if fold_plan.selects(fold) else None)
+    return found
 
 
 def make_rollout(
@@ -29,13 +55,19 @@ def make_rollout(
     finish_reason: str = "stop",
     temperature: float = 1.0,
     window_blocks: int = 2,
+    keep_tokens: int = 0,
 ) -> Rollout:
     """An answer of random tokens; `spans` are (version, end) of its weight versions."""
     prompt = random_tokens(prompt_tokens, seed=100 + group)
     answer = random_tokens(tokens, seed=1000 * (group + 1) + index)
-    fold_plan = plan(prompt_tokens, window_blocks)
+    fold_plan = plan(prompt_tokens, window_blocks, keep_tokens)
+    marks: Marks = ()
+    if keep_tokens:
+        marks = other_marks(model, fold_plan, num_folds(fold_plan, prompt_tokens + tokens), index)
     found = replay(
-        model, AlignedBatch.align([[*prompt, *answer]], [fold_plan]), temperature=temperature
+        *(model, AlignedBatch.align([[*prompt, *answer]], [fold_plan])),
+        temperature=temperature,
+        marks=[marks] if keep_tokens else None,
     ).logprobs[0, prompt_tokens:]
     versions, start = [], 0
     for version, end in spans:
@@ -53,4 +85,5 @@ def make_rollout(
         group_id=f"group-{group}",
         index=index,
         num_preempted=0,
+        kept=tuple(None if m is None else packed(m) for m in marks) if keep_tokens else None,
     )

@@ -168,10 +168,6 @@ def test_every_option_is_described() -> None:
             ["--plan.keep_tokens", "16", "--plan.probes", "p", "--plan.window_tokens", "0"],
             ["--plan.keep_tokens: keep needs a window"],
         ),
-        (
-            ["--plan.keep_tokens", "16", "--plan.keep_score", "random"],
-            ["--plan.keep_tokens 16: rollouts do not say", "train grpo"],
-        ),
         (["--adapter.layers", "5-3"], ["--adapter.layers: 5-3 runs backwards"]),
         (["--adapter.target_modules", "[]"], ["--adapter.target_modules", "at least one"]),
         (

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pte_vllm.adapter.format import Adapter
-from pte_vllm.train.grpo.loss import ScoredRollout
+from pte_vllm.train.grpo.loss import DriftError, ScoredRollout
 from pte_vllm.train.options.runs import GrpoOptions
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
@@ -217,3 +217,21 @@ def test_old_policy_is_the_learner_not_the_sampler(model: PTEModel) -> None:
     assert result.ratio_off <= 1e-6
     assert result.importance_max <= GrpoOptions().is_cap + 1e-6
     assert result.importance_max > 1.5
+
+
+def test_rollouts_that_keep_tokens(model: PTEModel) -> None:
+    """What they kept is kept again, whatever the replay would choose, beside others too."""
+    keeping = a_step(model, keep_tokens=16)
+    assert all(s.rollout.kept and any(s.rollout.kept) for s in keeping)
+    result = learner(model).step([*keeping[:3], *a_step(model)[3:]], version=1)
+    assert result.drift_max < 1e-4 and result.drift_p99 <= result.drift_max
+    assert 0.2 < result.kept_agreement < 0.8  # as two draws of 16 of 32 have in common
+    kept = keeping[0].rollout
+    other = replace(kept, kept=keeping[1].rollout.kept[: len(kept.kept)])
+    wrong = [replace(keeping[0], rollout=other), *keeping[1:3], *a_step(model)[3:]]
+    with pytest.raises(DriftError):
+        learner(model).step(wrong, version=1)
+
+
+def test_without_kept_tokens_nothing_is_said_of_them(model: PTEModel) -> None:
+    assert math.isnan(learner(model).step(a_step(model), version=1).kept_agreement)

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from pte_vllm.adapter.format import Adapter
+from pte_vllm.adapter.format import Adapter, ModelShape
+from pte_vllm.method.keep_marks import marks_of
 from pte_vllm.train.grpo.loss import (
     LossStats,
     PolicyLoss,
@@ -21,6 +22,7 @@ from pte_vllm.train.grpo.loss import (
 )
 from pte_vllm.train.grpo.micro_batches import MicroBatch, split
 from pte_vllm.train.options.runs import GrpoOptions
+from pte_vllm.train.replay.keeping import Keeper, Marks
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.results import ReplayResult, Scores
 from pte_vllm.train.replay.segments import replay
@@ -35,7 +37,11 @@ class StepResult:
     drift: float
     """The mean |Δ log p| between sampler and replay, over tokens of the learner's version."""
     drift_max: float
+    drift_p99: float
+    """What 99 % of these differences do not exceed: a policy that diverges shows in the tail."""
     drift_tokens: int
+    kept_agreement: float
+    """How much of what rollouts kept the replay would have kept by itself; NaN if nothing is."""
     importance_mean: float
     importance_max: float
     """Mean and largest importance weight as used, over tokens that carry loss."""
@@ -77,6 +83,7 @@ class Learner:
         max_drift: the largest mean |Δ log p| that is allowed between sampler and replay.
         max_grad_norm: the L2 norm to which gradients are scaled down.
         initial: the reference policy's adapter, if `options.reference` is `initial`.
+        keeper: the model's probes, for rollouts that keep tokens by the score `expected`.
 
     Raises:
         ValueError: if the reference needs `initial` and there is none.
@@ -92,6 +99,7 @@ class Learner:
         max_drift: float,
         max_grad_norm: float = 1.0,
         initial: Adapter | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         if options.kl_coef > 0 and options.reference == "initial" and initial is None:
             raise ValueError("reference 'initial' needs the adapter that the run started from")
@@ -99,7 +107,7 @@ class Learner:
         self._temperature = temperature
         self._max_drift = max_drift
         self._max_grad_norm = max_grad_norm
-        self._initial = initial
+        self._initial, self._keeper = initial, keeper
         self.updating = False
         """Whether a step has begun to change the adapter and has not returned."""
 
@@ -140,7 +148,9 @@ class Learner:
             loss=losses[0],
             drift=seen.drift,
             drift_max=seen.drift_max,
+            drift_p99=seen.drift_p99,
             drift_tokens=seen.drift_tokens,
+            kept_agreement=_mean(seen.agreement_sum, seen.agreement_count),
             importance_mean=float(weights.mean()) if len(weights) else math.nan,
             importance_max=float(weights.max()) if len(weights) else math.nan,
             ratio_mean=_mean(stats.ratio_sum, stats.tokens),
@@ -171,7 +181,27 @@ class Learner:
                 )
 
     def _replay(self, micro: MicroBatch, look: _Seen | None = None) -> ReplayResult:
-        return replay(self.model, micro.batch, temperature=self._temperature, loss=look)
+        return replay(
+            *(self.model, micro.batch),
+            temperature=self._temperature,
+            loss=look,
+            keeper=self._keeper,
+            marks=self._marks(micro),
+        )
+
+    def _marks(self, micro: MicroBatch) -> list[Marks] | None:
+        """Return what the folds of each rollout kept; None where nothing is kept.
+
+        Raises:
+            ValueError: if a record does not fit its plan and the model.
+        """
+        if not micro.batch.plan.keep_tokens:
+            return None
+        shape = ModelShape.from_hf(self.model.base.config)
+        return [
+            marks_of(rollout.kept or (), rollout.plan, shape.num_layers, shape.num_kv_heads)
+            for rollout in (sample.rollout for sample in micro.samples)
+        ]
 
     def _importance(self, micro: MicroBatch) -> Tensor:
         assert micro.old is not None
@@ -205,6 +235,8 @@ class Learner:
                 temperature=self._temperature,
                 backward="segments",
                 loss=loss,
+                keeper=self._keeper,
+                marks=self._marks(micro),
             ).loss
         parameters = self.model.trainable_parameters()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
@@ -243,7 +275,16 @@ class _Seen:
         self.rho_sum = 0.0
         self.rho_count = 0
         self.folds = 0
+        self.agreement_sum = 0.0
+        self.agreement_count = 0
         self._drift_sum = 0.0
+        self._off: list[Tensor] = []
+
+    @property
+    def drift_p99(self) -> float:
+        # Sorted by hand: torch.quantile takes no more than 16 million numbers.
+        off = torch.cat(self._off).sort().values if self._off else torch.empty(0)
+        return float(off[int(0.99 * (len(off) - 1))]) if len(off) else math.nan
 
     @property
     def drift(self) -> float:
@@ -260,6 +301,7 @@ class _Seen:
         off = (result.logprobs - micro.sampler).abs()[micro.current]
         if len(off):
             self._drift_sum += float(off.sum())
+            self._off.append(off.cpu())
             self.drift_tokens += len(off)
             self.drift_max = max(float(off.max()), _or_zero(self.drift_max))
         for folds in result.folds:
@@ -267,6 +309,9 @@ class _Seen:
             for fold in folds:
                 self.rho_sum += float(fold.rho.sum())
                 self.rho_count += len(fold.rho)
+                if fold.agreement is not None:
+                    self.agreement_sum += fold.agreement
+                    self.agreement_count += 1
 
 
 def _or_zero(value: float) -> float:

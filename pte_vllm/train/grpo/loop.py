@@ -28,6 +28,7 @@ from pte_vllm.train.grpo.learner import Learner, StepResult
 from pte_vllm.train.grpo.loss import DriftError
 from pte_vllm.train.grpo.sampling import Publisher, RolloutSource, Sampler, StepRollouts, check_plan
 from pte_vllm.train.options.runs import GrpoRun
+from pte_vllm.train.run.build import build_keeper
 from pte_vllm.train.run.checkpoint import RunState
 from pte_vllm.train.run.connection import connect
 from pte_vllm.train.run.log import PLOT_FILE, MetricsLog, ProgressBar, plot_run
@@ -127,6 +128,7 @@ class _Trainer:
             max_drift=run.grpo.drift_limit(dtype),
             max_grad_norm=run.optimizer.max_grad_norm,
             initial=Adapter.load(run.run.directory / INITIAL),
+            keeper=build_keeper(start.model, run.plan),
         )
 
     def run_steps(self, state: RunState, console: Console) -> bool:

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from pte_vllm.adapter.format import Adapter
-from pte_vllm.method.names import Evict
+from pte_vllm.method.names import Evict, KeepScore
 from pte_vllm.train.data.questions import Problem, QuestionStream, prompt_ids
 from pte_vllm.train.grpo.loss import (
     ScoredRollout,
@@ -54,6 +54,8 @@ class RolloutSource(Protocol):
         pin_tokens: int | None = ...,
         evict: Evict | None = ...,
         evict_seed: int | None = ...,
+        keep_tokens: int | None = ...,
+        keep_score: KeepScore | None = ...,
         group_ids: Sequence[str] | None = ...,
     ) -> Iterator[Rollout]: ...
 
@@ -230,7 +232,7 @@ class Sampler:
     ) -> Iterator[tuple[str, list[Rollout]]]:
         """Yield groups as they are complete, with their rollouts in order."""
         sampling, size, plan = self._run.sampling, self._run.sampling.group_size, self._run.plan
-        drawn = plan.evict != "oldest"
+        drawn = "random" in (plan.evict, plan.keep_score)
 
         def pinned(item: tuple[str, Problem]) -> int:
             return -1 if item[1].pin_tokens is None else item[1].pin_tokens
@@ -249,8 +251,10 @@ class Sampler:
                 },
                 window_tokens=window_tokens,
                 pin_tokens=None if pin_tokens < 0 else pin_tokens,
-                evict=plan.evict if drawn else None,
+                evict=plan.evict if plan.evict != "oldest" else None,
                 evict_seed=plan.evict_seed if drawn else None,
+                keep_tokens=plan.keep_tokens or None,
+                keep_score=plan.keep_score if plan.keep_tokens else None,
                 group_ids=list(chosen),
             ):
                 members = arrived.setdefault(rollout.group_id, [])
@@ -285,6 +289,12 @@ def check_plan(run: GrpoRun, info: dict[str, Any]) -> None:
         served, wanted = info["plan"][name], getattr(run.plan, name)
         if served != wanted:
             raise ValueError(f"--plan.{name} is {wanted}, but the server's is {served}")
+    default = info["plan"].get("keep_tokens", 0)  # earlier versions keep nothing
+    if default and not run.plan.keep_tokens:
+        raise ValueError(
+            f"--plan.keep_tokens is 0, but the server keeps {default} by default: give "
+            f"--plan.keep_tokens {default}, or start it with --pte-keep 0"
+        )
 
 
 def step_seed(seed: int, label: str) -> int:

@@ -253,11 +253,6 @@ class GrpoRun(RunOptions):
                 f"--grpo.overlong_tokens {self.grpo.overlong_tokens} must not exceed "
                 f"--sampling.max_tokens {self.sampling.max_tokens}"
             )
-        if self.plan.keep_tokens:
-            raise ValueError(
-                f"--plan.keep_tokens {self.plan.keep_tokens}: rollouts do not say which tokens "
-                "were kept, so train grpo cannot repeat it; leave it out"
-            )
         return self
 
 

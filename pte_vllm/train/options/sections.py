@@ -101,11 +101,11 @@ class PlanOptions(Options):
     evict_seed: CountOrZero = 0
     """What is drawn by, the same of all sequences. Only with evict random or keep_score random."""
     keep_tokens: CountOrZero = 0
-    """Evicted tokens that each KV head keeps, a multiple of block_size; for distillation only."""
+    """Evicted tokens that each KV head keeps, a multiple of block_size; 0 keeps none."""
     keep_score: KeepScore = "expected"
     """How they are chosen: by the attention that probes pay them, or at random, as a control."""
     probes: str | None = None
-    """File of the model's probes, for keep_score expected."""
+    """File of the model's probes, for keep_score expected; for GRPO the server's own."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
