@@ -26,8 +26,7 @@ from pte_vllm.kernels.choice import use_kernels
 from pte_vllm.kernels.keep_cpu import can_keep, expected_scores_cpu, put_cpu, take_cpu
 from pte_vllm.kernels.keep_torch import ProbedCache
 from pte_vllm.method import keep
-from pte_vllm.method.keep_marks import marks_of
-from pte_vllm.method.kept_record import KeptRecord
+from pte_vllm.method.keep_marks import packed, unpacked_on
 from pte_vllm.method.plan import FoldPlan
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class Selection:
         return list(range(first, first + self.plan.keep_blocks))
 
     def forced(self) -> Tensor | None:
-        """Return which candidates it has to keep, `[L, H, C]` bool; None: it chooses."""
+        """Return which candidates it has to keep, as packed marks; None: it chooses."""
         earlier = self.sequence.forced
         return earlier[self.fold] if self.fold < len(earlier) else None
 
@@ -137,10 +136,6 @@ class KeptTokens:
                 table = CacheTable.of(caches)
         return cls(caches=tuple(caches), layout=layout, probed=probed, table=table)
 
-    def marks_of(self, record: KeptRecord, plan: FoldPlan) -> list[Tensor | None]:
-        """Unpack what a request was made to keep; the API server has checked it."""
-        return marks_of(record, plan, len(self.caches), self.caches[0].shape[1])
-
     @torch.inference_mode()
     def keep(
         self, folds: list[Selection], block_ids: BlockIds, moved: dict[str, list[int]]
@@ -174,7 +169,7 @@ class KeptTokens:
         kept = self._choose(alike, candidates, block_ids)
         marks = keep.survival(kept, candidates.shape[1] * len(self.layout.key_index))
         for i, selection in enumerate(alike):
-            selection.sequence.survivals.append(to_host(marks[:, i]))
+            selection.sequence.survivals.append(to_host(packed(marks[:, i])))
         cells = self._take(candidates, kept)
         if not any(name in moved for name in names):
             own = block_ids(names, [s.places() for s in alike])
@@ -209,6 +204,7 @@ class KeptTokens:
     def _choose(self, alike: list[Selection], candidates: Tensor, block_ids: BlockIds) -> Tensor:
         """Return which candidates stay, `[L, S, H, K]` int64."""
         keep_tokens, device = alike[0].plan.keep_tokens, candidates.device
+        num_candidates = candidates.shape[1] * len(self.layout.key_index)
         forced = [s.forced() for s in alike]
         kept = None
         if any(marks is None for marks in forced):
@@ -219,7 +215,9 @@ class KeptTokens:
                 assert kept is not None
                 rows.append(kept[:, i])
             else:
-                rows.append(keep.places(marks.to(device, non_blocking=True), keep_tokens))
+                bits = marks.to(device, non_blocking=True)
+                sizes = len(self.caches), self.caches[0].shape[1]
+                rows.append(keep.places(unpacked_on(bits, *sizes, num_candidates), keep_tokens))
         return torch.stack(rows, 1)
 
     def _scores(self, alike: list[Selection], candidates: Tensor, block_ids: BlockIds) -> Tensor:

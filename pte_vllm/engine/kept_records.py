@@ -1,7 +1,4 @@
-"""What finished requests kept at their folds, until whoever asked for it takes it.
-
-Shapes: L layers, H KV heads, C candidates of a fold.
-"""
+"""What finished requests kept at their folds, until whoever asked for it takes it."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pte_vllm.engine.request_ids import find_id
-from pte_vllm.method.keep_marks import packed
 from pte_vllm.method.kept_record import KeptRecord
 
 MAX_BYTES = 2**28
@@ -27,7 +23,7 @@ class KeptRecords:
         self._num_bytes = 0
 
     def add(self, request_id: str, marks: Sequence[Tensor | None]) -> None:
-        """Keep the marks of each fold of a request, `[L, H, C]` bool or None.
+        """Keep the marks of each fold of a request, as `keep_marks.packed` has them, or None.
 
         They may still be on their way to the host.
         """
@@ -47,7 +43,7 @@ class KeptRecords:
             return None
         marks = self._marks[request_id]
         self._drop(request_id)
-        return tuple(None if of_fold is None else packed(of_fold) for of_fold in marks)
+        return tuple(None if of_fold is None else of_fold.numpy().tobytes() for of_fold in marks)
 
     def _drop(self, request_id: str) -> None:
         marks = self._marks.pop(request_id, None)

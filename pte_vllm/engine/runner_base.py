@@ -252,7 +252,7 @@ class PTERunnerMixin(ABC):
             adapter=lora.lora_name if lora is not None else None,
             rule=start.rule,
             loaded=self.lora_manager.encoder_of(lora) if lora is not None else None,
-            forced=self.pte_kept.marks_of(start.kept, start.plan),
+            forced=start.kept,
             return_kept=start.return_kept,
         )
         if sequence.loaded is not None and sequence.rule is not None:

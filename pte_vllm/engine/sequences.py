@@ -60,8 +60,8 @@ class FoldingSequence:
     rho: list[Tensor] = field(default_factory=list)
     """ρ of each fold, a scalar on the device; nobody waits for it until it is asked for."""
     survivals: list[Tensor | None] = field(default_factory=list)
-    """Which candidates each fold kept, `[L, H, C]` bool on their way to the host; None where all
-    stayed, or none."""
+    """Which candidates each fold kept, as `keep_marks.packed` has them, on their way to the host;
+    None where all stayed."""
     forced: list[Tensor | None] = field(default_factory=list)
     """What the first folds have to keep: what they kept when these tokens ran before."""
     return_kept: bool = False

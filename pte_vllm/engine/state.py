@@ -8,7 +8,6 @@ preempted, and starts from S_0 again when it resumes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from pte_vllm.engine.request_ids import find_id
 from pte_vllm.engine.sequences import IDENTITY_SLOT, FoldingSequence, LoadedEncoder, Snapshot
 from pte_vllm.engine.thoughts import Thoughts, ThoughtStore, to_host
 from pte_vllm.method.held import as_read, held_sums, whole_sums
+from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.options import check_rule_fits
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.reference import UPDATE_RULES, Moments, Sums, moments, relative_update
@@ -76,7 +76,7 @@ class StatePool:
         adapter: str | None = None,
         rule: str | None = None,
         loaded: LoadedEncoder | None = None,
-        forced: Sequence[Tensor | None] = (),
+        forced: KeptRecord = (),
         return_kept: bool = False,
     ) -> FoldingSequence:
         """Start a sequence from S_0, or start it over, with a slot if it has a thought state.
@@ -96,7 +96,10 @@ class StatePool:
         sequence = FoldingSequence(
             plan=plan, adapter=adapter, peak_blocks=peak, return_kept=return_kept
         )
-        sequence.forced = list(forced)
+        sequence.forced = [
+            None if marks is None else torch.frombuffer(bytearray(marks), dtype=torch.uint8)
+            for marks in forced
+        ]
         if previous is not None:
             sequence.forced = previous.to_force()
             sequence.return_kept |= previous.return_kept

@@ -9,6 +9,8 @@ Letters in shapes: L layers, H KV heads, C candidates.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,15 +18,17 @@ from torch.nn import functional
 from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.plan import FoldPlan
 
-_SHIFTS = torch.arange(7, -1, -1, dtype=torch.uint8)
-"""From the highest bit of a byte to the lowest."""
 
-
-def packed(marks: Tensor) -> bytes:
-    """Pack marks `[L, H, C]`, bool on any device, into ceil(L·H·C / 8) bytes."""
-    bits = marks.cpu().flatten().byte()
+def packed(marks: Tensor) -> Tensor:
+    """Pack marks `[L, H, C]`, bool, into ceil(L·H·C / 8) bytes, uint8 on the same device."""
+    bits = marks.flatten().byte()
     padded = functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-    found: bytes = (padded << _SHIFTS).sum(-1).byte().numpy().tobytes()
+    return (padded << _shifts(marks.device)).sum(-1).byte()
+
+
+def packed_bytes(marks: Tensor) -> bytes:
+    """Do the same as bytes, which waits for the device."""
+    found: bytes = packed(marks).cpu().numpy().tobytes()
     return found
 
 
@@ -41,11 +45,27 @@ def unpacked(data: bytes, num_layers: int, num_heads: int, num_candidates: int) 
             f"{num_layers} layers, {num_heads} KV heads and {num_candidates} candidates have marks "
             f"of {size} bytes, got {len(data)}"
         )
-    given = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    bits = ((given[:, None] >> _SHIFTS) & 1).bool().flatten()
+    bits = _bits(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     if bool(bits[count:].any()):
         raise ValueError(f"{count} marks are followed by bits that are not zero")
     return bits[:count].view(num_layers, num_heads, num_candidates)
+
+
+def unpacked_on(data: Tensor, num_layers: int, num_heads: int, num_candidates: int) -> Tensor:
+    """Unpack what `packed` made, unchecked and on its device, which nobody waits for."""
+    count = num_layers * num_heads * num_candidates
+    return _bits(data)[:count].view(num_layers, num_heads, num_candidates)
+
+
+def _bits(data: Tensor) -> Tensor:
+    """Return the bits of bytes `[n]` uint8, from the highest of each, `[8 n]` bool."""
+    return ((data[:, None] >> _shifts(data.device)) & 1).bool().flatten()
+
+
+@cache
+def _shifts(device: torch.device) -> Tensor:
+    """From the highest bit of a byte to the lowest."""
+    return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
 
 
 def num_candidates(plan: FoldPlan, fold: int) -> int:

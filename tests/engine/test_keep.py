@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pte_vllm.method.keep_marks import unpacked
 from tests.engine.kept import same
 from tests.harness.engine import BLOCK, Engine, Job
 from tests.harness.models import random_tokens
@@ -57,11 +58,11 @@ def test_selections(engine: Engine, keep: int, score: str) -> None:
     assert survivals[:whole] == [None] * whole
     plan = job.plan(WINDOW)
     assert len(survivals) == plan.folds(len(job.prompt) + len(job.tokens) - 2) > whole + 2
-    for marks in survivals[whole:]:
-        assert marks is not None and marks.shape == (3, 2, keep + BLOCK)
-        assert (marks.sum(-1) == keep).all()
-    # Heads choose differently.
-    assert not torch.equal(survivals[-1][0, 0], survivals[-1][1, 1])
+    for marks in job.kept[whole:]:
+        assert marks is not None
+        of_fold = unpacked(marks, 3, 2, keep + BLOCK)
+        assert (of_fold.sum(-1) == keep).all()
+        assert not torch.equal(of_fold[0, 0], of_fold[1, 1])  # heads choose differently
 
 
 def test_preempted_ones_keep_what_they_kept(engine: Engine) -> None:

@@ -7,21 +7,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pte_vllm.method.keep_marks import packed, unpacked
+from pte_vllm.method.keep_marks import packed_bytes, unpacked
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 37), st.integers(0, 2**31))
 def test_round_trip(layers: int, heads: int, candidates: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     marks = torch.rand(layers, heads, candidates, generator=g) < 0.5
-    data = packed(marks)
+    data = packed_bytes(marks)
     assert len(data) == -(-layers * heads * candidates // 8)
     assert torch.equal(unpacked(data, layers, heads, candidates), marks)
 
 
 def test_the_order_of_bits() -> None:
     marks = torch.tensor([[[True, False, False], [False, True, True]], [[True, True, False]] * 2])
-    assert packed(marks) == bytes([0b10001111, 0b01100000])
+    assert packed_bytes(marks) == bytes([0b10001111, 0b01100000])
 
 
 @pytest.mark.parametrize(

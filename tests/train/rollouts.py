@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pte_vllm.method import keep
-from pte_vllm.method.keep_marks import num_candidates, packed
+from pte_vllm.method.keep_marks import num_candidates, packed_bytes
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.keeping import Marks
@@ -85,5 +85,5 @@ def make_rollout(
         group_id=f"group-{group}",
         index=index,
         num_preempted=0,
-        kept=tuple(None if m is None else packed(m) for m in marks) if keep_tokens else None,
+        kept=tuple(None if m is None else packed_bytes(m) for m in marks) if keep_tokens else None,
     )
