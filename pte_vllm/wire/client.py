@@ -153,8 +153,8 @@ class RolloutClient:
         texts = {isinstance(group.prompt, str) for group in groups.values()}
         if len(texts) > 1:
             raise ValueError("prompts must be all texts or all token ids")
-        choices = choices_of(evict, evict_seed, keep_tokens, keep_score)
-        policy = {"adapter": adapter, "window_tokens": window_tokens, **choices}
+        policy = {"adapter": adapter, "window_tokens": window_tokens}
+        policy |= choices_of(evict, evict_seed, keep_tokens, keep_score)
         options = {
             "n": n,
             **policy,
@@ -225,14 +225,15 @@ class RolloutClient:
             "min_weight_version": min_weight_version,
             **({"top_logprobs": top_logprobs} if top_logprobs else {}),  # older servers refuse it
         }
-
         records = dict(zip(groups, kept or [None] * len(groups), strict=True))
 
         def body(missing: dict[str, Group]) -> dict[str, Any]:
-            again = [records[group_id] for group_id in missing]
+            again = [
+                records[group_id] and record_to_json(records[group_id]) for group_id in missing
+            ]
             return {
                 **options,
-                **({"kept": [r and record_to_json(r) for r in again]} if any(again) else {}),
+                **({"kept": again} if any(again) else {}),
                 "token_ids": [[*g.prompt, *(g.answer or ())] for g in missing.values()],
                 "prompt_tokens": [len(group.prompt) for group in missing.values()],
                 "group_id": list(missing),

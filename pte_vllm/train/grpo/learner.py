@@ -21,10 +21,11 @@ from pte_vllm.train.grpo.loss import (
     importance_weights,
 )
 from pte_vllm.train.grpo.micro_batches import MicroBatch, split
+from pte_vllm.train.grpo.seen import Seen, mean_or_nan
 from pte_vllm.train.options.runs import GrpoOptions
 from pte_vllm.train.replay.keeping import Keeper, Marks
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.results import ReplayResult, Scores
+from pte_vllm.train.replay.results import ReplayResult
 from pte_vllm.train.replay.segments import replay
 
 
@@ -129,7 +130,7 @@ class Learner:
         began, options = time.monotonic(), self.options
         self._check_rules(samples)
         micros = split(samples, options, version=version, device=self.model.device)
-        seen = _Seen()
+        seen = Seen()
         for micro in micros:
             seen.add(micro, self._replay(micro, seen))
         check_drift(seen.drift, self._max_drift, version, tokens=seen.drift_tokens)
@@ -150,17 +151,17 @@ class Learner:
             drift_max=seen.drift_max,
             drift_p99=seen.drift_p99,
             drift_tokens=seen.drift_tokens,
-            kept_agreement=_mean(seen.agreement_sum, seen.agreement_count),
+            kept_agreement=mean_or_nan(seen.agreement_sum, seen.agreement_count),
             importance_mean=float(weights.mean()) if len(weights) else math.nan,
             importance_max=float(weights.max()) if len(weights) else math.nan,
-            ratio_mean=_mean(stats.ratio_sum, stats.tokens),
+            ratio_mean=mean_or_nan(stats.ratio_sum, stats.tokens),
             ratio_off=stats.ratio_off,
-            clipped_low=_mean(stats.clipped_low, stats.tokens),
-            clipped_high=_mean(stats.clipped_high, stats.tokens),
-            kl=_mean(stats.kl_sum, stats.tokens) if with_kl else math.nan,
-            entropy=_mean(seen.entropy_sum, seen.sampled_tokens),
+            clipped_low=mean_or_nan(stats.clipped_low, stats.tokens),
+            clipped_high=mean_or_nan(stats.clipped_high, stats.tokens),
+            kl=mean_or_nan(stats.kl_sum, stats.tokens) if with_kl else math.nan,
+            entropy=mean_or_nan(seen.entropy_sum, seen.sampled_tokens),
             grad_norm=norm,
-            rho=_mean(seen.rho_sum, seen.rho_count),
+            rho=mean_or_nan(seen.rho_sum, seen.rho_count),
             folds=seen.folds / len(samples),
             trained_tokens=len(weights),
             replayed_tokens=sum(len(s.rollout.token_ids) for s in samples),
@@ -180,7 +181,7 @@ class Learner:
                     f"{own or 'no thought state'}: ask for rollouts without update"
                 )
 
-    def _replay(self, micro: MicroBatch, look: _Seen | None = None) -> ReplayResult:
+    def _replay(self, micro: MicroBatch, look: Seen | None = None) -> ReplayResult:
         return replay(
             *(self.model, micro.batch),
             temperature=self._temperature,
@@ -262,61 +263,3 @@ class Learner:
             yield
         finally:
             self.model.load_adapter_weights(current)
-
-
-class _Seen:
-    """Collects what the replay before the first update shows; it is called as a loss is."""
-
-    def __init__(self) -> None:
-        self.entropy_sum = 0.0
-        self.sampled_tokens = 0
-        self.drift_tokens = 0
-        self.drift_max = math.nan
-        self.rho_sum = 0.0
-        self.rho_count = 0
-        self.folds = 0
-        self.agreement_sum = 0.0
-        self.agreement_count = 0
-        self._drift_sum = 0.0
-        self._off: list[Tensor] = []
-
-    @property
-    def drift_p99(self) -> float:
-        # Sorted by hand: torch.quantile takes no more than 16 million numbers.
-        off = torch.cat(self._off).sort().values if self._off else torch.empty(0)
-        return float(off[int(0.99 * (len(off) - 1))]) if len(off) else math.nan
-
-    @property
-    def drift(self) -> float:
-        return _mean(self._drift_sum, self.drift_tokens)
-
-    def __call__(self, scores: Scores) -> Tensor:
-        logprobs = scores.logits.log_softmax(-1)  # [N, V]
-        self.entropy_sum -= float((logprobs.exp() * logprobs).sum())
-        self.sampled_tokens += len(logprobs)
-        return logprobs.new_zeros(())
-
-    def add(self, micro: MicroBatch, result: ReplayResult) -> None:
-        micro.old = result.logprobs
-        off = (result.logprobs - micro.sampler).abs()[micro.current]
-        if len(off):
-            self._drift_sum += float(off.sum())
-            self._off.append(off.cpu())
-            self.drift_tokens += len(off)
-            self.drift_max = max(float(off.max()), _or_zero(self.drift_max))
-        for folds in result.folds:
-            self.folds += len(folds)
-            for fold in folds:
-                self.rho_sum += float(fold.rho.sum())
-                self.rho_count += len(fold.rho)
-                if fold.agreement is not None:
-                    self.agreement_sum += fold.agreement
-                    self.agreement_count += 1
-
-
-def _or_zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
-
-
-def _mean(total: float, count: int) -> float:
-    return total / count if count else math.nan

@@ -26,7 +26,8 @@ from pte_vllm.train.data.questions import Problem, QuestionStream, prompt_ids
 from pte_vllm.train.data.sources import open_stream
 from pte_vllm.train.grpo.learner import Learner, StepResult
 from pte_vllm.train.grpo.loss import DriftError
-from pte_vllm.train.grpo.sampling import Publisher, RolloutSource, Sampler, StepRollouts, check_plan
+from pte_vllm.train.grpo.publishing import Publisher, RolloutSource
+from pte_vllm.train.grpo.sampling import Sampler, StepRollouts, check_plan
 from pte_vllm.train.options.runs import GrpoRun
 from pte_vllm.train.run.build import build_keeper
 from pte_vllm.train.run.checkpoint import RunState
