@@ -34,6 +34,8 @@ def record_from_json(value: Any) -> KeptRecord:
     return tuple(entries)
 
 
-def record_to_json(record: Iterable[bytes | None]) -> list[str | None]:
-    """Return the JSON values that `record_from_json` reads."""
+def record_to_json(record: Iterable[bytes | None] | None) -> list[str | None] | None:
+    """Return the JSON values that `record_from_json` reads; None stays None."""
+    if record is None:
+        return None
     return [None if marks is None else base64.b64encode(marks).decode() for marks in record]

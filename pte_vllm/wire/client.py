@@ -225,15 +225,12 @@ class RolloutClient:
             "min_weight_version": min_weight_version,
             **({"top_logprobs": top_logprobs} if top_logprobs else {}),  # older servers refuse it
         }
-        records = dict(zip(groups, kept or [None] * len(groups), strict=True))
+        records = dict(zip(groups, map(record_to_json, kept or ()), strict=kept is not None))
 
         def body(missing: dict[str, Group]) -> dict[str, Any]:
-            again = [
-                records[group_id] and record_to_json(records[group_id]) for group_id in missing
-            ]
             return {
                 **options,
-                **({"kept": again} if any(again) else {}),
+                **({"kept": [records[g] for g in missing]} if kept else {}),
                 "token_ids": [[*g.prompt, *(g.answer or ())] for g in missing.values()],
                 "prompt_tokens": [len(group.prompt) for group in missing.values()],
                 "group_id": list(missing),

@@ -39,7 +39,7 @@ def _without_defaults(plan: FoldPlan, write: SerializerFunctionWrapHandler) -> d
 Plan = Annotated[FoldPlan, WrapSerializer(_without_defaults)]
 
 
-def _to_text(record: KeptRecord) -> list[str | None]:
+def _to_text(record: KeptRecord) -> list[str | None] | None:
     return record_to_json(record)
 
 

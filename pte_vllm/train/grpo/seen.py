@@ -60,7 +60,7 @@ class Seen:
                 self.rho_sum += float(fold.rho.sum())
                 self.rho_count += len(fold.rho)
                 if fold.agreement is not None:
-                    self.agreement_sum += fold.agreement
+                    self.agreement_sum += float(fold.agreement)
                     self.agreement_count += 1
 
 
