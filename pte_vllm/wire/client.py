@@ -153,7 +153,7 @@ class RolloutClient:
         texts = {isinstance(group.prompt, str) for group in groups.values()}
         if len(texts) > 1:
             raise ValueError("prompts must be all texts or all token ids")
-        policy = {"adapter": adapter, "window_tokens": window_tokens}
+        policy: dict[str, Any] = {"adapter": adapter, "window_tokens": window_tokens}
         policy |= choices_of(evict, evict_seed, keep_tokens, keep_score)
         options = {
             "n": n,
@@ -216,8 +216,8 @@ class RolloutClient:
                 missing={0},
                 pin_tokens=pin_tokens,
             )
-        choices = choices_of(evict, evict_seed, keep_tokens, keep_score)
-        policy = {"adapter": adapter, "window_tokens": window_tokens, **choices}
+        policy: dict[str, Any] = {"adapter": adapter, "window_tokens": window_tokens}
+        policy |= choices_of(evict, evict_seed, keep_tokens, keep_score)
         options = {
             **policy,
             "pin_tokens": pin_tokens,
