@@ -96,8 +96,7 @@ class Thoughts:
             "num_tokens": self.num_tokens,
             "pin_tokens": self.plan.pin_tokens,
             "window_tokens": self.plan.window_tokens,
-            **self._drawn(),
-            "keep_tokens": self.plan.keep_tokens,
+            **self._choices(),
             "folds": self.folds,
             "folded_tokens": self.folded_blocks * self.plan.block_size,
             "held_blocks": self.held_blocks,
@@ -108,12 +107,14 @@ class Thoughts:
             "rho": self.rho_list(),
         }
 
-    def _drawn(self) -> dict[str, Any]:
-        """Return how blocks are drawn; nothing where the oldest leave."""
-        plan = self.plan
-        if plan.evict == "oldest":
-            return {}
-        return {"evict": plan.evict, "evict_seed": plan.evict_seed}
+    def _choices(self) -> dict[str, Any]:
+        """Return how blocks are drawn and tokens kept; nothing where the oldest leave for good."""
+        plan, said = self.plan, dict[str, Any]()
+        if plan.evict != "oldest":
+            said |= {"evict": plan.evict, "evict_seed": plan.evict_seed}
+        if plan.keep_tokens:
+            said |= {"keep_tokens": plan.keep_tokens, "keep_score": plan.keep_score}
+        return said
 
     def safetensors(self) -> bytes | None:
         """Return `state` as a file whose metadata says how to read it; None without a state.

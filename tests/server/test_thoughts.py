@@ -83,8 +83,9 @@ def test_thoughts_are_those_of_the_replay(server: Server, model: str, options: d
     events = _follow(iter(_get(server, f"{response.id}/events").text.splitlines()))
     told = [(e["at"], e.get("spans", [e.get("blocks")])) for kind, e in events if kind == "fold"]
     assert told == [(fold.at, [list(span) for span in fold.spans]) for fold in expected.folds[0]]
-    for name, value in drawn(options).items():  # said only where blocks are drawn
-        assert found.get(name, value) == value and (name in found) == ("pte_evict" in options)
+    for name, value in drawn(options).items():  # said only where blocks are drawn, or tokens kept
+        option = "pte_keep" if name.startswith("keep") else "pte_evict"
+        assert found.get(name, value) == value and (name in found) == (option in options)
     print(f"{model} {options}: {len(rho)} folds, rho {rho[0]:.3f} .. {rho[-1]:.3f}")
 
 
