@@ -397,6 +397,8 @@ def test_failures_of_the_sampling_are_told(
 def test_a_stop_leaves_no_file(cache: Path, tiny: Tiny) -> None:
     """Ctrl-C reaches both processes; a file that takes minutes is not there half."""
     code = (
+        # A test run in the background ignores the signal, and so would what it starts.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from pte_vllm.adapter.probe_cache import calibrated\n"
         "try: calibrated(sys.argv[1], options=['--num-thoughts', '64', '--max-tokens', '20000'])\n"
         "except KeyboardInterrupt: sys.exit(77)"
