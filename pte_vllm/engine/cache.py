@@ -83,8 +83,7 @@ class PTEManager(FullAttentionManager):
         self._held: dict[str, HeldBlocks] = {}  # as of the fold freed last, by request
         self.reserve: WindowReserve | None = None
         """What keeps room for windows; the scheduler sets it where the engine's options ask."""
-        self.moved: dict[str, list[int]] = {}
-        """The blocks for kept tokens of each request that got others in this step."""
+        self._moved: dict[str, list[int]] = {}  # what `take_moved` returns
         self._due: dict[str, list[int]] = {}  # places whose blocks a fold may not write into
         # vLLM has the worker zero new blocks where a model needs it. Here they always are: what an
         # adapter gone wrong leaves in a block may be no number, and attention multiplies what lies
@@ -164,12 +163,15 @@ class PTEManager(FullAttentionManager):
             written = {block.block_id for block in fresh}
             self.new_block_ids = [i for i in self.new_block_ids if i not in written]
             own = blocks[plan.pinned_blocks : plan.pinned_blocks + plan.keep_blocks]
-            self.moved[request_id] = [block.block_id for block in own]
+            self._moved[request_id] = [block.block_id for block in own]
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def take_moved(self) -> dict[str, list[int]]:
-        """Return whose kept tokens go into other blocks in this step, and begin the next one."""
-        moved, self.moved = self.moved, {}
+        """Return the blocks for kept tokens of each request that got others in this step.
+
+        Then the next step begins.
+        """
+        moved, self._moved = self._moved, {}
         return moved
 
     def remove_skipped_blocks(
