@@ -111,12 +111,9 @@ def _probes(model: str, engine: EngineConfig) -> str | None:
     """Return the file of probes that the engine needs, which is sampled first if there is none.
 
     Raises:
-        ValueError, OSError: naming the flag, if it cannot be used, or cannot be made.
+        ValueError, OSError: if it cannot be sampled.
     """
-    if engine.probes is not None:
-        from pte_vllm.adapter.probes import Probes
-
-        Probes.load(engine.probes)
+    if engine.probes is not None:  # checked with the other files
         return str(Path(engine.probes).absolute())
     if not engine.keep_tokens or engine.keep_score != "expected":
         return None

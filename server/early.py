@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import socket
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from vllm.entrypoints.launchers.launcher import create_server_socket
 from pte_vllm.adapter.files import AdapterError, is_pte_adapter, read_config
 from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE
+from pte_vllm.adapter.probes import Probes, ProbesError
 from pte_vllm.engine.refusals import allowed_lora_rank
-from pte_vllm.models.location import check_model
+from pte_vllm.method.options import EngineConfig
+from pte_vllm.models.location import check_model, model_hash
 from pte_vllm.server.adapters.spool import Spool, SpoolError, default_spool
 from pte_vllm.server.options import ServiceConfig
 
@@ -28,6 +31,7 @@ def check_early(args: Namespace, options: ServiceConfig) -> Spool:
     """
     _check_files(args)
     _check_adapters(args)
+    _check_probes(args)
     args.pte_port = claim_address(args)
     return open_spool(args, options)
 
@@ -70,6 +74,30 @@ def _check_adapters(args: Namespace) -> None:
                 f"{flag}: rank {rank} exceeds --max-lora-rank {args.max_lora_rank}; serve with "
                 f"--max-lora-rank {allowed_lora_rank(rank)}"
             )
+
+
+def _check_probes(args: Namespace) -> None:
+    """Refuse probes that are not there or for a model of other sizes; say if it is another one."""
+    engine = EngineConfig.from_vllm(args)
+    if engine is None or engine.probes is None:
+        return
+    file, shape = engine.probes, _shape(args.model)
+    try:
+        probes = Probes.load(file)
+        if shape is not None:
+            probes.check_fits(
+                num_layers=shape.num_layers,
+                num_kv_heads=shape.num_kv_heads,
+                head_dim=shape.head_dim,
+            )
+    except ProbesError as error:
+        raise ValueError(f"--pte-probes {file}: {str(error).replace(f'{file}: ', '')}") from error
+    if os.path.isdir(args.model) and probes.model_hash != model_hash(args.model):
+        print(
+            f"pte-vllm: --pte-probes {file}: these are probes of another model; `pte-vllm adapter "
+            "calibrate` samples this one's",
+            file=sys.stderr,
+        )
 
 
 def _rank(path: Path, model: str) -> int:

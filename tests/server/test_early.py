@@ -11,10 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from pte_vllm.adapter.probes import Probes
 from pte_vllm.launch import HOST, free_port, pte_command
+from pte_vllm.method.options import EngineConfig
+from pte_vllm.models.location import model_hash
 from pte_vllm.server.adapters.spool import Spool
 from pte_vllm.server.early import check_early, claim_address
 from pte_vllm.server.options import ServiceConfig
@@ -96,6 +100,31 @@ def test_adapters_that_cannot_be_served(
     refused("base is the name", f"base={good}", flags=(*LORA, "--served-model-name", "base"))
     args = _args(model, *LORA, "--lora-modules", f"a={good}", "b=org/name")
     check_early(args, ServiceConfig(spool=str(tmp_path / "spool")))
+
+
+def test_probes_that_cannot_be_used(
+    tiny: Callable[[str], Path],
+    probes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, other, broken = tiny("llama"), tmp_path / "other", tmp_path / "broken"
+    Probes.of(torch.ones(2, 2, 3, 32), model_hash(model)).save(other)
+    broken.write_text("no probes")
+
+    def args(file: Path | str) -> Namespace:
+        found = _args(model)
+        found.additional_config = {"pte": EngineConfig(keep_tokens=32, probes=str(file)).to_dict()}
+        return found
+
+    _refused(args("no.file"), "--pte-probes no.file: these probes cannot be read")
+    _refused(args(broken), f"--pte-probes {broken}: these probes cannot be read")
+    _refused(args(other), f"--pte-probes {other}: these probes are for 2 layers of 2 KV heads")
+    check_early(args(probes), ServiceConfig())
+    assert "these are probes of another model" in capsys.readouterr().err
+    Probes.of(Probes.load(probes).queries, model_hash(model)).save(other)
+    check_early(args(other), ServiceConfig())
+    assert not capsys.readouterr().err
 
 
 def test_files_and_modules_that_are_not_there() -> None:
