@@ -21,6 +21,28 @@ _TILE = 32
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _program(example_ptr, caches_ptr, num_heads, num_parts, stride_head):  # type: ignore[no-untyped-def]
+    """Which part, head, sequence and layer a program has, and where the head's cache starts."""
+    part = tl.program_id(0) % num_parts
+    head = tl.program_id(0) // num_parts % num_heads
+    sequence = tl.program_id(0) // num_parts // num_heads
+    layer = tl.program_id(1).to(tl.int64)
+    # An address read from memory says nothing of its alignment; the host has checked it.
+    address = tl.load(caches_ptr + layer)
+    cache = tl.multiple_of(address.to(tl.pointer_type(example_ptr.dtype.element_ty)), 16)
+    return part, head, sequence, layer, cache + head * stride_head
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows(  # type: ignore[no-untyped-def]
+    cache, blocks, place, live, block_size, stride_block, stride_token
+):
+    """Where the keys of the tokens in these places of a sequence's `blocks` begin."""
+    block = tl.load(blocks + place // block_size, mask=live, other=0)
+    return cache + block * stride_block + (place % block_size) * stride_token
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _logits(  # type: ignore[no-untyped-def]
     rows,  # [TOKENS] where each token's keys begin
     live,  # [TOKENS]
@@ -93,23 +115,17 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    part = tl.program_id(0) % num_parts
-    head = tl.program_id(0) // num_parts % num_heads
-    sequence = tl.program_id(0) // num_parts // num_heads
-    layer = tl.program_id(1).to(tl.int64)
-    address = tl.load(caches_ptr + layer)
-    cache = tl.multiple_of(address.to(tl.pointer_type(example_ptr.dtype.element_ty)), 16)
-    cache += head * stride_head
+    part, head, sequence, layer, cache = _program(
+        example_ptr, caches_ptr, num_heads, num_parts, stride_head
+    )
+    blocks = blocks_ptr + sequence * num_blocks
     own = (layer * num_seqs + sequence) * num_heads + head
     queries = queries_ptr + (layer * num_heads + head) * num_probes * DIM
     lane = tl.arange(0, TILE)
     if SCORES:
         token = part * TILE + lane
         live = token < num_wanted * block_size
-        block = tl.load(
-            blocks_ptr + sequence * num_blocks + token // block_size, mask=live, other=0
-        )
-        rows = cache + block * stride_block + (token % block_size) * stride_token
+        rows = _rows(cache, blocks, token, live, block_size, stride_block, stride_token)
         squares = tl.zeros((TILE,), dtype=tl.float32)
         for first in range(0, num_probes, TILE):
             i = first + lane
@@ -141,10 +157,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         for first in range(0, num_blocks * block_size, TILE):
             token = first + lane
             live = token < num_blocks * block_size
-            block = tl.load(
-                blocks_ptr + sequence * num_blocks + token // block_size, mask=live, other=0
-            )
-            rows = cache + block * stride_block + (token % block_size) * stride_token
+            rows = _rows(cache, blocks, token, live, block_size, stride_block, stride_token)
             logits = _logits(
                 rows, live, queries + i * DIM, at * HALF, known, cos_ptr, sin_ptr, scale,
                 DIM, HALF, CHUNK, TILE,
@@ -178,21 +191,17 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    part = tl.program_id(0) % num_parts
-    head = tl.program_id(0) // num_parts % num_heads
-    sequence = tl.program_id(0) // num_parts // num_heads
-    layer = tl.program_id(1).to(tl.int64)
-    address = tl.load(caches_ptr + layer)
-    cache = tl.multiple_of(address.to(tl.pointer_type(example_ptr.dtype.element_ty)), 16)
+    part, head, sequence, layer, cache = _program(
+        example_ptr, caches_ptr, num_heads, num_parts, stride_head
+    )
+    blocks = blocks_ptr + sequence * num_blocks
     own = (layer * num_seqs + sequence) * num_heads + head
     i = part * TILE + tl.arange(0, TILE)
     live = i < count
     place = i.to(tl.int64)
     if OUT:
         place = tl.load(places_ptr + own * count + i, mask=live, other=0)
-    block = tl.load(blocks_ptr + sequence * num_blocks + place // block_size, mask=live, other=0)
-    rows = cache + block * stride_block + head * stride_head
-    rows += (place % block_size) * stride_token
+    rows = _rows(cache, blocks, place, live, block_size, stride_block, stride_token)
     copied = staged_ptr + (own * count + i) * WIDTH
     for start in range(0, WIDTH, CHUNK):
         index = start + tl.arange(0, CHUNK)

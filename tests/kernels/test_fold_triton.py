@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from tests.kernels.fold_cases import LARGE, SMALL, Case, check, make_caches, plain_layout
-
-ROOT = Path(__file__).parents[2]
+from tests.kernels.triton_tools import check_in_interpreter, compile_for
 
 
 def test_against_reference() -> None:
-    # In a process of its own: the interpreter is chosen when Triton is imported.
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.fold_cases"]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "ok", done.stderr[-2000:]
+    check_in_interpreter("tests.kernels.fold_cases")
 
 
 def test_what_the_kernel_cannot_read_is_told() -> None:
@@ -44,13 +34,11 @@ def test_what_the_kernel_cannot_read_is_told() -> None:
 @pytest.mark.parametrize("rank, dim, kind", [(32, 128, "*bf16"), (8, 64, "*fp32")])
 def test_compiles_for_gpus(capability: int, rank: int, dim: int, kind: str) -> None:
     """Down to machine code, without a GPU, and with no more shared memory than any has."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from pte_vllm.kernels.fold_triton import _TILE, _TOKENS, _moments_kernel, launch_options
 
     options = launch_options(dim, rank)
     fixed = {
+        "SQUARED": False,
         "DIM": dim,
         "HALF": dim // 2,
         "WITH_KK": True,
@@ -59,26 +47,9 @@ def test_compiles_for_gpus(capability: int, rank: int, dim: int, kind: str) -> N
         "TILE": _TILE,
         "TOKENS": _TOKENS,
     }
-    integers = dict.fromkeys(("caches_ptr", "blocks_ptr", "first_ptr"), "*i64")
-    names = _moments_kernel.arg_names
-    types = {
-        name: "constexpr"
-        if name in fixed
-        else {"example_ptr": kind, **integers}.get(name, "*fp32" if "_ptr" in name else "i32")
-        for name in names
-    }
-    source = ASTSource(
-        fn=_moments_kernel,
-        signature=types,
-        constexprs={(names.index(name),): value for name, value in fixed.items()},
-    )
-    made = compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": options["num_warps"], "num_stages": options["num_stages"]},
-    )
-    assert made.asm["cubin"]
-    assert made.metadata.shared <= 48 * 1024
+    types = dict.fromkeys(("caches_ptr", "blocks_ptr", "positions_ptr"), "*i64")
+    warps = {"num_warps": options["num_warps"], "num_stages": options["num_stages"]}
+    compile_for(_moments_kernel, capability, fixed, {"example_ptr": kind, **types}, **warps)
 
 
 @pytest.mark.gpu

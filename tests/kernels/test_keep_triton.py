@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
 
 from tests.kernels.fold_cases import Case
 from tests.kernels.keep_cases import LARGE, check
-
-ROOT = Path(__file__).parents[2]
+from tests.kernels.triton_tools import check_in_interpreter, compile_for
 
 
 def test_against_definition() -> None:
-    # In a process of its own: the interpreter is chosen when Triton is imported.
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.keep_cases"]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "ok", done.stderr[-2000:]
+    check_in_interpreter("tests.kernels.keep_cases")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dim, kind", [(128, "*bf16"), (64, "*fp32")])
+def test_compiles_for_gpus(capability: int, dim: int, kind: str) -> None:
+    from pte_vllm.kernels.keep_triton import _TILE, _attention_kernel, _copy_kernel
+
+    integers = ("caches_ptr", "blocks_ptr", "positions_ptr", "places_ptr")
+    types = {"example_ptr": kind, "scale": "fp32", **dict.fromkeys(integers, "*i64")}
+    chunk = 32 if dim > 64 else 16
+    for scores in (False, True):
+        fixed = {"SCORES": scores, "DIM": dim, "HALF": dim // 2, "CHUNK": chunk, "TILE": _TILE}
+        compile_for(_attention_kernel, capability, fixed, types)
+    for out in (False, True):
+        fixed = {"OUT": out, "WIDTH": 2 * dim, "CHUNK": 64, "TILE": _TILE}
+        compile_for(_copy_kernel, capability, fixed, {**types, "staged_ptr": kind})
 
 
 @pytest.mark.gpu
