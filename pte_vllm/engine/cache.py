@@ -101,8 +101,8 @@ class PTEManager(FullAttentionManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        others = 0
         if apply_admission_cap:
+            more = 0
             # Admission asks for the whole sequence at once; it never holds more than its peak. The
             # gap of an earlier sequence that it takes up costs nothing.
             gap = sum(block.is_null for block in new_computed_blocks)
@@ -111,13 +111,13 @@ class PTEManager(FullAttentionManager):
             if self.reserve is not None and any(
                 other != request_id for other in self.req_to_blocks
             ):
-                others = self.reserve.growth(request_id)
+                more = self.reserve.growth(request_id)
                 whole = self.reserve.peak(request_id)
                 if whole is not None:  # what it will hold, and not only what its prompt will
                     num_tokens = (whole + gap) * self.block_size
         else:
-            others = self._count_due(request_id, total_computed_tokens)
-        return others + super().get_num_blocks_to_allocate(
+            more = self._count_due(request_id, total_computed_tokens)
+        return more + super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
             new_computed_blocks,

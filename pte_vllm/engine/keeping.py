@@ -171,23 +171,10 @@ class KeptTokens:
         for i, selection in enumerate(alike):
             selection.sequence.survivals.append(to_host(packed(marks[:, i])))
         cells = self._take(candidates, kept)
-        if not any(name in moved for name in names):
-            own = block_ids(names, [s.places() for s in alike])
-        else:
-            in_place = [s for s in alike if s.request_id not in moved]
-            found = iter(
-                block_ids([s.request_id for s in in_place], [s.places() for s in in_place])
-                if in_place
-                else ()
-            )
-            own = torch.stack(
-                [
-                    async_tensor_h2d(moved[name], device=candidates.device, dtype=torch.int64)
-                    if name in moved
-                    else next(found)
-                    for name in names
-                ]
-            )
+        own = block_ids(names, [s.places() for s in alike])
+        for i, name in enumerate(names):
+            if name in moved:
+                own[i] = async_tensor_h2d(moved[name], device=own.device, dtype=own.dtype)
         return Taken(own=own, cells=cells)
 
     def _put(self, taken: Taken) -> None:

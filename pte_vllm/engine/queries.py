@@ -69,7 +69,7 @@ class QueriesMixin:
             return None
         if not thoughts.finished:
             return "running"
-        pool.kept.forget(thoughts.request_id)
+        pool.store.forget(thoughts.request_id)
         return "forgotten"
 
     def pte_fold_events(self, name: str, since: int) -> dict[str, Any] | None:

@@ -71,7 +71,7 @@ class PTERunnerMixin(ABC):
             max_num_seqs=self.max_num_reqs,
             max_rank=self.lora_config.max_lora_rank if self.lora_config else 1,
             device=self.device,
-            kept=ThoughtStore(
+            store=ThoughtStore(
                 max_count=engine.keep_thoughts, max_bytes=engine.keep_thoughts_mib * 2**20
             ),
             dtype=_state_dtype(self.lora_config),

@@ -72,13 +72,13 @@ class SnapshotIndex:
         self._manager = manager
         self._probes = probes
         self._capacity = capacity if manager.enable_caching else 0
-        self._kept: OrderedDict[bytes, int] = OrderedDict()  # and the run that it is of
+        self._states: OrderedDict[bytes, int] = OrderedDict()  # and the run that it is of
         self._runs = 0
-        self._keep: dict[str, bytes] = {}
+        self._ended: dict[str, bytes] = {}
         self._forget: set[bytes] = set()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._states)
 
     def end(self, request: Request) -> None:
         """Keep the state of a sequence that ends, and name its blocks, before they are freed."""
@@ -93,12 +93,12 @@ class SnapshotIndex:
         self._name_blocks(request, plan, after, min(processed, request.num_tokens))
         key = self._state_key(request, plan, folded)
         run = self._name_kept(request, plan, key) if selected else None
-        self._kept[key] = self._kept.get(key, 0) if run is None else run
-        self._kept.move_to_end(key)
-        self._keep[request.request_id] = key
+        self._states[key] = self._states.get(key, 0) if run is None else run
+        self._states.move_to_end(key)
+        self._ended[request.request_id] = key
         self._forget.discard(key)
-        while len(self._kept) > self._capacity:
-            self._forget.add(self._kept.popitem(last=False)[0])
+        while len(self._states) > self._capacity:
+            self._forget.add(self._states.popitem(last=False)[0])
 
     def find(
         self, request: Request, plan: FoldPlan, prefix: list[KVCacheBlock]
@@ -115,11 +115,11 @@ class SnapshotIndex:
             or a block of its window is gone.
         """
         longest = request.num_tokens - 1  # one token must be computed
-        if not self._kept or longest < plan.first_fold or len(prefix) < plan.pinned_blocks:
+        if not self._states or longest < plan.first_fold or len(prefix) < plan.pinned_blocks:
             return None
         for folded in range(plan.folded_blocks(longest), 0, -plan.evict_blocks):
             key = self._state_key(request, plan, folded)
-            if key not in self._kept:
+            if key not in self._states:
                 continue
             # The state serves tokens [start, end); a hit that ended at `end` would owe a fold.
             start = self._boundary(plan, folded)
@@ -154,16 +154,16 @@ class SnapshotIndex:
             if folded:
                 key = self._state_key(request, plan, folded)
                 restore[request.request_id] = key
-                if key in self._kept:
-                    self._kept.move_to_end(key)
-        orders = SnapshotOrders(keep=self._keep, restore=restore, forget=tuple(self._forget))
-        self._keep, self._forget = {}, set()
+                if key in self._states:
+                    self._states.move_to_end(key)
+        orders = SnapshotOrders(keep=self._ended, restore=restore, forget=tuple(self._forget))
+        self._ended, self._forget = {}, set()
         return orders
 
     def clear(self) -> None:
         """Forget everything: the blocks of the pool have lost their names."""
-        self._forget.update(self._kept)
-        self._kept.clear()
+        self._forget.update(self._states)
+        self._states.clear()
 
     def _boundary(self, plan: FoldPlan, folded: int) -> int:
         """Return the first block after the fold that made it `folded` blocks."""
@@ -224,7 +224,7 @@ class SnapshotIndex:
         """Return the blocks of kept tokens that go with a state, all of one run; None without."""
         found: list[KVCacheBlock] = []
         for i in range(plan.keep_blocks):
-            name = _kept_name(key, self._kept[key], i)
+            name = _kept_name(key, self._states[key], i)
             hit = self._manager.block_pool.get_cached_block(name, [self._manager.kv_cache_group_id])
             if hit is None:
                 return None

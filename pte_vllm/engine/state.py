@@ -39,7 +39,7 @@ class StatePool:
         max_num_seqs: The most sequences that run at once.
         max_rank: R, the engine's `--max-lora-rank`; smaller states are padded with zeros.
         device: The device of the model.
-        kept: Where the thoughts of finished requests go.
+        store: Where the thoughts of finished requests go.
         dtype: The type in which tokens read S: float32 or bfloat16.
     """
 
@@ -52,7 +52,7 @@ class StatePool:
         max_num_seqs: int,
         max_rank: int,
         device: torch.device,
-        kept: ThoughtStore,
+        store: ThoughtStore,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.states = torch.zeros(
@@ -62,7 +62,7 @@ class StatePool:
         self.squared = torch.zeros(max_num_seqs + 1, dtype=torch.bool, device=device)
         self.free_slots = list(range(max_num_seqs, 0, -1))
         self.sequences: dict[str, FoldingSequence] = {}
-        self.kept = kept
+        self.store = store
         # Without states; enough that a rollout still finds its own when many end at once.
         self.finished: deque[Thoughts] = deque(maxlen=max(self.SHOWN_FINISHED, 4 * max_num_seqs))
         self.records = KeptRecords()
@@ -134,7 +134,7 @@ class StatePool:
             thoughts = self._thoughts_of(request_id).kept()
             self.stop(request_id)
             self.finished.append(thoughts.without_state())
-            self.kept.add(thoughts)
+            self.store.add(thoughts)
             if sequence.return_kept:
                 self.records.add(request_id, sequence.survivals)
 
@@ -174,7 +174,7 @@ class StatePool:
         request_id = find_id(name, self.sequences)
         if request_id is not None:
             return self._thoughts_of(request_id, with_state=with_state)
-        return self.kept.find(name)
+        return self.store.find(name)
 
     def _thoughts_of(self, request_id: str, *, with_state: bool = True) -> Thoughts:
         sequence = self.sequences[request_id]

@@ -34,9 +34,9 @@ def never_waits() -> object:
 
 
 def _pool(rule: str, rank: int) -> tuple[StatePool, LoadedEncoder]:
-    kept = ThoughtStore(max_count=4, max_bytes=2**20)
+    store = ThoughtStore(max_count=4, max_bytes=2**20)
     device = torch.device("cuda")
-    pool = StatePool(num_layers=3, max_num_seqs=4, max_rank=rank, device=device, kept=kept)
+    pool = StatePool(num_layers=3, max_num_seqs=4, max_rank=rank, device=device, store=store)
     config = PTEConfig(rank=rank, global_tokens=rank, rule=rule, init="random")
     encoder = make_encoder(2, rank, SMALL[0].heads * SMALL[0].dim, "cuda")
     return pool, LoadedEncoder(config=config, layers=[0, 2], encoder=encoder)
@@ -83,9 +83,9 @@ def _reference(
     rule: str, caches: dict[int, torch.Tensor], loaded: LoadedEncoder, size: int, dim: int
 ) -> torch.Tensor:
     cpu = torch.device("cpu")
-    kept = ThoughtStore(max_count=4, max_bytes=2**20)
+    store = ThoughtStore(max_count=4, max_bytes=2**20)
     rank = loaded.config.rank
-    pool = StatePool(num_layers=3, max_num_seqs=4, max_rank=rank, device=cpu, kept=kept)
+    pool = StatePool(num_layers=3, max_num_seqs=4, max_rank=rank, device=cpu, store=store)
     moved = LoadedEncoder(
         config=loaded.config, layers=loaded.layers, encoder=loaded.encoder.map(lambda t: t.cpu())
     )

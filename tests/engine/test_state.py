@@ -35,7 +35,7 @@ def test_a_finished_state_outlives_its_slot(read: str) -> None:
         max_num_seqs=1,
         max_rank=8,
         device=torch.device("cpu"),
-        kept=ThoughtStore(max_count=4, max_bytes=2**20),
+        store=ThoughtStore(max_count=4, max_bytes=2**20),
     )
     loaded = _loaded("linear", 4, read)
     pool.start("a", PLAN, loaded=loaded)
@@ -56,7 +56,7 @@ def test_a_slot_forgets_the_features_and_the_state_of_its_last_owner() -> None:
         max_num_seqs=1,
         max_rank=8,
         device=torch.device("cpu"),
-        kept=ThoughtStore(max_count=4, max_bytes=2**20),
+        store=ThoughtStore(max_count=4, max_bytes=2**20),
     )
     for name, features, rank in (("a", "squared", 8), ("b", "linear", 4), ("c", "squared", 4)):
         sequence = pool.start(name, PLAN, loaded=_loaded(features, rank))
@@ -77,7 +77,7 @@ def _pool(dtype: torch.dtype, rank: int, max_num_seqs: int = 3) -> StatePool:
         max_num_seqs=max_num_seqs,
         max_rank=rank,
         device=torch.device("cpu"),
-        kept=ThoughtStore(max_count=4, max_bytes=2**20),
+        store=ThoughtStore(max_count=4, max_bytes=2**20),
         dtype=dtype,
     )
 

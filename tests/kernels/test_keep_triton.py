@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from tests.kernels.fold_cases import Case
-from tests.kernels.keep_cases import LARGE, check
+from tests.kernels.keep_cases import LARGE, SMALL, check
 from tests.kernels.triton_tools import check_in_interpreter, compile_for
 
 
@@ -33,6 +34,7 @@ def test_compiles_for_gpus(capability: int, dim: int, kind: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", LARGE + SMALL, ids=str)
 def test_on_a_gpu(case: Case) -> None:
     check(case, "cuda")

@@ -90,6 +90,12 @@ def test_request_options_of_others_are_left_alone() -> None:
         ({"pte_evict": "newest"}, "pte_evict must be one of oldest, random, got 'newest'"),
         ({"pte_evict_seed": "x"}, "pte_evict_seed must be an integer"),
         ({"pte_evict_seed": 2**63}, r"pte_evict_seed must lie in \[0, 2\*\*63\)"),
+        ({"pte_keep": "all"}, "pte_keep must be an integer, got 'all'"),
+        ({"pte_keep": -32}, "pte_keep must not be negative"),
+        ({"pte_keep_score": "best"}, "pte_keep_score must be one of expected, random, got 'best'"),
+        ({"pte_return_kept": 1}, "pte_return_kept must be true or false"),
+        ({"pte_kept": "YWI="}, "pte_kept: what folds kept must be a list, got str"),
+        ({"pte_kept": [None, "?"]}, "pte_kept: what fold 1 kept must be base64 or null"),
     ],
 )
 def test_bad_request_options_are_named(given: dict[str, Any], message: str) -> None:
@@ -113,6 +119,24 @@ def test_request_plan_takes_the_engines_defaults() -> None:
     assert engine.plan(pin_tokens=40, block_size=32).first_fold == 320
 
 
+def test_what_a_request_keeps() -> None:
+    engine = EngineConfig(window_tokens=256, keep_tokens=64, probes="file")
+
+    def kept(**given: Any) -> tuple[int, str, int]:
+        options = RequestOptions.parse(given)
+        assert RequestOptions.parse(options.to_args()) == options
+        plan = options.plan(engine, num_prompt_tokens=40, block_size=32)
+        return plan.keep_tokens, plan.keep_score, plan.evict_seed
+
+    assert kept() == (64, "expected", 0)
+    assert kept(pte_keep=0) == (0, "expected", 0)
+    assert kept(pte_keep="32", pte_keep_score="random", pte_evict_seed=7) == (32, "random", 7)
+    # The server's default is for windows whose oldest blocks leave.
+    assert kept(pte_window=0) == kept(pte_evict="random") == (0, "expected", 0)
+    assert kept(pte_kept=[None, "YWI="], pte_return_kept=True) == (64, "expected", 0)
+    assert engine.plan(pin_tokens=40, block_size=32).keep_tokens == 64
+
+
 def test_request_plan_refuses_what_does_not_fit() -> None:
     engine = EngineConfig(window_tokens=256, max_prompt_tokens=30)
     with pytest.raises(ValueError, match="pte_pin_tokens is 41, beyond the prompt of 40"):
@@ -125,6 +149,12 @@ def test_request_plan_refuses_what_does_not_fit() -> None:
         ({"pte_evict_seed": 0}, "pte_evict_seed is 0, but nothing is drawn: send pte_evict random"),
         ({"pte_evict": "oldest", "pte_evict_seed": 5}, "pte_evict_seed is 5, but nothing is drawn"),
         ({"pte_evict": "random", "pte_window": 0}, "pte_evict random needs a window, and this"),
+        ({"pte_keep": 32}, "pte_keep is 32, and this server has no probes .* --pte-probes"),
+        ({"pte_keep": 33, "pte_keep_score": "random"}, "pte_keep: keep of 33 tokens is not a mult"),
+        ({"pte_keep": 32, "pte_window": 0}, "pte_keep is 32, but this request has full attention"),
+        ({"pte_keep": 32, "pte_evict": "random"}, "pte_keep is 32, but pte_evict random"),
+        ({"pte_keep_score": "random"}, "pte_keep_score is random, but nothing is kept"),
+        ({"pte_kept": [None]}, "pte_kept says what folds keep, but nothing is kept"),
     ):
         with pytest.raises(ValueError, match=message):
             RequestOptions.parse(given).plan(engine, num_prompt_tokens=20, block_size=32)

@@ -237,3 +237,41 @@ def test_drawn_blocks_are_named_and_others_are_as_before() -> None:
     ):
         with pytest.raises(ValueError, match="fold_events are not those of the plan|plan"):
             Rollout.from_json({**line, **change})
+
+
+KEEPING = replace(PLAN, keep_tokens=8)
+"""At a length of 45 it folds five times; the first two folds keep all, two blocks."""
+KEPT = (None, None, b"ab", b"cd", b"\xff")
+
+
+def test_what_was_kept_survives_the_round_trip() -> None:
+    rollout = _rollout(plan=KEEPING, kept=KEPT)
+    assert num_folds(KEEPING, 45) == 5
+    line = json.loads(rollout.to_line())
+    assert line["kept"] == [None, None, "YWI=", "Y2Q=", "/w=="]
+    assert line["plan"]["keep_tokens"] == 8 and "evict" not in line["plan"]
+    assert Rollout.from_json(rollout.to_line()) == rollout
+    plain = json.loads(_rollout().to_line())  # as earlier readers know it
+    assert "kept" not in plain and not {"keep_tokens", "keep_score"} & set(plain["plan"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kept": None}, "kept has 0 entries for 5 folds that keep tokens"),
+        ({"kept": KEPT[:4]}, "kept has 4 entries for 5 folds"),
+        ({"kept": (b"ab", *KEPT[1:])}, "kept: fold 0 has marks, or lacks them"),
+        ({"kept": (*KEPT[:4], None)}, "kept: fold 4 has marks, or lacks them"),
+        ({"plan": PLAN}, "kept has 5 entries for 0 folds"),
+    ],
+)
+def test_what_was_kept_fits_the_plan(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _rollout(**{"plan": KEEPING, "kept": KEPT, **changes})
+
+
+def test_marks_that_are_no_base64_are_refused() -> None:
+    line = _rollout(plan=KEEPING, kept=KEPT).to_json()
+    line["kept"][3] = "?"
+    with pytest.raises(ValueError, match="kept: .*fold 3 kept must be base64"):
+        Rollout.from_json(line)
