@@ -20,7 +20,7 @@ _TILE = 32
 """Tokens, and probes, of a program at a time."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _program(example_ptr, caches_ptr, num_heads, num_parts, stride_head):  # type: ignore[no-untyped-def]
     """Which part, head, sequence and layer a program has, and where the head's cache starts."""
     part = tl.program_id(0) % num_parts
@@ -33,7 +33,7 @@ def _program(example_ptr, caches_ptr, num_heads, num_parts, stride_head):  # typ
     return part, head, sequence, layer, cache + head * stride_head
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _rows(  # type: ignore[no-untyped-def]
     cache, blocks, place, live, block_size, stride_block, stride_token
 ):
