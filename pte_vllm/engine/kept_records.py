@@ -43,12 +43,17 @@ class KeptRecords:
             return None
         marks = self._marks[request_id]
         self._drop(request_id)
-        return tuple(None if of_fold is None else of_fold.numpy().tobytes() for of_fold in marks)
+        return to_record(marks)
 
     def _drop(self, request_id: str) -> None:
         marks = self._marks.pop(request_id, None)
         if marks is not None:
             self._num_bytes -= _size(marks)
+
+
+def to_record(marks: Sequence[Tensor | None]) -> KeptRecord:
+    """Return packed marks as records carry them; the device must have been waited for."""
+    return tuple(None if of_fold is None else of_fold.numpy().tobytes() for of_fold in marks)
 
 
 def _size(marks: Sequence[Tensor | None]) -> int:

@@ -95,12 +95,12 @@ class QueriesMixin:
         return [self.model_runner.pte_pool.rho(name) for name in names]
 
     def pte_kept(self, names: list[str]) -> list[KeptRecord | None]:
-        """Return what each finished request kept, of those that asked for it; each time once.
+        """Return what each request kept, of those that asked for it and have ended; each once.
 
         The device is waited for once, whatever their number.
         """
         self.model_runner._sync_device()
-        return [self.model_runner.pte_pool.records.take(name) for name in names]
+        return [self.model_runner.pte_pool.take_kept(name) for name in names]
 
     def _settled(self, name: str, *, with_state: bool = True) -> Thoughts | None:
         thoughts = self.model_runner.pte_pool.thoughts(name, with_state=with_state)

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from pte_vllm.engine.counters import FoldCounters
-from pte_vllm.engine.kept_records import KeptRecords
+from pte_vllm.engine.kept_records import KeptRecords, to_record
 from pte_vllm.engine.request_ids import find_id
 from pte_vllm.engine.sequences import IDENTITY_SLOT, FoldingSequence, LoadedEncoder, Snapshot
 from pte_vllm.engine.thoughts import Thoughts, ThoughtStore, to_host
@@ -197,6 +197,18 @@ class StatePool:
         finished = {thoughts.request_id: thoughts for thoughts in self.finished}
         request_id = find_id(name, finished)
         return None if request_id is None else finished[request_id].rho_list()
+
+    def take_kept(self, name: str) -> KeptRecord | None:
+        """Return what each fold of a request kept that asked for it, once; None if it is unknown.
+
+        Its client may have its last token before the worker hears that it has finished. The device
+        must have been waited for.
+        """
+        request_id = find_id(name, self.sequences)
+        if request_id is None or not self.sequences[request_id].return_kept:
+            return self.records.take(name)
+        self.sequences[request_id].return_kept = False
+        return to_record(self.sequences[request_id].survivals)
 
     def fold(self, sequences: list[FoldingSequence], k_e: Tensor, v_e: Tensor) -> None:
         """Fold `K_e, V_e: [L, S, m, d_kv]` into S sequences of one adapter and one rule."""

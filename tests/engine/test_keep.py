@@ -65,6 +65,23 @@ def test_selections(engine: Engine, keep: int, score: str) -> None:
         assert not torch.equal(of_fold[0, 0], of_fold[1, 1])  # heads choose differently
 
 
+def test_what_was_kept_is_told_once(engine: Engine) -> None:
+    """Also before the worker has heard that the request is over, as a client may ask so early."""
+    job = _job(3, BLOCK)
+    engine.run([job])
+    for settled in (False, True):
+        name, again = f"told-{settled}", _job(3, BLOCK)
+        engine._add(name, again)
+        while engine.engine.has_unfinished_requests():
+            engine.engine.step()
+        if settled:
+            engine.settle()
+        assert (name in str(list(engine.runner.pte_pool.sequences))) == (not settled)
+        assert engine.worker.pte_kept([name]) == [job.kept] and any(job.kept)
+        engine.settle()
+        assert engine.worker.pte_kept([name]) == [None]
+
+
 def test_preempted_ones_keep_what_they_kept(engine: Engine) -> None:
     wanted, jobs = ([_job(seed, BLOCK) for seed in range(5, 9)] for _ in range(2))
     for job in wanted:
