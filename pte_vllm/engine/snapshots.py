@@ -92,8 +92,12 @@ class SnapshotIndex:
         after = plan.pinned_blocks + folded if selected else 0
         self._name_blocks(request, plan, after, min(processed, request.num_tokens))
         key = self._state_key(request, plan, folded)
-        run = self._name_kept(request, plan, key) if selected else None
-        self._states[key] = self._states.get(key, 0) if run is None else run
+        run = self._name_kept(request, plan, key) if selected else 0
+        if run is None:  # it kept what it took up, whose state is here already, or gone for good
+            if key in self._states:
+                self._states.move_to_end(key)
+            return
+        self._states[key] = run
         self._states.move_to_end(key)
         self._ended[request.request_id] = key
         self._forget.discard(key)
