@@ -1,7 +1,8 @@
 """What the folds of a sequence kept, as records and requests carry it; standard library only.
 
 A record has an entry for each fold in order: the marks of the candidates (`keep_marks`), or None
-for a fold that kept all of them. In JSON marks are base64.
+for a fold that kept all of them. In JSON marks are base64. An empty string reads as null: vLLM's
+`vllm_xargs` take lists of strings and numbers, without nulls.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ def record_from_json(value: Any) -> KeptRecord:
     """Read a record from JSON values.
 
     Raises:
-        ValueError: If it is no list of base64 strings and nulls.
+        ValueError: If it is no list of base64 strings, empty strings and nulls.
     """
     if not isinstance(value, list | tuple):
         raise ValueError(f"what folds kept must be a list, got {type(value).__name__}")
     entries: list[bytes | None] = []
     for fold, entry in enumerate(value):
-        if entry is None:
+        if entry is None or entry == "":
             entries.append(None)
             continue
         try:

@@ -162,7 +162,7 @@ class TestOpenAIClient:
         ({"pte_evict": "random", "pte_evict_seed": -1}, "pte_evict_seed must lie in"),
         ({"pte_keep": 33}, "pte_keep: keep of 33 tokens is not a multiple"),
         ({"pte_keep": 32, "pte_window": 0}, "this request has full attention"),
-        ({"pte_keep": 32, "pte_kept": [None, "YWI="]}, "pte_kept: fold 1: 3 layers, 2 KV heads"),
+        ({"pte_keep": 32, "pte_kept": ["", "YWI="]}, "pte_kept: fold 1: 3 layers, 2 KV heads"),
         ({"pte_keep": 32, "pte_kept": ["YWI="]}, "pte_kept: fold 0 keeps all candidates"),
         ({"pte_bogus": 1}, "unknown option"),
     ],
