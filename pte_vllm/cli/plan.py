@@ -13,16 +13,22 @@ from pte_vllm.method.options import PTEConfig
 def main(arguments: Sequence[str]) -> int:
     """Run `pte-vllm plan ...`; returns the exit status."""
     options = _parser().parse_args(arguments)
-    from pte_vllm.bench import roofline as sizing
+    from pte_vllm.bench.sizing.hardware import hardware_of
+    from pte_vllm.bench.sizing.model import Model
+    from pte_vllm.bench.sizing.report import show
+    from pte_vllm.bench.sizing.roofline import plan_rows
 
-    model = sizing.Model.load(options.model)
-    hardware = sizing.hardware_of(options.gpu, vars(options))
-    rows = sizing.plan_rows(
+    model = Model.load(options.model)
+    hardware = hardware_of(options.gpu, vars(options))
+    if options.rank < 0:
+        raise ValueError(f"--rank must not be negative, got {options.rank}; 0: no adapter")
+    rows = plan_rows(
         model,
         hardware,
-        rollout_tokens=sizing.parse_tokens(options.rollout),
-        prompt_tokens=sizing.parse_tokens(options.prompt),
-        windows=[sizing.parse_tokens(part) for part in options.window.split(",")],
+        rollout_tokens=parse_tokens(options.rollout),
+        prompt_tokens=parse_tokens(options.prompt),
+        windows=[parse_tokens(part) for part in options.window.split(",")],
+        keeps=[parse_tokens(part, least=0) for part in options.keep.split(",")],
         block_size=options.block_size,
         rank=options.rank,
         rule=options.rule,
@@ -30,8 +36,14 @@ def main(arguments: Sequence[str]) -> int:
         kv_memory_bytes=options.kv_gb * 1e9 if options.kv_gb is not None else None,
         max_sequences=options.max_num_seqs,
     )
-    result = sizing.show(
-        model, hardware, rows, rank=options.rank, rule=options.rule, itemsize=options.itemsize
+    result = show(
+        model,
+        hardware,
+        rows,
+        block_size=options.block_size,
+        rank=options.rank,
+        rule=options.rule,
+        itemsize=options.itemsize,
     )
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
@@ -54,11 +66,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rollout", default="32k", metavar="N", help="tokens of a whole answer")
     parser.add_argument("--prompt", default="256", metavar="N", help="tokens of a question")
     parser.add_argument("--window", default="1k,2k,4k", metavar="N,...", help="windows to compare")
+    parser.add_argument("--keep", default="0", metavar="N,...", help="kept tokens of each KV head")
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--rank", type=int, default=PTEConfig.rank)
+    parser.add_argument(
+        "--rank", type=int, default=PTEConfig.rank, help="of the adapter; 0: no adapter, no state"
+    )
     parser.add_argument("--rule", choices=RULE_NAMES, default="ridge")
     parser.add_argument("--itemsize", type=float, default=2, help="bytes of a weight")
     parser.add_argument("--kv-gb", type=float, help="KV pool, if it is known")
     parser.add_argument("--max-num-seqs", type=int, help="the server's bound, if there is one")
     parser.add_argument("--json", metavar="FILE", help="also write everything there")
     return parser
+
+
+def parse_tokens(text: str, *, least: int = 1) -> int:
+    """Read a number of tokens: `32k` is 32768, `2000` is 2000.
+
+    Raises:
+        ValueError: If it is no number, or below `least`.
+    """
+    number = text.strip().lower()
+    factor = 1024 if number.endswith("k") else 1
+    digits = number.removesuffix("k")
+    if not digits.isdigit() or int(digits) < least:
+        raise ValueError(f"{text!r} is no number of tokens such as 2000 or 32k")
+    return int(digits) * factor

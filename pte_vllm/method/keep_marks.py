@@ -20,9 +20,9 @@ from pte_vllm.method.plan import FoldPlan
 
 
 def packed(marks: Tensor) -> Tensor:
-    """Pack marks `[L, H, C]`, bool, into ceil(L·H·C / 8) bytes, uint8 on the same device."""
-    bits = marks.flatten().byte()
-    padded = functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    """Pack marks `[*, L, H, C]`, bool, into `[*, ceil(L·H·C / 8)]` uint8 on the same device."""
+    bits = marks.flatten(-3).byte()
+    padded = functional.pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
     return (padded << _shifts(marks.device)).sum(-1).byte()
 
 

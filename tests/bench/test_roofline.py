@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from pte_vllm.bench import roofline
+from pte_vllm.bench.sizing.hardware import GPUS
+from pte_vllm.bench.sizing.model import Model
+from pte_vllm.bench.sizing.roofline import plan_rows
 from pte_vllm.cli.main import main
 
 QWEN_7B = {
@@ -37,7 +39,7 @@ def test_parameters_are_the_checkpoint_s(tiny: Callable[[str], Path]) -> None:
     with safe_open(file, "pt") as tensors:
         shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
     matrices = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
-    assert roofline.Model.load(str(path)).parameters == matrices
+    assert Model.load(str(path)).parameters == matrices
 
 
 def test_push_is_as_large_as_an_adapter(
@@ -46,17 +48,17 @@ def test_push_is_as_large_as_an_adapter(
     model = tiny("llama")
     files = adapters(model, rank=8, rule="ridge").glob("*.safetensors")
     measured = sum(file.stat().st_size for file in files)
-    planned = roofline.Model.load(str(model)).adapter_bytes(8, itemsize=4)
+    planned = Model.load(str(model)).adapter_bytes(8, itemsize=4)
     assert planned == pytest.approx(measured, rel=0.15)  # headers; n_h is taken to be the rank
 
 
 def test_bounds_of_a_7b_model_on_one_h200(qwen: Path) -> None:
-    model = roofline.Model.load(str(qwen))
+    model = Model.load(str(qwen))
     assert model.parameters == pytest.approx(7.6e9, rel=0.01)
     assert model.kv_bytes(2) == 56 * 1024
-    rows = roofline.plan_rows(
+    rows = plan_rows(
         model,
-        roofline.GPUS["h200"],
+        GPUS["h200"],
         rollout_tokens=32 * 1024,
         prompt_tokens=64,
         windows=[512, 1024, 4096],
@@ -71,26 +73,24 @@ def test_bounds_of_a_7b_model_on_one_h200(qwen: Path) -> None:
 
 
 def test_a_pool_of_known_size_and_a_bound_on_sequences(qwen: Path) -> None:
-    model = roofline.Model.load(str(qwen))
+    model = Model.load(str(qwen))
     options = dict(rollout_tokens=2000, prompt_tokens=64, windows=[256], block_size=32)
     pool = 4 * 65 * 32 * model.kv_bytes(2)
-    full, window = roofline.plan_rows(
-        model, roofline.GPUS["h100"], kv_memory_bytes=pool, max_sequences=16, **options
-    )
+    full, window = plan_rows(model, GPUS["h100"], kv_memory_bytes=pool, max_sequences=16, **options)
     assert (full.sequences, window.sequences) == (7, 16)
     assert window.kv_tokens == 64 + 256 + 32
 
 
 def test_a_state_counts_in_the_memory_and_only_what_tokens_read_in_the_traffic(qwen: Path) -> None:
-    model = roofline.Model.load(str(qwen))
+    model = Model.load(str(qwen))
     weight = model.state_weight(64, "ridge", 2)
     assert weight.total == 28 * (6 * 64**2 + 2 * 64) and weight.read == 28 * 2 * 64**2
     options = dict(rollout_tokens=2000, prompt_tokens=64, windows=[256], block_size=32, rank=64)
     cache = 352 * model.kv_bytes(2)
     for spare, count in ((0, 4), (-1, 3)):
         pool = 4 * (cache + weight.total) + spare
-        gpu = roofline.GPUS["h100"]
-        _, window = roofline.plan_rows(model, gpu, kv_memory_bytes=pool, **options)
+        gpu = GPUS["h100"]
+        _, window = plan_rows(model, gpu, kv_memory_bytes=pool, **options)
         assert window.sequences == count
         read = model.parameters * 2 + count * (cache + weight.read)
         assert window.step_s == pytest.approx(read / gpu.bandwidth)
