@@ -13,6 +13,7 @@ from pte_vllm.method.options import PTEConfig
 def main(arguments: Sequence[str]) -> int:
     """Run `pte-vllm plan ...`; returns the exit status."""
     options = _parser().parse_args(arguments)
+    from pte_vllm.bench.flags import parse_tokens
     from pte_vllm.bench.sizing.hardware import hardware_of
     from pte_vllm.bench.sizing.model import Model
     from pte_vllm.bench.sizing.report import show
@@ -77,17 +78,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-num-seqs", type=int, help="the server's bound, if there is one")
     parser.add_argument("--json", metavar="FILE", help="also write everything there")
     return parser
-
-
-def parse_tokens(text: str, *, least: int = 1) -> int:
-    """Read a number of tokens: `32k` is 32768, `2000` is 2000.
-
-    Raises:
-        ValueError: If it is no number, or below `least`.
-    """
-    number = text.strip().lower()
-    factor = 1024 if number.endswith("k") else 1
-    digits = number.removesuffix("k")
-    if not digits.isdigit() or int(digits) < least:
-        raise ValueError(f"{text!r} is no number of tokens such as 2000 or 32k")
-    return int(digits) * factor

@@ -23,7 +23,8 @@ def packed(marks: Tensor) -> Tensor:
     """Pack marks `[*, L, H, C]`, bool, into `[*, ceil(L·H·C / 8)]` uint8 on the same device."""
     bits = marks.flatten(-3).byte()
     padded = functional.pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (padded << _shifts(marks.device)).sum(-1).byte()
+    data: Tensor = (padded << _shifts(marks.device)).sum(-1).byte()
+    return data
 
 
 def packed_bytes(marks: Tensor) -> bytes:

@@ -19,8 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.bench.flags import adapter_features, add_adapter_flags
-from pte_vllm.bench.roofline import Model, hardware_of, parse_tokens, plan_rows
+from pte_vllm.bench.flags import adapter_features, add_adapter_flags, parse_tokens
+from pte_vllm.bench.sizing.hardware import hardware_of
+from pte_vllm.bench.sizing.model import Model
+from pte_vllm.bench.sizing.roofline import plan_rows
 from pte_vllm.models.location import check_model
 
 PARTS = ("kernels", "parity", "throughput", "profile")
