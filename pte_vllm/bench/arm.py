@@ -29,6 +29,9 @@ class ArmSpec:
     model: str
     window_tokens: int | None = None
     """None: vLLM as it is."""
+    keep_tokens: int = 0
+    probes: str | None = None
+    """The file of probes by which kept tokens are chosen."""
     adapter: str | None = None
     dtype: str = "auto"
     block_size: int = 32
@@ -90,7 +93,7 @@ class Arm:
             `seconds`; `output_tokens` of all; by step with an output `step_ms` and `positions`, the
             length of the longest sequence; by sequence `first_token_ms`; `cached_tokens` of the
             prompts, found in the prefix cache; `mean_running`, sequences per step; `parts_ms` of a
-            timed arm, the mean over its steps.
+            timed arm, the mean over the steps after all prompts are read.
         """
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asdict(workload)) + "\n")
@@ -141,7 +144,10 @@ def _build(spec: ArmSpec) -> tuple[Any, Any]:
         "enforce_eager": not spec.compiled,
     }
     if spec.window_tokens is not None:
-        args |= engine_args(EngineConfig(window_tokens=spec.window_tokens))
+        config = EngineConfig(
+            window_tokens=spec.window_tokens, keep_tokens=spec.keep_tokens, probes=spec.probes
+        )
+        args |= engine_args(config)
     lora = None
     if spec.adapter is not None:
         args |= {"enable_lora": True, "max_lora_rank": spec.rank, "max_loras": 1}
@@ -175,9 +181,8 @@ def _run(
     step_ms, positions, produced = [], [], 0
     first_token_ms: dict[str, float] = {}
     cached: dict[str, int] = {}
-    if parts is not None:
-        parts.seconds.clear()
-    began = time.perf_counter()
+    began = decoding = time.perf_counter()
+    steps_before = 0
     while engine.has_unfinished_requests():
         step_began = time.perf_counter()
         outputs = engine.step()
@@ -190,7 +195,11 @@ def _run(
             for output in outputs:
                 first_token_ms.setdefault(output.request_id, (now - began) * 1e3)
                 cached.setdefault(output.request_id, output.num_cached_tokens or 0)
-    seconds = time.perf_counter() - began
+            if parts is not None and not steps_before and len(first_token_ms) == workload.num_seqs:
+                parts.seconds.clear()  # of reading prompts
+                decoding, steps_before = now, len(step_ms)
+    ended = time.perf_counter()
+    seconds = ended - began
     return {
         "seconds": seconds,
         "output_tokens": produced,
@@ -199,7 +208,9 @@ def _run(
         "first_token_ms": list(first_token_ms.values()),
         "cached_tokens": sum(cached.values()),
         "mean_running": produced / max(1, len(step_ms)),
-        "parts_ms": {} if parts is None else _per_step(parts, seconds, len(step_ms)),
+        "parts_ms": {}
+        if parts is None
+        else _per_step(parts, ended - decoding, len(step_ms) - steps_before),
     }
 
 

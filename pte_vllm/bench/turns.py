@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,21 @@ class Turns:
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self._args, self._scratch = args, scratch
-        self.thoughts, self.plain = make_adapters(args, scratch)
+
+    @cached_property
+    def _adapters(self) -> tuple[str, str]:
+        """Made when first asked for, as it takes long for a large model."""
+        return make_adapters(self._args, self._scratch)
+
+    @property
+    def thoughts(self) -> str:
+        """The PTE adapter."""
+        return self._adapters[0]
+
+    @property
+    def plain(self) -> str:
+        """The same LoRA without its encoder."""
+        return self._adapters[1]
 
     def spec(self, name: str, **options: Any) -> ArmSpec:
         args = self._args
@@ -37,13 +52,25 @@ class Turns:
         """The arm with everything: a window, and an adapter with states."""
         return self.spec(name, window_tokens=self._args.window, adapter=self.thoughts, **options)
 
-    def run(self, specs: Sequence[ArmSpec], workloads: Sequence[Workload]) -> list[Results]:
+    def run(
+        self,
+        specs: Sequence[ArmSpec],
+        workloads: Sequence[Workload],
+        *,
+        own: Mapping[str, Workload] | None = None,
+    ) -> list[Results]:
         """Every arm runs every workload `--repeats` times in turn, after one short unmeasured one.
+
+        Args:
+            specs: The arms.
+            workloads: What they run.
+            own: By the name of an arm, what it runs in place of each of these.
 
         Returns:
             For each workload, by arm what its runs gave.
         """
         repeats = self._args.repeats
+        own = own or {}
         results: list[Results] = [{spec.name: [] for spec in specs} for _ in workloads]
         arms: list[Arm] = []
         total = len(specs) * (2 + repeats * len(workloads))
@@ -57,14 +84,15 @@ class Turns:
                     progress.advance(task)
                 for arm in arms:
                     progress.update(task, description=f"warming up: {arm.spec.name}")
-                    first = workloads[0]
+                    first = own.get(arm.spec.name, workloads[0])
                     arm.run(replace(first, output_tokens=min(16, first.output_tokens), seed=0))
                     progress.advance(task)
                 for turn in range(1, repeats + 1):
                     for workload, found in zip(workloads, results, strict=True):
                         for arm in arms:
                             progress.update(task, description=f"turn {turn}: {arm.spec.name}")
-                            found[arm.spec.name].append(arm.run(replace(workload, seed=turn)))
+                            chosen = own.get(arm.spec.name, workload)
+                            found[arm.spec.name].append(arm.run(replace(chosen, seed=turn)))
                             progress.advance(task)
         finally:
             for arm in arms:

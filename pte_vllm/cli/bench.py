@@ -20,6 +20,7 @@ _ABOUT = {
     "latency": "time per token by position, and time to the first token",
     "schedule": "planning a step, at short and long sequences and in a full pool; no model runs",
     "fold": "what folding costs per token",
+    "keep": "tokens/s with kept tokens, against vLLM and a window that hold as many blocks",
     "prefix": "a group that shares a question: how much of it is read once",
     "push": "tokens/s while new adapter versions arrive, against the steady state",
     "huge-pages": "PTE on huge pages of memory, as a server on a CPU is, and on small ones",
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     check_model(args.model, flag="--model")
     for name, least in (
         *(("repeats", 1), ("window", 0), ("tokens", 2), ("seqs", 1)),
-        *(("streams", 1), ("minutes", 0), ("every", 0), ("pool", 1)),
+        *(("streams", 1), ("minutes", 0), ("every", 0), ("pool", 1), ("keep", 0)),
     ):
         if getattr(args, name, least) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
@@ -68,7 +69,9 @@ def main(argv: list[str]) -> int:
         from pte_vllm.bench.soak import run as soak
 
         return soak(args)
-    if args.what == "push":
+    if args.what == "keep":
+        from pte_vllm.bench.kept import run
+    elif args.what == "push":
         from pte_vllm.bench.push import run
     else:
         from pte_vllm.bench.engine_runs import run
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "lora": _lora,
         "latency": _latency,
         "fold": _fold,
+        "keep": _keep,
         "prefix": _prefix,
         "huge-pages": _lora,
         "profile": _profile,
@@ -154,6 +158,13 @@ def _latency(parser: argparse.ArgumentParser) -> None:
 def _fold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqs", type=int, default=8, help="sequences, which fold together")
     parser.add_argument("--tokens", type=int, default=1000, help="tokens of an answer")
+
+
+def _keep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keep", type=int, default=64, help="kept tokens of each KV head")
+    parser.add_argument("--seqs", type=int, default=16, help="sequences at once")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a question, pinned")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of an answer")
 
 
 def _prefix(parser: argparse.ArgumentParser) -> None:

@@ -48,6 +48,22 @@ def test_profile_of_parts_that_do_not_overlap(bench: Callable) -> None:
 
 
 @pytest.mark.slow
+def test_kept_tokens_against_as_many_blocks(bench: Callable) -> None:
+    shown, found = bench("keep --keep 32 --seqs 3 --prompt 20 --tokens 100 --eager")
+    # 1 pinned block, a window of 2, 1 kept block; between folds half a block less.
+    assert found["held_tokens"] == 32 + 64 + 32 - 16
+    assert len(found["tokens_per_second"]) == 3 and "keeping 32" in shown
+    assert 0 < found["share_of_folds"][0] < 0.5
+
+
+def test_kept_tokens_that_do_not_fit(tiny: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "keep", "--model", str(tiny("llama"))]
+    for options, said in ((["--keep", "0"], "--keep"), (["--tokens", "9999"], "--tokens 9999")):
+        assert main([*words, *options]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_throughput_in_a_small_pool(bench: Callable) -> None:
     shown, found = bench("throughput --seqs 6 --group 3 --prompt 40 --tokens 400 --pool 2")
     assert found["pool_blocks"] == 2 * 14
