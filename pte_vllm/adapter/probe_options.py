@@ -22,7 +22,7 @@ class ProbeOptions:
     """Thoughts to sample, each to a prompt."""
     max_tokens: int = 256
     """Most tokens of one thought."""
-    num_probes: int = 128
+    num_probes: int = 512
     """Probes for each KV head of each layer."""
     temperature: float = 0.7
     """Of the sampling; nothing else shapes it, whatever the model's own defaults are."""

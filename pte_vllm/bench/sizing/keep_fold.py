@@ -22,8 +22,8 @@ KERNEL_LAUNCHES = 4
 the same step and hold as much."""
 SMALL_LAUNCHES = 16
 """Operations of torch around them: positions, sorting, marks for the record. A test counts them."""
-PROBES = 128
-"""For each KV head of each layer, as `adapter calibrate` writes them."""
+PROBES = 512
+"""For each KV head of each layer, as `adapter calibrate` draws them."""
 
 
 @dataclass(frozen=True, kw_only=True)
