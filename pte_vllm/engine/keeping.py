@@ -168,9 +168,9 @@ class KeptTokens:
         candidates = block_ids(names, [s.candidates() for s in alike])
         kept = self._choose(alike, candidates, block_ids)
         marks = keep.survival(kept, candidates.shape[1] * len(self.layout.key_index))
-        records = to_host(packed(marks.transpose(0, 1)))  # one copy for all
-        for selection, record in zip(alike, records, strict=True):
-            selection.sequence.survivals.append(record)
+        # Memory of its own for each, as one may be remembered much longer than the others.
+        for selection, record in zip(alike, packed(marks.transpose(0, 1)), strict=True):
+            selection.sequence.survivals.append(to_host(record))
         cells = self._take(candidates, kept)
         own = block_ids(names, [s.places() for s in alike])
         for i, name in enumerate(names):

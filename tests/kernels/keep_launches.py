@@ -2,8 +2,8 @@
 
 `python -m tests.kernels.keep_launches LAYERS SEQUENCES` runs `KeptTokens.keep` on the CPU in
 Triton's interpreter, and prints how often kernels of ours run and how many operations of torch
-compute something. Views cost nothing; an operation of torch may take more than one launch, such as
-a sort.
+compute something. Views cost nothing, and copies of records to the host are left out. An operation
+of torch may take more than one launch, such as a sort.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Operations(TorchDispatchMode):
             torch.ops.aten.lift_fresh,
             torch.ops.aten.detach,
             torch.ops.aten.detach_,
+            torch.ops.aten.clone,  # a record's copy to the host
         )
         if computes and not self.in_kernel:
             self.names[str(func)] += 1

@@ -20,8 +20,9 @@ from pte_vllm.method.plan import FoldPlan
 KERNEL_LAUNCHES = 4
 """Sums, scores, copies out of the cache and into it: for all layers and all sequences that fold in
 the same step and hold as much."""
-SMALL_LAUNCHES = 16
-"""Operations of torch around them: positions, sorting, marks for the record. A test counts them."""
+SMALL_LAUNCHES = 15
+"""Operations of torch around them: positions, sorting, marks for the record. A test counts them.
+Besides, the record of each sequence is copied to the host."""
 PROBES = 512
 """For each KV head of each layer, as `adapter calibrate` draws them."""
 
