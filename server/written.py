@@ -29,9 +29,7 @@ class Written:
         max_bytes: the most memory for them, at four bytes a token.
     """
 
-    def __init__(
-        self, engine: EngineClient, *, max_count: int, max_bytes: int = MAX_BYTES
-    ) -> None:
+    def __init__(self, engine: EngineClient, *, max_count: int, max_bytes: int = MAX_BYTES) -> None:
         processor: Any = engine.output_processor
         processor.request_states = _Running(processor.request_states, self)
         self._processor = processor
