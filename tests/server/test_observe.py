@@ -282,6 +282,21 @@ def test_page_draws_requests(looking: Looking, tmp_path: Path) -> None:
     assert not looking.complaints
 
 
+def test_page_draws_thought_states(looking: Looking) -> None:
+    """Requests with a state get a heat map with a row per layer, and a bar of ρ per fold."""
+    page, server = looking.page, looking.server
+    report = _get(server, "/pte/v1/requests").json()
+    with_state = [record for record in report["finished"][-3:] if record["rule"]]
+    assert len(with_state) == 2
+    for record in with_state:
+        card = page.locator(f'.request[data-id="{record["request_id"]}"]')
+        canvas = card.locator(".heat canvas")
+        canvas.wait_for()
+        assert canvas.get_attribute("data-layers") == "3"
+        assert int(canvas.get_attribute("data-columns")) >= 1
+        assert card.locator(".rho rect.bar").count() == record["folds"]
+
+
 def test_page_shows_kept_tokens(looking: Looking, tmp_path: Path) -> None:
     """Positions for whoever has an API key, and texts for the admin key."""
     page, server = looking.page, looking.server
@@ -324,18 +339,3 @@ def test_page_shows_kept_tokens(looking: Looking, tmp_path: Path) -> None:
     assert first.inner_text().strip() == tokens["texts"][0].strip()
     page.locator("#kept").screenshot(path=tmp_path / "kept.png")
     assert not looking.complaints
-
-
-def test_page_draws_thought_states(looking: Looking) -> None:
-    """Requests with a state get a heat map with a row per layer, and a bar of ρ per fold."""
-    page, server = looking.page, looking.server
-    report = _get(server, "/pte/v1/requests").json()
-    with_state = [record for record in report["finished"][-3:] if record["rule"]]
-    assert len(with_state) == 2
-    for record in with_state:
-        card = page.locator(f'.request[data-id="{record["request_id"]}"]')
-        canvas = card.locator(".heat canvas")
-        canvas.wait_for()
-        assert canvas.get_attribute("data-layers") == "3"
-        assert int(canvas.get_attribute("data-columns")) >= 1
-        assert card.locator(".rho rect.bar").count() == record["folds"]
