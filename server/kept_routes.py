@@ -68,7 +68,7 @@ async def get_kept(
 
 @router.get("/thoughts/{id}/tokens")
 async def get_tokens(
-    id: str, request: Request, first: Annotated[int, Query(ge=0)] = 0
+    id: str, request: Request, first: Annotated[int, Query(ge=0, lt=2**31)] = 0
 ) -> dict[str, Any]:
     """Tell the tokens of a request that keeps some, from position `first` on, and their texts."""
     state = service(request)
