@@ -32,8 +32,8 @@ async def get_kept(
     """Tell which tokens are kept after a fold, by how many heads, and what the fold dropped.
 
     Without `fold` it is the latest. With `layer`, `head` or both it is these heads only; with
-    `layer` their positions are told too. An answer has three numbers for each token of the
-    sequence at most, and the positions that one layer keeps.
+    `layer` their positions are told too. An answer has at most four numbers for each token of the
+    sequence, and what the heads of one layer keep.
     """
     state = service(request)
     sizes = _sizes(state)
