@@ -18,7 +18,7 @@ from pte_vllm import __version__
 from pte_vllm.method.names import FEATURES, RULE_NAMES
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.method.requests import REQUEST_OPTIONS
-from pte_vllm.server import adapter_routes, page, text_only, thought_routes
+from pte_vllm.server import adapter_routes, kept_routes, page, text_only, thought_routes
 from pte_vllm.server.access.auth import Keys, admit_admin
 from pte_vllm.server.access.guard import Guard
 from pte_vllm.server.access.limits import BodyLimit
@@ -102,7 +102,8 @@ class PTEEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, and what bounds and guards them."""
         before = len(app.routes)
-        for ours in (router, adapter_routes.router, rollout_routes.router, thought_routes.router):
+        parts = (adapter_routes, rollout_routes, thought_routes, kept_routes)
+        for ours in (router, *(part.router for part in parts)):
             app.include_router(ours, prefix="/pte/v1", tags=["pte"])
         app.include_router(page.router)
         is_ours = EngineConfig.from_vllm(app.state.args) is not None

@@ -20,6 +20,7 @@ from pte_vllm.server.early import open_spool
 from pte_vllm.server.failures import say_why
 from pte_vllm.server.finished import FinishedReader
 from pte_vllm.server.options import ServiceConfig
+from pte_vllm.server.written import Written
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Service:
     """Reads ρ of each fold."""
     kept: FinishedReader[KeptRecord]
     """Reads what each fold kept, of rollouts that keep tokens."""
+    written: Written
+    """Has the tokens of requests that keep some."""
     listeners: Listeners = field(default_factory=Listeners)
 
     @property
@@ -72,6 +75,7 @@ def make_service(
         admission=Admission(options.max_rollouts),
         rho=FinishedReader(engine, "pte_rho"),
         kept=FinishedReader(engine, "pte_kept"),
+        written=Written(engine, max_count=config.keep_thoughts),
     )
 
 

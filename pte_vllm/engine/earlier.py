@@ -160,6 +160,11 @@ class EarlierRequests:
             )
         return self._by_id[request_id]
 
+    def keeps_tokens(self, external: str) -> bool:
+        """Return whether a request that is remembered by this id, a route's, keeps tokens."""
+        request = self._by_id.get(external)
+        return request is not None and request.keep_tokens > 0
+
     def forget(self, name: str) -> None:
         """Forget the request that a client calls `name`; does nothing if there is none."""
         request_id = self._find(name)

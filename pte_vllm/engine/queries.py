@@ -102,6 +102,14 @@ class QueriesMixin:
         self.model_runner._sync_device()
         return [self.model_runner.pte_pool.take_kept(name) for name in names]
 
+    def pte_kept_folds(self, name: str, folds: int | None) -> dict[str, Any] | None:
+        """Return what the first folds of a request kept; None if the request is unknown.
+
+        Unlike `pte_kept` it tells this of every request that keeps tokens, and again and again.
+        """
+        thoughts = self._settled(name, with_state=False)
+        return None if thoughts is None else thoughts.kept_folds(folds)
+
     def _settled(self, name: str, *, with_state: bool = True) -> Thoughts | None:
         thoughts = self.model_runner.pte_pool.thoughts(name, with_state=with_state)
         if thoughts is not None:

@@ -123,6 +123,7 @@ class FoldingSequence:
             read=config.read if config is not None else None,
             state=state,
             rho=self._rho() if with_rho else None,
+            survivals=tuple(self.survivals),
         )
 
     def _rho(self) -> Tensor | None:

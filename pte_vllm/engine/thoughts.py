@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from pte_vllm.engine.kept_records import to_record
 from pte_vllm.engine.request_ids import find_id
 from pte_vllm.method.blocks import HeldBlocks
 from pte_vllm.method.plan import FoldPlan
@@ -23,7 +24,7 @@ from pte_vllm.method.plan import FoldPlan
 class Thoughts:
     """A request's thought state at some moment; its tensors may still be on their way to the host.
 
-    Whoever reads `state` or `rho` waits for the device first.
+    Whoever reads `state`, `rho` or `survivals` waits for the device first.
     """
 
     request_id: str
@@ -45,6 +46,8 @@ class Thoughts:
     """How A x meets `state`, with `features`, both the adapter's; None without a state."""
     state: Tensor | None = None
     rho: Tensor | None = None  # [folds] mean over layers of ‖ΔS‖ / ‖S‖
+    survivals: tuple[Tensor | None, ...] = ()
+    """Of the folds of a request that keeps tokens, as `FoldingSequence` has them: on the host."""
 
     @property
     def folds(self) -> int:
@@ -53,8 +56,9 @@ class Thoughts:
 
     @property
     def num_bytes(self) -> int:
-        """The memory that `state` takes here, in bytes."""
-        return 0 if self.state is None else self.state.nbytes
+        """The memory that `state` and `survivals` take here, in bytes."""
+        tensors = (self.state, *self.survivals)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def kept(self) -> Thoughts:
         """Return a copy on the host, in memory of its own, without waiting for the device."""
@@ -62,8 +66,8 @@ class Thoughts:
         return replace(self, finished=True, state=state, rho=rho)
 
     def without_state(self) -> Thoughts:
-        """Return the same without the state, to be kept longer."""
-        return replace(self, state=None)
+        """Return the same without the state and what was kept, to be remembered longer."""
+        return replace(self, state=None, survivals=())
 
     def rho_list(self) -> list[float]:
         """Return ρ of each fold as plain numbers; empty without a thought state."""
@@ -83,6 +87,7 @@ class Thoughts:
             "held_blocks": self.held_blocks,
             "peak_blocks": self.peak_blocks,
             "state_bytes": self.state_bytes,
+            **({"keep_tokens": self.plan.keep_tokens} if self.plan.keep_tokens else {}),
         }
 
     def summary(self, name: str) -> dict[str, Any]:
@@ -134,6 +139,21 @@ class Thoughts:
         }
         return save({"state": self.state.cpu().float().contiguous()}, metadata)
 
+    def kept_folds(self, folds: int | None) -> dict[str, Any]:
+        """Return what the first folds kept, for `GET /pte/v1/thoughts/{name}/kept`.
+
+        Args:
+            folds: How many folds; None, and more than there were: all so far.
+        """
+        return {
+            "request_id": self.request_id,
+            "status": "finished" if self.finished else "running",
+            "num_tokens": self.num_tokens,
+            "folds": len(self.survivals),
+            "plan": asdict(self.plan),
+            "record": to_record(self.survivals[:folds]),
+        }
+
     def events(self, since: int) -> list[dict[str, Any]]:
         """Return the folds after the first `since`; their `rho` is null without a thought state."""
         plan, rho = self.plan, self.rho_list()
@@ -169,7 +189,7 @@ class ThoughtStore:
 
     Args:
         max_count: The most requests to keep.
-        max_bytes: The most memory that their states may take.
+        max_bytes: The most memory for their states and for what they kept.
     """
 
     def __init__(self, *, max_count: int, max_bytes: int) -> None:

@@ -82,19 +82,28 @@ def marks_of(
     Raises:
         ValueError: If it does not fit the plan and the model; the message names the fold.
     """
-    found: list[Tensor | None] = []
-    for fold, data in enumerate(record):
-        if (data is not None) != plan.selects(fold):
-            what = "chooses what it keeps" if plan.selects(fold) else "keeps all candidates"
-            raise ValueError(f"fold {fold} {what}, and the record says otherwise")
-        if data is None:
-            found.append(None)
-            continue
-        try:
-            marks = unpacked(data, num_layers, num_heads, num_candidates(plan, fold))
-        except ValueError as error:
-            raise ValueError(f"fold {fold}: {error}") from error
-        if not bool((marks.sum(-1) == plan.keep_tokens).all()):
-            raise ValueError(f"fold {fold}: every head of every layer keeps {plan.keep_tokens}")
-        found.append(marks)
-    return found
+    return [
+        marks_of_fold(data, plan, fold, num_layers, num_heads) for fold, data in enumerate(record)
+    ]
+
+
+def marks_of_fold(
+    data: bytes | None, plan: FoldPlan, fold: int, num_layers: int, num_heads: int
+) -> Tensor | None:
+    """Unpack what one fold of a record says, `[L, H, C]` bool; None for one that keeps all.
+
+    Raises:
+        ValueError: If it does not fit the plan and the model; the message names the fold.
+    """
+    if (data is not None) != plan.selects(fold):
+        what = "chooses what it keeps" if plan.selects(fold) else "keeps all candidates"
+        raise ValueError(f"fold {fold} {what}, and the record says otherwise")
+    if data is None:
+        return None
+    try:
+        marks = unpacked(data, num_layers, num_heads, num_candidates(plan, fold))
+    except ValueError as error:
+        raise ValueError(f"fold {fold}: {error}") from error
+    if not bool((marks.sum(-1) == plan.keep_tokens).all()):
+        raise ValueError(f"fold {fold}: every head of every layer keeps {plan.keep_tokens}")
+    return marks

@@ -16,7 +16,8 @@ class Access(Enum):
     """It tells nothing about users or models, and costs nothing."""
     USE = "an API key"
     CHANGE = "the admin key"
-    """It changes what others get. Where no admin key is set, an API key will do."""
+    """It changes what others get, or tells their text. Where no admin key is set, an API key will
+    do."""
 
 
 OPEN = frozenset({"/health", "/metrics", "/ping", "/version", "/pte"})
@@ -75,6 +76,8 @@ CHANGE = frozenset(
         "POST /collective_rpc",
         "POST /update_weight_version",
         "POST /weight_checker",  # action "reset" sets all weights to zero
+        # It changes nothing, and tells what others wrote.
+        "GET /pte/v1/thoughts/{id}/tokens",
         # It changes counters that show faults, and restarts ranks.
         "POST /fault_tolerance/apply",
     }
@@ -107,7 +110,7 @@ USE = frozenset(
         *("GET /pte/v1/info", "GET /pte/v1/requests", "GET /pte/v1/adapters"),
         *("GET /pte/v1/adapters/{name}", "POST /pte/v1/rollouts", "POST /pte/v1/score"),
         *("GET /pte/v1/thoughts/{id}", "DELETE /pte/v1/thoughts/{id}"),
-        "GET /pte/v1/thoughts/{id}/events",
+        *("GET /pte/v1/thoughts/{id}/events", "GET /pte/v1/thoughts/{id}/kept"),
         *("GET /is_paused", "GET /weight_info", "GET /get_world_size", "GET /server_info"),
     }
 )

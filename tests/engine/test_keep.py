@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,32 @@ def test_what_was_kept_is_told_once(engine: Engine) -> None:
         assert engine.worker.pte_kept([name]) == [job.kept] and any(job.kept)
         engine.settle()
         assert engine.worker.pte_kept([name]) == [None]
+
+
+def test_what_was_kept_is_shown_as_often_as_one_looks(engine: Engine) -> None:
+    """Also while it runs, from the start again after a preemption, and when it has ended."""
+    job, name = _job(4, BLOCK), ""
+    seen: list[tuple[bytes | None, ...]] = []
+
+    def on_step(step: int, request_ids: list[str]) -> None:
+        nonlocal name
+        (name,) = request_ids
+        shown = engine.worker.pte_kept_folds(name, None)
+        if shown is not None:
+            assert shown["status"] == "running" and shown["folds"] == len(shown["record"])
+            seen.append(shown["record"])
+        if step == 220:
+            engine.preempt()
+
+    engine.run([job], on_step)
+    folds = [len(record) for record in seen]
+    assert sum(now < before for before, now in pairwise(folds)) == 1  # it was preempted once
+    assert folds[-1] == len(job.kept) > 5
+    assert all(record == job.kept[: len(record)] for record in seen)
+    for count in (2, None, 2):
+        shown = engine.worker.pte_kept_folds(name, count)
+        assert (shown["status"], shown["folds"]) == ("finished", len(job.kept))
+        assert shown["record"] == job.kept[:count]
 
 
 def test_preempted_ones_keep_what_they_kept(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,11 @@ def test_kept_thoughts_are_bounded_by_count_and_bytes() -> None:
     store.forget("again")
     store.add(_thoughts("again", 100))
     assert store.find("again") is not None
+    marks = (None, torch.zeros(150, dtype=torch.uint8))  # what folds kept takes memory as well
+    for i in range(3):
+        store.add(replace(_thoughts(f"kept{i}", 10), survivals=marks))
+    assert [store.find(f"kept{i}") is not None for i in range(3)] == [False, True, True]
+    assert replace(_thoughts("shown", 10), survivals=marks).without_state().num_bytes == 0
     none = ThoughtStore(max_count=0, max_bytes=400)
     none.add(_thoughts("r", 1))
     assert none.find("r") is None

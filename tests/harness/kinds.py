@@ -47,7 +47,7 @@ KINDS = {
             *("server/test_continue", "server/test_failures", "server/test_loads"),
             *("server/test_server", "server/test_thoughts", "server/test_token_clients"),
             *("server/test_trainer_contracts", "server/test_trl_client", "server/test_stop"),
-            *("server/test_errors", "eval/test_run", "eval/test_experiment"),
+            *("server/test_errors", "server/test_kept", "eval/test_run", "eval/test_experiment"),
         ),
         flags=_FLAGS,
         env={"VLLM_LORA_RESOLVER_CACHE_DIR": "{directory}/adapters"},

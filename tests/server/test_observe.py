@@ -295,3 +295,47 @@ def test_page_draws_thought_states(looking: Looking) -> None:
         assert canvas.get_attribute("data-layers") == "3"
         assert int(canvas.get_attribute("data-columns")) >= 1
         assert card.locator(".rho rect.bar").count() == record["folds"]
+
+
+def test_page_shows_kept_tokens(looking: Looking, tmp_path: Path) -> None:
+    """Positions for whoever has an API key, and texts for the admin key."""
+    page, server = looking.page, looking.server
+    looking.generate("base", 500, pte_keep=BLOCK, pte_keep_score="random")
+    page.locator("#strip .kept").first.wait_for()
+    (report,) = (
+        r for r in _get(server, "/pte/v1/requests").json()["finished"] if "keep_tokens" in r
+    )
+    path = f"/pte/v1/thoughts/{report['request_id']}/kept"
+
+    def check(query: str) -> dict[str, Any]:
+        """Wait until the strip shows the tokens that the route tells."""
+        told = _get(server, f"{path}?{query}").json()
+        wanted = {
+            ".kept": sum(1 for heads in told["after"] if heads),
+            ".dropped": len(told["dropped"]),
+        }
+        _until(lambda: {kind: page.locator(f"#strip {kind}").count() for kind in wanted} == wanted)
+        return told
+
+    latest = check("")
+    assert f"{latest['folds']} of {latest['folds']}" in page.locator("#kept-at").inner_text()
+    assert page.locator("#strip .dropped").first.inner_text().strip() == str(latest["dropped"][0])
+    page.select_option("#kept-layer", "1")
+    check("layer=1")
+    page.select_option("#kept-head", "1")
+    check("layer=1&head=1")
+    page.locator("#kept-fold").fill("3")
+    check("fold=3&layer=1&head=1")
+    page.select_option("#kept-layer", "all")
+    page.select_option("#kept-head", "all")
+    check("fold=3")
+    page.click("#forget")
+    page.locator("#ask").wait_for()
+    page.fill("#key", ADMIN)
+    page.keyboard.press("Enter")
+    page.locator("#strip .kept").first.wait_for()
+    tokens = _get(server, f"{path.removesuffix('kept')}tokens").json()
+    first = page.locator("#strip .pinned").first
+    assert first.inner_text().strip() == tokens["texts"][0].strip()
+    page.locator("#kept").screenshot(path=tmp_path / "kept.png")
+    assert not looking.complaints
