@@ -68,10 +68,19 @@ LARGE = Storm(
 
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
-    "storm", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)], ids=["small", "large"]
+    ("storm", "async_scheduling"),
+    [
+        pytest.param(SMALL, False, id="small"),
+        pytest.param(SMALL, True, id="small-async", marks=pytest.mark.slow),
+        pytest.param(LARGE, False, id="large", marks=pytest.mark.slow),
+    ],
 )
 def test_storm(
-    storm: Storm, tiny: Callable[[str], Path], adapters: Callable[..., Path], probes: Path
+    storm: Storm,
+    async_scheduling: bool,
+    tiny: Callable[[str], Path],
+    adapters: Callable[..., Path],
+    probes: Path,
 ) -> None:
     """Every third request has an adapter with a state."""
     model = tiny("llama")
@@ -95,6 +104,7 @@ def test_storm(
         num_blocks=storm.num_blocks,
         max_num_seqs=storm.requests,
         max_prompt_tokens=1024,
+        async_scheduling=async_scheduling,
         reserve_windows=False,  # so that they preempt each other
     )
     preempted = engine.count_preemptions()
