@@ -64,6 +64,8 @@ class FoldingSequence:
     None where all stayed."""
     forced: list[Tensor | None] = field(default_factory=list)
     """What the first folds have to keep: what they kept when these tokens ran before."""
+    folds_before: int = 0
+    """How far it had come when it was preempted: its tokens were sampled from what these kept."""
     return_kept: bool = False
     """Whether `survivals` are remembered when the request has ended."""
     _held: HeldBlocks = field(init=False)
@@ -91,6 +93,10 @@ class FoldingSequence:
     def to_force(self) -> list[Tensor | None]:
         """Return what another run of the same tokens has to keep, fold by fold."""
         return self.survivals + self.forced[len(self.survivals) :]
+
+    def record(self) -> list[Tensor | None]:
+        """Return what its tokens were sampled from, also while it catches up with them."""
+        return self.to_force()[: max(self.folds_before, len(self.survivals))]
 
     @property
     def sums_say_state(self) -> bool:

@@ -102,6 +102,7 @@ class StatePool:
         ]
         if previous is not None:
             sequence.forced = previous.to_force()
+            sequence.folds_before = len(previous.record())
             sequence.return_kept |= previous.return_kept
         if loaded is not None:
             sequence.loaded, sequence.rule = loaded, rule or loaded.config.rule
@@ -136,7 +137,7 @@ class StatePool:
             self.finished.append(thoughts.without_state())
             self.store.add(thoughts)
             if sequence.return_kept:
-                self.records.add(request_id, sequence.survivals)
+                self.records.add(request_id, sequence.record())
 
     def snapshot(self, request_id: str) -> Snapshot:
         """Copy a running sequence's memory; the tensors may still be on their way to the host."""
@@ -208,7 +209,7 @@ class StatePool:
         if request_id is None or not self.sequences[request_id].return_kept:
             return self.records.take(name)
         self.sequences[request_id].return_kept = False
-        return to_record(self.sequences[request_id].survivals)
+        return to_record(self.sequences[request_id].record())
 
     def fold(self, sequences: list[FoldingSequence], k_e: Tensor, v_e: Tensor) -> None:
         """Fold `K_e, V_e: [L, S, m, d_kv]` into S sequences of one adapter and one rule."""

@@ -76,7 +76,8 @@ class _Fields:
     num_preempted: Count | None
     """How often the engine evicted and replayed it; None where the server keeps no statistics."""
     kept: Annotated[Kept | None, _OPTIONAL] = None
-    """What each fold kept, for a replay to keep the same; None where the plan keeps nothing."""
+    """What each fold kept, for a replay to keep the same; None where the plan keeps nothing, or
+    where it ended before its first token."""
     top_ids: Annotated[tuple[tuple[TokenId, ...], ...] | None, _OPTIONAL] = None
     """`[N, k]`: the k most probable tokens in the place of each completion token, best first; None
     unless a score was asked for them. A record without them has no such field."""
@@ -128,6 +129,8 @@ class Rollout(_Fields):
         self._check_versions()
 
     def _check_kept(self) -> None:
+        if self.kept is None and not self.completion_ids:
+            return  # the question may fold, and has not been read to its end
         count = num_folds(self.plan, self._num_tokens) if self.plan.keep_tokens else 0
         found = self.kept or ()
         if len(found) != count:

@@ -81,12 +81,11 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
     part, parts, spans = job, 0, list[WeightSpan]()
     done = Outcome(prompt_ids=(), completion_ids=(), logprobs=(), finish_reason="")
     num_preempted: int | None = 0
+    kept: KeptRecord | None = None
     while True:
         final, newer = await _generate(service, f"{request_id}-{parts}", part)
         outcome = job.read(final)
         start, end = len(done.completion_ids), len(done.completion_ids + outcome.completion_ids)
-        if end > start:
-            spans.append(WeightSpan(version=part.adapter.version, start=start, end=end))
         done = Outcome(
             prompt_ids=done.prompt_ids or outcome.prompt_ids,
             completion_ids=done.completion_ids + outcome.completion_ids,
@@ -95,6 +94,11 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
             top_ids=outcome.top_ids,  # of a score, which has one part
             top_logprobs=outcome.top_logprobs,
         )
+        if end > start:
+            spans.append(WeightSpan(version=part.adapter.version, start=start, end=end))
+            # A part that sampled nothing may have folded less often than the one before it.
+            num_tokens = len(done.prompt_ids) + end
+            kept = await _kept(service, f"{request_id}-{parts}", job.plan, num_tokens)
         preempted = final.metrics.num_preemptions if final.metrics is not None else None
         num_preempted = None if None in (num_preempted, preempted) else num_preempted + preempted
         if not (newer and outcome.finish_reason == "abort" and job.in_flight == "switch_rebuild"):
@@ -102,15 +106,13 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
         if end == job.params.max_tokens:
             done = replace(done, finish_reason="length")
             break
-        so_far = await _kept(service, f"{request_id}-{parts}", job.plan, len(done.prompt_ids) + end)
-        part, parts = await _on_newest(service, job, done, so_far), parts + 1
+        part, parts = await _on_newest(service, job, done, kept), parts + 1
     num_tokens = len(done.prompt_ids) + len(done.completion_ids)
     rho = None
     if part.adapter.lora is not None and num_folds(job.plan, num_tokens):
         # The last part knows: it folded everything before it again on its own version.
         name = f"{request_id}-{parts}"
         rho = rho_of_folds(job.plan, num_tokens, await service.rho.read(name))
-    kept = await _kept(service, f"{request_id}-{parts}", job.plan, num_tokens)
     return Rollout(
         prompt_ids=done.prompt_ids,
         completion_ids=done.completion_ids,

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 
 from pte_vllm.engine.attention import GapCuttingBuilder
 from pte_vllm.engine.runner_v2 import PTECPUModelRunnerV2
+from tests.engine.kept import assert_selected
 from tests.harness.engine import BLOCK, Engine, Job, lora
 from tests.harness.models import random_tokens
 from tests.harness.parity import assert_parity
@@ -68,6 +69,7 @@ def test_parity(engine: Engine, model: Path, paper: Any, adapters: Callable[...,
         Job(random_tokens(310, 500, 5), 20, ridge, {"pte_pin_tokens": 20}),
         Job(random_tokens(300, 500, 6), 20, ridge, RANDOM),
         Job(random_tokens(20, 500, 7), 150, None, {"pte_keep": BLOCK}),
+        Job(random_tokens(33, 500, 8), 130, ridge, {"pte_keep": BLOCK}),
     ]
     preempted = []
 
@@ -82,6 +84,7 @@ def test_parity(engine: Engine, model: Path, paper: Any, adapters: Callable[...,
     assert len(preempted) == 2
     assert_parity(model, jobs[:2], WINDOW, min_folds=2)
     assert_parity(model, jobs[2:], WINDOW)
+    assert assert_selected(jobs[-2:], WINDOW) == 2 + 1
     first, options = jobs[0], {"pte_pin_tokens": 20}
     later = Job([*first.prompt, *first.tokens, *random_tokens(9)], 20, paper, options)
     engine.run([later])

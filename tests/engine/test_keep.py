@@ -135,6 +135,26 @@ def test_preempted_ones_keep_what_they_kept(engine: Engine) -> None:
         same(job, alone)
 
 
+def test_aborted_before_it_has_caught_up(engine: Engine) -> None:
+    """Its tokens were sampled from what it had kept before it was preempted: that is told."""
+    whole, cut = _job(12, BLOCK), _job(12, BLOCK)
+    engine.run([whole])
+
+    def on_step(step: int, request_ids: list[str]) -> None:
+        sequences = engine.runner.pte_pool.sequences
+        folds = [len(sequence.survivals) for sequence in sequences.values()]
+        if step == 7 * BLOCK:  # it has more tokens than a step of catching up has
+            assert folds == [4]
+            engine.preempt()
+        elif step == 7 * BLOCK + 2:
+            assert folds < [4]
+            engine.engine.abort_request(request_ids)
+
+    engine.run([cut], on_step)
+    assert not cut.finished
+    assert cut.kept == whole.kept[:4] and any(cut.kept)
+
+
 @pytest.mark.parametrize("keep", [BLOCK, 2 * BLOCK])
 def test_continued_and_forked(engine: Engine, keep: int) -> None:
     """A later request takes up what an ended one kept, and two may do so at once."""

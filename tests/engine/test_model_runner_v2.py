@@ -48,6 +48,10 @@ def test_driven_for_real() -> None:
         "tests/engine/test_blocks.py",
         "tests/engine/test_resume.py",
         "tests/engine/test_thoughts.py",
+        "tests/engine/test_keep.py",
+        "tests/engine/test_keep_fork.py",
+        "tests/engine/test_keep_pool.py",
+        "tests/parity/test_keep.py",
     ],
 )
 def test_tests_of_the_engine(path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,6 +221,18 @@ class Engine:
         running = self.scheduler.running
         if running:
             self.scheduler._preempt_request(running.pop(position), 0.0)
+
+    def count_preemptions(self) -> Counter[str]:
+        """Return what counts, from now on, how often each request is preempted."""
+        counts: Counter[str] = Counter()
+        original = self.scheduler._preempt_request
+
+        def count(request: Any, *args: Any, **kwargs: Any) -> Any:  # and leave it to the real one
+            counts[request.request_id] += 1
+            return original(request, *args, **kwargs)
+
+        self.scheduler._preempt_request = count
+        return counts
 
     def check_idle(self) -> None:
         """Every block, plan and slot is free."""

@@ -42,6 +42,7 @@ def _continue(
         ("ridge", {"pte_pin_tokens": 20, "pte_update": "sum"}),
         ("delta", {}),
         ("delta", {"pte_evict": "random", "pte_evict_seed": 3}),
+        ("ridge", {"pte_keep": 2 * BLOCK}),
     ],
 )
 def test_continue_by_id(server: Server, model: str, options: dict) -> None:

@@ -55,7 +55,9 @@ def _sampling(max_tokens: int) -> dict[str, Any]:
     return {"max_tokens": max_tokens, "temperature": TEMPERATURE, "seed": 7, "ignore_eos": True}
 
 
-def _check(server: Server, weights: list[Path], record: Rollout) -> None:
+def _check(
+    server: Server, weights: list[Path], record: Rollout, probes: Path | None = None
+) -> None:
     """Compare every span of a record with the replay of its version."""
     for span in record.weight_versions:
         tokens = list(record.token_ids[: len(record.prompt_ids) + span.end])
@@ -65,6 +67,8 @@ def _check(server: Server, weights: list[Path], record: Rollout) -> None:
             tokens,
             record.plan,
             temperature=TEMPERATURE,
+            probes=probes,
+            record=record.kept or (),
         )[len(record.prompt_ids) - 1 :][span.start : span.end]
         found = torch.tensor(record.logprobs[span.start : span.end])
         worst = (found - expected).abs().max().item()
@@ -110,6 +114,38 @@ def test_new_version_while_sampling(
         assert record.adapter == f"{name}@{versions[-1]}"
         _check(server, weights, record)
     httpx.delete(f"{server.url}/pte/v1/adapters/{name}").raise_for_status()
+
+
+def test_versions_come_faster_than_samples_catch_up(
+    server: Server, weights: list[Path], probes: Path
+) -> None:
+    """A part that is stopped before it samples has folded less often than the one before it."""
+    body = {
+        "token_ids": [random_tokens(40, 500, 1)],
+        "n": 4,
+        "adapter": "hasty",
+        "sampling": _sampling(LENGTH),
+        "window_tokens": 2 * BLOCK,
+        "keep_tokens": 2 * BLOCK,
+        "keep_score": "random",
+        "evict_seed": 5,
+        "in_flight": "switch_rebuild",
+    }
+    with RolloutClient(server.url) as pusher, ThreadPoolExecutor(1) as pool:
+        pusher.push(weights[1], "hasty")
+        answer = pool.submit(httpx.post, f"{server.url}/pte/v1/rollouts", json=body, timeout=300)
+        server.wait_running(4)
+        server.pace(EARLY)
+        for number in range(2, 6):
+            assert pusher.push(weights[number % 2], "hasty") == number
+        records = [Rollout.from_json(line) for line in answer.result().text.split("\n") if line]
+    assert len(records) == 4
+    for record in records:
+        assert record.finish_reason == "length" and len(record.completion_ids) == LENGTH
+        assert record.weight_versions[-1].version == 5
+        assert sum(marks is not None for marks in record.kept or ()) > 40
+        _check(server, weights, record, probes)
+    httpx.delete(f"{server.url}/pte/v1/adapters/hasty").raise_for_status()
 
 
 def test_staleness_and_policy_are_checked(

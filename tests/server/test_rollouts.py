@@ -176,6 +176,31 @@ def test_scores_name_the_most_probable_tokens(
         client.score([tokens], [question], top_logprobs=6)
 
 
+def test_scores_without_an_answer(server: Server, client: RolloutClient) -> None:
+    """vLLM's own route echoes a prompt and samples nothing; its folds keep all the same."""
+    tokens, question = random_tokens(WINDOW + 7 * BLOCK, 500, 12), 30
+    found = {}
+    for keep in (0, BLOCK):
+        echoed = server.client.completions.create(
+            model="base",
+            prompt=tokens,
+            max_tokens=0,
+            echo=True,
+            logprobs=0,
+            extra_body={"vllm_xargs": {"pte_keep": keep, "pte_pin_tokens": question}},
+        )
+        assert echoed.usage.completion_tokens <= 1  # vLLM computes one, and drops it
+        (score,) = client.score([tokens], [question], keep_tokens=keep)
+        found[keep] = echoed.choices[0].logprobs.token_logprobs[question : len(tokens)]
+        assert found[keep] == pytest.approx(score.logprobs, abs=TOLERANCE)
+        assert any(score.kept or ()) == bool(keep)
+    assert found[0] != pytest.approx(found[BLOCK], abs=0.01)
+    url = f"{server.url}/pte/v1/score"
+    body = {"token_ids": [tokens], "prompt_tokens": [len(tokens)], "keep_tokens": BLOCK}
+    answer = httpx.post(url, json=body, timeout=30)
+    assert answer.status_code == 400 and f"prompt_tokens {len(tokens)}" in answer.text
+
+
 def test_names_versions_and_seeds(
     server: Server, client: RolloutClient, versions: dict[str, Path]
 ) -> None:

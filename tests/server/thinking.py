@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 
 from pte_vllm.adapter.format import Adapter
+from pte_vllm.adapter.probes import Probes
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.replay.keeping import Keeper
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.results import ReplayResult
 from pte_vllm.train.replay.segments import log_probs
@@ -36,6 +38,7 @@ def replay(
 ) -> ReplayResult:
     attached = PTEModel(load_model(server.model), Adapter.load(server.adapters[model]))
     try:
-        return log_probs(attached, tokens, plan, rule=rule)
+        keeper = Keeper(attached, Probes.load(server.probes)) if plan.keep_tokens else None
+        return log_probs(attached, tokens, plan, rule=rule, keeper=keeper)
     finally:
         attached.detach()

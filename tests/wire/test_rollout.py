@@ -270,6 +270,22 @@ def test_what_was_kept_fits_the_plan(changes: dict[str, Any], message: str) -> N
         _rollout(**{"plan": KEEPING, "kept": KEPT, **changes})
 
 
+def test_what_ended_before_its_first_token_may_lack_it() -> None:
+    """Its question may fold, and nobody knows what the folds would have kept."""
+    plan = replace(KEEPING, pin_tokens=3)
+    none: dict[str, Any] = {
+        "prompt_ids": tuple(range(45)),
+        "weight_versions": (),
+        "finish_reason": "abort",
+        "plan": plan,
+    }
+    rollout = _rollout(0, **none)
+    assert rollout.kept is None and len(rollout.fold_events) == num_folds(plan, 45) > 2
+    assert Rollout.from_json(rollout.to_line()) == rollout
+    with pytest.raises(ValueError, match="kept has 0 entries"):
+        _rollout(1, **{**none, "weight_versions": (WeightSpan(version=3, start=0, end=1),)})
+
+
 def test_marks_that_are_no_base64_are_refused() -> None:
     line = _rollout(plan=KEEPING, kept=KEPT).to_json()
     line["kept"][3] = "?"
