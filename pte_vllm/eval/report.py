@@ -14,6 +14,7 @@ from rich.table import Table
 
 from pte_vllm import __version__
 from pte_vllm.eval.options import RunOptions
+from pte_vllm.eval.pairs import equal_pairs, pairs_markdown, pairs_table
 from pte_vllm.eval.results import Row, difference, full_of
 from pte_vllm.eval.serving import ServerFacts
 
@@ -32,6 +33,7 @@ def write_report(
 ) -> None:
     """Write `results.json`, `table.md` and both plots below `out`, and print the tables."""
     found = [_entry(row, rows, facts, weights) for row in rows]
+    pairs = equal_pairs(rows, found, block_tokens=facts.block_size)
     summary = {
         "version": __version__,
         "model": options.model or facts.models[0],
@@ -39,6 +41,7 @@ def write_report(
         "server": asdict(facts),
         "state_bytes": dict(weights),
         "rows": found,
+        "equal_memory": pairs,
     }
     (out / RESULTS).write_text(json.dumps(summary, indent=1, default=str) + "\n")
     pages = []
@@ -50,6 +53,10 @@ def write_report(
             caption = f"{benchmark}, at most {length} tokens"
             console.print(terminal_table(part, title=caption))
             pages.append(f"## {caption}\n\n{markdown_table(part)}")
+            alike = [p for p in pairs if (p["benchmark"], p["max_tokens"]) == (benchmark, length)]
+            if alike:
+                console.print(pairs_table(alike))
+                pages.append(pairs_markdown(alike))
     (out / TABLE).write_text("\n\n".join(pages) + "\n")
     finished = [entry for entry in found if entry["accuracy"] is not None]
     written = [str(out / RESULTS), TABLE]
@@ -76,6 +83,7 @@ def _entry(
         "max_tokens": row.max_tokens,
         "error": row.error,
         "accuracy": None,
+        "kv_tokens": None,
     }
     if not row.answers:
         return entry
@@ -92,6 +100,7 @@ def _entry(
         "answers": len(row.answers),
         "kv_tokens": tokens,
         "state_bytes": state_bytes,
+        "state_tokens": state_bytes / token_bytes if token_bytes else 0.0,
         "bytes": tokens * token_bytes + state_bytes if token_bytes else None,
         "prompt_tokens": math.fsum(a.prompt_tokens for a in row.answers) / len(row.answers),
         "answer_tokens": row.answer_tokens(),

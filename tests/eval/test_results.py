@@ -7,6 +7,7 @@ import statistics
 import pytest
 
 from pte_vllm.eval.arms import Arm
+from pte_vllm.eval.pairs import equal_pairs, pairs_markdown
 from pte_vllm.eval.results import (
     INTERRUPTED,
     Answer,
@@ -59,6 +60,27 @@ def test_paired_intervals_are_narrower() -> None:
     assert full_of([window, full], window) is full and full_of([window], window) is None
     # What only one of them answered says nothing.
     assert difference(_row({"e0": [0.0]}, Arm(window_tokens=64)), full).count == 1
+
+
+def test_arms_that_hold_as_much_are_compared() -> None:
+    problems = {f"p{i}": [float(i < 6)] for i in range(10)}
+    rows = [
+        _row(problems, Arm(window_tokens=0)),
+        _row(problems, Arm(window_tokens=64, keep_tokens=32)),
+        _row(problems | {"p0": [0.0]}, Arm(window_tokens=96)),
+        _row({}, Arm(window_tokens=96)),  # not begun
+    ]
+    tokens = (405.0, 230.0, 230.5, None)
+    entries = [
+        {"title": title, "kv_tokens": count, "state_tokens": 0.0}
+        for title, count in zip(("full", "keep", "window", "failed"), tokens, strict=True)
+    ]
+    (pair,) = equal_pairs(rows, entries, block_tokens=32)
+    assert (pair["arm"], pair["other"]) == ("keep", "window")
+    assert pair["difference"]["value"] == pytest.approx(0.1)
+    assert "| keep | window | +0.100 [" in pairs_markdown([pair])
+    entries[1]["state_tokens"] = 32.0  # a state weighs, too
+    assert not equal_pairs(rows, entries, block_tokens=32)
 
 
 def test_solved_within() -> None:
