@@ -101,49 +101,88 @@ void turned(const Probes& p, const float* query, int64_t position, int64_t dim, 
     }
 }
 
+// Products of P probes with the keys of V vectors of tokens. So many at once that a key is loaded
+// once for P products; each product is summed in the same order whatever P and V are.
+template <int64_t P, int64_t V>
+inline void products(const float* keys, int64_t stride, const float* queries, int64_t dim,
+                     float* logits) {
+    Vector sums[P][V] = {};
+    for (int64_t d = 0; d < dim; ++d)
+        for (int64_t v = 0; v < V; ++v) {
+            const Vector key = load(keys + d * stride + v * kLanes);
+            for (int64_t i = 0; i < P; ++i) sums[i][v] += key * queries[i * dim + d];
+        }
+    for (int64_t i = 0; i < P; ++i)
+        for (int64_t v = 0; v < V; ++v) store(logits + i * stride + v * kLanes, sums[i][v]);
+}
+
+// The same with all `vectors`, to `logits: [P, stride]`.
+template <int64_t P>
+void all_products(const float* keys, int64_t vectors, int64_t stride, const float* queries,
+                  int64_t dim, float* logits) {
+#ifdef __AVX512F__  // four probes' sums fit into its 32 registers
+    constexpr int64_t kTogether = 4;
+#else
+    constexpr int64_t kTogether = 1;
+#endif
+    int64_t v = 0;
+    for (; v + kTogether <= vectors; v += kTogether)
+        products<P, kTogether>(keys + v * kLanes, stride, queries, dim, logits + v * kLanes);
+    for (; v < vectors; ++v)
+        products<P, 1>(keys + v * kLanes, stride, queries, dim, logits + v * kLanes);
+}
+
+// Adds the square of each token's share of one probe's attention.
+void add_squared_shares(float* logits, int64_t tokens, int64_t vectors, float* squares) {
+    for (int64_t t = tokens; t < vectors * kLanes; ++t) logits[t] = -INFINITY;  // nobody's
+    Vector most = Vector{} - INFINITY;
+    for (int64_t v = 0; v < vectors; ++v) most = larger(load(logits + v * kLanes), most);
+    float highest = most[0];
+    for (int64_t lane = 1; lane < kLanes; ++lane) highest = std::max(highest, most[lane]);
+    Vector total = {};
+    for (int64_t v = 0; v < vectors; ++v) {
+        const Vector e = exponential(load(logits + v * kLanes) - highest);
+        store(logits + v * kLanes, e);
+        total += e;
+    }
+    const float share = 1.0f / sum(total);
+    for (int64_t v = 0; v < vectors; ++v) {
+        const Vector e = load(logits + v * kLanes) * share;
+        store(squares + v * kLanes, load(squares + v * kLanes) + e * e);
+    }
+}
+
 template <typename Number>
 void score_head(const Cache<Number>& c, const Probes& p, const int64_t* candidates,
                 int64_t num_candidates, const int64_t* newest, int64_t num_newest, int64_t layer,
                 int64_t sequence, int64_t h, float* out) {
+    constexpr int64_t kProbes = 4;
     const int64_t wanted = num_candidates * c.block_size;
     const int64_t tokens = wanted + num_newest * c.block_size;
     const int64_t vectors = (tokens + kLanes - 1) / kLanes, stride = vectors * kLanes;
     static thread_local std::vector<float> scratch;
-    scratch.assign((c.dim + 2) * stride + c.dim, 0.0f);
-    float* keys = scratch.data();             // [D, stride]
-    float* logits = keys + c.dim * stride;    // [stride]
-    float* squares = logits + stride;         // [stride]
-    float* query = squares + stride;          // [D]
+    scratch.assign((c.dim + kProbes + 1) * stride + kProbes * c.dim, 0.0f);
+    float* keys = scratch.data();                // [D, stride]
+    float* logits = keys + c.dim * stride;       // [kProbes, stride]
+    float* squares = logits + kProbes * stride;  // [stride]
+    float* query = squares + stride;             // [kProbes, D]
     keys_by_number(c, layer, h, candidates, num_candidates, stride, keys);
     keys_by_number(c, layer, h, newest, num_newest, stride, keys + wanted);
     const float* queries = p.queries + (layer * c.heads + h) * p.count * c.dim;
-    constexpr int64_t kTogether = 4;
-    for (int64_t i = 0; i < p.count; ++i) {
-        turned(p, queries + i * c.dim, p.positions[sequence * p.count + i], c.dim, query);
-        Vector most = Vector{} - INFINITY;
-        for (int64_t v = 0; v < vectors; v += kTogether) {
-            const int64_t here = std::min(kTogether, vectors - v);
-            Vector sums[kTogether] = {};
-            for (int64_t d = 0; d < c.dim; ++d)
-                for (int64_t j = 0; j < here; ++j)
-                    sums[j] += load(keys + d * stride + (v + j) * kLanes) * query[d];
-            for (int64_t j = 0; j < here; ++j) store(logits + (v + j) * kLanes, sums[j]);
-        }
-        for (int64_t t = tokens; t < stride; ++t) logits[t] = -INFINITY;  // nobody's
-        for (int64_t v = 0; v < vectors; ++v) most = larger(load(logits + v * kLanes), most);
-        float highest = most[0];
-        for (int64_t lane = 1; lane < kLanes; ++lane) highest = std::max(highest, most[lane]);
-        Vector total = {};
-        for (int64_t v = 0; v < vectors; ++v) {
-            const Vector e = exponential(load(logits + v * kLanes) - highest);
-            store(logits + v * kLanes, e);
-            total += e;
-        }
-        const float share = 1.0f / sum(total);
-        for (int64_t v = 0; v < vectors; ++v) {
-            const Vector e = load(logits + v * kLanes) * share;
-            store(squares + v * kLanes, load(squares + v * kLanes) + e * e);
-        }
+    const int64_t* positions = p.positions + sequence * p.count;
+    for (int64_t first = 0; first < p.count; first += kProbes) {
+        const int64_t here = std::min(kProbes, p.count - first);
+        for (int64_t i = 0; i < here; ++i)
+            turned(p, queries + (first + i) * c.dim, positions[first + i], c.dim,
+                   query + i * c.dim);
+        if (here == kProbes)
+            all_products<kProbes>(keys, vectors, stride, query, c.dim, logits);
+        else
+            for (int64_t i = 0; i < here; ++i)
+                all_products<1>(keys, vectors, stride, query + i * c.dim, c.dim,
+                                logits + i * stride);
+        for (int64_t i = 0; i < here; ++i)
+            add_squared_shares(logits + i * stride, tokens, vectors, squares);
     }
     norms_of_values(c, layer, h, candidates, num_candidates, out);
     for (int64_t t = 0; t < wanted; ++t) out[t] *= std::sqrt(squares[t] / p.count);

@@ -95,16 +95,15 @@ class RequestOptions:
             check_choice("pte_keep_score", given["pte_keep_score"], KEEP_SCORES)
             options["keep_score"] = given["pte_keep_score"]
         if given.get("pte_kept") is not None:
+            kept = given["pte_kept"]
+            if isinstance(kept, str):  # of a header
+                kept = [entry.strip() for entry in kept.split(",")]
             try:
-                options["kept"] = record_from_json(given["pte_kept"])
+                options["kept"] = record_from_json(kept)
             except ValueError as error:
                 raise ValueError(f"pte_kept: {error}") from error
         if given.get("pte_return_kept") is not None:
-            options["return_kept"] = given["pte_return_kept"]
-            if not isinstance(options["return_kept"], bool):
-                raise ValueError(
-                    f"pte_return_kept must be true or false, got {given['pte_return_kept']!r}"
-                )
+            options["return_kept"] = _as_bool("pte_return_kept", given["pte_return_kept"])
         if given.get("pte_state_id") is not None:
             state_id = given["pte_state_id"]
             if not isinstance(state_id, str) or not 0 < len(state_id) <= 512:
@@ -236,3 +235,15 @@ def request_plan(
     """
     options = RequestOptions.of(params)
     return options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=block_size)
+
+
+def _as_bool(name: str, value: Any) -> bool:
+    """Read true or false, also as vLLM's `vllm_xargs` (1 and 0) and headers (words) carry them.
+
+    Raises:
+        ValueError: If it is neither; the message names the option.
+    """
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if isinstance(value, bool | int | str) and str(value).lower() in words:
+        return words[str(value).lower()]
+    raise ValueError(f"{name} must be true or false, got {value!r:.99}")

@@ -93,8 +93,9 @@ def test_request_options_of_others_are_left_alone() -> None:
         ({"pte_keep": "all"}, "pte_keep must be an integer, got 'all'"),
         ({"pte_keep": -32}, "pte_keep must not be negative"),
         ({"pte_keep_score": "best"}, "pte_keep_score must be one of expected, random, got 'best'"),
-        ({"pte_return_kept": 1}, "pte_return_kept must be true or false"),
-        ({"pte_kept": "YWI="}, "pte_kept: what folds kept must be a list, got str"),
+        ({"pte_return_kept": 2}, "pte_return_kept must be true or false"),
+        ({"pte_return_kept": "yes"}, "pte_return_kept must be true or false"),
+        ({"pte_kept": 3}, "pte_kept: what folds kept must be a list, got int"),
         ({"pte_kept": [None, "?"]}, "pte_kept: what fold 1 kept must be base64 or null"),
     ],
 )
@@ -135,6 +136,11 @@ def test_what_a_request_keeps() -> None:
     assert kept(pte_window=0) == kept(pte_evict="random") == (0, "expected", 0)
     assert kept(pte_kept=[None, "YWI="], pte_return_kept=True) == (64, "expected", 0)
     assert engine.plan(pin_tokens=40, block_size=32).keep_tokens == 64
+    # As vLLM's `vllm_xargs` and headers carry lists with nulls, and truth.
+    record = RequestOptions.parse({"pte_kept": [None, "YWI="], "pte_return_kept": True})
+    for marks, truth in ((["", "YWI="], 1), (", YWI=", "true")):
+        assert RequestOptions.parse({"pte_kept": marks, "pte_return_kept": truth}) == record
+    assert not RequestOptions.parse({"pte_return_kept": "0"}).return_kept
 
 
 def test_request_plan_refuses_what_does_not_fit() -> None:
