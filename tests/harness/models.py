@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from pte_vllm.adapter.format import Adapter, ModelShape
-from pte_vllm.adapter.hashes import LORA_FILE, PROBES_FILE
+from pte_vllm.adapter.hashes import LORA_FILE
 from pte_vllm.adapter.probes import Probes
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.reference import LayerEncoder
