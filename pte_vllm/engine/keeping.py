@@ -109,8 +109,8 @@ class KeptTokens:
     """Of all layers in their order, each `[blocks, H, bs, 2 D]`."""
     layout: BlockLayout
     probed: ProbedCache | None
-    """None where the engine has no probes: then no request may ask for the score `expected`. Those
-    of an adapter that brings its own are scored by these instead."""
+    """None where the engine has no probes: then no request may ask for the score `expected`.
+    Requests of an adapter that brings probes are scored by those."""
     table: CacheTable | None = None
     """Where the kernels of a GPU find the caches; None where they do not apply."""
 

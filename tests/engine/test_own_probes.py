@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from pte_vllm.adapter.hashes import PROBES_FILE
 from tests.harness.engine import BLOCK, Engine, Job, lora
@@ -116,7 +117,7 @@ def test_an_engine_without_probes_leaves_them_on_disk(model: Path, adapters: Ada
     own = lora("own", adapters(model, rule="ridge", own_probes=9), 1)
     engine = Engine(model, window_tokens=WINDOW, lora_rank=8)
     try:
-        with pytest.raises(ValueError, match="this server has no probes"):
+        with pytest.raises(VLLMValidationError, match="this server has no probes"):
             engine.run([Job(random_tokens(40), 8, own, KEEP)])
         job = Job(random_tokens(40), 4 * BLOCK, own, {**KEEP, "pte_keep_score": "random"})
         assert_parity(model, engine.run([job]), WINDOW)
