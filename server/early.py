@@ -85,11 +85,7 @@ def _check_probes(args: Namespace) -> None:
     try:
         probes = Probes.load(file)
         if shape is not None:
-            probes.check_fits(
-                num_layers=shape.num_layers,
-                num_kv_heads=shape.num_kv_heads,
-                head_dim=shape.head_dim,
-            )
+            shape.check_probes(probes)
     except ProbesError as error:
         raise ValueError(f"--pte-probes {file}: {str(error).replace(f'{file}: ', '')}") from error
     if os.path.isdir(args.model) and probes.model_hash != model_hash(args.model):

@@ -5,6 +5,7 @@
                                base_model.model.<module>.lora_B.weight [d_out, r]
     pte_encoder.safetensors    layers.{i}.{query, global, w_q, w_k, w_v, gain}, fp32;
                                optional layers.{i}.{b_k, b_v, log_ridge}
+    pte_probes.safetensors     optional: probes of its own (`probes.py`), in place of the engine's
 
 A directory without `pte_encoder.safetensors` is a plain LoRA (S = identity). A layer without
 encoder tensors has no state and no adapter. Everything is validated before anything is used.
@@ -24,7 +25,6 @@ from torch import Tensor
 from pte_vllm.adapter.files import (
     AdapterError,
     encoder_tensors,
-    is_pte_adapter,
     layer_of,
     lora_tensors,
     parse_pte,
@@ -32,8 +32,9 @@ from pte_vllm.adapter.files import (
     read_encoders,
     read_lora,
 )
-from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE
+from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE, PROBES_FILE
 from pte_vllm.adapter.numbers import check_lora
+from pte_vllm.adapter.probes import Probes, ProbesError
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.reference import LayerEncoder
 from pte_vllm.models.permissions import allow_as_umask
@@ -71,6 +72,12 @@ class ModelShape:
         """The size of a key with all KV heads concatenated."""
         return self.num_kv_heads * self.head_dim
 
+    def check_probes(self, probes: Probes) -> None:
+        """Raise ProbesError unless the probes are for a model of these sizes."""
+        probes.check_fits(
+            num_layers=self.num_layers, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
+        )
+
     def linear(self, name: str) -> tuple[int, int] | None:
         """Return `(d_in, d_out)` of a linear by its last name, None where unknown."""
         q, kv = self.num_heads * self.head_dim, self.d_kv
@@ -99,6 +106,8 @@ class Adapter:
     """B `[d_out, r]` by module."""
     encoders: dict[int, LayerEncoder]
     """The encoder of each layer that has a state."""
+    probes: Probes | None = None
+    """What scores the tokens that its requests keep; None: the engine's probes do."""
 
     def __post_init__(self) -> None:
         wanted = self.pte.features if self.pte is not None else None
@@ -153,7 +162,14 @@ class Adapter:
         pte = parse_pte(path / CONFIG_FILE, pte_fields) if has_encoder else None
         lora_a, lora_b = read_lora(path / LORA_FILE)
         encoders = read_encoders(path / ENCODER_FILE, pte) if pte is not None else {}
-        adapter = cls(peft=config, pte=pte, lora_a=lora_a, lora_b=lora_b, encoders=encoders)
+        adapter = cls(
+            peft=config,
+            pte=pte,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            encoders=encoders,
+            probes=own_probes(path, model),
+        )
         adapter._validate(path, model)
         return adapter
 
@@ -175,6 +191,10 @@ class Adapter:
             config["pte"] = self.pte.to_dict()
         else:
             (path / ENCODER_FILE).unlink(missing_ok=True)
+        if self.probes is not None:
+            self.probes.save(path / PROBES_FILE)
+        else:
+            (path / PROBES_FILE).unlink(missing_ok=True)
         (path / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def _validate(self, path: Path, model: ModelShape | None) -> None:
@@ -214,43 +234,27 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
     allow_as_umask(file)
 
 
-def load_for_engine(
-    path: str | Path,
-    *,
-    model: ModelShape,
-    max_lora_rank: int,
-    dtype: torch.dtype,
-    load_inplace: bool,
-) -> Adapter | None:
-    """Load the adapter as an engine would; None for a plain LoRA, which is vLLM's to check.
+def own_probes(path: str | Path, model: ModelShape | None = None) -> Probes | None:
+    """Read the probes that an adapter brings, a plain LoRA too; None where it has none.
 
     Args:
-        path: The adapter's directory.
-        model: The sizes of the base model.
-        max_lora_rank: The largest rank that the engine has room for.
-        dtype: The engine's precision of LoRAs.
-        load_inplace: Whether it is to take the place of another under the same name.
+        path: the adapter's directory.
+        model: the base model's sizes; None skips the check that they fit.
 
     Raises:
-        AdapterError: if the adapter is broken, does not fit the model or the engine, or would
-            replace another version under the same name.
+        AdapterError: if they are malformed, not finite or do not fit.
     """
-    if not is_pte_adapter(path):
+    file = Path(path) / PROBES_FILE
+    if not file.exists():
         return None
-    if load_inplace:
-        raise AdapterError(
-            f"{path}: load_inplace is not supported for PTE adapters; load the new version under "
-            "a new name, so that no sequence mixes two versions"
-        )
-    adapter = Adapter.load(path, model)
-    assert adapter.pte is not None
-    rank = max(adapter.pte.rank, adapter.pte.global_tokens)
-    if rank > max_lora_rank:
-        raise AdapterError(
-            f"{path}: rank {rank} exceeds this server's --max-lora-rank {max_lora_rank}"
-        )
-    adapter.check_numbers(path, dtype)
-    return adapter
+    try:
+        probes = Probes.load(file)
+        if model is not None:
+            model.check_probes(probes)
+    except ProbesError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise AdapterError(f"{file}: {reason}") from error
+    return probes
 
 
 def _expect(where: Path, what: str, found: int, wanted: int) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 CONFIG_FILE = "adapter_config.json"
 LORA_FILE = "adapter_model.safetensors"
 ENCODER_FILE = "pte_encoder.safetensors"
-FILES = (CONFIG_FILE, LORA_FILE, ENCODER_FILE)
+PROBES_FILE = "pte_probes.safetensors"
+FILES = (CONFIG_FILE, LORA_FILE, ENCODER_FILE, PROBES_FILE)
 
 
 def file_hashes(path: str | Path) -> dict[str, str]:

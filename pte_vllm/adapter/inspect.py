@@ -59,6 +59,7 @@ def describe(path: str | Path, model: ModelShape | None = None) -> dict[str, Any
         "targets": sorted({module.rsplit(".", 1)[-1] for module in adapter.lora_a}),
         "lora_parameters": sum(tensor.numel() for tensor in lora),
         "encoder_parameters": 0,
+        "probes": None if adapter.probes is None else adapter.probes.queries.shape[2],
         "checked_against_model": model is not None,
     }
     if adapter.pte is not None:
@@ -134,6 +135,8 @@ def _print_tables(summary: dict[str, Any]) -> None:
                 for dtype, weight in summary["state"].items()
             ),
         }
+    if summary["probes"] is not None:
+        rows["probes of its own"] = f"{summary['probes']} for each KV head"
     with_state = sum(row["gain"] is not None for row in summary["layers"])
     rows["layers with state"] = with_state
     for name, value in rows.items():

@@ -93,9 +93,7 @@ def make_probes(
         )
     probes = Probes.of(queries, name)
     probes.save(out)
-    Probes.load(out).check_fits(  # what was written is what an engine will accept
-        num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim
-    )
+    shape.check_probes(Probes.load(out))  # what was written is what an engine will accept
     console.print(
         f"wrote {out}: {out.stat().st_size / 2**20:.1f} MiB, from "
         f"{sum(thought.num_tokens for thought in thoughts)} tokens of thought, in "

@@ -1,20 +1,22 @@
-"""The file of probes: queries of a base model's own, by which kept tokens are scored.
+"""The file of probes: queries by which kept tokens are scored.
 
-One file serves all requests of an engine, with an adapter or without. It holds one tensor, `probes:
-[L, H, n, D]` float32: queries from before RoPE, after any norm of the model's, n for each KV head
-of each layer. Its metadata say what it was made for. `method.keep` says what they are used for.
+One file serves all requests of an engine, but for those of adapters that bring probes of their own.
+It holds one tensor, `probes: [L, H, n, D]` float32: queries from before RoPE, after any norm of the
+model's, n for each KV head of each layer. Its metadata say what it was made for. `method.keep` says
+what they are used for.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pte_vllm.models.permissions import allow_as_umask
@@ -73,11 +75,14 @@ class Probes:
         return cls.of(queries, about.get("model_hash", ""))
 
     def save(self, path: str | Path) -> None:
-        """Write the file, which appears whole or not at all."""
+        """Write the file, which appears whole or not at all.
+
+        The same probes give the same bytes, as an adapter's hash covers them.
+        """
         path = Path(path)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may write it too
         about = {"format_version": FORMAT_VERSION, "model_hash": self.model_hash}
-        save_file({_TENSOR: self.queries}, part, metadata=about)
+        part.write_bytes(_sorted(save({_TENSOR: self.queries}, about)))
         allow_as_umask(part)  # a server may run as another user
         part.replace(path)
 
@@ -89,3 +94,11 @@ class Probes:
                 f"these probes are for {layers} layers of {heads} KV heads of size {dim}, and the "
                 f"model has {num_layers} layers of {num_kv_heads} KV heads of size {head_dim}"
             )
+
+
+def _sorted(data: bytes) -> bytes:
+    """Write the header of a safetensors file in order: the library's order of metadata is any."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight
+    return len(header).to_bytes(8, "little") + header + data[end:]

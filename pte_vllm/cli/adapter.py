@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from pte_vllm.adapter.defaults import parse_layers
 from pte_vllm.adapter.flags import add_flags, new_adapter
-from pte_vllm.adapter.hashes import CONFIG_FILE
+from pte_vllm.adapter.hashes import CONFIG_FILE, PROBES_FILE
 from pte_vllm.adapter.probe_options import DEVICES, DTYPES, ProbeOptions, read_prompts
 from pte_vllm.models.location import check_model
 
@@ -98,7 +98,8 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="sample a model's probes, by which kept tokens are scored",
         description="Let a model think about some prompts, and write probes to the file OUT: "
         "queries of these thoughts, by which a server scores the tokens that it keeps. One file "
-        "serves the base model and all its adapters.",
+        "serves the base model and all its adapters, but for those that bring probes of their own: "
+        f"as ADAPTER/{PROBES_FILE}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = ProbeOptions()
@@ -139,7 +140,11 @@ def _calibrate(options: argparse.Namespace) -> int:
     wanted = ProbeOptions(**{name: getattr(options, name) for name in names})
     check_model(options.model)
     if os.path.isdir(options.out):
-        raise ValueError(f"OUT: {options.out} is a directory; name a file in it")
+        name = os.path.join(options.out, PROBES_FILE)
+        raise ValueError(
+            f"OUT: {options.out} is a directory; name a file in it, such as {name} for an "
+            "adapter's own probes"
+        )
     if os.path.exists(options.out) and not options.overwrite:
         raise ValueError(
             f"OUT: {options.out} exists already: name another file, or give --overwrite to lose it"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from ctypes import CDLL
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,11 +56,17 @@ class Selection:
         return self.plan.first_fold + self.fold * self.plan.stride
 
     @property
-    def shape(self) -> tuple[str, int, int, int]:
-        """What selections that are computed together have in common."""
-        plan = self.plan
+    def shape(self) -> tuple[str, int, int, int, int]:
+        """What selections that are computed together have in common: also whose probes score."""
+        plan, own = self.plan, self.probes
         kept_before = plan.kept_blocks(self.fold)
-        return plan.keep_score, plan.keep_blocks, kept_before, plan.evict_blocks
+        whose = 0 if own is None else id(own)  # the sequence holds them, so nothing else has it
+        return plan.keep_score, plan.keep_blocks, kept_before, plan.evict_blocks, whose
+
+    @property
+    def probes(self) -> Tensor | None:
+        """The probes of its adapter, if it is scored by these; None: by the engine's, or none."""
+        return self.sequence.probes if self.plan.keep_score == "expected" else None
 
     def candidates(self) -> list[int]:
         """Return the logical blocks of what was kept before and of what leaves, in that order."""
@@ -103,7 +109,8 @@ class KeptTokens:
     """Of all layers in their order, each `[blocks, H, bs, 2 D]`."""
     layout: BlockLayout
     probed: ProbedCache | None
-    """None where the engine has no probes: then no request may ask for the score `expected`."""
+    """None where the engine has no probes: then no request may ask for the score `expected`.
+    Requests of an adapter that brings probes are scored by those."""
     table: CacheTable | None = None
     """Where the kernels of a GPU find the caches; None where they do not apply."""
 
@@ -147,7 +154,7 @@ class KeptTokens:
             block_ids: What says where the logical blocks of a request are, before this step.
             moved: The blocks for kept tokens of each request that got others in this step.
         """
-        alike: dict[tuple[str, int, int, int], list[Selection]] = {}
+        alike: dict[tuple[str, int, int, int, int], list[Selection]] = {}
         for selection in folds:
             if selection.plan.selects(selection.fold):
                 alike.setdefault(selection.shape, []).append(selection)
@@ -221,7 +228,9 @@ class KeptTokens:
         assert self.probed is not None, "checked with the request"
         newest = block_ids([s.request_id for s in alike], [s.newest() for s in alike])
         fold_at = async_tensor_h2d([s.at for s in alike], device=device, dtype=torch.int64)
-        where = self.probed, candidates, newest, fold_at
+        own = alike[0].probes
+        probed = self.probed if own is None else replace(self.probed, queries=own)
+        where = probed, candidates, newest, fold_at
         if self.table is not None:
             from pte_vllm.kernels.keep_triton import expected_scores_triton
 

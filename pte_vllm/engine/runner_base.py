@@ -252,6 +252,7 @@ class PTERunnerMixin(ABC):
             adapter=lora.lora_name if lora is not None else None,
             rule=start.rule,
             loaded=self.lora_manager.encoder_of(lora) if lora is not None else None,
+            probes=self.lora_manager.probes_of(lora) if lora is not None else None,
             forced=start.kept,
             return_kept=start.return_kept,
         )

@@ -49,6 +49,8 @@ class FoldingSequence:
     rule: str | None = None
     """The update rule; None where the request has no thought state."""
     loaded: LoadedEncoder | None = None
+    probes: Tensor | None = None
+    """Its adapter's own, `[L, H, n, D]` float32 on the device; None: the engine's score for it."""
     slot: int = IDENTITY_SLOT
     sums: Sums = field(default_factory=dict)
     weight: StateWeight = NO_STATE

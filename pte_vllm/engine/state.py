@@ -76,6 +76,7 @@ class StatePool:
         adapter: str | None = None,
         rule: str | None = None,
         loaded: LoadedEncoder | None = None,
+        probes: Tensor | None = None,
         forced: KeptRecord = (),
         return_kept: bool = False,
     ) -> FoldingSequence:
@@ -87,6 +88,7 @@ class StatePool:
             adapter: The name of its adapter, to be shown.
             rule: The update rule that the request chose; None: the adapter's.
             loaded: The encoder of its adapter; None where it has no thought state.
+            probes: The probes that its adapter brings; None: the engine's score for it.
             forced: What its first folds have to keep; one that starts over keeps what it kept.
             return_kept: Whether to remember what it kept when it has ended.
         """
@@ -94,7 +96,7 @@ class StatePool:
         peak = previous.peak_blocks if previous is not None else 0
         self.stop(request_id)
         sequence = FoldingSequence(
-            plan=plan, adapter=adapter, peak_blocks=peak, return_kept=return_kept
+            plan=plan, adapter=adapter, probes=probes, peak_blocks=peak, return_kept=return_kept
         )
         sequence.forced = [
             None if marks is None else torch.frombuffer(bytearray(marks), dtype=torch.uint8)

@@ -141,9 +141,7 @@ def _probes(path: Path | None, shape: ModelShape) -> Probes | None:
         return None
     try:
         probes = Probes.load(path)
-        probes.check_fits(
-            num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim
-        )
+        shape.check_probes(probes)
     except ProbesError as error:
         raise ValueError(f"--probes: {error}") from error
     return probes

@@ -16,7 +16,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.lora.utils import get_adapter_absolute_path
 
-from pte_vllm.adapter.format import load_for_engine
+from pte_vllm.adapter.for_engine import load_for_engine
 from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE
 from pte_vllm.engine.loads import loaded_in_place
 from pte_vllm.server.adapters.families import Families

@@ -1,7 +1,7 @@
 """The body of a push, a multipart form or a tar, is read here, and its adapter checked.
 
-Nothing here touches the spool: names that a body carries are compared with the three that an
-adapter has, and never used as paths.
+Nothing here touches the spool: names that a body carries are compared with the four that an
+adapter may have, and never used as paths.
 """
 
 from __future__ import annotations

@@ -78,7 +78,13 @@ async def score(body: ScoreRequest, request: Request) -> Response:
         )
         rendered = await render(state, tokens)
         validate(state, rendered, params, adapter)
-        jobs.append(_job(state, rendered, params, adapter, group_id, 0, num_prompt))
+        job = _job(state, rendered, params, adapter, group_id, 0, num_prompt)
+        folds = num_folds(job.plan, len(tokens))
+        if record and len(record) > folds:
+            raise HTTPException(
+                400, f"kept: {len(record)} entries for the {folds} folds of sequence {len(jobs)}"
+            )
+        jobs.append(job)
     return stream(state, jobs)
 
 

@@ -19,10 +19,19 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from pte_vllm.adapter.files import AdapterError, is_pte_adapter
-from pte_vllm.adapter.format import Adapter, ModelShape, load_for_engine
-from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE, content_hash, file_hashes
+from pte_vllm.adapter.for_engine import load_for_engine
+from pte_vllm.adapter.format import Adapter, ModelShape
+from pte_vllm.adapter.hashes import (
+    CONFIG_FILE,
+    ENCODER_FILE,
+    LORA_FILE,
+    PROBES_FILE,
+    content_hash,
+    file_hashes,
+)
 from pte_vllm.cli.adapter import main as command
 from pte_vllm.method.reference import TENSORS
+from tests.harness.models import make_probes
 
 LORA = "base_model.model.model.layers.0.self_attn.q_proj"
 Tensors = dict[str, Tensor]
@@ -46,6 +55,8 @@ def directory(tiny: Callable[[str], Path], adapters: Callable[..., Path], tmp_pa
         {"rule": "paper", "read": "value", "normalize": "row"},
         {"rule": "sum", "global_tokens": 12, "keys": "rotated", "layers": [0, 2]},
         {"plain": True},
+        {"rule": "delta", "own_probes": 3},
+        {"plain": True, "own_probes": 4},
     ],
     ids=str,
 )
@@ -71,6 +82,9 @@ def test_what_is_written_comes_back(
         for name in TENSORS:
             found, wanted = getattr(again.encoders[layer], name), getattr(encoder, name)
             assert torch.equal(found, wanted)
+    assert (again.probes is None) == ("own_probes" not in options)
+    if again.probes is not None and adapter.probes is not None:
+        assert torch.equal(again.probes.queries, adapter.probes.queries)
     assert content_hash(file_hashes(tmp_path)) == content_hash(file_hashes(path))
 
 
@@ -241,6 +255,54 @@ def test_what_an_engine_refuses(
         load(directory, max_lora_rank=4)
     with pytest.raises(AdapterError, match="load_inplace is not supported"):
         load(directory, load_inplace=True)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_probes_must_fit_and_go_where_there_are_none(
+    plain: bool,
+    model: ModelShape,
+    tiny: Callable[[str], Path],
+    adapters: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    def load() -> Adapter | None:
+        options = {"max_lora_rank": 8, "dtype": torch.float32, "load_inplace": False}
+        return load_for_engine(tmp_path, model=model, **options)
+
+    bare = Adapter.load(adapters(tiny("llama"), **({"plain": True} if plain else {})), model)
+    probes = make_probes()
+    replace(bare, probes=probes).save(tmp_path)
+    whole = file_hashes(tmp_path)
+    assert PROBES_FILE in whole
+    replace(bare, probes=make_probes(6)).save(tmp_path)
+    assert content_hash(file_hashes(tmp_path)) != content_hash(whole)
+    replace(bare, probes=probes).save(tmp_path)
+    assert file_hashes(tmp_path) == whole
+    assert (load() is None) == plain
+    replace(bare, probes=make_probes(layers=2)).save(tmp_path)
+    for loading in (load, lambda: Adapter.load(tmp_path, model)):
+        with pytest.raises(AdapterError, match=f"{PROBES_FILE}: these probes are for 2 layers"):
+            loading()
+    (tmp_path / PROBES_FILE).write_bytes(b"no tensors")
+    with pytest.raises(AdapterError, match=f"{PROBES_FILE}: these probes cannot be read"):
+        load()
+    bare.save(tmp_path)
+    assert not (tmp_path / PROBES_FILE).exists() and Adapter.load(tmp_path).probes is None
+
+
+def test_inspect_tells_of_probes(
+    tiny: Callable[[str], Path],
+    adapters: Callable[..., Path],
+    directory: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_probes = adapters(tiny("llama"), plain=True, own_probes=4)
+    for path, count in ((with_probes, 23), (directory, None)):
+        assert command(["inspect", str(path), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["probes"] == count and (PROBES_FILE in found["sha256"]) == (count is not None)
+        assert command(["inspect", str(path)]) == 0
+        assert ("23 for each KV head" in capsys.readouterr().out) == (count is not None)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from transformers import (
 
 from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.adapter.hashes import LORA_FILE
+from pte_vllm.adapter.probes import Probes
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.reference import LayerEncoder
 
@@ -137,14 +138,23 @@ def _peft(rank: int, targets: Sequence[str]) -> dict[str, object]:
 
 
 def make_plain_lora(
-    model: Path, directory: Path, *, rank: int = 8, seed: int = 0, strength: float = 0.1
+    model: Path,
+    directory: Path,
+    *,
+    rank: int = 8,
+    seed: int = 0,
+    strength: float = 0.1,
+    own_probes: int | None = None,
 ) -> None:
-    """A LoRA without an encoder."""
+    """A LoRA without an encoder; with `own_probes`, a seed, it brings probes."""
     torch.manual_seed(seed)
     shape = ModelShape.from_hf(AutoConfig.from_pretrained(model))
     lora_a, lora_b = _random_lora(shape, rank, rank, range(shape.num_layers), TARGETS, strength)
     peft = _peft(rank, TARGETS)
-    Adapter(peft=peft, pte=None, lora_a=lora_a, lora_b=lora_b, encoders={}).save(directory)
+    probes = None if own_probes is None else make_probes(own_probes)
+    Adapter(peft=peft, pte=None, lora_a=lora_a, lora_b=lora_b, encoders={}, probes=probes).save(
+        directory
+    )
 
 
 def enlarge(adapter: Path, directory: Path, largest: float) -> Path:
@@ -178,8 +188,12 @@ def make_random_adapter(
     targets: Sequence[str] = TARGETS,
     seed: int = 0,
     strength: float = 0.1,
+    own_probes: int | None = None,
 ) -> None:
-    """A PTE adapter whose state changes the log-probs; every optional tensor is there."""
+    """A PTE adapter whose state changes the log-probs; every optional tensor is there.
+
+    With `own_probes`, a seed, it brings probes.
+    """
     torch.manual_seed(seed)
     shape = ModelShape.from_hf(AutoConfig.from_pretrained(model))
     rows = global_tokens or rank
@@ -212,18 +226,26 @@ def make_random_adapter(
         init="random",
     )
     Adapter(
-        peft=_peft(rank, targets), pte=pte, lora_a=lora_a, lora_b=lora_b, encoders=encoders
+        peft=_peft(rank, targets),
+        pte=pte,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        encoders=encoders,
+        probes=None if own_probes is None else make_probes(own_probes),
     ).save(directory)
 
 
-def write_probes(file: Path) -> Path:
-    """Write random queries as probes of any tiny model, and return the file.
+def make_probes(seed: int = 5, *, layers: int = TINY_LAYERS) -> Probes:
+    """Random queries as probes of any tiny model.
 
-    What is kept by them matters to nobody, only that it is kept everywhere.
+    What is kept by them matters to nobody, only that it is kept everywhere. How many there are
+    depends on the seed, as adapters may bring more or fewer than the engine has.
     """
-    from pte_vllm.adapter.probes import Probes
+    shape = layers, TINY["num_key_value_heads"], 19 + seed, TINY["head_dim"]
+    return Probes.of(3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)), "none")
 
-    shape = TINY_LAYERS, TINY["num_key_value_heads"], 24, TINY["head_dim"]
-    queries = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(5))
-    Probes.of(queries, "none").save(file)
+
+def write_probes(file: Path) -> Path:
+    """Write probes of any tiny model, and return the file."""
+    make_probes().save(file)
     return file

@@ -57,12 +57,11 @@ def replayed(
         config, count = attached.base.config, num_folds(plan, len(tokens))
         marks = marks_of(record, plan, config.num_hidden_layers, config.num_key_value_heads)
         assert len(marks) >= count, f"{len(marks)} records of {count} folds"
-        assert probes is not None
         found = log_probs(
             *(attached, tokens, plan),
             rule=rule,
             temperature=temperature,
-            keeper=Keeper(attached, Probes.load(probes)),
+            keeper=None if probes is None else Keeper(attached, Probes.load(probes)),
             marks=[marks[:count]],
         )
         agreed = [fold.agreement for fold in found.folds[0] if fold.agreement is not None]

@@ -26,12 +26,13 @@ def engine(model: Path, probes: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def make_jobs(model: Path, adapters: Callable[..., Path]) -> Callable[[], list[Job]]:
-    """Six requests under test: two PTE rules, one of them also with random blocks, and none.
+    """Seven requests under test: two PTE rules, one of them also with random blocks, and none.
 
-    With an adapter and without, they keep tokens too.
+    With an adapter and without, they keep tokens too; one adapter brings probes of its own.
     """
     paper = lora("paper", adapters(model, rank=8, rule="paper"), 1)
     ridge = lora("ridge", adapters(model, rank=8, rule="ridge"), 2)
+    own = lora("own", adapters(model, rank=8, rule="ridge", own_probes=9), 4)
 
     def make() -> list[Job]:
         return [
@@ -41,6 +42,7 @@ def make_jobs(model: Path, adapters: Callable[..., Path]) -> Callable[[], list[J
             Job(random_tokens(33, 500, 4), LENGTH, ridge, {**RANDOM, "pte_evict_seed": 8}, seed=4),
             Job(random_tokens(50, 500, 5), LENGTH, ridge, {"pte_keep": 2 * BLOCK}, seed=5),
             Job(random_tokens(25, 500, 6), LENGTH, None, {"pte_keep": BLOCK}, seed=6),
+            Job(random_tokens(35, 500, 7), LENGTH, own, {"pte_keep": BLOCK}, seed=7),
         ]
 
     return make

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import io
+import shutil
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
+import torch
 from fastapi import HTTPException, Request
+from transformers import AutoConfig
 
-from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE
+from pte_vllm.adapter.files import AdapterError
+from pte_vllm.adapter.format import ModelShape
+from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE, PROBES_FILE
 from pte_vllm.server.adapters import upload
-from pte_vllm.server.adapters.upload import Upload, read_upload
+from pte_vllm.server.adapters.upload import Upload, check_servable, read_upload
+from tests.harness.models import make_probes
 
 GOOD = {CONFIG_FILE: b"{}", LORA_FILE: b"tensors"}
 
@@ -44,10 +51,11 @@ def _read(body: bytes, kind: str = "application/x-tar", query: str = "sha256=00"
 
 
 def test_a_tar_is_read_whole() -> None:
+    sent = {**GOOD, PROBES_FILE: b"queries"}
     upload = _read(
-        _tar({f"./{name}": data for name, data in GOOD.items()}), query="sha256=ab&version=7"
+        _tar({f"./{name}": data for name, data in sent.items()}), query="sha256=ab&version=7"
     )
-    assert {name: file.read() for name, file in upload.files.items()} == GOOD
+    assert {name: file.read() for name, file in upload.files.items()} == sent
     assert (upload.sha256, upload.number) == ("ab", 7)
 
 
@@ -86,3 +94,19 @@ def test_large_bodies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HTTPException) as refusal:
         _read(_tar(GOOD))
     assert refusal.value.status_code == 413
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_probes_that_do_not_fit_are_refused(
+    plain: bool, tiny: Callable[[str], Path], adapters: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of a plain LoRA too, and the message names no directory."""
+    model = tiny("qwen3")
+    shape = ModelShape.from_hf(AutoConfig.from_pretrained(model))
+    source = adapters(model, own_probes=9, **({"plain": True} if plain else {}))
+    directory = Path(shutil.copytree(source, tmp_path / "a"))
+    pte = check_servable(directory, shape, 8, torch.float32)
+    assert (pte is None) == plain
+    make_probes(layers=2).save(directory / PROBES_FILE)
+    with pytest.raises(AdapterError, match=f"^{PROBES_FILE}: these probes are for 2 layers of 2"):
+        check_servable(directory, shape, 8, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.keeping import Keeper, num_candidates
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.segments import log_probs, replay
-from tests.harness.models import random_tokens
+from tests.harness.models import make_probes, random_tokens
 from tests.train import naive
 from tests.train.kept_reference import KeptReference
 
@@ -255,3 +256,42 @@ def test_what_does_not_fit_is_refused(tiny: Tiny) -> None:
         Keeper(model, Probes.of(QUERIES[:2], "none"))
     with pytest.raises(ValueError, match="what is kept"):
         AlignedBatch.align([[5], [5]], [plan, fold_plan(keep_blocks=1)])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_probes_of_the_adapter_come_first(
+    plain: bool, tiny: Tiny, adapters: Adapters, tmp_path: Path
+) -> None:
+    """They take the keeper's place while the adapter is on, and go where the adapter goes."""
+    path, ids, plan = tiny("llama"), random_tokens(203, seed=5), fold_plan()
+    kind = {"plain": True} if plain else {"rule": "ridge"}
+    own = make_probes(9)
+    model, keeper = load(path, adapters(path, **kind, own_probes=9))
+    bare, _ = load(path, adapters(path, **kind))
+
+    def marks(model: PTEModel, keeper: Keeper | None) -> Tensor:
+        found = log_probs(model, ids, plan, keeper=keeper).folds[0][-1].marks
+        assert found is not None
+        return found
+
+    by_own, by_keeper = marks(bare, Keeper(bare, own)), marks(bare, keeper)
+    assert not torch.equal(by_own, by_keeper)
+    for given in (keeper, None):
+        assert torch.equal(marks(model, given), by_own)
+    with model.adapter_disabled():
+        assert torch.equal(marks(model, keeper), marks(PTEModel.from_pretrained(path), keeper))
+        with pytest.raises(ValueError, match="give the replay a Keeper"):
+            marks(model, None)
+    assert torch.equal(marks(model, None), by_own)
+    model.save_pretrained(tmp_path)
+    saved = Adapter.load(tmp_path)
+    assert saved.probes is not None and saved.probes.content_hash == own.content_hash
+    model.load_adapter_weights(bare.adapter())
+    assert model.adapter().probes is None and torch.equal(marks(model, keeper), by_keeper)
+    model.load_adapter_weights(saved)
+    assert torch.equal(marks(model, keeper), by_own)
+    wrong = replace(saved, probes=make_probes(layers=2))
+    with pytest.raises(ProbesError, match="for 2 layers"):
+        model.load_adapter_weights(wrong)
+    with pytest.raises(ProbesError, match="for 2 layers"):
+        PTEModel.from_pretrained(path, wrong)

@@ -1,4 +1,4 @@
-"""vLLM's adapter manager, which also loads the encoder that a PTE adapter has beside its LoRA."""
+"""vLLM's adapter manager, which also loads what an adapter has beside its LoRA: encoder, probes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.lora_model import LoRAModel
@@ -15,9 +16,11 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from pte_vllm.adapter.files import AdapterError
-from pte_vllm.adapter.format import ModelShape, load_for_engine
+from pte_vllm.adapter.for_engine import load_for_engine
+from pte_vllm.adapter.format import Adapter, ModelShape, own_probes
 from pte_vllm.adapter.numbers import check_lora
 from pte_vllm.engine.sequences import LoadedEncoder
+from pte_vllm.method.options import EngineConfig
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
@@ -25,12 +28,15 @@ _VOCABULARY = ("embed_tokens", "lm_head")
 
 
 class PTELoRAManager(LRUCacheWorkerLoRAManager):
-    """vLLM's adapter manager, which also holds the encoders of the adapters it loads."""
+    """vLLM's adapter manager, which also holds encoders and probes of the adapters it loads."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._shape = ModelShape.from_hf(vllm_config.model_config.hf_config.get_text_config())
         self._encoders: dict[int, LoadedEncoder] = {}
+        self._probes: dict[int, Tensor] = {}  # of adapters that bring some, [L, H, n, D]
+        engine = EngineConfig.from_vllm(vllm_config)
+        self._keeps_by_probes = engine is not None and engine.probes is not None
         self._plain: set[int] = set()
         self._loads: dict[int, int] = {}  # by adapter, the number of its loading
         self._load_numbers = itertools.count()
@@ -39,13 +45,14 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         self._failed: dict[int, str] = {}  # in this step: an adapter's id, and why
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """Load an adapter as vLLM does; where that unloads others, their encoders go too.
+        """Load an adapter as vLLM does; where that unloads others, encoders and probes go too.
 
         A sequence that runs holds its own reference.
         """
         added = super().add_adapter(lora_request)
         keep = self.list_adapters()
         self._encoders = {i: e for i, e in self._encoders.items() if i in keep}
+        self._probes = {i: p for i, p in self._probes.items() if i in keep}
         self._plain &= keep
         self._loads = {i: number for i, number in self._loads.items() if i in keep}
         return added
@@ -79,6 +86,7 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
                 "float16 on a GPU"
             )
         self._loads[adapter_id] = next(self._load_numbers)
+        self._load_probes(adapter_id, path, adapter)
         self.targeted |= {name.rpartition(".")[2] for name in model.loras}
         if adapter is None or adapter.pte is None:
             self._plain.add(adapter_id)
@@ -90,16 +98,42 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
             )
         return model
 
+    def _load_probes(self, adapter_id: int, path: str, adapter: Adapter | None) -> None:
+        """Put the adapter's own probes on the device, in place of those it had before.
+
+        Args:
+            adapter_id: vLLM's number of it.
+            path: Its directory.
+            adapter: What was read there; None of a plain LoRA.
+        """
+        self._probes.pop(adapter_id, None)  # of a load in place
+        if not self._keeps_by_probes:  # then no request may ask for them
+            return
+        probes = adapter.probes if adapter is not None else own_probes(path, self._shape)
+        if probes is not None:
+            self._probes[adapter_id] = probes.queries.to(self.device)
+
     def _in_fp32_on_gpu(self) -> bool:
         fp32 = self.lora_config.lora_dtype == torch.float32
         return fp32 and torch.device(self.device).type != "cpu"
 
     def encoder_of(self, lora_request: LoRARequest) -> LoadedEncoder | None:
         """Return the adapter's encoder, loading the adapter if need be; None for a plain LoRA."""
+        self._load_unless_known(lora_request)
+        return self._encoders.get(lora_request.lora_int_id)
+
+    def probes_of(self, lora_request: LoRARequest) -> Tensor | None:
+        """Return the probes that the adapter brings, `[L, H, n, D]` float32, loading it if need be.
+
+        None: it brings none, or the engine has none of its own and keeps nothing by probes.
+        """
+        self._load_unless_known(lora_request)
+        return self._probes.get(lora_request.lora_int_id)
+
+    def _load_unless_known(self, lora_request: LoRARequest) -> None:
         adapter_id = lora_request.lora_int_id
         if adapter_id not in self._encoders and adapter_id not in self._plain:
             self._load_in_step(lora_request)
-        return self._encoders.get(adapter_id)
 
     # -- in a step, where an error would end the engine -------------------------------------------
 

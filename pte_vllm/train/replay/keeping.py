@@ -42,10 +42,7 @@ class Keeper:
     """
 
     def __init__(self, model: PTEModel, probes: Probes) -> None:
-        shape = ModelShape.from_hf(model.base.config)
-        probes.check_fits(
-            num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim
-        )
+        ModelShape.from_hf(model.base.config).check_probes(probes)
         self.queries = probes.queries.to(model.device)
         """`[L, H, n, D]` fp32."""
 
@@ -65,7 +62,8 @@ class Keeping:
     Args:
         model: The model that is replayed.
         batch: Its sequences; their plan has `keep_tokens`.
-        keeper: The model's probes, which the score `expected` needs.
+        keeper: The model's probes, by which the score `expected` chooses unless the adapter brings
+            its own.
         marks: What each sequence is made to keep; None, or an empty list for one: it chooses.
 
     Raises:
@@ -79,12 +77,14 @@ class Keeping:
         keeper: Keeper | None,
         marks: Sequence[Marks] | None,
     ) -> None:
-        if batch.plan.keep_score == "expected" and keeper is None:
+        own = model.probe_queries
+        self._queries = own if own is not None or keeper is None else keeper.queries
+        if batch.plan.keep_score == "expected" and self._queries is None:
             raise ValueError(
                 f"{batch.plan.keep_tokens} kept tokens of score expected are chosen by probes: "
                 "give the replay a Keeper with the model's file of probes, or use score random"
             )
-        self._base, self._keeper = model.base, keeper
+        self._base = model.base
         self._batch, self._plan = batch, batch.plan
         self._shape = ModelShape.from_hf(model.base.config)
         self._marks = marks if marks is not None else [()] * len(batch.ids)
@@ -163,18 +163,18 @@ class Keeping:
                 rows * plan.evict_seed, rows * fold, layers, shape.num_kv_heads, size
             )
             return list(drawn)
-        assert self._keeper is not None
+        assert self._queries is not None
         first = plan.pinned_blocks * plan.block_size
         positions = keep.probe_positions(
             start - self._batch.left,
-            self._keeper.queries.shape[2],
+            self._queries.shape[2],
             self._base.config.max_position_embeddings,
         )
         found = []
         for i, layer in enumerate(cache.layers):
             keys, values = layer.past
             # One layer's rotated probes at a time: all of them would be L times as many numbers.
-            probes = _rotated(self._base, self._keeper.queries[i], positions, keys)
+            probes = _rotated(self._base, self._queries[i], positions, keys)
             found.append(
                 keep.expected_scores(
                     probes,

@@ -11,7 +11,7 @@ Shapes: B sequences, n tokens of a segment, L layers with an encoder; G, r and d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,15 +21,16 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from pte_vllm.adapter.files import layer_of
 from pte_vllm.adapter.format import Adapter, ModelShape
+from pte_vllm.adapter.probes import Probes
 from pte_vllm.method import reference
 from pte_vllm.method.reference import TENSORS, LayerEncoder
 from pte_vllm.models.rope_check import check_unrotation
 from pte_vllm.train.replay.attention_kernels import resolve_attention
+from pte_vllm.train.replay.model_parts import ModulatedA, checkpointed, submodule
 from pte_vllm.train.replay.supported import check_model
 
 _NAME = "default"
@@ -58,6 +59,10 @@ class PTEModel(nn.Module):
         self.base = base
         self.config = adapter.pte if adapter is not None else None
         self.layers = adapter.layers if adapter is not None else []
+        self.probes: Probes | None = None
+        self.probe_queries: Tensor | None = None
+        """The adapter's own probes where the model is, `[L, H, n, D]` fp32; None without, and where
+        the adapter is off. The replay scores kept tokens by these, as a server does."""
         self.states: Tensor | None = None
         """The states `[L, B, G, r]` of the segment that runs; the replay sets them."""
         self.gradient_checkpointing = gradient_checkpointing
@@ -101,6 +106,7 @@ class PTEModel(nn.Module):
     # -- attaching --------------------------------------------------------------------------------
 
     def _attach(self, adapter: Adapter) -> None:
+        self._take_probes(adapter)
         # Sorted, so that an optimizer's state fits whether the adapter was made or loaded.
         used = [
             name
@@ -108,7 +114,7 @@ class PTEModel(nn.Module):
             if adapter.pte is None or layer_of(name) in adapter.encoders
         ]
         for name in used:  # all are looked for before the first is changed
-            _submodule(self.base, name)
+            submodule(self.base, name)
         if adapter.pte is not None and adapter.pte.keys == "unrotated":
             check_unrotation(self.base, self.layers)
         config = LoraConfig(
@@ -130,11 +136,25 @@ class PTEModel(nn.Module):
                 layer = layer_of(name)
                 assert layer is not None
                 modulate = partial(self._modulate, self.layers.index(layer))
-                linear.lora_A[_NAME] = _ModulatedA(self._parameter(a), modulate)
+                linear.lora_A[_NAME] = ModulatedA(self._parameter(a), modulate)
         if adapter.pte is not None:
             stacked = adapter.stacked_encoder()
             for field in TENSORS:
                 self._encoder[field] = self._parameter(getattr(stacked, field))
+
+    def _take_probes(self, adapter: Adapter) -> None:
+        """Use the adapter's own probes from now on, or none.
+
+        Raises:
+            ProbesError: If they are for a model of other sizes.
+        """
+        own, new = self.probes, adapter.probes
+        if own is not None and new is not None and own.content_hash == new.content_hash:
+            return
+        if new is not None:
+            ModelShape.from_hf(self.base.config).check_probes(new)
+        self.probes = new
+        self.probe_queries = None if new is None else new.queries.to(self.device)
 
     def _parameter(self, value: Tensor) -> nn.Parameter:
         # A copy: several models may start from one adapter.
@@ -150,7 +170,7 @@ class PTEModel(nn.Module):
         # transformers' own checkpointing drops the KV cache; ours may be written twice.
         for layer in self.base.model.layers:
             self._layer_forwards.append((layer, layer.forward))
-            layer.forward = _checkpointed(layer.forward)
+            layer.forward = checkpointed(layer.forward)
 
     def detach(self) -> None:
         """Give the base model back as it was, but with its parameters frozen."""
@@ -212,16 +232,19 @@ class PTEModel(nn.Module):
                 layer: self.encoder.map(lambda tensor, i=i: copy(tensor[i]))  # type: ignore[misc]
                 for i, layer in enumerate(self.layers)
             },
+            probes=self.probes,
         )
 
     @torch.no_grad()
     def load_adapter_weights(self, adapter: Adapter) -> None:
-        """Take over the weights of an adapter of the same form.
+        """Take over the weights of an adapter of the same form, and its probes.
 
         Raises:
-            ValueError: if its modules, layers, method or scale differ; nothing is changed then.
+            ValueError: if its modules, layers, method or scale differ, or its probes do not fit;
+                nothing is changed then.
         """
         self._check_form(adapter)
+        self._take_probes(adapter)
         for name, linear in self._lora.items():
             linear.lora_A[_NAME].weight.copy_(adapter.lora_a[name])
             linear.lora_B[_NAME].weight.copy_(adapter.lora_b[name])
@@ -255,45 +278,17 @@ class PTEModel(nn.Module):
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """Switch the adapter off inside the block: what leaves the window is then forgotten."""
+        """Switch the adapter off inside the block: what leaves the window is then forgotten.
+
+        Its probes are off too.
+        """
         layers, self.layers = self.layers, []
+        queries, self.probe_queries = self.probe_queries, None
         for linear in self._lora.values():
             linear.enable_adapters(False)
         try:
             yield
         finally:
-            self.layers = layers
+            self.layers, self.probe_queries = layers, queries
             for linear in self._lora.values():
                 linear.enable_adapters(True)
-
-
-class _ModulatedA(nn.Linear):
-    """LoRA's A `[G, d_in]` with a thought state after it: turns `[B, n, d_in]` into `[B, n, r]`."""
-
-    def __init__(self, weight: nn.Parameter, modulate: Callable[[Tensor], Tensor]) -> None:
-        rows, d_in = weight.shape
-        super().__init__(d_in, rows, bias=False, device="meta")
-        self.weight = weight
-        self._modulate = modulate
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self._modulate(super().forward(input))
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a layer's forward so that the backward pass computes it again."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run
-
-
-def _submodule(model: Any, name: str) -> nn.Module:
-    try:
-        module: nn.Module = model.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(f"the model has no module {name}, which the adapter changes") from error
-    return module
