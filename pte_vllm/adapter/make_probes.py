@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ from pte_vllm.adapter.probe_sampling import draw_probes, sample_thoughts
 from pte_vllm.adapter.probes import Probes
 from pte_vllm.models.location import local_directory, model_hash
 from pte_vllm.models.rope_check import check_unrotation
+
+_QUIET_S = 30.0
+"""Longest time without a line on what sampling has come to."""
 
 
 def make_probes(
@@ -44,6 +48,7 @@ def make_probes(
         OSError: If the model or the prompts cannot be read.
     """
     console, out, began = Console(stderr=True, highlight=False), Path(out), time.monotonic()
+    _check_writable(out)
     texts = options.choose(PROMPTS if prompts_file is None else read_prompts(prompts_file))
     path = local_directory(model, download=True)
     name = model_hash(path)  # of the files that are loaded next
@@ -67,7 +72,6 @@ def make_probes(
         f"{shape.num_kv_heads})",
         soft_wrap=True,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
@@ -104,17 +108,36 @@ def make_probes(
 
 
 def _counter(progress: Progress, name: str, total: int) -> Callable[[int], None]:
-    """Return what takes how many more are done; without a terminal every tenth is a line."""
+    """Return what takes how many more are done.
+
+    Without a terminal there is a line for every tenth, and after `_QUIET_S` at the latest.
+    """
     task, done = progress.add_task(name, total=total), 0
+    began = said = time.monotonic()
 
     def advance(count: int) -> None:
-        nonlocal done
+        nonlocal done, said
         tenths, done = 10 * done // total, done + count
         progress.advance(task, count)
-        if not progress.console.is_terminal and 10 * done // total > tenths:
-            progress.console.print(f"{name}: {done} of {total}")
+        now = time.monotonic()
+        if not progress.console.is_terminal and (
+            10 * done // total > tenths or now - said > _QUIET_S
+        ):
+            said, left = now, (now - began) * (total - done) / done
+            rest = f", about {left:.0f} s left" if done < total else ""
+            progress.console.print(f"{name}: {done} of {total}{rest}")
 
     return advance
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a file that cannot be written before minutes are spent on it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"OUT: {out} cannot be written: {error}") from error
 
 
 def _check_enough(shape: ModelShape, options: ProbeOptions) -> None:

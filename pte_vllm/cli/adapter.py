@@ -151,6 +151,8 @@ def _calibrate(options: argparse.Namespace) -> int:
         )
     if options.prompts is not None:
         read_prompts(options.prompts)  # a mistake shows before anything is loaded
+    # Threads that spin while they wait stand still beside any other load. OpenMP reads this once.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pte_vllm.adapter.make_probes import make_probes
 
     make_probes(options.model, options.out, wanted, prompts_file=options.prompts)

@@ -21,6 +21,7 @@ from pte_vllm.server.rollouts.generation import check_logprobs_mode, resolve, st
 from pte_vllm.server.rollouts.in_flight import Job, Outcome, render
 from pte_vllm.server.rollouts.schemas import RolloutRequest, Sampling, ScoreRequest
 from pte_vllm.server.service import Service, service
+from pte_vllm.wire.folds import num_folds
 
 router = APIRouter()
 
