@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pte-probes",
         metavar="FILE",
-        help="probes for the score `expected`, from pte-vllm adapter calibrate",
+        help="probes for the score `expected`, from pte-vllm adapter calibrate (default: with "
+        "--pte-keep they are sampled at the first start, which takes minutes on a CPU)",
     )
     parser.add_argument(
         "--pte-max-prompt-tokens",
