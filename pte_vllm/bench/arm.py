@@ -90,10 +90,11 @@ class Arm:
         """Run a workload to its end.
 
         Returns:
-            `seconds`; `output_tokens` of all; by step with an output `step_ms` and `positions`, the
-            length of the longest sequence; by sequence `first_token_ms`; `cached_tokens` of the
-            prompts, found in the prefix cache; `mean_running`, sequences per step; `parts_ms` of a
-            timed arm, the mean over the steps after all prompts are read.
+            `seconds`; `output_tokens` of all; `decoded`, tokens and seconds after all prompts are
+            read; by step with an output `step_ms` and `positions`, the length of the longest
+            sequence; by sequence `first_token_ms`; `cached_tokens` of the prompts, found in the
+            prefix cache; `mean_running`, sequences per step; `parts_ms` of a timed arm, the mean
+            over the steps after all prompts are read.
         """
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asdict(workload)) + "\n")
@@ -182,7 +183,7 @@ def _run(
     first_token_ms: dict[str, float] = {}
     cached: dict[str, int] = {}
     began = decoding = time.perf_counter()
-    steps_before = 0
+    steps_before = produced_before = 0
     while engine.has_unfinished_requests():
         step_began = time.perf_counter()
         outputs = engine.step()
@@ -195,14 +196,16 @@ def _run(
             for output in outputs:
                 first_token_ms.setdefault(output.request_id, (now - began) * 1e3)
                 cached.setdefault(output.request_id, output.num_cached_tokens or 0)
-            if parts is not None and not steps_before and len(first_token_ms) == workload.num_seqs:
-                parts.seconds.clear()  # of reading prompts
-                decoding, steps_before = now, len(step_ms)
+            if not steps_before and len(first_token_ms) == workload.num_seqs:
+                decoding, steps_before, produced_before = now, len(step_ms), produced
+                if parts is not None:
+                    parts.seconds.clear()  # of reading prompts
     ended = time.perf_counter()
     seconds = ended - began
     return {
         "seconds": seconds,
         "output_tokens": produced,
+        "decoded": {"tokens": produced - produced_before, "seconds": ended - decoding},
         "step_ms": step_ms,
         "positions": positions,
         "first_token_ms": list(first_token_ms.values()),

@@ -70,9 +70,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _show(args: argparse.Namespace, results: Results, held: int) -> None:
     timed = results.pop("the same, timed")
-    # The first output comes with the prefill; the rest are one token each.
     decoding = {
-        name: [args.seqs * 1e3 / statistics.mean(r["step_ms"][1:]) for r in runs]
+        name: [r["decoded"]["tokens"] / r["decoded"]["seconds"] for r in runs]
         for name, runs in results.items()
     }
     folds = [r["parts_ms"][_FOLDS] / sum(r["parts_ms"].values()) for r in timed]

@@ -52,8 +52,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=[],
         metavar="K,K,...",
         help="for each --window also windows that keep so many evicted tokens for each KV head; a "
-        "plain --window longer by K holds as many bytes, and with --evict-tokens folds as often; not "
-        "with --url",
+        "plain --window longer by K holds as many bytes, and with --evict-tokens folds as often; "
+        "not with --url",
     )
     add(
         "--keep-score",
