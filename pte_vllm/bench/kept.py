@@ -31,10 +31,18 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Naming the flag, if the numbers do not fit each other.
     """
-    config = EngineConfig(window_tokens=args.window, keep_tokens=args.keep)
-    plan = config.plan(pin_tokens=args.prompt, block_size=BLOCK_TOKENS)
     if not args.keep:
-        raise ValueError("--keep must be at least one block of 32 tokens, got 0")
+        raise ValueError(f"--keep must be at least one block of {BLOCK_TOKENS} tokens, got 0")
+    if not args.window:
+        raise ValueError(f"--window must be at least two blocks of {BLOCK_TOKENS} tokens, got 0")
+    try:
+        config = EngineConfig(window_tokens=args.window, keep_tokens=args.keep)
+        plan = config.plan(pin_tokens=args.prompt, block_size=BLOCK_TOKENS)
+    except ValueError as error:
+        flag = "--keep" if str(error).startswith("keep") else "--window"
+        raise ValueError(
+            f"{flag} does not fit blocks, which have {BLOCK_TOKENS} tokens here: {error}"
+        ) from error
     held = plan.pinned_blocks * BLOCK_TOKENS + args.window + args.keep - plan.stride // 2
     if held <= args.tokens // 2:
         raise ValueError(

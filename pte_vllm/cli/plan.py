@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 
+from pte_vllm.bench.sizing.hardware import FP32_PART
 from pte_vllm.method.names import RULE_NAMES
 from pte_vllm.method.options import PTEConfig
+from pte_vllm.method.plan import FoldPlan
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `pte-vllm plan ...`; returns the exit status."""
     options = _parser().parse_args(arguments)
-    from pte_vllm.bench.flags import parse_tokens
+    from pte_vllm.bench.flags import parse_token_list, parse_tokens
     from pte_vllm.bench.sizing.hardware import hardware_of
     from pte_vllm.bench.sizing.model import Model
     from pte_vllm.bench.sizing.report import show
     from pte_vllm.bench.sizing.roofline import plan_rows
 
+    _check(options)
+    windows = parse_token_list(options.window, flag="--window")
+    keeps = parse_token_list(options.keep, flag="--keep", least=0)
+    rollout_tokens = parse_tokens(options.rollout, flag="--rollout")
+    prompt_tokens = parse_tokens(options.prompt, flag="--prompt")
+    _check_blocks(windows, keeps, options.block_size)
     model = Model.load(options.model)
     hardware = hardware_of(options.gpu, vars(options))
-    if options.rank < 0:
-        raise ValueError(f"--rank must not be negative, got {options.rank}; 0: no adapter")
     rows = plan_rows(
         model,
         hardware,
-        rollout_tokens=parse_tokens(options.rollout),
-        prompt_tokens=parse_tokens(options.prompt),
-        windows=[parse_tokens(part) for part in options.window.split(",")],
-        keeps=[parse_tokens(part, least=0) for part in options.keep.split(",")],
+        rollout_tokens=rollout_tokens,
+        prompt_tokens=prompt_tokens,
+        windows=windows,
+        keeps=keeps,
         block_size=options.block_size,
         rank=options.rank,
         rule=options.rule,
@@ -41,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
         model,
         hardware,
         rows,
+        rollout_tokens=rollout_tokens,
+        prompt_tokens=prompt_tokens,
         block_size=options.block_size,
         rank=options.rank,
         rule=options.rule,
@@ -50,6 +59,34 @@ def main(arguments: Sequence[str]) -> int:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise ValueError, naming the flag, where one number or path cannot be."""
+    if options.rank < 0:
+        raise ValueError(f"--rank must not be negative, got {options.rank}; 0: no adapter")
+    if options.block_size < 1:
+        raise ValueError(f"--block-size must be at least 1, got {options.block_size}")
+    if options.max_num_seqs is not None and options.max_num_seqs < 1:
+        raise ValueError(f"--max-num-seqs must be at least 1, got {options.max_num_seqs}")
+    if options.json and os.path.isdir(options.json):
+        raise ValueError(f"--json {options.json} is a directory")
+    folder = os.path.dirname(options.json or "") or "."
+    if not os.path.isdir(folder):
+        raise ValueError(f"--json {options.json}: there is no directory {folder}")
+
+
+def _check_blocks(windows: Sequence[int], keeps: Sequence[int], block_size: int) -> None:
+    """Raise ValueError, naming the flags, where tokens do not fit the blocks."""
+    for window in windows:
+        for keep in keeps:
+            try:
+                FoldPlan(
+                    pin_tokens=0, window_tokens=window, block_size=block_size, keep_tokens=keep
+                )
+            except ValueError as error:
+                flag = "--keep" if str(error).startswith("keep") else "--window"
+                raise ValueError(f"{flag} does not fit --block-size: {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory-gb", type=float, help="of the device, or to change the GPU's")
     parser.add_argument("--bandwidth-gb-s", type=float, help="of its memory")
     parser.add_argument("--tflops", type=float, help="dense, in the model's dtype")
+    parser.add_argument(
+        "--fp32-tflops",
+        type=float,
+        default=argparse.SUPPRESS,  # no one value: help says what it is
+        help="in float32 without tensor cores, as folds that keep tokens compute "
+        ""
+        f"(default: the GPU's; with --tflops a guess, 1/{FP32_PART} of them)",
+    )
     parser.add_argument("--rollout", default="32k", metavar="N", help="tokens of a whole answer")
     parser.add_argument("--prompt", default="256", metavar="N", help="tokens of a question")
     parser.add_argument("--window", default="1k,2k,4k", metavar="N,...", help="windows to compare")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from pte_vllm.bench.sizing.hardware import GPUS
+from pte_vllm.bench.flags import parse_token_list
+from pte_vllm.bench.sizing.hardware import GPUS, hardware_of
 from pte_vllm.bench.sizing.model import Model
 from pte_vllm.bench.sizing.roofline import plan_rows
 from pte_vllm.cli.main import main
@@ -111,3 +112,47 @@ def test_command(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ):
         assert main(["plan", *words]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--keep x", "--keep: 'x'"),
+        ("--keep -32", "--keep: '-32'"),
+        ("--keep=", "--keep: ''"),
+        ("--window 0", "--window must be at least 1, got 0"),
+        ("--window 16", "--window does not fit --block-size: window of 16"),
+        ("--rollout x", "--rollout: 'x'"),
+        ("--prompt x", "--prompt: 'x'"),
+        ("--block-size 0", "--block-size must be at least 1, got 0"),
+        ("--max-num-seqs 0", "--max-num-seqs must be at least 1, got 0"),
+        ("--keep 33", "--keep does not fit --block-size: keep of 33"),
+        ("--tflops 0", "--tflops must be positive, got 0"),
+        ("--fp32-tflops nan", "--fp32-tflops must be positive, got nan"),
+        ("--json absent/plan.json", "--json absent/plan.json: there is no directory absent"),
+        ("--json .", "--json . is a directory"),
+    ],
+)
+def test_mistakes_name_the_flag_before_anything_is_printed(
+    qwen: Path,
+    words: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(qwen.parent)
+    assert main(["plan", "--model", str(qwen), *words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert not out and said in err
+
+
+def test_a_list_has_each_number_once_in_its_order() -> None:
+    assert parse_token_list("1k,512, 1024,0", flag="--keep", least=0) == [1024, 512, 0]
+
+
+def test_float32_speed_is_given_known_or_guessed() -> None:
+    own = {"memory_gb": 24, "bandwidth_gb_s": 900, "tflops": 90}
+    assert hardware_of("mine", own).fp32_peak == 3e12
+    assert hardware_of("mine", {**own, "fp32_tflops": 50}).fp32_peak == 50e12
+    assert hardware_of("h200", {"fp32_tflops": None}).fp32_peak == 67e12
+    assert hardware_of("h200", {"tflops": 90, "fp32_tflops": 50}).fp32_peak == 50e12

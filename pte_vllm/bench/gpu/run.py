@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.bench.flags import adapter_features, add_adapter_flags, parse_tokens
+from pte_vllm.bench.flags import adapter_features, add_adapter_flags, parse_token_list
 from pte_vllm.bench.sizing.hardware import hardware_of
 from pte_vllm.bench.sizing.model import Model
 from pte_vllm.bench.sizing.roofline import plan_rows
@@ -37,11 +37,8 @@ def main(argv: list[str]) -> int:
     parts = _choices("--parts", args.parts, PARTS)
     if args.model:
         check_model(args.model, flag="--model")
-    try:
-        args.windows = [parse_tokens(part) for part in args.windows.split(",")]
-        args.rollouts = sorted(parse_tokens(part) for part in args.rollouts.split(","))
-    except ValueError as error:
-        raise ValueError(f"--windows or --rollouts: {error}") from error
+    args.windows = parse_token_list(args.windows, flag="--windows")
+    args.rollouts = sorted(parse_token_list(args.rollouts, flag="--rollouts"))
     if args.seconds <= 0 or args.minutes <= 0:
         raise ValueError("--seconds and --minutes must be positive")
     if args.dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -45,26 +46,41 @@ GPUS = {
 }
 
 
+FP32_PART = 30
+"""What a device's float32 speed is taken to be below its peak, where only this is known."""
+
+
 def hardware_of(name: str, given: Mapping[str, float | None]) -> Hardware:
     """A GPU of the table, or one given by `memory_gb`, `bandwidth_gb_s` and `tflops`.
+
+    `fp32_tflops` may be left out: where the GPU or its `tflops` are not those of the table, they
+    are guessed.
 
     Raises:
         ValueError: naming the flag.
     """
     known = GPUS.get(name.lower())
-    values = {
-        "memory_bytes": (given.get("memory_gb"), 1e9),
-        "bandwidth": (given.get("bandwidth_gb_s"), 1e9),
-        "peak": (given.get("tflops"), 1e12),
+    units = {
+        "memory_bytes": ("memory_gb", 1e9),
+        "bandwidth": ("bandwidth_gb_s", 1e9),
+        "peak": ("tflops", 1e12),
+        "fp32_peak": ("fp32_tflops", 1e12),
     }
-    if known is None and any(value is None for value, _ in values.values()):
+    found: dict[str, float] = {}
+    for field, (option, unit) in units.items():
+        value = given.get(option)
+        if value is None:
+            continue
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{option.replace('_', '-')} must be positive, got {value}")
+        found[field] = value * unit
+    if known is None and not found.keys() >= {"memory_bytes", "bandwidth", "peak"}:
         raise ValueError(
             f"--gpu {name}: known are {', '.join(GPUS)}; for another give --memory-gb, "
             "--bandwidth-gb-s and --tflops"
         )
-    found = {k: v * unit for k, (v, unit) in values.items() if v is not None}
     base = asdict(known) if known is not None else {}
     if known is None or "peak" in found:
-        # The smallest ratio of both peaks among the accelerators above: a cautious guess.
-        base["fp32_peak"] = found["peak"] / 30
+        # As slow beside its peak as the slowest of the table: a cautious guess.
+        base["fp32_peak"] = found["peak"] / FP32_PART
     return Hardware(**{**base, "name": name, **found})

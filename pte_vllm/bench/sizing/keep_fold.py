@@ -49,9 +49,19 @@ class FoldCost:
         traffic = (self.read_bytes + self.written_bytes) / hardware.bandwidth
         return max(traffic, self.operations / hardware.fp32_peak)
 
-    def share_of_step(self, hardware: Hardware, sequences: int, step_s: float) -> float:
-        """Return folds' time in that of all steps, where `sequences` each fold every E steps."""
-        return self.seconds(hardware) * sequences / self.every_tokens / step_s
+    def share_of_step(
+        self, hardware: Hardware, sequences: int, step_s: float, folds_per_token: float
+    ) -> float:
+        """Return folds' time in that of all steps, which give each of `sequences` one token."""
+        return self.seconds(hardware) * sequences * folds_per_token / step_s
+
+
+def folds_of_rollout(plan: FoldPlan, rollout_tokens: int) -> int:
+    """Return how often a sequence folds until its answer has that many tokens.
+
+    None before the window is full; and the last token is never computed.
+    """
+    return plan.folds(plan.pin_tokens + rollout_tokens - 2)
 
 
 def fold_cost(model: Model, plan: FoldPlan, itemsize: float) -> FoldCost:

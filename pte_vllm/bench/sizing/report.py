@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,10 +10,30 @@ from rich.console import Console
 from rich.table import Table
 
 from pte_vllm.bench.sizing.hardware import Hardware
-from pte_vllm.bench.sizing.keep_fold import KERNEL_LAUNCHES, SMALL_LAUNCHES, fold_cost
+from pte_vllm.bench.sizing.keep_fold import (
+    KERNEL_LAUNCHES,
+    SMALL_LAUNCHES,
+    fold_cost,
+    folds_of_rollout,
+)
 from pte_vllm.bench.sizing.model import Model
 from pte_vllm.bench.sizing.roofline import Row
 from pte_vllm.method.plan import FoldPlan
+
+PAIRS_A_TABLE = 3
+"""Columns of windows and kept tokens that fit 80 characters."""
+
+
+_QUANTITIES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens between folds": lambda f: f"{f['every_tokens']:,}",
+    "kept, MiB": lambda f: f"{f['kept_bytes'] / 2**20:.1f}",
+    "read, MiB": lambda f: f"{f['read_bytes'] / 2**20:.1f}",
+    "written, MiB": lambda f: f"{f['written_bytes'] / 2**20:.1f}",
+    "GFLOPs in float32": lambda f: f"{f['operations'] / 1e9:.2f}",
+    "ms at least": lambda f: f"{1e3 * f['seconds']:.3f}",
+    "bytes of the record": lambda f: f"{f['record_bytes']:,}",
+}
+"""Of one fold: what each is called, and how it is shown."""
 
 
 def show(
@@ -21,6 +41,8 @@ def show(
     hardware: Hardware,
     rows: Sequence[Row],
     *,
+    rollout_tokens: int,
+    prompt_tokens: int,
     block_size: int,
     rank: int,
     rule: str,
@@ -52,8 +74,34 @@ def show(
         )
     keeping = [row for row in rows if row.keep_tokens]
     if keeping:
-        table, found["folds"] = _folds(model, hardware, keeping, block_size, itemsize)
-        console.print(table)
+        plans = [
+            FoldPlan(
+                pin_tokens=prompt_tokens,
+                window_tokens=row.window_tokens,
+                block_size=block_size,
+                keep_tokens=row.keep_tokens,
+            )
+            for row in keeping
+        ]
+        folds = [
+            _fold(model, hardware, row, plan, rollout_tokens, itemsize)
+            for row, plan in zip(keeping, plans, strict=True)
+        ]
+        found["folds"] = folds
+        for start in range(0, len(folds), PAIRS_A_TABLE):
+            console.print(_fold_table(folds[start : start + PAIRS_A_TABLE]))
+        if any(not fold["folds_per_rollout"] for fold in folds):
+            first = [
+                f"at token {plan.first_fold:,} with a window of {plan.window_tokens:,}"
+                for plan, fold in zip(plans, folds, strict=True)
+                if not fold["folds_per_rollout"]
+            ]
+            console.print(
+                f"Rollouts end at token {prompt_tokens + rollout_tokens:,}, before their first "
+                f"fold ({', '.join(dict.fromkeys(first))}).",
+                highlight=False,
+                soft_wrap=True,
+            )
         about += (
             f". A fold takes {KERNEL_LAUNCHES} launches of kernels and {SMALL_LAUNCHES} small "
             "ones, for all layers and for all sequences that fold in the same step and hold as much"
@@ -68,11 +116,13 @@ def show(
 
 def _bounds(rows: Sequence[Row]) -> Table:
     keeps = any(row.keep_tokens for row in rows)
-    title = ("window", *(("keep",) if keeps else ()))
-    table = Table(*title, "KV tokens", "sequences", "ms/step", "tok/s at most", "limit", "ratio")
+    title = ("window", *(("keep",) if keeps else ()), "KV\ntokens", "seqs", "ms/step")
+    table = Table()
+    for name in (*title, "tok/s\nat most", "limit", "ratio"):
+        table.add_column(name, justify="left" if name == "limit" else "right", overflow="fold")
     for row in rows:
         table.add_row(
-            f"{row.window_tokens:,}" if row.window_tokens else "full attention",
+            f"{row.window_tokens:,}" if row.window_tokens else "full",
             *((f"{row.keep_tokens:,}" if row.window_tokens else "",) if keeps else ()),
             f"{row.kv_tokens:,.0f}",
             f"{row.sequences:,}",
@@ -84,41 +134,40 @@ def _bounds(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _folds(
+def _fold(
     model: Model,
     hardware: Hardware,
-    rows: Sequence[Row],
-    block_size: int,
+    row: Row,
+    plan: FoldPlan,
+    rollout_tokens: int,
     itemsize: float,
-) -> tuple[Table, list[dict[str, Any]]]:
-    """Show what one fold of one sequence costs in each row, and what all folds take of the time."""
-    table = Table(
-        "window", "keep", "kept MiB", "a fold every", "read MiB", "written MiB", "GFLOPs (fp32)",
-        "ms at least", "share of the time", "record bytes", title="one fold of one sequence",
-    )  # fmt: skip
-    found = []
-    for row in rows:
-        plan = FoldPlan(
-            pin_tokens=0,
-            window_tokens=row.window_tokens,
-            block_size=block_size,
-            keep_tokens=row.keep_tokens,
-        )
-        cost = fold_cost(model, plan, itemsize)
-        seconds = cost.seconds(hardware)
-        share = cost.share_of_step(hardware, row.sequences, row.step_s)
-        table.add_row(
-            f"{row.window_tokens:,}",
-            f"{row.keep_tokens:,}",
-            f"{cost.kept_bytes / 2**20:.1f}",
-            f"{cost.every_tokens:,} tokens",
-            f"{cost.read_bytes / 2**20:.1f}",
-            f"{cost.written_bytes / 2**20:.1f}",
-            f"{cost.operations / 1e9:.2f}",
-            f"{1e3 * seconds:.3f}",
-            f"{share:.1%}",
-            f"{cost.record_bytes:,}",
-        )
-        launches = {"kernel_launches": KERNEL_LAUNCHES, "small_launches": SMALL_LAUNCHES}
-        found.append({**asdict(cost), **launches, "seconds": seconds, "share_of_step": share})
-    return table, found
+) -> dict[str, Any]:
+    """Return what one fold of one sequence costs, and what all folds take of the time."""
+    cost = fold_cost(model, plan, itemsize)
+    folds = folds_of_rollout(plan, rollout_tokens)
+    per_token = folds / rollout_tokens
+    return {
+        **asdict(cost),
+        "kernel_launches": KERNEL_LAUNCHES,
+        "small_launches": SMALL_LAUNCHES,
+        "seconds": cost.seconds(hardware),
+        "folds_per_rollout": folds,
+        "share_of_step": cost.share_of_step(hardware, row.sequences, row.step_s, per_token),
+    }
+
+
+def _fold_table(folds: Sequence[dict[str, Any]]) -> Table:
+    """Show a column for each fold."""
+    table = Table(title="one fold of one sequence")
+    table.add_column("", overflow="fold")
+    for fold in folds:
+        heading = f"window {fold['window_tokens']:,}\nkeep {fold['keep_tokens']:,}"
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_row(
+        "folds of a rollout",
+        *(f"{f['folds_per_rollout']:,}" if f["folds_per_rollout"] else "no fold" for f in folds),
+    )
+    table.add_row("share of the time", *(f"{f['share_of_step']:.1%}" for f in folds))
+    for name, show_one in _QUANTITIES.items():
+        table.add_row(name, *(show_one(f) if f["folds_per_rollout"] else "–" for f in folds))
+    return table
