@@ -1,4 +1,4 @@
-"""Writes what was measured: JSON, a table for the terminal, and a plot of the KL by distance."""
+"""Writes what was measured: JSON, tables for the terminal, and a plot (`fidelity_plot`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pte_vllm.eval.fidelity_arms import FidelityArm
+from pte_vllm.eval.fidelity_plot import plot
 from pte_vllm.eval.fidelity_tokens import Answers, ArmTokens, Array, MeasuredTokens
 from pte_vllm.eval.weights import in_kv_tokens
 from pte_vllm.train.distill.examples import Example
@@ -119,7 +120,7 @@ def write(report: dict[str, Any], out: Path, console: Console) -> None:
     """Write JSON and plot below `out`, and print the tables."""
     out.mkdir(parents=True, exist_ok=True)
     (out / JSON_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    _plot(report, out / PLOT_FILE)
+    plot(report, out / PLOT_FILE, kl_name(report))
     for table in (_table(report), _distances(report)):
         console.print(table)
     console.print(f"wrote {out / JSON_FILE} and {out / PLOT_FILE}", soft_wrap=True)
@@ -172,28 +173,3 @@ def _cell(pair: list[float | None] | None, *, sign: str = "") -> str:
     if value is None:
         return ""
     return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
-
-
-def _plot(report: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    kl = kl_name(report)
-    rows = [row for row in report["arms"][0][f"{kl}_by_distance"] if row["tokens"]]
-    labels = [f"{r['from']}+" if r["to"] is None else f"{r['from']}–{r['to'] - 1}" for r in rows]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for i, arm in enumerate(report["arms"]):
-        found = [row["kl"] for row in arm[f"{kl}_by_distance"]][: len(rows)]
-        values, errors = np.array(found, dtype=float).T  # None becomes NaN, which is not drawn
-        shifted = np.arange(len(rows)) + 0.04 * (i - len(report["arms"]) / 2)  # bars stay apart
-        axes.errorbar(shifted, values, yerr=errors, marker="o", capsize=2, label=arm["name"])
-    axes.set_xticks(range(len(rows)), labels)
-    axes.set_xlabel("tokens since the first fold")
-    axes.set_ylabel(f"KL to full attention{'' if kl == 'kl' else ', at least'}, nats a token")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
