@@ -129,7 +129,7 @@ def test_files_of_prompts(tmp_path: Path) -> None:
         ("--temperature 0", "--temperature must be above 0, got 0"),
         ("--temperature nan", "--temperature must be above 0, got nan"),
         ("--prompts nowhere", "--prompts: the file nowhere does not exist"),
-        ("--num-thoughts 2 --max-tokens 3", "at most 12 queries for each KV head, fewer than 128"),
+        ("--num-thoughts 2 --max-tokens 3", "at most 12 queries for each KV head, fewer than 512"),
         ("--max-tokens 40000", "--max-tokens: the longest prompt has "),
         pytest.param(
             "--device cuda",
@@ -158,6 +158,9 @@ def test_files_that_are_there_stay(
     assert out.read_text() == "mine"
     assert main([*words, str(tmp_path)]) == 2
     assert "is a directory; name a file in it" in capsys.readouterr().err
+    assert main([*words, str(out / "below a file"), *QUICK]) == 2  # before anything is sampled
+    said = capsys.readouterr().err
+    assert "OUT: " in said and "cannot be written" in said and "sampling" not in said
     assert main([*words, str(out), *QUICK, "--overwrite"]) == 0
     assert Probes.load(out).queries.shape[2] == 20
 

@@ -128,6 +128,11 @@ def test_scores_agree_with_rollouts(
         assert _difference(server, versions, record) <= TOLERANCE
         pairs = zip(record.logprobs, score.logprobs, strict=True)
         assert max(abs(a - b) for a, b in pairs) <= 2e-4
+    if "keep_tokens" in plan:
+        (first, second), ids = (r.kept for r in records), [r.token_ids for r in records]
+        assert first is not None and second is not None
+        with pytest.raises(ServerError, match=rf"kept: {len(second) + 1} entries .* sequence 1"):
+            list(client.score(ids, [30, 50], kept=[first, (*second, second[-1])], **options))
     # Another rule is another distribution, so the options do arrive.
     other = client.score([records[0].token_ids], [30], rule="none", **options)[0]
     assert (scored[0].rule, other.rule) == ("ridge", "none")
