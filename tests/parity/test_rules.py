@@ -37,7 +37,10 @@ def _jobs(
     return jobs
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [ARCHITECTURES[0], *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES[1:])],
+)
 def test_tiny_models(
     architecture: str, tiny: Callable[[str], Path], adapters: Callable[..., Path]
 ) -> None:
