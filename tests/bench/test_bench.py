@@ -49,11 +49,11 @@ def test_profile_of_parts_that_do_not_overlap(bench: Callable) -> None:
 
 @pytest.mark.slow
 def test_kept_tokens_against_as_many_blocks(bench: Callable) -> None:
-    shown, found = bench("keep --keep 32 --seqs 3 --prompt 20 --tokens 100 --eager")
+    _, found = bench("keep --keep 32 --seqs 3 --prompt 20 --tokens 100 --eager")
     # 1 pinned block, a window of 2, 1 kept block; between folds half a block less.
     assert found["held_tokens"] == 32 + 64 + 32 - 16
     names = ["vLLM, as many blocks", "window, as many blocks", "window, keeping 32"]
-    assert list(found["tokens_per_second"]) == names and "ratio to the first" in shown
+    assert list(found["tokens_per_second"]) == names
     assert 0 < found["share_of_folds"][0] < 0.5
 
 
