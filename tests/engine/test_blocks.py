@@ -30,8 +30,7 @@ def adapter(model: Path, adapters: Callable[..., Path]) -> Path:
 @pytest.mark.parametrize(
     ("tokens", "async_scheduling"),
     [
-        (1_500, True),
-        pytest.param(1_500, False, marks=pytest.mark.slow),
+        *((1_500, is_async) for is_async in (False, True)),
         *(pytest.param(15_000, is_async, marks=pytest.mark.slow) for is_async in (False, True)),
     ],
 )

@@ -113,7 +113,6 @@ def test_other_probes_meet_nothing_of_the_first(
     assert third.kept[FIRST_CHOICE] not in (first.kept[FIRST_CHOICE], second.kept[FIRST_CHOICE])
 
 
-@pytest.mark.slow
 def test_an_engine_without_probes_leaves_them_on_disk(model: Path, adapters: Adapters) -> None:
     own = lora("own", adapters(model, rule="ridge", own_probes=9), 1)
     engine = Engine(model, window_tokens=WINDOW, lora_rank=8)

@@ -37,10 +37,7 @@ def _jobs(
     return jobs
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [ARCHITECTURES[0], *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES[1:])],
-)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tiny_models(
     architecture: str, tiny: Callable[[str], Path], adapters: Callable[..., Path]
 ) -> None:

@@ -81,7 +81,7 @@ def _check(
     [
         ({"in_flight": "switch_rebuild"}, [1, 2], "length"),
         ({"in_flight": "pin"}, [1], "length"),
-        pytest.param({"max_staleness": 1}, [1], "length", marks=pytest.mark.slow),
+        ({"max_staleness": 1}, [1], "length"),
         ({"max_staleness": 0}, [1], "abort"),
     ],
 )

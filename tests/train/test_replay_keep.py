@@ -97,10 +97,10 @@ def test_base_model(
     assert len(found.folds[0]) == (3 if ratio == 0.5 else 6)
     assert_same_marks(found.folds[0], reference)
     assert all(fold.agreement is None for fold in found.folds[0])
-    torch.testing.assert_close(found.logprobs[0, 1:], expected, atol=5e-5, rtol=0)
+    torch.testing.assert_close(found.logprobs[0, 1:], expected, atol=2e-5, rtol=0)
     if not selecting:
         plain = log_probs(model, ids, FoldPlan(pin_tokens=0, window_tokens=0, block_size=BLOCK))
-        torch.testing.assert_close(found.logprobs, plain.logprobs, atol=5e-5, rtol=0)
+        torch.testing.assert_close(found.logprobs, plain.logprobs, atol=2e-5, rtol=0)
 
 
 def test_heads_and_layers_choose_differently(tiny: Tiny) -> None:
@@ -130,7 +130,7 @@ def test_sequences_side_by_side(score: Any, chunk_tokens: int | None, tiny: Tiny
         with torch.no_grad():
             expected = reference.log_probs(ids)
         assert_same_marks(found.folds[b], reference)
-        torch.testing.assert_close(found.logprobs[b, 1 : len(ids)], expected, atol=5e-5, rtol=0)
+        torch.testing.assert_close(found.logprobs[b, 1 : len(ids)], expected, atol=2e-5, rtol=0)
 
 
 def test_probes_stop_at_the_last_position(tiny: Tiny) -> None:
@@ -143,7 +143,7 @@ def test_probes_stop_at_the_last_position(tiny: Tiny) -> None:
     with torch.no_grad():
         expected = reference.log_probs(ids)
     assert_same_marks(found.folds[0], reference)
-    torch.testing.assert_close(found.logprobs[0, 1:], expected, atol=5e-5, rtol=0)
+    torch.testing.assert_close(found.logprobs[0, 1:], expected, atol=2e-5, rtol=0)
     pairs = zip(free, found.folds[0], strict=True)
     assert not all(torch.equal(a.marks, b.marks) for a, b in pairs if a.marks is not None)
 
@@ -191,7 +191,7 @@ def test_given_marks_are_kept(tiny: Tiny) -> None:
         reference = KeptReference(model.base, plan, QUERIES, marks=marks[b])
         with torch.no_grad():
             expected = reference.log_probs(ids)
-        torch.testing.assert_close(found.logprobs[b, 1 : len(ids)], expected, atol=5e-5, rtol=0)
+        torch.testing.assert_close(found.logprobs[b, 1 : len(ids)], expected, atol=2e-5, rtol=0)
         for number, fold in enumerate(found.folds[b]):
             own = reference.own.get(number)
             given = marks[b][number] if number < len(marks[b]) else None
