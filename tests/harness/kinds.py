@@ -55,7 +55,7 @@ KINDS = {
     "admin": Kind(
         modules=(
             *("server/test_control", "server/test_rollouts", "server/test_death"),
-            "server/test_own_probes",
+            *("server/test_own_probes", "server/test_scores"),
             "eval/test_fidelity_server",
             "eval/test_thoughts",
         ),

@@ -16,40 +16,23 @@ from safetensors.torch import load_file, save_file
 
 from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE, content_hash, file_hashes
 from pte_vllm.wire.client import RolloutClient, ServerError
-from pte_vllm.wire.rollout import Rollout
 from tests.harness.engine import BLOCK
 from tests.harness.kinds import ADMIN_KEY
 from tests.harness.models import random_tokens
-from tests.harness.parity import TOLERANCE, replayed
-from tests.harness.server import NUM_BLOCKS, WINDOW, Server
-
-LENGTH = WINDOW + 7 * BLOCK + 5
-SAMPLING = {"max_tokens": LENGTH, "temperature": 0.8, "seed": 7, "ignore_eos": True}
+from tests.harness.parity import TOLERANCE
+from tests.harness.server import NUM_BLOCKS, Server
+from tests.server.pushed import LENGTH, SAMPLING, difference, make_versions, push_all
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Callable[[str], Path]) -> Path:
-    return tiny("qwen3")
-
-
-@pytest.fixture(scope="module")
-def versions(model: Path, adapters: Callable[..., Path]) -> dict[str, Path]:
-    """Make what the tests push, by the engine's name for it."""
-    return {
-        "paper@1": adapters(model, rank=8, rule="paper", seed=1),
-        "paper@2": adapters(model, rank=8, rule="paper", seed=2),
-        "ridge@1": adapters(model, rank=8, rule="ridge", features="squared", seed=3),
-        "plain@1": adapters(model, plain=True, rank=8, seed=4),
-    }
+def versions(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> dict[str, Path]:
+    return make_versions(tiny("qwen3"), adapters)
 
 
 @pytest.fixture(scope="module")
 def server(shared: Callable[..., Server], versions: dict[str, Path]) -> Server:
     server = shared("admin")
-    with RolloutClient(server.url, admin_key=ADMIN_KEY) as client:
-        for engine_name, path in versions.items():
-            name, _, number = engine_name.partition("@")
-            assert client.push(path, name) == int(number)
+    push_all(server, versions)
     return server
 
 
@@ -57,21 +40,6 @@ def server(shared: Callable[..., Server], versions: dict[str, Path]) -> Server:
 def client(server: Server) -> Iterator[RolloutClient]:
     with RolloutClient(server.url, admin_key=ADMIN_KEY) as client:
         yield client
-
-
-def _difference(server: Server, versions: dict[str, Path], rollout: Rollout, **options) -> float:
-    """Return the largest |Δ log p| between a record and the replay, which keeps what it kept."""
-    if rollout.plan.keep_tokens:
-        options |= {"probes": server.probes, "record": rollout.kept}
-    expected = replayed(
-        server.model,
-        versions[rollout.adapter] if rollout.adapter is not None else None,
-        list(rollout.token_ids),
-        rollout.plan,
-        **options,
-    )
-    found = torch.tensor(rollout.logprobs)
-    return (found - expected[len(rollout.prompt_ids) - 1 :]).abs().max().item()
 
 
 @pytest.mark.parametrize("adapter", [None, "plain", "paper@1", "ridge"])
@@ -87,123 +55,12 @@ def test_rollouts_agree_with_the_replay(
         assert record.finish_reason == "length" and len(record.completion_ids) == LENGTH
         assert record.num_preempted == 0
         assert record.rule == {"paper@1": "paper", "ridge": "ridge"}.get(adapter or "")
-        worst = _difference(server, versions, record, temperature=0.8)
+        worst = difference(server, versions, record, temperature=0.8)
         print(f"{record.adapter}: {len(record.fold_events)} folds, max |Δ log p| {worst:.1e}")
         assert worst <= TOLERANCE
     done = server.get("/pte/v1/requests")["finished"][-4:]
     engine_folds = sorted(report["folds"] for report in done)
     assert engine_folds == sorted(len(record.fold_events) for record in records)
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [
-        {"window_tokens": 2 * BLOCK},
-        {"evict": "random", "evict_seed": 2**53 + 1},
-        {"keep_tokens": 2 * BLOCK},
-        {"keep_tokens": BLOCK, "keep_score": "random", "evict_seed": 3},
-    ],
-    ids=str,
-)
-def test_scores_agree_with_rollouts(
-    server: Server, client: RolloutClient, versions: dict[str, Path], plan: dict
-) -> None:
-    prompts = [random_tokens(30 + 20 * i, 500, i) for i in range(2)]
-    options = {"adapter": "ridge", **plan}
-    sampling = {**SAMPLING, "temperature": 1.0}
-    sampled = {r.group_id: r for r in client.rollouts(prompts, sampling=sampling, **options)}
-    records = [sampled["0"], sampled["1"]]
-    scored = client.score(
-        [r.token_ids for r in records],
-        [len(r.prompt_ids) for r in records],
-        kept=[r.kept for r in records],
-        **options,
-    )
-    for record, score in zip(records, scored, strict=True):
-        assert len(score.fold_events) >= 6 and score.plan == record.plan
-        for ours, theirs in zip(score.fold_events, record.fold_events, strict=True):
-            assert (ours.at, ours.blocks, ours.spans) == (theirs.at, theirs.blocks, theirs.spans)
-            assert ours.rho == pytest.approx(theirs.rho, rel=1e-3)
-        assert score.kept == record.kept and (record.kept is not None) == ("keep_tokens" in plan)
-        assert _difference(server, versions, record) <= TOLERANCE
-        pairs = zip(record.logprobs, score.logprobs, strict=True)
-        assert max(abs(a - b) for a, b in pairs) <= 2e-4
-    if "keep_tokens" in plan:
-        (first, second), ids = (r.kept for r in records), [r.token_ids for r in records]
-        assert first is not None and second is not None
-        with pytest.raises(ServerError, match=rf"kept: {len(second) + 1} entries .* sequence 1"):
-            list(client.score(ids, [30, 50], kept=[first, (*second, second[-1])], **options))
-    # Another rule is another distribution, so the options do arrive.
-    other = client.score([records[0].token_ids], [30], rule="none", **options)[0]
-    assert (scored[0].rule, other.rule) == ("ridge", "none")
-    assert max(abs(a - b) for a, b in zip(other.logprobs, scored[0].logprobs, strict=True)) > 0.01
-
-
-@pytest.mark.parametrize("adapter", [None, "ridge"])
-def test_scores_name_the_most_probable_tokens(
-    server: Server, client: RolloutClient, versions: dict[str, Path], adapter: str | None
-) -> None:
-    """Beside the same log-probs as without, and with the likeliest token where it stands itself."""
-    tokens, question = random_tokens(WINDOW + 3 * BLOCK, 500, 9), 20
-    sequences = [tokens, random_tokens(60, 500, 10)]
-    plain = client.score(sequences, [question] * 2, adapter=adapter)
-    most = 5  # the server's --max-logprobs
-    for record, before in zip(
-        client.score(sequences, [question] * 2, adapter=adapter, top_logprobs=most),
-        plain,
-        strict=True,
-    ):
-        assert record.num_top == most and before.num_top == 0
-        assert record.logprobs == pytest.approx(before.logprobs, abs=1e-5)
-        for own, value, ids, top in zip(
-            record.completion_ids,
-            record.logprobs,
-            record.top_ids,
-            record.top_logprobs,
-            strict=True,
-        ):
-            assert len(set(ids)) == most and list(top) == sorted(top, reverse=True)
-            if own in ids:
-                assert top[ids.index(own)] == pytest.approx(value, abs=1e-6)
-            else:
-                assert value <= top[-1]
-    # The likeliest token is the one that greedy sampling takes.
-    (greedy,) = client.rollouts(
-        [tokens[:question]],
-        adapter=adapter,
-        sampling={"temperature": 0.0, "max_tokens": WINDOW + 2 * BLOCK, "ignore_eos": True},
-    )
-    (record,) = client.score([greedy.token_ids], [question], adapter=adapter, top_logprobs=1)
-    gaps = [top[0] - own for own, top in zip(record.logprobs, record.top_logprobs, strict=True)]
-    same = [own == ids[0] for own, ids in zip(record.completion_ids, record.top_ids, strict=True)]
-    assert max(gaps) < 1e-3 and sum(same) >= len(same) - 1  # up to near ties
-    with pytest.raises(ServerError, match="top_logprobs is 6, more than .* --max-logprobs 5"):
-        client.score([tokens], [question], top_logprobs=6)
-
-
-def test_scores_without_an_answer(server: Server, client: RolloutClient) -> None:
-    """vLLM's own route echoes a prompt and samples nothing; its folds keep all the same."""
-    tokens, question = random_tokens(WINDOW + 7 * BLOCK, 500, 12), 30
-    found = {}
-    for keep in (0, BLOCK):
-        echoed = server.client.completions.create(
-            model="base",
-            prompt=tokens,
-            max_tokens=0,
-            echo=True,
-            logprobs=0,
-            extra_body={"vllm_xargs": {"pte_keep": keep, "pte_pin_tokens": question}},
-        )
-        assert echoed.usage.completion_tokens <= 1  # vLLM computes one, and drops it
-        (score,) = client.score([tokens], [question], keep_tokens=keep)
-        found[keep] = echoed.choices[0].logprobs.token_logprobs[question : len(tokens)]
-        assert found[keep] == pytest.approx(score.logprobs, abs=TOLERANCE)
-        assert any(score.kept or ()) == bool(keep)
-    assert found[0] != pytest.approx(found[BLOCK], abs=0.01)
-    url = f"{server.url}/pte/v1/score"
-    body = {"token_ids": [tokens], "prompt_tokens": [len(tokens)], "keep_tokens": BLOCK}
-    answer = httpx.post(url, json=body, timeout=30)
-    assert answer.status_code == 400 and f"prompt_tokens {len(tokens)}" in answer.text
 
 
 def test_names_versions_and_seeds(
@@ -214,15 +71,15 @@ def test_names_versions_and_seeds(
     for name in ("paper", "paper@2", "paper@1"):
         (record,) = client.rollouts([prompt], adapter=name, sampling=SAMPLING)
         seen[name] = record
-        assert _difference(server, versions, record, temperature=0.8) <= TOLERANCE
+        assert difference(server, versions, record, temperature=0.8) <= TOLERANCE
         assert record.weight_versions[0].version == int(record.adapter[-1])
     assert seen["paper"].adapter == "paper@2"
     assert seen["paper"].completion_ids == seen["paper@2"].completion_ids
     assert seen["paper"].completion_ids != seen["paper@1"].completion_ids
     (summed,) = client.rollouts([prompt], adapter="paper@1", rule="sum", sampling=SAMPLING)
     assert (summed.rule, seen["paper@1"].rule) == ("sum", "paper")
-    assert _difference(server, versions, summed, temperature=0.8, rule="sum") <= TOLERANCE
-    assert _difference(server, versions, summed, temperature=0.8) > TOLERANCE
+    assert difference(server, versions, summed, temperature=0.8, rule="sum") <= TOLERANCE
+    assert difference(server, versions, summed, temperature=0.8) > TOLERANCE
     assert client.info()["adapters"] == {"paper": 2, "plain": 1, "ridge": 1}
     with pytest.raises(ServerError, match="min_weight_version is 3") as refusal:
         list(client.rollouts([prompt], adapter="paper", min_weight_version=3))
@@ -378,7 +235,7 @@ def test_old_versions_leave_and_deletes(
     for path in (versions["paper@1"], versions["paper@2"]):
         client.push(path, "again", 1)
         (record,) = client.rollouts([prompt], adapter="again", sampling=SAMPLING)
-        assert _difference(server, {"again@1": path}, record, temperature=0.8) <= TOLERANCE
+        assert difference(server, {"again@1": path}, record, temperature=0.8) <= TOLERANCE
         httpx.delete(f"{url}/again", headers=key).raise_for_status()
 
 
@@ -417,7 +274,7 @@ def test_kill_and_restart_in_the_middle(
     assert {(r.group_id, r.index) for r in received} == set(itertools.product("0123", range(12)))
     assert len(received) == 48
     worst = max(
-        _difference(server, versions, record, temperature=0.8)
+        difference(server, versions, record, temperature=0.8)
         for record in (received[0], received[20], received[-1])
     )
     assert worst <= TOLERANCE
