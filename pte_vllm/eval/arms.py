@@ -77,9 +77,10 @@ class Arm:
         if self.evict != "oldest":
             memory += f", evicting at {self.evict}"
         if self.keep_tokens:
-            memory = f"keeping {self.keep_tokens}"
+            keeping = f"keeping {self.keep_tokens}"
             if self.keep_score != "expected":
-                memory += f" at {self.keep_score}"
+                keeping += f" at {self.keep_score}"
+            memory = keeping if self.adapter is None else f"{memory}, {keeping}"
         return f"window {self.window_tokens}, {memory}"
 
     def plan(
@@ -165,6 +166,7 @@ def make_arms(
     windows: Iterable[int],
     *,
     adapters: Sequence[str] = (),
+    adapter_keep: Sequence[int] = (0,),
     rules: Sequence[str | None] = (None,),
     evict: Sequence[Evict] = ("oldest",),
     sinks: bool = False,
@@ -179,6 +181,8 @@ def make_arms(
     Args:
         windows: windows to try; 0 is the full cache, which is always among the arms.
         adapters: names of adapters; each is tried under every window.
+        adapter_keep: how many evicted tokens are kept beside an adapter, by the score `expected`;
+            each is tried.
         rules: update rules to try with each adapter; None is the adapter's own.
         evict: which blocks leave, for windows without memory.
         sinks: whether the control with attention sinks is among the arms.
@@ -202,10 +206,14 @@ def make_arms(
             for score in keep_scores
         ]
         for name in adapters:
-            for rule in rules:
-                arms.append(Arm(window_tokens=window, adapter=name, rule=rule))
+            arms += [
+                Arm(window_tokens=window, adapter=name, rule=rule, keep_tokens=tokens)
+                for rule in rules
+                for tokens in adapter_keep
+            ]
             if state_tokens is not None:
-                more = -(-state_tokens[name] // block_size) * block_size
+                state = -(-state_tokens[name] // block_size) * block_size
+                more = state + max(adapter_keep)
                 arms.append(Arm(window_tokens=window + more, equal_to=name))
     arms += [Arm(window_tokens=window) for window in plain_windows if window]
     unique = {arm.key: arm for arm in arms}

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.eval.experiment_arms import ARMS, keep_options
+from pte_vllm.adapter.defaults import TARGET_MODULES
+from pte_vllm.eval.experiment_arms import ARMS, DEFAULT_ARMS, keep_options
 from pte_vllm.eval.flags import names, numbers
 from pte_vllm.models.location import check_model
 
@@ -32,10 +33,11 @@ QUICK: dict[str, Any] = {
     "held": 2,
     "max_tokens": 120,
     "steps": 2,
+    "probe_steps": 2,
     "batch": 2,
     "problems": 3,
     "rank": 8,
-    "arms": ["lora", "ridge"],
+    "arms": ["lora", "ridge", "keep-probes", "keep-ridge"],
     "plain_windows": [96],
 }
 """What `--quick` sets where a flag does not: whether everything works, in a minute."""
@@ -98,7 +100,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="DIR",
         help="all files (%(default)s)",
     )
-    add("--arms", type=names, default=list(ARMS), metavar="A,B", help=f"of {','.join(ARMS)} (all)")
+    add(
+        "--arms",
+        type=names,
+        default=list(DEFAULT_ARMS),
+        metavar="A,B",
+        help=f"of {','.join(ARMS)} ({','.join(DEFAULT_ARMS)})",
+    )
     add("--seeds", type=numbers, default=[0], metavar="N,N", help="of training (0)")
     add("--quick", action="store_true", help="tiny: two arms, few steps, problems and tokens")
     add(
@@ -141,6 +149,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="window of all trained arms (%(default)s)",
     )
     add(
+        "--keep",
+        type=int,
+        default=32,
+        metavar="N",
+        help="evicted tokens that each KV head keeps, in arms keep-... (%(default)s)",
+    )
+    add(
+        "--probes",
+        type=Path,
+        metavar="FILE",
+        help="the model's probes (default: sampled once, into OUT)",
+    )
+    add(
         "--plain-windows",
         type=numbers,
         default=[96, 128, 256],
@@ -162,7 +183,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="of the cache (%(default)s)",
     )
     add("--rank", type=int, default=64, metavar="R", help="of all arms (%(default)s)")
+    add(
+        "--targets",
+        type=names,
+        default=list(TARGET_MODULES),
+        metavar="A,B",
+        help="linears that get LoRA (all)",
+    )
     add("--steps", type=int, default=60, metavar="N", help="of each distillation (%(default)s)")
+    add(
+        "--probe-steps",
+        type=int,
+        default=400,
+        metavar="N",
+        help="of training the probes of arms keep-... (%(default)s)",
+    )
     add("--batch", type=int, default=8, metavar="N", help="answers in a step (%(default)s)")
     add("--lr", type=float, default=1e-3, metavar="F", help="highest learning rate (%(default)s)")
     group = parser.add_argument_group("accuracy")
@@ -188,7 +223,10 @@ def _check(given: argparse.Namespace) -> None:
     for name in given.arms:
         if name not in ARMS:
             raise ValueError(f"--arms must be among {', '.join(ARMS)}, got {name!r}")
-    for name in ("questions", "held", "max_tokens", "rank", "steps", "batch", "problems"):
+    for name in (
+        *("questions", "held", "max_tokens", "keep", "rank", "steps", "probe_steps"),
+        *("batch", "problems"),
+    ):
         if getattr(given, name) < 1:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must be positive, got {getattr(given, name)}")
@@ -200,3 +238,9 @@ def _check(given: argparse.Namespace) -> None:
                 f"--window, --plain-windows: {window} must be a multiple of --block-size "
                 f"{given.block_size}, and two blocks at least"
             )
+    if given.keep % given.block_size:
+        raise ValueError(
+            f"--keep {given.keep} must be a multiple of --block-size {given.block_size}"
+        )
+    if given.probes is not None and not given.probes.is_file():
+        raise ValueError(f"--probes: {given.probes} does not exist")

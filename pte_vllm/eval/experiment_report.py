@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pte_vllm.eval.arms import FULL, Arm
-from pte_vllm.eval.experiment_arms import adapter_name
+from pte_vllm.eval.experiment_arms import ARMS, adapter_name
 from pte_vllm.eval.report import RESULTS, TABLE
 from pte_vllm.eval.results import mean_of
+from pte_vllm.method.names import KeepScore
 
 _COLUMNS = ("memory", "KV tokens", "state bytes", "KL", "recovered", "accuracy", "less full cache")
 
@@ -65,10 +66,20 @@ def _rows(
     if random.key in answered:
         rows.append(row(f"window {window}, evicting at random", random.key, ["evict random"]))
     rows.append(row(f"window {window}, attention sinks", sinks.key, ["sinks"]))
+    keep = options.keep
+    scores: tuple[KeepScore, ...] = ("expected", "random")
+    for score in scores:
+        suffix = "" if score == "expected" else f" {score}"
+        arm = Arm(window_tokens=window, keep_tokens=keep, keep_score=score)
+        if arm.key in answered:
+            rows.append(row(arm.title, arm.key, [f"window {window} keep {keep}{suffix}"]))
     for name in options.arms:
+        kept = keep if ARMS[name].keeps else 0
         names = [adapter_name(name, seed) for seed in options.seeds]
-        keys = [Arm(window_tokens=window, adapter=each).key for each in names]
-        rows.append(row(f"window {window}, {name}", keys[0], names, keys[1:]))
+        arms = [Arm(window_tokens=window, adapter=each, keep_tokens=kept) for each in names]
+        measured_as = [f"{each} keep {kept}" if kept else each for each in names]
+        keys = [each.key for each in arms]
+        rows.append(row(f"window {window}, {name}", keys[0], measured_as, keys[1:]))
     return rows
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from pte_vllm.adapter.make_probes import make_probes
+from pte_vllm.adapter.probe_options import ProbeOptions
 from pte_vllm.eval import fidelity, fidelity_flags
 from pte_vllm.eval.experiment_arms import ARMS, adapter_name, read_json
 from pte_vllm.eval.options import RunOptions
@@ -18,6 +21,7 @@ from pte_vllm.train.distill.loop import train as distil
 from pte_vllm.train.options.runs import DistillRun
 from pte_vllm.train.run.start import ADAPTER
 
+PROBES = "probes.safetensors"
 THOUGHTS, TRAIN, HELD = "thoughts.jsonl", "train.jsonl", "held.jsonl"
 THOUGHT_SEED, PROBLEM_SEED = 5, 990017
 """Of the questions that are distilled, and of the problems that accuracy is measured on."""
@@ -64,8 +68,20 @@ def sample(options: argparse.Namespace) -> None:
     (options.out / HELD).write_text("".join(lines[-options.held :]), encoding="utf-8")
 
 
+def probes_file(options: argparse.Namespace) -> Path:
+    """Return the model's probes, which are sampled here unless they are given or were before."""
+    if options.probes is not None:
+        found: Path = options.probes
+        return found
+    path: Path = options.out / PROBES
+    if not path.exists():
+        Console(stderr=True).rule("probes")
+        make_probes(options.model, path, ProbeOptions())
+    return path
+
+
 def train(options: argparse.Namespace) -> dict[str, Path]:
-    """Distil every arm with every seed; returns the adapters' directories by name."""
+    """Train every arm with every seed; returns the adapters' directories by name."""
     console = Console(stderr=True, highlight=False)
     found = {}
     for seed in options.seeds:
@@ -75,23 +91,34 @@ def train(options: argparse.Namespace) -> dict[str, Path]:
             found[name] = out / ADAPTER
             if (out / ADAPTER / "adapter_config.json").exists():
                 continue
-            console.rule(f"distilling {name}")
+            console.rule(f"training {name}")
             distil(DistillRun.model_validate(_distill_options(options, arm, seed, out)))
     return found
 
 
 def _distill_options(options: argparse.Namespace, arm: str, seed: int, out: Path) -> dict[str, Any]:
+    chosen = ARMS[arm]
+    keeping: dict[str, Any] = {}
+    if chosen.keeps:
+        keeping = {"keep_tokens": options.keep, "probes": str(probes_file(options))}
+    steps = options.steps if chosen.trains_weights else 0
     return {
         "model": {"base": options.model},
-        "adapter": {"rank": options.rank, **ARMS[arm]},
+        "adapter": {
+            "rank": options.rank,
+            "target_modules": tuple(options.targets),
+            **chosen.adapter,
+        },
         "plan": {
             "window_tokens": options.window,
             "evict_ratio": options.evict_ratio,
             "block_size": options.block_size,
+            **keeping,
         },
+        "keep": {"steps": options.probe_steps if chosen.trains_probes else 0},
         "optimizer": {
-            "steps": options.steps,
-            "warmup_steps": min(5, options.steps - 1),
+            "steps": steps,
+            "warmup_steps": max(0, min(5, steps - 1)),
             "schedule": "linear",
             "lr": options.lr,
         },
@@ -105,39 +132,91 @@ def _distill_options(options: argparse.Namespace, arm: str, seed: int, out: Path
     }
 
 
+def keeping(adapters: Mapping[str, Path], *, keeps: bool) -> dict[str, Path]:
+    """Return the adapters of the arms that keep tokens, or of the others, by name."""
+    return {
+        name: path
+        for name, path in adapters.items()
+        if ARMS[name.rpartition("-")[0]].keeps is keeps
+    }
+
+
 def measure_fidelity(options: argparse.Namespace, adapters: dict[str, Path]) -> dict[str, Any]:
-    """Measure all arms on the held-out answers, unless that was done; returns the report."""
-    out = options.out / "fidelity"
+    """Measure all arms on the held-out answers, unless that was done; returns the reports' arms.
+
+    Arms that keep tokens have a report of their own, beside the same window.
+    """
+    windows = [options.window, *options.plain_windows]
+    flags = ["--window", ",".join(map(str, windows)), "--evict", "random", "--sinks"]
+    arms = _fidelity(options, keeping(adapters, keeps=False), flags, "fidelity", set())
+    kept = keeping(adapters, keeps=True)
+    if kept:
+        untrained = f"window {options.window} keep {options.keep}"
+        flags = ["--window", str(options.window), "--keep", str(options.keep)]
+        flags += ["--keep-score", "expected,random", "--probes", str(probes_file(options))]
+        flags += ["--adapter-keep", str(options.keep)]
+        arms += _fidelity(options, kept, flags, "fidelity-keep", {untrained})
+    return {"arms": arms}
+
+
+def _fidelity(
+    options: argparse.Namespace,
+    adapters: Mapping[str, Path],
+    flags: Sequence[str],
+    folder: str,
+    wanted: set[str],
+) -> list[dict[str, Any]]:
+    """Return the arms of one report of `eval fidelity`, which is made unless it is there."""
+    out = options.out / folder
     if (out / "fidelity.json").exists():
         report = read_json(out / "fidelity.json")
-        wanted = {f"window {size}" for size in (options.window, *options.plain_windows)}
-        if wanted | set(adapters) <= {arm["name"] for arm in report["arms"]}:
-            return report
-    Console(stderr=True).rule("fidelity")
-    arguments = [options.model, str(options.out / HELD), "--out", str(out)]
-    windows = [options.window, *options.plain_windows]
-    arguments += ["--window", ",".join(map(str, windows)), "--evict", "random", "--sinks"]
+        known = {arm["name"] for arm in report["arms"]}
+        held = {arm.get("adapter") for arm in report["arms"]}
+        sizes = {f"window {size}" for size in (options.window, *options.plain_windows)}
+        if (wanted or sizes) <= known and set(adapters) <= held:
+            found: list[dict[str, Any]] = report["arms"]
+            return found
+    Console(stderr=True).rule(folder)
+    arguments = [options.model, str(options.out / HELD), "--out", str(out), *flags]
     arguments += ["--sequences", str(options.held), "--block-size", str(options.block_size)]
     arguments += ["--evict-ratio", str(options.evict_ratio)]
     for name, path in adapters.items():
         arguments += ["--adapter", f"{name}={path}"]
-    return fidelity.run(fidelity_flags.parse(arguments))
+    measured: list[dict[str, Any]] = fidelity.run(fidelity_flags.parse(arguments))["arms"]
+    return measured
 
 
 def measure_accuracy(
     options: argparse.Namespace, adapters: dict[str, Path]
 ) -> tuple[int, dict[str, Any]]:
-    """Measure accuracy, or go on with it; returns the exit status of `eval run`, and its report."""
-    Console(stderr=True).rule("accuracy")
-    names = {name: str(path) for name, path in adapters.items()}
+    """Measure accuracy, or go on with it; returns the exit status of `eval run`, and its rows.
+
+    Arms that keep tokens are asked in a sweep of their own, on the same problems.
+    """
     if options.url is not None:
-        names = _push(options, adapters)
-    out = options.out / "accuracy"
+        _push(options, adapters)
+    Console(stderr=True).rule("accuracy")
+    status, rows = _accuracy(options, keeping(adapters, keeps=False), "accuracy", keeps=False)
+    kept = keeping(adapters, keeps=True)
+    if kept:
+        Console(stderr=True).rule("accuracy, keeping tokens")
+        worse, more = _accuracy(options, kept, "accuracy-keep", keeps=True)
+        status, rows = max(status, worse), rows + more
+    return status, {"rows": rows}
+
+
+def _accuracy(
+    options: argparse.Namespace, adapters: Mapping[str, Path], folder: str, *, keeps: bool
+) -> tuple[int, list[dict[str, Any]]]:
+    """Run one sweep; returns its exit status and its rows."""
+    out, probes = options.out / folder, None
+    if keeps and options.url is None:
+        probes = str(probes_file(options))
     chosen = RunOptions(
         model=None if options.url else options.model,
         url=options.url,
         api_key_env=options.api_key_env,
-        adapters=dict(names),
+        adapters={name: str(path) for name, path in adapters.items()},
         benchmarks=(options.task,),
         data=None,
         limit=options.problems,
@@ -146,14 +225,15 @@ def measure_accuracy(
         system=None,
         data_seed=PROBLEM_SEED,
         windows=(options.window,),
-        plain_windows=tuple(options.plain_windows),
+        plain_windows=() if keeps else tuple(options.plain_windows),
+        adapter_keep=(options.keep if keeps else 0,),
         rules=(None,),
-        evict=("oldest", "random"),
-        sinks=True,
-        keep=(),
-        keep_scores=("expected",),
-        probes=None,
-        equal_bytes=True,
+        evict=("oldest",) if keeps else ("oldest", "random"),
+        sinks=not keeps,
+        keep=(options.keep,) if keeps else (),
+        keep_scores=("expected", "random"),
+        probes=probes,
+        equal_bytes=not keeps and bool(adapters),
         max_tokens=(options.max_tokens,),
         seeds=(0,),
         epochs=1,
@@ -167,11 +247,12 @@ def measure_accuracy(
         server_flags=(),
     )
     status = run(chosen)
-    return status, read_json(out / RESULTS)
+    rows: list[dict[str, Any]] = read_json(out / RESULTS)["rows"]
+    return status, rows
 
 
-def _push(options: argparse.Namespace, adapters: dict[str, Path]) -> dict[str, str]:
-    """Push adapters that the server does not have yet; returns all directories by served name."""
+def _push(options: argparse.Namespace, adapters: Mapping[str, Path]) -> None:
+    """Push adapters that the server does not have yet."""
     from pte_vllm.eval.fidelity_server import push_adapters
     from pte_vllm.train.options.runs import ServerOptions
     from pte_vllm.train.run.connection import connect
@@ -181,4 +262,3 @@ def _push(options: argparse.Namespace, adapters: dict[str, Path]) -> dict[str, s
     )
     with connect(server) as client:
         push_adapters(client, adapters)
-    return {name: str(path) for name, path in adapters.items()}

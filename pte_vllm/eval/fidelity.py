@@ -68,6 +68,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     shape = ModelShape.from_hf(AutoConfig.from_pretrained(options.model))
     adapters = {name: Adapter.load(path, shape) for name, path in options.adapter.items()}
     probes = _probes(options.probes, shape)
+    without = [name for name, adapter in adapters.items() if adapter.probes is None]
+    if any(options.adapter_keep or ()) and probes is None and without:
+        raise ValueError(
+            f"--adapter-keep: {without[0]} brings no probes of its own: give --probes FILE"
+        )
     bytes_per_token = fidelity_arms.kv_bytes_per_token(shape, options.kv_dtype)
     eviction = _eviction(options)
     arms = fidelity_arms.build_arms(
@@ -75,6 +80,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         {name: state_bytes(adapter, options.kv_dtype) for name, adapter in adapters.items()},
         eviction=eviction,
         bytes_per_token=bytes_per_token,
+        adapter_keep=options.adapter_keep or (0,),
         evict=options.evict,
         sinks=options.sinks,
         keep=options.keep,

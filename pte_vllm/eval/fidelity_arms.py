@@ -110,6 +110,7 @@ def build_arms(
     *,
     eviction: Eviction,
     bytes_per_token: int,
+    adapter_keep: Sequence[int] = (0,),
     evict: Sequence[str] = ("oldest",),
     sinks: bool = False,
     keep: Sequence[int] = (),
@@ -120,6 +121,7 @@ def build_arms(
     Args:
         windows: sizes of plain windows, in tokens.
         adapters: by name, what the thought state of a sequence holds, in bytes.
+        adapter_keep: how many evicted tokens are kept beside an adapter; each has an arm.
         eviction: how a window of any size evicts.
         bytes_per_token: what one token holds in the KV cache.
         evict: which blocks a fold may take; `oldest` adds no arm.
@@ -173,24 +175,27 @@ def build_arms(
             )
         )
     for name, size in adapters.items():
-        arms.append(
+        arms += [
             FidelityArm(
-                name=name,
+                name=f"{name} keep {tokens}" if tokens else name,
                 kind="adapter",
                 window_tokens=first,
                 eviction=eviction,
                 adapter=name,
+                keep_tokens=tokens,
                 baseline=baseline,
                 state_bytes=size,
             )
-        )
+            for tokens in dict.fromkeys(adapter_keep)
+        ]
         if size:
             blocks = -(-in_kv_tokens(size, bytes_per_token) // eviction.block_size)
+            more = blocks * eviction.block_size + max(adapter_keep)
             arms.append(
                 FidelityArm(
                     name=f"bytes of {name}",
                     kind="equal-bytes",
-                    window_tokens=first + blocks * eviction.block_size,
+                    window_tokens=first + more,
                     eviction=eviction,
                     baseline=baseline,
                 )

@@ -40,6 +40,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="an adapter under the first window, and a plain window of the same bytes; repeatable",
     )
     add(
+        "--adapter-keep",
+        type=_counts_or_zero,
+        metavar="K,K,...",
+        help="evicted tokens that each KV head keeps beside an adapter, by the adapter's own "
+        "probes or else --probes; 0 keeps none (0); not with --url",
+    )
+    add(
         "--evict",
         type=_among(EVICTS),
         default="oldest",
@@ -132,17 +139,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                 "--sinks and --evict-tokens: a server folds the part of a window that it was "
                 "started with; leave them out, or leave out --url"
             )
-        if options.keep:
-            parser.error("--keep: a server scores without kept tokens; leave out --url")
+        if options.keep or options.adapter_keep:
+            parser.error(
+                "--keep, --adapter-keep: a server scores without kept tokens; leave out --url"
+            )
     return options
 
 
 def _check_keep(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse flags of kept tokens that do not go together, and fill in the score."""
-    if not options.keep:
-        for flag, given in (("--keep-score", options.keep_score), ("--probes", options.probes)):
-            if given is not None:
-                parser.error(f"{flag} needs --keep: nothing is kept")
+    if options.adapter_keep and not options.adapter:
+        parser.error("--adapter-keep needs --adapter; for windows without memory it is --keep")
+    if not options.keep and options.keep_score is not None:
+        parser.error("--keep-score needs --keep: nothing is kept")
+    if not (options.keep or any(options.adapter_keep or ())) and options.probes is not None:
+        parser.error("--probes needs --keep or --adapter-keep: nothing is kept")
     options.keep_score = options.keep_score or ["expected"]
     if options.keep and "expected" in options.keep_score and options.probes is None:
         parser.error(
@@ -152,6 +163,10 @@ def _check_keep(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
 
 def _counts(text: str) -> list[int]:
     return [_count(part) for part in text.split(",")]
+
+
+def _counts_or_zero(text: str) -> list[int]:
+    return [0 if part == "0" else _count(part) for part in text.split(",")]
 
 
 def _among(names: Sequence[str]) -> Callable[[str], list[str]]:

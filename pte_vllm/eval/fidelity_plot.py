@@ -63,7 +63,7 @@ def _over_bytes(axes: Any, report: dict[str, Any], kl: str) -> None:
 
 def _kind(arm: dict[str, Any]) -> str:
     """Return what a memory is, without the size of its window."""
-    if arm["keep_tokens"]:
+    if arm["kind"] == "keep":
         at_random = " at random" if arm["keep_score"] == "random" else ""
         return f"keep {arm['keep_tokens']}{at_random}"
     return "window" if arm["kind"] in ("window", "equal-bytes") else arm["name"]

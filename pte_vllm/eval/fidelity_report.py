@@ -51,6 +51,7 @@ def summarize(
         figure: dict[str, Any] = {
             "name": arm.name,
             "kind": arm.kind,
+            "adapter": arm.adapter,
             "window_tokens": arm.window_tokens,
             "keep_tokens": arm.keep_tokens,
             "keep_score": arm.keep_score if arm.keep_tokens else None,

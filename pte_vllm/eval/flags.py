@@ -148,6 +148,13 @@ def _add_arms(parser: argparse.ArgumentParser) -> None:
         help="further windows, without memory and controls",
     )
     group.add_argument(
+        "--adapter-keep",
+        type=numbers,
+        metavar="N,N",
+        help="evicted tokens that each KV head keeps beside an --adapter, by the adapter's own "
+        "probes or else the model's; 0 keeps none (default: 0)",
+    )
+    group.add_argument(
         "--rule",
         type=names,
         default=[],

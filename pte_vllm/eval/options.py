@@ -52,6 +52,8 @@ class RunOptions:
     windows: tuple[int, ...]
     plain_windows: tuple[int, ...]
     """Further windows, without memory and controls."""
+    adapter_keep: tuple[int, ...]
+    """Evicted tokens to keep beside each adapter, by the score `expected`; 0 keeps none."""
     rules: tuple[str | None, ...]
     evict: tuple[Evict, ...]
     sinks: bool
@@ -76,12 +78,13 @@ class RunOptions:
     def server_arguments(self) -> tuple[str, ...]:
         """Return the flags of our server that follow from others, and those given for it."""
         found: list[str] = []
-        if self.keep and "expected" in self.keep_scores:
+        wanted = [*self.adapter_keep, *(self.keep if "expected" in self.keep_scores else ())]
+        if any(wanted):
             # Without a file of probes a server makes some if it keeps tokens by default.
             if self.probes is not None:
                 found += ["--pte-probes", self.probes]
             else:
-                found += ["--pte-keep", str(max(self.keep))]
+                found += ["--pte-keep", str(max(wanted))]
         return (*found, *self.server_flags)
 
 
@@ -141,6 +144,7 @@ def read_options(given: argparse.Namespace) -> RunOptions:
         data_seed=given.data_seed,
         windows=tuple(dict.fromkeys(chosen["window"])),
         plain_windows=tuple(dict.fromkeys(given.plain_window)),
+        adapter_keep=tuple(dict.fromkeys(given.adapter_keep or [0])),
         rules=(None, *given.rule),
         evict=tuple(dict.fromkeys(given.evict)),
         sinks=given.sinks,
@@ -168,10 +172,12 @@ def _check_keep(given: argparse.Namespace) -> None:
             raise ValueError(f"--keep-score must be among {', '.join(KEEP_SCORES)}, got {score!r}")
     if 0 in given.keep:
         raise ValueError("--keep must be positive; windows that keep nothing are there anyway")
-    if not given.keep:
-        for flag, value in (("--keep-score", given.keep_score), ("--probes", given.probes)):
-            if value is not None:
-                raise ValueError(f"{flag} needs --keep: nothing is kept")
+    if given.adapter_keep and not given.adapter:
+        raise ValueError("--adapter-keep needs --adapter; for windows without memory it is --keep")
+    if not given.keep and given.keep_score is not None:
+        raise ValueError("--keep-score needs --keep: nothing is kept")
+    if not (given.keep or any(given.adapter_keep or ())) and given.probes is not None:
+        raise ValueError("--probes needs --keep or --adapter-keep: nothing is kept")
     if given.probes is None:
         return
     if given.url is not None:

@@ -154,7 +154,8 @@ def _arms(
     _check_windows(options, facts.block_size)
     if "random" in options.evict and "pte_evict" not in facts.options:
         raise ValueError(f"--evict random: {facts.url} does not know pte_evict; update it")
-    if options.keep and "pte_keep" not in facts.options:
+    keeps = (*options.keep, *options.adapter_keep)
+    if any(keeps) and "pte_keep" not in facts.options:
         raise ValueError(f"--keep: {facts.url} does not know pte_keep; update it")
     state_tokens = None
     if options.equal_bytes:
@@ -168,6 +169,7 @@ def _arms(
         rules=options.rules,
         evict=options.evict,
         sinks=options.sinks,
+        adapter_keep=options.adapter_keep,
         keep=options.keep,
         keep_scores=options.keep_scores,
         plain_windows=options.plain_windows,
@@ -192,9 +194,12 @@ def _check_windows(options: RunOptions, block_size: int) -> None:
                 f"--window {window} must be a multiple of the block size, {block_size}, and at "
                 "least two blocks"
             )
-    for tokens in options.keep:
-        if tokens % block_size:
-            raise ValueError(f"--keep {tokens} must be a multiple of the block size, {block_size}")
+    for flag, keeps in (("--keep", options.keep), ("--adapter-keep", options.adapter_keep)):
+        for tokens in keeps:
+            if tokens % block_size:
+                raise ValueError(
+                    f"{flag} {tokens} must be a multiple of the block size, {block_size}"
+                )
 
 
 def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: Any) -> list[Row]:

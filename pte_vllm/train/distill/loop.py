@@ -2,6 +2,7 @@
 
     OUT/run.toml        every option, as resolved
     OUT/samples.jsonl   answers of the base model, with distill.data samples
+    OUT/probes.safetensors, probes.json   trained probes, with keep.steps, and what training found
     OUT/checkpoints/    the newest ones (`run.checkpoint` says what they hold)
     OUT/metrics.jsonl   numbers by step, measurements on held-out sequences among them
     OUT/distill.png     KL by step
@@ -22,6 +23,7 @@ from rich.console import Console
 
 from pte_vllm.adapter.sample_text import SAMPLE_TEXT
 from pte_vllm.train.distill.examples import Example, batches, pack, read_rollouts, read_texts
+from pte_vllm.train.distill.keep_stage import train_keep
 from pte_vllm.train.distill.samples import sample_answers
 from pte_vllm.train.distill.step import Evaluation, evaluate, take_step
 from pte_vllm.train.options.runs import DistillRun
@@ -125,6 +127,8 @@ def train(run: DistillRun) -> list[dict[str, float]]:
     done = start.state.step
     if start.resumed:
         console.print(f"going on after step {done}")
+    if run.keep.steps and not start.resumed:
+        train_keep(run, start.model, examples, console)
     metrics = MetricsLog(directory, step=done, tensorboard=run.run.tensorboard)
     try:
         _run_steps(run, start, examples, held_out, metrics, console)

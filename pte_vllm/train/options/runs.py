@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pte_vllm.train.options.distilling import DistillOptions, KeepStageOptions
 from pte_vllm.train.options.parsing import Options, RunOptions
 from pte_vllm.train.options.sections import (
     AdapterOptions,
@@ -133,56 +134,6 @@ class GrpoOptions(Options):
         return self.max_logprob_drift
 
 
-class DistillOptions(Options):
-    """Options of distillation.
-
-    The loss is the forward KL from the base model under full attention to the same model under the
-    window.
-    """
-
-    data: Literal["text", "samples", "rollouts"] = "text"
-    """text: running text; samples: answers that the base model, with full attention, gives to the
-    questions of data; rollouts: records that a server wrote before."""
-    text: str | None = None
-    """A .txt or .jsonl file, a directory of text files, or the name or path of a data set; without
-    it, the package's sample text."""
-    text_field: str = "text"
-    """Field with the text in a data set or .jsonl file."""
-    text_split: str = "train"
-    """Split of a data set."""
-    rollouts: str | None = None
-    """File of rollout records, one JSON object a line, for data rollouts."""
-    max_sequences: Count = 4096
-    """Most sequences that are read or sampled."""
-    eval_sequences: CountOrZero = 8
-    """Sequences held out to measure perplexity beyond the first fold; 0: none."""
-    eval_every_steps: CountOrZero = 0
-    """Steps between two measurements; 0: only before the first step and after the last."""
-    teacher_top_k: CountOrZero = 0
-    """Classes of the teacher's distribution: its k best tokens, and all others as one; 0: exact."""
-    temperature: Positive = 1.0
-    """Temperature of both distributions."""
-    sequence_tokens: Annotated[int, Field(ge=2)] = 2048
-    """Length of one sequence, pinned tokens included."""
-    pin_tokens: CountOrZero = 32
-    """Pinned tokens at the start of a sequence of text; answers pin their prompt."""
-    batch_sequences: Count = 8
-    """Sequences in one step."""
-    micro_batch_sequences: Count = 4
-    """Sequences replayed at once; bounds memory, not the result."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.pin_tokens >= self.sequence_tokens:
-            raise ValueError(
-                f"--distill.pin_tokens {self.pin_tokens} must be less than "
-                f"--distill.sequence_tokens {self.sequence_tokens}"
-            )
-        if self.data == "rollouts" and self.rollouts is None:
-            raise ValueError("--distill.rollouts is missing: --distill.data rollouts reads a file")
-        return self
-
-
 class DataOptions(Options):
     """Where questions come from; see docs/training.md."""
 
@@ -267,6 +218,8 @@ class DistillRun(RunOptions):
     """What is evicted when."""
     optimizer: DistillOptimizerOptions = DistillOptimizerOptions()
     """AdamW."""
+    keep: KeepStageOptions = KeepStageOptions()
+    """Training of what is kept, before the first step."""
     distill: DistillOptions = DistillOptions()
     """The algorithm."""
     data: DataOptions | None = None
@@ -282,6 +235,11 @@ class DistillRun(RunOptions):
     def _check(self) -> Self:
         if self.distill.data == "samples" and self.data is None:
             raise ValueError("--data.source is missing: --distill.data samples asks its questions")
+        if self.keep.steps and not (self.plan.keep_tokens and self.plan.probes):
+            raise ValueError(
+                "--keep.steps trains the probes of --plan.probes, by which --plan.keep_tokens "
+                "chooses: give both"
+            )
         if self.plan.window_tokens == "prompt":
             raise ValueError(
                 "--plan.window_tokens prompt follows the questions of each step of train grpo; "

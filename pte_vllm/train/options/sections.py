@@ -184,6 +184,8 @@ class OptimizerOptions(Options):
 
 
 class DistillOptimizerOptions(OptimizerOptions):
+    steps: CountOrZero = 100
+    """Optimizer steps of the run; 0 trains the probes only, if there are --keep.steps."""
     lr: PositiveOrZero = 1e-3
     """Highest learning rate, reached after warmup_steps."""
 

@@ -174,20 +174,20 @@ class Keeping:
         for i, layer in enumerate(cache.layers):
             keys, values = layer.past
             # One layer's rotated probes at a time: all of them would be L times as many numbers.
-            probes = _rotated(self._base, self._queries[i], positions, keys)
+            probes = rotated(self._base, self._queries[i], positions, keys)
             found.append(
                 keep.expected_scores(
                     probes,
                     keys[:, :, first : first + size],
                     values[:, :, first : first + size],
                     keys[:, :, -plan.stride :],
-                    _scale(self._base, i, shape),
+                    scale_of(self._base, i, shape),
                 )
             )
         return found
 
 
-def _rotated(base: Any, queries: Tensor, positions: Tensor, like: Tensor) -> Tensor:
+def rotated(base: Any, queries: Tensor, positions: Tensor, like: Tensor) -> Tensor:
     """Turn one layer's probes `[H, n, D]` to `positions: [B, n]`, as `[B, H, n, D]` fp32.
 
     The angles are rounded to the dtype of the cached keys `like`, as the model's own are.
@@ -198,7 +198,7 @@ def _rotated(base: Any, queries: Tensor, positions: Tensor, like: Tensor) -> Ten
     return rope.rotate(queries, cos, sin)
 
 
-def _scale(base: Any, layer: int, shape: ModelShape) -> float:
+def scale_of(base: Any, layer: int, shape: ModelShape) -> float:
     """Return what a layer multiplies products of queries and keys with."""
     scale: float = getattr(base.model.layers[layer].self_attn, "scaling", shape.head_dim**-0.5)
     return scale

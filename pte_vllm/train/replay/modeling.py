@@ -106,7 +106,7 @@ class PTEModel(nn.Module):
     # -- attaching --------------------------------------------------------------------------------
 
     def _attach(self, adapter: Adapter) -> None:
-        self._take_probes(adapter)
+        self.take_probes(adapter.probes)
         # Sorted, so that an optimizer's state fits whether the adapter was made or loaded.
         used = [
             name
@@ -142,13 +142,13 @@ class PTEModel(nn.Module):
             for field in TENSORS:
                 self._encoder[field] = self._parameter(getattr(stacked, field))
 
-    def _take_probes(self, adapter: Adapter) -> None:
-        """Use the adapter's own probes from now on, or none.
+    def take_probes(self, new: Probes | None) -> None:
+        """Use these as the adapter's own probes from now on; None: it has none.
 
         Raises:
             ProbesError: If they are for a model of other sizes.
         """
-        own, new = self.probes, adapter.probes
+        own = self.probes
         if own is not None and new is not None and own.content_hash == new.content_hash:
             return
         if new is not None:
@@ -244,7 +244,7 @@ class PTEModel(nn.Module):
                 nothing is changed then.
         """
         self._check_form(adapter)
-        self._take_probes(adapter)
+        self.take_probes(adapter.probes)
         for name, linear in self._lora.items():
             linear.lora_A[_NAME].weight.copy_(adapter.lora_a[name])
             linear.lora_B[_NAME].weight.copy_(adapter.lora_b[name])

@@ -1,0 +1,138 @@
+"""How much later tokens attend to each token that leaves the window, under full attention.
+
+This is what trained probes learn to predict (`distill.probe_training`). The base model reads its
+own answers once. What is kept of an answer grows with the square of its length, divided by the
+tokens that leave at once.
+
+Letters in shapes: L layers, H KV heads, G query heads of a KV head, D head size, N tokens of a
+sequence, T of them after the pinned ones, F folds that choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.distill.examples import Example
+from pte_vllm.train.replay.modeling import PTEModel
+
+_NAME = "pte_future"
+"""Under this name transformers finds attention that is looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Future:
+    """One sequence under full attention, and what becomes of its tokens later."""
+
+    plan: FoldPlan
+    keys: Tensor
+    """`[L, H, T, D]` float16, as cached, after RoPE."""
+    norms: Tensor
+    """`[L, H, T]` float16: the norms of the values."""
+    worth: Tensor
+    """`[L, H, F, T]` float16: root mean square, over the queries after a fold, of the share of
+    attention that each token gets, times the norm of its value; 0 for tokens after the fold."""
+    folds: tuple[int, ...]
+    """The numbers of the F folds."""
+
+
+@torch.no_grad()
+def look_ahead(model: PTEModel, example: Example) -> Future | None:
+    """Read a sequence under full attention, without the adapter.
+
+    Returns:
+        None where no fold of the sequence has to choose.
+
+    Raises:
+        ValueError: if a layer of the model shows no attention.
+    """
+    plan, num_tokens = example.plan, len(example.tokens)
+    folds = tuple(f for f in range(plan.folds(num_tokens - 1)) if plan.selects(f))
+    if not folds:
+        return None
+    starts = [plan.first_fold + f * plan.stride for f in folds]
+    first = plan.pinned_blocks * plan.block_size
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def look(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        norms = value.norm(dim=-1)
+        worth = _worth(query, key, norms, scale, starts)
+        found[layer] = (
+            key[:, first:].half(),
+            norms[:, first:].half(),
+            worth[..., first:].half(),
+        )
+
+    ids = torch.tensor([example.tokens], device=model.device)
+    with model.adapter_disabled():
+        visit_attention(model.base, ids, look)
+    layers = range(model.base.config.num_hidden_layers)
+    if set(found) != set(layers):
+        raise ValueError(f"{type(model.base).__name__} has layers whose attention is not shown")
+    keys, norms, worth = (torch.stack([found[i][j] for i in layers]) for j in range(3))
+    return Future(plan=plan, keys=keys, norms=norms, worth=worth, folds=folds)
+
+
+def _worth(query: Tensor, key: Tensor, norms: Tensor, scale: float, starts: list[int]) -> Tensor:
+    """Compute `Future.worth` of one layer, `[H, F, N]` float32.
+
+    Args:
+        query: `[H, G, N, D]` float32, after RoPE.
+        key: `[H, N, D]`, likewise.
+        norms: `[H, N]`.
+        scale: what the model multiplies products of queries and keys with.
+        starts: the position of the first token after each fold.
+    """
+    num_tokens = key.shape[1]
+    later = torch.arange(starts[0], num_tokens, device=key.device)
+    logits = query[:, :, starts[0] :] @ key[:, None].mT * scale  # [H, G, n, N]
+    hidden = torch.arange(num_tokens, device=key.device)[None] > later[:, None]
+    shares = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+    squares = shares.square().mean(1)  # [H, n, N]
+    sums = squares.flip(1).cumsum(1).flip(1)  # over the queries from each one on
+    found = []
+    for start in starts:
+        mean = sums[:, start - starts[0]] / (num_tokens - start)
+        mean[:, start:] = 0
+        found.append(mean.sqrt() * norms)
+    return torch.stack(found, 1)
+
+
+def visit_attention(
+    base: Any, ids: Tensor, visit: Callable[[int, Tensor, Tensor, Tensor, float], None]
+) -> None:
+    """Run a causal LM on `ids: [1, N]`, and show `visit` what each layer's attention is given.
+
+    Args:
+        base: the transformers model.
+        ids: the tokens.
+        visit: takes the layer's index, queries `[H, G, N, D]`, keys and values `[H, N, D]`, all
+            float32 and after RoPE, and the scale of their products.
+    """
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> Any:
+        heads = key.shape[1]
+        queries = query[0].float().unflatten(0, (heads, query.shape[1] // heads))
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        visit(module.layer_idx, queries, key[0].float(), value[0].float(), scale)
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    AttentionInterface.register(_NAME, attention)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    before = base.config._attn_implementation
+    base.set_attn_implementation(_NAME)
+    try:
+        base.model(input_ids=ids, use_cache=False)
+    finally:
+        base.set_attn_implementation(before)
+        AttentionInterface.register(_NAME, sdpa_attention_forward)  # holds nothing of ours
