@@ -58,8 +58,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 _FIXED = (
     *("model", "task", "questions", "held", "max_tokens", "temperature"),
-    *("window", "keep", "evict_ratio", "block_size", "rank", "targets", "steps", "probe_steps"),
-    *("batch", "lr"),
+    *("window", "keep", "evict_ratio", "block_size", "rank", "targets", "steps"),
+    *("num_probes", "probe_steps", "batch", "lr", "dtype"),
 )
 """What may not change while files are kept; arms, seeds, plain windows and problems may."""
 

@@ -103,7 +103,7 @@ def _distill_options(options: argparse.Namespace, arm: str, seed: int, out: Path
         keeping = {"keep_tokens": options.keep, "probes": str(probes_file(options))}
     steps = options.steps if chosen.trains_weights else 0
     return {
-        "model": {"base": options.model},
+        "model": {"base": options.model, "dtype": options.dtype},
         "adapter": {
             "rank": options.rank,
             "target_modules": tuple(options.targets),
@@ -115,7 +115,10 @@ def _distill_options(options: argparse.Namespace, arm: str, seed: int, out: Path
             "block_size": options.block_size,
             **keeping,
         },
-        "keep": {"steps": options.probe_steps if chosen.trains_probes else 0},
+        "keep": {
+            "steps": options.probe_steps if chosen.trains_probes else 0,
+            "probes": options.num_probes,
+        },
         "optimizer": {
             "steps": steps,
             "warmup_steps": max(0, min(5, steps - 1)),

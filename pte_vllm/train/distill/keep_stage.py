@@ -15,6 +15,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pte_vllm.adapter.format import ModelShape
 from pte_vllm.adapter.probes import Probes, ProbesError
 from pte_vllm.train.distill.examples import Example
 from pte_vllm.train.distill.probe_training import train_probes
@@ -41,6 +42,7 @@ def train_keep(
     assert run.plan.probes is not None
     try:
         start = Probes.load(run.plan.probes)
+        ModelShape.from_hf(model.base.config).check_probes(start)
     except ProbesError as error:
         raise ValueError(f"--plan.probes: {error}") from error
     count = start.queries.shape[2]

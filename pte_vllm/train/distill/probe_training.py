@@ -34,6 +34,8 @@ from pte_vllm.train.replay.modeling import PTEModel
 
 _CANDIDATES = 256
 """Most candidates of a fold that training looks at; of more it draws so many."""
+_HELD = 8
+"""Most examples that are measured on, and not trained on: a quarter of them at most."""
 _TINY = 1e-9
 
 
@@ -60,7 +62,6 @@ def train_probes(
     lr: float,
     batch_folds: int,
     seed: int,
-    held: int = 8,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[Tensor, ProbeReport]:
     """Train probes on what a model attended to in its own answers.
@@ -75,7 +76,6 @@ def train_probes(
         lr: highest learning rate of Adam, as a share of the root mean square of the queries.
         batch_folds: folds in a step.
         seed: of their order.
-        held: examples that are measured on, and not trained on.
         progress: hears what is done, how much of it, and of how much.
 
     Returns:
@@ -91,11 +91,13 @@ def train_probes(
         if future is not None:
             futures.append(future)
         progress("reading", i + 1, len(examples))
-    if len(futures) <= held:
+    if len(futures) < 2:
         raise ValueError(
             f"{len(futures)} answers are long enough that a fold chooses; training probes takes "
-            f"more than {held}: sample more or longer answers, or keep fewer tokens"
+            "two at least, and a hundred to be good: sample more or longer answers, or keep fewer "
+            "tokens"
         )
+    held = max(1, min(_HELD, len(futures) // 4))
     held_out, futures = futures[:held], futures[held:]
     events = [(future, i) for future in futures for i in range(len(future.folds))]
     scorer = _Scorer(model)
