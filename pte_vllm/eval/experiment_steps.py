@@ -194,25 +194,27 @@ def measure_accuracy(
 ) -> tuple[int, dict[str, Any]]:
     """Measure accuracy, or go on with it; returns the exit status of `eval run`, and its rows.
 
-    Arms that keep tokens are asked in a sweep of their own, on the same problems.
+    Arms that keep tokens are asked after the others, by a server that has the probes. What all
+    arms are compared with is asked once: both add to the same logs.
     """
     if options.url is not None:
         _push(options, adapters)
     Console(stderr=True).rule("accuracy")
-    status, rows = _accuracy(options, keeping(adapters, keeps=False), "accuracy", keeps=False)
+    status, rows = _accuracy(options, keeping(adapters, keeps=False), keeps=False)
     kept = keeping(adapters, keeps=True)
     if kept:
         Console(stderr=True).rule("accuracy, keeping tokens")
-        worse, more = _accuracy(options, kept, "accuracy-keep", keeps=True)
-        status, rows = max(status, worse), rows + more
+        worse, more = _accuracy(options, kept, keeps=True)
+        known = {row["arm"] for row in rows}
+        status, rows = max(status, worse), rows + [r for r in more if r["arm"] not in known]
     return status, {"rows": rows}
 
 
 def _accuracy(
-    options: argparse.Namespace, adapters: Mapping[str, Path], folder: str, *, keeps: bool
+    options: argparse.Namespace, adapters: Mapping[str, Path], *, keeps: bool
 ) -> tuple[int, list[dict[str, Any]]]:
     """Run one sweep; returns its exit status and its rows."""
-    out, probes = options.out / folder, None
+    out, probes = options.out / "accuracy", None
     if keeps and options.url is None:
         probes = str(probes_file(options))
     chosen = RunOptions(

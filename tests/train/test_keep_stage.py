@@ -83,9 +83,7 @@ def test_short_answers_choose_nothing(tiny: Tiny) -> None:
     model = PTEModel.from_pretrained(tiny("llama"))
     assert look_ahead(model, example(110)) is None
     with pytest.raises(ValueError, match="0 answers are long enough that a fold chooses"):
-        train_probes(
-            model, [example(110)] * 3, queries(), steps=1, lr=0.1, batch_folds=1, seed=0
-        )
+        train_probes(model, [example(110)] * 3, queries(), steps=1, lr=0.1, batch_folds=1, seed=0)
 
 
 def test_training_finds_what_is_attended_to(tiny: Tiny) -> None:
