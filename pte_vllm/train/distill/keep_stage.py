@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pte_vllm.adapter.format import ModelShape
+from pte_vllm.adapter.probe_training import train_probes
 from pte_vllm.adapter.probes import Probes, ProbesError
 from pte_vllm.train.distill.examples import Example
-from pte_vllm.train.distill.probe_training import train_probes
 from pte_vllm.train.options.runs import DistillRun
 from pte_vllm.train.replay.modeling import PTEModel
 
@@ -60,16 +60,17 @@ def train_keep(
                 tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done)
 
-        queries, report = train_probes(
-            model,
-            examples[: options.max_sequences],
-            start.queries[:, :, : options.probes or None],
-            steps=options.steps,
-            lr=options.lr,
-            batch_folds=options.batch_folds,
-            seed=run.run.seed,
-            progress=show,
-        )
+        with model.adapter_disabled():
+            queries, report = train_probes(
+                model.base,
+                [(example.tokens, example.plan) for example in examples[: options.max_sequences]],
+                start.queries[:, :, : options.probes or None],
+                steps=options.steps,
+                lr=options.lr,
+                batch_folds=options.batch_folds,
+                seed=run.run.seed,
+                progress=show,
+            )
     probes = Probes.of(queries, start.model_hash)
     text = json.dumps(asdict(report), indent=1) + "\n"
     (run.run.directory / REPORT_FILE).write_text(text, encoding="utf-8")

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pte_vllm.adapter.format import ModelShape
+from pte_vllm.adapter.probe_scoring import rotated, scale_of
 from pte_vllm.adapter.probes import Probes
-from pte_vllm.method import keep, rope
+from pte_vllm.method import keep
 from pte_vllm.method.keep_marks import num_candidates
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
@@ -185,20 +185,3 @@ class Keeping:
                 )
             )
         return found
-
-
-def rotated(base: Any, queries: Tensor, positions: Tensor, like: Tensor) -> Tensor:
-    """Turn one layer's probes `[H, n, D]` to `positions: [B, n]`, as `[B, H, n, D]` fp32.
-
-    The angles are rounded to the dtype of the cached keys `like`, as the model's own are.
-    """
-    cos, sin = base.model.rotary_emb(like, positions)
-    half = cos.shape[-1] // 2  # transformers repeats the frequencies
-    cos, sin = (t[:, None, :, :half].float() for t in (cos, sin))  # [B, 1, n, D / 2]
-    return rope.rotate(queries, cos, sin)
-
-
-def scale_of(base: Any, layer: int, shape: ModelShape) -> float:
-    """Return what a layer multiplies products of queries and keys with."""
-    scale: float = getattr(base.model.layers[layer].self_attn, "scaling", shape.head_dim**-0.5)
-    return scale

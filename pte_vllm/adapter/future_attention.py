@@ -1,6 +1,6 @@
 """How much later tokens attend to each token that leaves the window, under full attention.
 
-This is what trained probes learn to predict (`distill.probe_training`). The base model reads its
+This is what trained probes learn to predict (`adapter.probe_training`). The base model reads its
 own answers once. What is kept of an answer grows with the square of its length, divided by the
 tokens that leave at once.
 
@@ -10,7 +10,7 @@ sequence, T of them after the pinned ones, F folds that choose.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.train.distill.examples import Example
-from pte_vllm.train.replay.modeling import PTEModel
 
 _NAME = "pte_future"
 """Under this name transformers finds attention that is looked at."""
@@ -45,8 +43,13 @@ class Future:
 
 
 @torch.no_grad()
-def look_ahead(model: PTEModel, example: Example) -> Future | None:
-    """Read a sequence under full attention, without the adapter.
+def look_ahead(model: Any, token_ids: Sequence[int], plan: FoldPlan) -> Future | None:
+    """Read a sequence under full attention.
+
+    Args:
+        model: a transformers causal LM, an adapter switched off.
+        token_ids: the sequence.
+        plan: what would leave when.
 
     Returns:
         None where no fold of the sequence has to choose.
@@ -54,8 +57,7 @@ def look_ahead(model: PTEModel, example: Example) -> Future | None:
     Raises:
         ValueError: if a layer of the model shows no attention.
     """
-    plan, num_tokens = example.plan, len(example.tokens)
-    folds = tuple(f for f in range(plan.folds(num_tokens - 1)) if plan.selects(f))
+    folds = tuple(f for f in range(plan.folds(len(token_ids) - 1)) if plan.selects(f))
     if not folds:
         return None
     starts = [plan.first_fold + f * plan.stride for f in folds]
@@ -71,12 +73,10 @@ def look_ahead(model: PTEModel, example: Example) -> Future | None:
             worth[..., first:].half(),
         )
 
-    ids = torch.tensor([example.tokens], device=model.device)
-    with model.adapter_disabled():
-        visit_attention(model.base, ids, look)
-    layers = range(model.base.config.num_hidden_layers)
+    visit_attention(model, torch.tensor([list(token_ids)], device=model.device), look)
+    layers = range(model.config.num_hidden_layers)
     if set(found) != set(layers):
-        raise ValueError(f"{type(model.base).__name__} has layers whose attention is not shown")
+        raise ValueError(f"{type(model).__name__} has layers whose attention is not shown")
     keys, norms, worth = (torch.stack([found[i][j] for i in layers]) for j in range(3))
     return Future(plan=plan, keys=keys, norms=norms, worth=worth, folds=folds)
 
@@ -107,12 +107,12 @@ def _worth(query: Tensor, key: Tensor, norms: Tensor, scale: float, starts: list
 
 
 def visit_attention(
-    base: Any, ids: Tensor, visit: Callable[[int, Tensor, Tensor, Tensor, float], None]
+    model: Any, ids: Tensor, visit: Callable[[int, Tensor, Tensor, Tensor, float], None]
 ) -> None:
     """Run a causal LM on `ids: [1, N]`, and show `visit` what each layer's attention is given.
 
     Args:
-        base: the transformers model.
+        model: the transformers model.
         ids: the tokens.
         visit: takes the layer's index, queries `[H, G, N, D]`, keys and values `[H, N, D]`, all
             float32 and after RoPE, and the scale of their products.
@@ -129,10 +129,10 @@ def visit_attention(
 
     AttentionInterface.register(_NAME, attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
-    before = base.config._attn_implementation
-    base.set_attn_implementation(_NAME)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
     try:
-        base.model(input_ids=ids, use_cache=False)
+        model.model(input_ids=ids, use_cache=False)
     finally:
-        base.set_attn_implementation(before)
+        model.set_attn_implementation(before)
         AttentionInterface.register(_NAME, sdpa_attention_forward)  # holds nothing of ours

@@ -26,16 +26,15 @@ import torch
 from torch import Tensor
 
 from pte_vllm.adapter.format import ModelShape
+from pte_vllm.adapter.future_attention import Future, look_ahead
+from pte_vllm.adapter.probe_scoring import rotated, scale_of
 from pte_vllm.method import keep
-from pte_vllm.train.distill.examples import Example
-from pte_vllm.train.distill.future_attention import Future, look_ahead
-from pte_vllm.train.replay.keeping import rotated, scale_of
-from pte_vllm.train.replay.modeling import PTEModel
+from pte_vllm.method.plan import FoldPlan
 
 _CANDIDATES = 256
 """Most candidates of a fold that training looks at; of more it draws so many."""
 _HELD = 8
-"""Most examples that are measured on, and not trained on: a quarter of them at most."""
+"""Most answers that are measured on, and not trained on: a quarter of them at most."""
 _TINY = 1e-9
 
 
@@ -54,8 +53,8 @@ class ProbeReport:
 
 
 def train_probes(
-    model: PTEModel,
-    examples: Sequence[Example],
+    model: Any,
+    answers: Sequence[tuple[Sequence[int], FoldPlan]],
     queries: Tensor,
     *,
     steps: int,
@@ -66,11 +65,12 @@ def train_probes(
 ) -> tuple[Tensor, ProbeReport]:
     """Train probes on what a model attended to in its own answers.
 
-    Memory: `2 · (D + F + 1) · H · L` bytes a token of all examples, F the folds of its sequence.
+    Memory: `2 · (D + F + 1) · H · L` bytes a token of all answers, F the folds of its sequence.
 
     Args:
-        model: its base is read; its adapter is off meanwhile.
-        examples: answers with the plan under which tokens are kept; some must choose at a fold.
+        model: a transformers causal LM, an adapter switched off.
+        answers: token ids, question included, each with the plan under which tokens are kept; in
+            some of them a fold must have to choose.
         queries: where to start, `[L, H, n, D]`: sampled probes.
         steps: optimizer steps.
         lr: highest learning rate of Adam, as a share of the root mean square of the queries.
@@ -82,15 +82,15 @@ def train_probes(
         The trained probes, `[L, H, n, D]` fp32 on the host, and what training found.
 
     Raises:
-        ValueError: if too few examples reach a fold that chooses.
+        ValueError: if too few answers reach a fold that chooses.
         FloatingPointError: if the loss is not finite.
     """
     futures = []
-    for i, example in enumerate(examples):
-        future = look_ahead(model, example)
+    for i, (token_ids, plan) in enumerate(answers):
+        future = look_ahead(model, token_ids, plan)
         if future is not None:
             futures.append(future)
-        progress("reading", i + 1, len(examples))
+        progress("reading", i + 1, len(answers))
     if len(futures) < 2:
         raise ValueError(
             f"{len(futures)} answers are long enough that a fold chooses; training probes takes "
@@ -131,10 +131,10 @@ def train_probes(
 class _Scorer:
     """Scores what left the window before a fold, as the fold scores its candidates."""
 
-    def __init__(self, model: PTEModel) -> None:
-        self._base: Any = model.base
-        shape = ModelShape.from_hf(model.base.config)
-        self._scales = [scale_of(model.base, i, shape) for i in range(shape.num_layers)]
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        shape = ModelShape.from_hf(model.config)
+        self._scales = [scale_of(model, i, shape) for i in range(shape.num_layers)]
 
     def of(
         self, probes: Tensor, future: Future, index: int, rng: random.Random | None = None
@@ -161,11 +161,11 @@ class _Scorer:
         positions = keep.probe_positions(
             torch.tensor([start], device=device),
             probes.shape[2],
-            self._base.config.max_position_embeddings,
+            self._model.config.max_position_embeddings,
         )
         scores = [
             log_shares(
-                rotated(self._base, probes[i], positions, keys)[0], keys[i], window[i], scale
+                rotated(self._model, probes[i], positions, keys)[0], keys[i], window[i], scale
             )
             for i, scale in enumerate(self._scales)
         ]
