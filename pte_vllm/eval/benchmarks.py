@@ -51,6 +51,13 @@ BENCHMARKS = {
     "gsm_symbolic": Benchmark(
         source="reasoning-gym", task="gsm_symbolic", template=BOXED, reward="math"
     ),
+    # Events take some 45 tokens each: answers of about 1,000, 2,000 and 4,000 tokens.
+    **{
+        f"ledger-{events}": Benchmark(
+            source="ledger", task="ledger", task_options={"events": events}
+        )
+        for events in (24, 48, 96)
+    },
 }
 """By name. Beside these there are all tasks of reasoning-gym, and files that end in .jsonl."""
 

@@ -1,6 +1,6 @@
-"""Questions that are generated: tasks of reasoning-gym, and the synthetic memory tasks.
+"""Questions that are generated: tasks of reasoning-gym, synthetic memory tasks, long ledgers.
 
-Both are endless and need no download; question `i` is made from seed `first + i`.
+All are endless and need no download; question `i` is made from seed `first + i`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 from pte_vllm.train.data.gym_tasks import gym_dataset
+from pte_vllm.train.data.ledger import NAMES, SHOWN, Ledger
 from pte_vllm.train.data.questions import Problem, ask, is_count, reward_of
 from pte_vllm.train.options.runs import DataOptions
 
@@ -110,4 +111,45 @@ class MemorySource:
             reward=reward_of(self._options, "memory"),
             pin_tokens=made.pin_tokens,
             meta={"task": self._task.name, "gap_tokens": gap_tokens},
+        )
+
+
+class LedgerSource:
+    """An endless source of ledgers (`data.ledger`): long chains of thought in plain text.
+
+    Its options are `people` and `events`.
+
+    Raises:
+        ValueError: naming the flag, if it does not take the options.
+    """
+
+    size = None
+
+    def __init__(self, options: DataOptions) -> None:
+        given = {"people": 5, "events": 24, **options.task_options}
+        self._people, self._events = given.pop("people"), given.pop("events")
+        if given:
+            raise ValueError(
+                f"--data.task_options: {', '.join(given)} unknown; there are people and events"
+            )
+        least = {"people": 2, "events": SHOWN + 1}
+        for name, count in (("people", self._people), ("events", self._events)):
+            if not is_count(count) or count < least[name]:
+                raise ValueError(
+                    f"--data.task_options: {name} must be at least {least[name]}, got {count!r}"
+                )
+        if self._people > len(NAMES):
+            raise ValueError(f"--data.task_options: people must be at most {len(NAMES)}")
+        self._options = options
+        self._first_seed = _first_seed(options)
+
+    def problem(self, index: int) -> Problem:
+        seed = self._first_seed + index
+        made = Ledger.draw(random.Random(seed), people=self._people, events=self._events)
+        return Problem(
+            key=f"ledger/{self._people}-{self._events}/{seed}",
+            prompt=ask(self._options, made.question(), "{prompt}"),
+            answer="\n".join(made.lines()),
+            reward=reward_of(self._options, "ledger"),
+            meta=made.to_meta(),
         )

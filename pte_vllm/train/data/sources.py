@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from pte_vllm.train.data.generators import GymSource, MemorySource
+from pte_vllm.train.data.generators import GymSource, LedgerSource, MemorySource
 from pte_vllm.train.data.questions import (
     ListSource,
     Problem,
@@ -41,6 +41,8 @@ def open_source(options: DataOptions) -> QuestionSource:
         return GymSource(options)
     if options.source == "memory":
         return MemorySource(options)
+    if options.source == "ledger":
+        return LedgerSource(options)
     return open_table(options, TABLES[options.source])
 
 

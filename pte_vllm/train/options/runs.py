@@ -41,8 +41,9 @@ DATA_SOURCES = Literal[
     "jsonl",
     "reasoning-gym",
     "memory",
+    "ledger",
 ]
-REWARD_NAMES = Literal["auto", "math", "reasoning-gym", "exact", "memory"]
+REWARD_NAMES = Literal["auto", "math", "reasoning-gym", "exact", "memory", "ledger"]
 
 # In half precision engine and replay round at different places: in bfloat16, log-probs of SmolLM2
 # differ by 2e-2 to 7.3e-2 in the mean, most with squared features under rules paper and sum
@@ -146,7 +147,7 @@ class DataOptions(Options):
     task: str | None = None
     """Task of reasoning-gym or memory; subject of math (all of them without it)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the task, such as max_terms=4."""
+    """Options of the task, such as max_terms=4; of ledger: people and events."""
     reward: REWARD_NAMES = "auto"
     """Reward function; auto: what fits the source."""
     seed: CountOrZero = 0

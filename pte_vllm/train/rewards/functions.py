@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from pte_vllm.train.data.answers import MAX_ANSWER_CHARS, final_answer, last_tagged
+from pte_vllm.train.data.ledger import Ledger, share_right
 from pte_vllm.train.data.questions import Problem
 from pte_vllm.train.rewards.scorers import gym_scorer, math_scorer
 from pte_vllm.train.rewards.scoring_worker import ScoringWorker
@@ -84,9 +85,15 @@ def reasoning_gym(problem: Problem, text: str, ids: Sequence[int], stopped: bool
     return _GYM_WORKER.score(setup, (answer, problem.meta["entry"]))
 
 
+def ledger(problem: Problem, text: str, ids: Sequence[int], stopped: bool) -> float:
+    """Give the share of look-ups that are right (`data.ledger`)."""
+    return share_right(Ledger.from_meta(problem.meta), text)
+
+
 REWARDS: dict[str, Reward] = {
     "math": math,
     "reasoning-gym": reasoning_gym,
     "exact": exact,
     "memory": memory,
+    "ledger": ledger,
 }
