@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from pte_vllm.adapter.format import ModelShape
 from pte_vllm.adapter.probe_options import ProbeOptions, read_prompts
 from pte_vllm.adapter.probe_prompts import PROMPTS
-from pte_vllm.adapter.probe_sampling import draw_probes, sample_thoughts
+from pte_vllm.adapter.probe_sampling import Thought, draw_probes, sample_thoughts
+from pte_vllm.adapter.probe_training import TooFewAnswers, train_probes
 from pte_vllm.adapter.probes import Probes
+from pte_vllm.method.plan import FoldPlan
 from pte_vllm.models.location import local_directory, model_hash
 from pte_vllm.models.rope_check import check_unrotation
 
+TRAINING_PLAN = FoldPlan(
+    pin_tokens=0, window_tokens=64, evict_ratio=0.5, block_size=32, keep_tokens=32
+)
+"""When tokens leave in training: early, as thoughts are short. What is learned holds for larger
+windows too (docs/benchmarks/memory.md)."""
 _QUIET_S = 30.0
 """Longest time without a line on what sampling has come to."""
 
@@ -95,6 +104,8 @@ def make_probes(
             seed=options.seed,
             progress=lambda: read(1),
         )
+        if options.train_steps:
+            queries = _trained(network, thoughts, queries, options, progress)
     probes = Probes.of(queries, name)
     probes.save(out)
     shape.check_probes(Probes.load(out))  # what was written is what an engine will accept
@@ -105,6 +116,41 @@ def make_probes(
         soft_wrap=True,
     )
     return probes
+
+
+def _trained(
+    network: Any, thoughts: Sequence[Thought], queries: Tensor, options: ProbeOptions, bar: Progress
+) -> Tensor:
+    """Train probes on the thoughts that they were sampled from; says what that gave.
+
+    Where no thought is long enough for that, it says so, and they stay as they are.
+    """
+    answers = [
+        (thought.token_ids.tolist(), replace(TRAINING_PLAN, pin_tokens=thought.prompt_tokens))
+        for thought in thoughts
+    ]
+    counters: dict[str, Callable[[int], None]] = {}
+    names = {"reading": "thoughts read for training", "training": "training steps"}
+
+    def advance(what: str, done: int, total: int) -> None:
+        if what not in counters:
+            counters[what] = _counter(bar, names[what], total)
+        counters[what](1)
+
+    try:
+        trained, report = train_probes(
+            network,
+            answers,
+            queries,
+            steps=options.train_steps,
+            seed=options.seed,
+            progress=advance,
+        )
+    except TooFewAnswers as error:
+        bar.console.print(f"the probes stay as sampled: {error}", soft_wrap=True)
+        return queries
+    bar.console.print(report.in_words(), soft_wrap=True)
+    return trained
 
 
 def _counter(progress: Progress, name: str, total: int) -> Callable[[int], None]:

@@ -22,8 +22,10 @@ class ProbeOptions:
     """Thoughts to sample, each to a prompt."""
     max_tokens: int = 256
     """Most tokens of one thought."""
-    num_probes: int = 512
+    num_probes: int = 128
     """Probes for each KV head of each layer."""
+    train_steps: int = 400
+    """Steps by which they are trained on the same thoughts; 0: they stay as sampled."""
     temperature: float = 0.7
     """Of the sampling; nothing else shapes it, whatever the model's own defaults are."""
     batch_size: int = 32
@@ -44,6 +46,8 @@ class ProbeOptions:
         ):
             if count < 1:
                 raise ValueError(f"{flag} must be at least 1, got {count}")
+        if self.train_steps < 0:
+            raise ValueError(f"--train-steps must not be negative, got {self.train_steps}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"--temperature must be above 0, got {self.temperature:g}")
         for flag, name, names in (

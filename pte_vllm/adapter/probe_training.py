@@ -38,6 +38,10 @@ _HELD = 8
 _TINY = 1e-9
 
 
+class TooFewAnswers(ValueError):
+    """Probes cannot be trained on these answers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProbeReport:
     """What training found on held-out folds, before and after."""
@@ -51,6 +55,14 @@ class ProbeReport:
     folds: int
     """Folds that were trained on."""
 
+    def in_words(self) -> str:
+        """Return what was found, in a line."""
+        return (
+            f"probes: of what later tokens attend to, those that are kept have "
+            f"{self.caught_after:.3f}, and {self.caught_before:.3f} before training; loss "
+            f"{self.loss_after:.4f}, before {self.loss_before:.4f} ({self.folds} folds)"
+        )
+
 
 def train_probes(
     model: Any,
@@ -58,9 +70,9 @@ def train_probes(
     queries: Tensor,
     *,
     steps: int,
-    lr: float,
-    batch_folds: int,
-    seed: int,
+    lr: float = 0.05,
+    batch_folds: int = 4,
+    seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[Tensor, ProbeReport]:
     """Train probes on what a model attended to in its own answers.
@@ -82,7 +94,7 @@ def train_probes(
         The trained probes, `[L, H, n, D]` fp32 on the host, and what training found.
 
     Raises:
-        ValueError: if too few answers reach a fold that chooses.
+        TooFewAnswers: if too few of them reach a fold that chooses.
         FloatingPointError: if the loss is not finite.
     """
     futures = []
@@ -92,7 +104,7 @@ def train_probes(
             futures.append(future)
         progress("reading", i + 1, len(answers))
     if len(futures) < 2:
-        raise ValueError(
+        raise TooFewAnswers(
             f"{len(futures)} answers are long enough that a fold chooses; training probes takes "
             "two at least, and a hundred to be good: sample more or longer answers, or keep fewer "
             "tokens"

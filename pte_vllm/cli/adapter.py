@@ -115,6 +115,12 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         ("--num-thoughts", "num_thoughts", "thoughts to sample, each to a prompt"),
         ("--max-tokens", "max_tokens", "most tokens of a thought"),
         ("--probes", "num_probes", "probes for each KV head of each layer"),
+        (
+            "--train-steps",
+            "train_steps",
+            "steps by which the probes learn what later tokens of the same thoughts attend to; 0: "
+            "they stay as sampled, and 512 are then better than 128",
+        ),
         ("--batch-size", "batch_size", "thoughts sampled at once; fewer take less memory"),
         ("--seed", "seed", "seed of all that is drawn"),
     ):

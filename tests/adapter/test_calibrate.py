@@ -44,6 +44,27 @@ def test_the_command_writes_a_file(
     assert "tokens sampled: 36 of 36" in said and "thoughts read: 3 of 3" in said
 
 
+def test_probes_are_trained_where_thoughts_are_long_enough(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = str(tiny("llama")), tmp_path / "probes"
+
+    def made(steps: int, max_tokens: int) -> tuple[Tensor, str]:
+        about = ProbeOptions(
+            num_thoughts=4, max_tokens=max_tokens, num_probes=6, train_steps=steps, temperature=9.0
+        )
+        queries = make_probes(model, out, about).queries
+        return queries, capsys.readouterr().err
+
+    sampled, _ = made(0, 180)
+    trained, said = made(4, 180)
+    assert sampled.shape == trained.shape and not torch.equal(sampled, trained)
+    assert "training steps: 4 of 4" in said and "before training" in said
+    short, said = made(4, 20)
+    assert torch.equal(short, made(0, 20)[0])
+    assert "the probes stay as sampled: 0 answers are long enough" in said
+
+
 def test_seeds_and_prompts(tiny: Tiny, tmp_path: Path) -> None:
     model, out = tiny("llama"), tmp_path / "probes"
     prompts = tmp_path / "prompts.txt"
@@ -129,7 +150,7 @@ def test_files_of_prompts(tmp_path: Path) -> None:
         ("--temperature 0", "--temperature must be above 0, got 0"),
         ("--temperature nan", "--temperature must be above 0, got nan"),
         ("--prompts nowhere", "--prompts: the file nowhere does not exist"),
-        ("--num-thoughts 2 --max-tokens 3", "at most 12 queries for each KV head, fewer than 512"),
+        ("--num-thoughts 2 --max-tokens 3", "at most 12 queries for each KV head, fewer than 128"),
         ("--max-tokens 40000", "--max-tokens: the longest prompt has "),
         pytest.param(
             "--device cuda",

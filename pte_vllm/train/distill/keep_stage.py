@@ -76,8 +76,4 @@ def train_keep(
     (run.run.directory / REPORT_FILE).write_text(text, encoding="utf-8")
     probes.save(path)
     model.take_probes(probes)
-    console.print(
-        f"probes: loss {report.loss_before:.4f} before, {report.loss_after:.4f} after; chosen "
-        f"tokens have {report.caught_before:.4f} and {report.caught_after:.4f} of what all "
-        f"candidates are worth ({report.folds} folds)"
-    )
+    console.print(report.in_words())
