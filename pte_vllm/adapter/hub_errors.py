@@ -133,14 +133,17 @@ def _reason(target: Target, error: BaseException) -> str:
         return f"REPO_ID: {target.endpoint} has no {target.repo_id}; check the name, or {opens}"
     if isinstance(error, errors.HfHubHTTPError):
         return _status(target, error.response.status_code, error)
+    # The Hugging Face hub's own protocol for large files, which few other hubs speak.
+    if "xet" in str(error).replace(target.repo_id, "").lower():
+        return (
+            f"{target.endpoint} does not take or give large files by xet ({error}); with "
+            "HF_HUB_DISABLE_XET=1 in the environment they travel by plain HTTP"
+        )
     if isinstance(error, httpx2.HTTPError | ConnectionError):
         return f"{target.endpoint} cannot be reached ({error}): {_ENDPOINT}"
     if error.__cause__ is not None:  # "an error happened while ..."
         return _reason(target, error.__cause__)
-    text = str(error)
-    if "xet" in text.lower():
-        text += "; with HF_HUB_DISABLE_XET=1 in the environment files travel by plain HTTP"
-    return text
+    return str(error)
 
 
 def _status(target: Target, status: int, error: BaseException) -> str:

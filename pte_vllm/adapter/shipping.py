@@ -209,10 +209,9 @@ def check_base(name: str, model: str, *, root: Path | None = None) -> str | None
         ) from error
     if found == wanted.sha256:
         return None
-    same = f"pte-vllm model fetch {wanted.catalog} ..." if wanted.catalog else wanted.hub
     return (
         f"--model: {model} is not the copy of {wanted.hub} that {name} was trained with: its hash "
         f"is {found[:12]}..., not {wanted.sha256[:12]}... The sizes fit. If it is the same model "
-        "from another source, in another precision or from before another fine-tuning, the "
-        f"adapter may answer a little worse than its card says; with {same} it is the same"
+        "from another source, or converted by other versions of libraries, the adapter may answer "
+        f"a little worse than its card says; to get that copy: {wanted.fetch_line or wanted.hub}"
     )

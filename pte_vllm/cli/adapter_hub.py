@@ -184,7 +184,7 @@ def _pull(options: argparse.Namespace) -> int:
     base = hub_base(moved.summary, about)
     if base is None:
         named = moved.summary["base_model"] or "none"
-        print(f"base model: {named}, which is no name on a hub; put your own for MODEL below")
+        print(f"base model: {named!r}, which is no name on a hub; put your own for MODEL below")
     if about is not None and about.base_model.fetch_line:
         base = about.base_model.fetched
         print(f"\nto get the base model:\n\n    {about.base_model.fetch_line}")

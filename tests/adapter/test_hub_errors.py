@@ -164,6 +164,17 @@ def test_a_page_is_no_hub(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "/elsewhere does not answer as a hub (404)" in capsys.readouterr().err
 
 
+def test_a_hub_without_xet(
+    hub: Hub,
+    full_adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    assert run(hub, "push-hub", full_adapter, REPO) == 2
+    assert "with HF_HUB_DISABLE_XET=1 in the environment" in capsys.readouterr().err
+
+
 def test_offline(
     hub: Hub,
     monkeypatch: pytest.MonkeyPatch,

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.adapter.hashes import CONFIG_FILE, FILES
 from pte_vllm.adapter.shipping import ABOUT_FILE, CARD_FILE, MAX_BYTES, TRAVELLING, read_about
+from pte_vllm.models.catalog import MODELS
 from pte_vllm.models.location import model_hash
 
 SECTIONS = ("Base model", "Plan", "Data", "Recipe", "Figures")
@@ -66,6 +67,8 @@ def lacks(directory: Path) -> list[str]:
     adapter = Adapter.load(directory)
     if adapter.peft.get("base_model_name_or_path") != base.hub:
         found.append(f"{CONFIG_FILE}: base_model_name_or_path is not {base.hub}")
+    if base.catalog is not None and MODELS[base.catalog].hub != base.hub:
+        found.append(f"{base.catalog} in the catalog is {MODELS[base.catalog].hub}")
     if adapter.probes is not None and adapter.probes.model_hash != base.sha256:
         found.append("the probes were sampled from another model than shipped.json names")
     text = (directory / CARD_FILE).read_text(encoding="utf-8")
