@@ -5,7 +5,7 @@ Each is a directory below `shipped/`: the files of an adapter, a card `README.md
 
     {"about": "one line", "base_model": {"hub": "owner/name", "sha256": what `model_hash` says,
      "catalog": its name in `models.catalog` or null, "source": "hub" or "packages"},
-     "plan": {"window_tokens": 256, "keep_tokens": 64, "block_size": 16, "evict_ratio": 0.25}}
+     "plan": {"window_tokens": 256, "keep_tokens": 64, "block_size": 32, "evict_ratio": 0.25}}
 
 Standard library only, until a fetched adapter is held against a model.
 """

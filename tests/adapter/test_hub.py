@@ -55,7 +55,7 @@ def test_an_adapter_that_knows_its_plan(
     assert run(hub, "push-hub", path, REPO) == 0
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert card.data.base_model == "someone/tiny"
-    line = "pte-vllm serve someone/tiny --pte-window 64 --pte-keep 16 --block-size 16"
+    line = "pte-vllm serve someone/tiny --pte-window 64 --pte-keep 32 --block-size 32"
     assert line in card.text
     assert run(hub, "pull", REPO, tmp_path / "out") == 0
     assert line in capsys.readouterr().out

@@ -62,11 +62,12 @@ def test_a_complete_directory_lacks_nothing(shelf: Path) -> None:
         ("README.md", "library_name: peft", "library_name: other", "library_name is not peft"),
         ("README.md", "## Data", "## Dates", "the card has no section Data"),
         ("README.md", "pte-vllm train experiment recall", "a table", "Figures names no command"),
-        ("README.md", "16 kept, blocks of 16", "some kept", "does not say 16"),
+        ("README.md", "32 kept, blocks of 32", "some kept", "does not say 32"),
         ("README.md", "Facts.\n", "/home/me/facts.txt\n", "a path of one machine: /home/me/facts"),
         ("shipped.json", '"sha256": "', '"sha256": "0', "sha256 must be 64 hex digits"),
         ("shipped.json", '"window_tokens": 64', '"window_tokens": 60', "not a multiple of"),
         ("shipped.json", '"hub": "someone/tiny"', '"hub": "me/tiny"', "base_model is not me/tiny"),
+        ("shipped.json", '"block_size": 32', '"block_size": 16', "a CPU serves multiples of 32"),
         (LORA_FILE, "", "no tensors", "not a readable safetensors"),
     ],
 )
@@ -125,7 +126,7 @@ def test_fetch(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in (shelf / "facts").iterdir():
         assert Path("facts", file.name).read_bytes() == file.read_bytes()
     assert (
-        "    pte-vllm serve someone/tiny --pte-window 64 --pte-keep 16 --block-size 16 \\\n"
+        "    pte-vllm serve someone/tiny --pte-window 64 --pte-keep 32 --block-size 32 \\\n"
         "        --enable-lora --max-lora-rank 16 --lora-modules facts=facts\n" in told
     )
     assert main(["adapter", "fetch", "facts"]) == 0
@@ -153,7 +154,7 @@ def test_fetch_says_how_to_get_a_base_model_of_the_catalog(
 def test_list(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapter", "fetch", "--list"]) == 0
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "facts" in words and "someone/tiny" in words and "window 64, keep 16" in words
+    assert "facts" in words and "someone/tiny" in words and "window 64, keep 32" in words
     shutil.rmtree(shelf / "facts")
     assert main(["adapter", "fetch", "--list"]) == 0
     assert "this version ships no adapters" in capsys.readouterr().out

@@ -34,13 +34,13 @@ def ship(adapter: Path, directory: Path, model: Path) -> Path:
     about: dict[str, Any] = {
         "about": "It remembers facts.",
         "base_model": {"hub": HUB, "sha256": sha256},
-        "plan": {"window_tokens": 64, "keep_tokens": 16, "block_size": 16, "evict_ratio": 0.25},
+        "plan": {"window_tokens": 64, "keep_tokens": 32, "block_size": 32, "evict_ratio": 0.25},
     }
     (directory / ABOUT_FILE).write_text(json.dumps(about))
     head = f"---\nbase_model: {HUB}\nlibrary_name: peft\nlicense: apache-2.0\ntags: [lora]\n---\n"
     text = {
         "Base model": f"{HUB}, {sha256}",
-        "Plan": "A window of 64 tokens, 16 kept, blocks of 16, evict ratio 0.25.",
+        "Plan": "A window of 64 tokens, 32 kept, blocks of 32, evict ratio 0.25.",
         "Data": "Facts.",
         "Recipe": "    pte-vllm train distill facts.toml",
         "Figures": "Recall is .9: `pte-vllm train experiment recall`.",
@@ -67,6 +67,8 @@ def lacks(directory: Path) -> list[str]:
     adapter = Adapter.load(directory)
     if adapter.peft.get("base_model_name_or_path") != base.hub:
         found.append(f"{CONFIG_FILE}: base_model_name_or_path is not {base.hub}")
+    if plan.block_size % 32:
+        found.append(f"blocks of {plan.block_size} tokens: a CPU serves multiples of 32 only")
     if base.catalog is not None and MODELS[base.catalog].hub != base.hub:
         found.append(f"{base.catalog} in the catalog is {MODELS[base.catalog].hub}")
     if adapter.probes is not None and adapter.probes.model_hash != base.sha256:
