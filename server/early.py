@@ -16,7 +16,7 @@ from pte_vllm.adapter.files import AdapterError, is_pte_adapter, read_config
 from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.adapter.hashes import CONFIG_FILE, LORA_FILE
 from pte_vllm.adapter.probes import Probes, ProbesError
-from pte_vllm.engine.refusals import allowed_lora_rank
+from pte_vllm.adapter.serve_line import allowed_lora_rank
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.models.location import check_model, model_hash
 from pte_vllm.server.adapters.spool import Spool, SpoolError, default_spool

@@ -25,6 +25,7 @@ from tests.harness.server import Server
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parent.parent
+SHIPPED = sorted(path.parent.name for path in ROOT.glob("pte_vllm/adapter/shipped/*/shipped.json"))
 INSPECT = """
 import importlib.metadata, json, sys
 from importlib.resources import files
@@ -100,6 +101,8 @@ def test_wheel_installs_one_package_and_its_data(dist: Path) -> None:
     sources = {str(p.relative_to(ROOT)) for p in ROOT.glob("pte_vllm/**/*.py")}
     for folder in ("server", "patches"):
         sources |= {f"pte_vllm/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+    shipped = (ROOT / "pte_vllm/adapter/shipped").rglob("*")
+    sources |= {str(path.relative_to(ROOT)) for path in shipped if path.is_file()}
     assert sources <= set(names), sorted(sources - set(names))
     assert {
         "pte_vllm/compat/hooks.toml",
@@ -145,6 +148,9 @@ def test_installed_archive_works(
     command = installed / "pte-vllm"
     assert "doctor" in _run(command, "--help", cwd=tmp_path)
     assert _run(command, "--version", cwd=tmp_path).split() == ["pte-vllm", __version__]
+    for name in SHIPPED:
+        _run(command, "adapter", "fetch", name, cwd=tmp_path)
+        _run(command, "adapter", "inspect", name, cwd=tmp_path)
     report = json.loads(_run(command, "doctor", "--json", cwd=tmp_path))
     checks = {c["name"]: c for section in report["sections"] for c in section["checks"]}
     assert report["status"] != "broken"

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pte_vllm.adapter.files import layer_of
 from pte_vllm.adapter.format import Adapter, ModelShape
-from pte_vllm.adapter.hashes import file_hashes
+from pte_vllm.adapter.hashes import content_hash, file_hashes
 from pte_vllm.method.reference import TENSORS
 from pte_vllm.method.weight import kv_token_bytes, weigh_state
 
@@ -69,6 +69,7 @@ def describe(path: str | Path, model: ModelShape | None = None) -> dict[str, Any
         summary["state"] = _weights(adapter, model)
     summary["layers"] = _layers(adapter)
     summary["sha256"] = file_hashes(path)
+    summary["content_sha256"] = content_hash(summary["sha256"])
     return summary
 
 
@@ -135,8 +136,8 @@ def _print_tables(summary: dict[str, Any]) -> None:
                 for dtype, weight in summary["state"].items()
             ),
         }
-    if summary["probes"] is not None:
-        rows["probes of its own"] = f"{summary['probes']} for each KV head"
+    probes = summary["probes"]
+    rows["probes of its own"] = "none" if probes is None else f"{probes} for each KV head"
     with_state = sum(row["gain"] is not None for row in summary["layers"])
     rows["layers with state"] = with_state
     for name, value in rows.items():
@@ -154,5 +155,6 @@ def _print_tables(summary: dict[str, Any]) -> None:
     console.print(layers)
     for name, digest in summary["sha256"].items():
         console.print(f"{digest}  {name}", soft_wrap=True)
+    console.print(f"{summary['content_sha256']}  all of them", soft_wrap=True)
     if summary["checked_against_model"]:
         console.print("fits the model given")

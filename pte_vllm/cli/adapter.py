@@ -1,4 +1,4 @@
-"""`pte-vllm adapter init`, `inspect`, `calibrate`: flags. Standard library only until one runs."""
+"""`pte-vllm adapter`: flags of its commands. Standard library only until one of them runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pte_vllm.adapter.defaults import parse_layers
 from pte_vllm.adapter.flags import add_flags, new_adapter
 from pte_vllm.adapter.hashes import CONFIG_FILE, PROBES_FILE
 from pte_vllm.adapter.probe_options import DEVICES, DTYPES, ProbeOptions, read_prompts
+from pte_vllm.cli.adapter_hub import add_fetch, add_pull, add_push_hub
 from pte_vllm.models.location import check_model
 
 
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str]) -> int:
     _add_init(commands)
     _add_inspect(commands)
     _add_calibrate(commands)
+    add_fetch(commands)
+    add_push_hub(commands)
+    add_pull(commands)
     options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     return command(options)

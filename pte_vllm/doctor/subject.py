@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pte_vllm.adapter.serve_line import allowed_lora_rank
 from pte_vllm.doctor.checks import Check, Checks, broken, ok, warning
-from pte_vllm.engine.refusals import (
-    UnsupportedError,
-    allowed_lora_rank,
-    check_vllm_config,
-    refused_flags,
-)
+from pte_vllm.engine.refusals import UnsupportedError, check_vllm_config, refused_flags
 from pte_vllm.method.options import EngineConfig
 
 _V2 = "VLLM_USE_V2_MODEL_RUNNER"

@@ -157,11 +157,6 @@ def check_window(engine: EngineConfig, block_size: int) -> None:
         ) from error
 
 
-def allowed_lora_rank(rank: int) -> int:
-    """Return the smallest `--max-lora-rank` of vLLM's that an adapter of this rank fits."""
-    return next((r for r in (1, 8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
-
-
 def _backend(weight_transfer: Any) -> str | None:
     return None if weight_transfer is None else str(getattr(weight_transfer, "backend", "given"))
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 
+from pte_vllm.adapter.serve_line import allowed_lora_rank
 from pte_vllm.engine.cpu_defaults import choose_dtype, free_memory, on_cpu
-from pte_vllm.engine.refusals import allowed_lora_rank
 from pte_vllm.launch import Server, log_tail
 from pte_vllm.method.weight import kv_token_bytes
 

@@ -122,9 +122,8 @@ def _check_disk(model: PackagedModel, path: Path, console: Console) -> None:
 
 
 def _from_hub(model: PackagedModel, out: Path, console: Console) -> None:
-    import httpx
+    import httpx2  # the hub's own client, which lets errors of connections through
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         revision = HfApi().model_info(model.hub, timeout=_HUB_PATIENCE_S).sha
@@ -132,7 +131,7 @@ def _from_hub(model: PackagedModel, out: Path, console: Console) -> None:
         snapshot_download(
             model.hub, revision=revision, local_dir=out, allow_patterns=list(_HUB_FILES)
         )
-    except (OSError, httpx.HTTPError, HfHubHTTPError) as error:
+    except (OSError, httpx2.HTTPError) as error:
         raise ValueError(f"{model.hub} cannot be had from the hub: {error}") from error
     shutil.rmtree(out / ".cache", ignore_errors=True)  # the hub's notes about the download
 

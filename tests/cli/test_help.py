@@ -10,6 +10,7 @@ import pytest
 COMMANDS = (
     *("", "serve", "demo", "doctor", "plan", "model fetch"),
     *("adapter init", "adapter inspect", "adapter calibrate"),
+    *("adapter fetch", "adapter push-hub", "adapter pull"),
     *("bench", "bench throughput", "bench soak", "bench gpu", "bench train"),
     *("train", "train grpo", "train distill", "train memory-curve"),
     *("train experiment memory", "train experiment recall"),
@@ -22,7 +23,8 @@ try:
     status = main(sys.argv[1:])
 except SystemExit as end:
     status = end.code
-heavy = {"torch", "transformers", "vllm", "datasets", "matplotlib"} & set(sys.modules)
+heavy = {"torch", "transformers", "vllm", "datasets", "matplotlib", "huggingface_hub"}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 sys.exit(status)
 """

