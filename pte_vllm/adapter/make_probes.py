@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -95,7 +96,7 @@ def make_probes(
             seed=options.seed,
             progress=lambda: read(1),
         )
-    probes = Probes.of(queries, name)
+    probes = Probes.of(_rounded(queries, options.store), name)
     probes.save(out)
     shape.check_probes(Probes.load(out))  # what was written is what an engine will accept
     console.print(
@@ -105,6 +106,13 @@ def make_probes(
         soft_wrap=True,
     )
     return probes
+
+
+def _rounded(queries: Tensor, store: str) -> Tensor:
+    rounded = queries.to(getattr(torch, store))
+    if not bool(rounded.isfinite().all()):
+        raise ValueError(f"--store {store} cannot hold these probes; bfloat16 can")
+    return rounded
 
 
 def _counter(progress: Progress, name: str, total: int) -> Callable[[int], None]:
