@@ -96,7 +96,7 @@ def make_probes(
             seed=options.seed,
             progress=lambda: read(1),
         )
-    probes = Probes.of(_rounded(queries, options.store), name)
+    probes = Probes.of(rounded(queries, options.store), name)
     probes.save(out)
     shape.check_probes(Probes.load(out))  # what was written is what an engine will accept
     console.print(
@@ -108,11 +108,16 @@ def make_probes(
     return probes
 
 
-def _rounded(queries: Tensor, store: str) -> Tensor:
-    rounded = queries.to(getattr(torch, store))
-    if not bool(rounded.isfinite().all()):
+def rounded(queries: Tensor, store: str) -> Tensor:
+    """Return queries in the dtype that `--store` names.
+
+    Raises:
+        ValueError: If some are too large for it.
+    """
+    numbers = queries.to(getattr(torch, store))
+    if not bool(numbers.isfinite().all()):
         raise ValueError(f"--store {store} cannot hold these probes; bfloat16 can")
-    return rounded
+    return numbers
 
 
 def _counter(progress: Progress, name: str, total: int) -> Callable[[int], None]:
