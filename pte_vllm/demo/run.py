@@ -30,8 +30,9 @@ from pte_vllm.launch import LaunchError, ProcessGroup, Server, log_tail, pte_com
 from pte_vllm.method.names import KEEP_SCORES
 
 SEED = "5"
-"""Draws the questions of the demo: six, of which five are remembered. How many of a hundred are says
-docs/benchmarks/learning.md."""
+"""Draws the questions of the demo: six, of which five are remembered.
+
+Over a hundred random ones it is fewer: docs/benchmarks/learning.md has the figure."""
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
