@@ -16,7 +16,7 @@ from pte_vllm.demo.notes import SYSTEM, Question
 from pte_vllm.demo.view import answer_lines, answers_table, question_lines
 from pte_vllm.launch import http_get
 
-POLL_S = 0.1
+POLL_S = 0.05
 ANSWER_TOKENS = 24
 """Most tokens of one answer."""
 

@@ -14,6 +14,8 @@ from pte_vllm.launch import LaunchError
 MAX_MODEL_LEN = 2048
 """More than any question and its answer have."""
 ARMS = 3
+STEP_TOKENS = 64
+"""Most tokens of a step: questions are read slowly enough to see how the blocks grow."""
 
 
 def serving_dtype(model: Path) -> str:
@@ -58,6 +60,7 @@ def serve_args(options: argparse.Namespace, model: Path) -> list[str]:
         "--max-model-len": MAX_MODEL_LEN,
         "--kv-cache-memory-bytes": blocks * block_bytes(config, itemsize),
         "--max-num-seqs": ARMS,
+        "--max-num-batched-tokens": STEP_TOKENS,
     }
     flags = ["--disable-uvicorn-access-log"]
     if on_cpu():
