@@ -15,7 +15,7 @@ help: ## list the targets
 setup: ## create .venv from the lock and install this checkout
 	@PYTHON="$(PYTHON)" requirements/install.sh "$(LOCK)"
 
-demo: setup ## chats with a fixed KV cache beside full attention, live (ARGS='--tokens 800')
+demo: setup ## what a small KV cache forgets and kept tokens remember, live (ARGS='--questions 20')
 	$(BIN)/pte-vllm demo $(ARGS)
 
 test: setup ## the tests that need no GPU and little time

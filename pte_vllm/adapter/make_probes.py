@@ -106,7 +106,7 @@ def make_probes(
         )
         if options.train_steps:
             queries = _trained(network, thoughts, queries, options, progress)
-    probes = Probes.of(queries, name)
+    probes = Probes.of(rounded(queries, options.store), name)
     probes.save(out)
     shape.check_probes(Probes.load(out))  # what was written is what an engine will accept
     console.print(
@@ -151,6 +151,18 @@ def _trained(
         return queries
     bar.console.print(report.in_words(), soft_wrap=True)
     return trained
+
+
+def rounded(queries: Tensor, store: str) -> Tensor:
+    """Return queries in the dtype that `--store` names.
+
+    Raises:
+        ValueError: If some are too large for it.
+    """
+    numbers = queries.to(getattr(torch, store))
+    if not bool(numbers.isfinite().all()):
+        raise ValueError(f"--store {store} cannot hold these probes; bfloat16 can")
+    return numbers
 
 
 def _counter(progress: Progress, name: str, total: int) -> Callable[[int], None]:

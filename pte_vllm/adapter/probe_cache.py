@@ -1,6 +1,7 @@
-"""Keeps the probes of each base model in the user's cache, and has them sampled where it has none.
+"""Finds the probes of a base model: in this package, in the user's cache, or by sampling them.
 
-Standard library only until a model is looked at.
+The package brings those of some models of its catalog, in `shipped_probes/`, one file for each. A
+file says in its metadata which model it is for. Standard library only until a model is looked at.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from pathlib import Path
 from pte_vllm.launch import pte_command
 from pte_vllm.models.location import local_directory, model_hash
 
+SHIPPED = Path(__file__).parent / "shipped_probes"
+"""The directory with what the package brings."""
+
 
 def calibrated(model: str, *, flag: str = "MODEL", options: Sequence[str] = ()) -> Path:
-    """Return the file with the probes of a model, sampled now unless they were before.
+    """Return the file with the probes of a model, sampled now unless there is one.
+
+    What the package brings goes first, so that all machines keep the same tokens.
 
     `pte-vllm adapter calibrate` samples them in a process of its own, with its progress on stderr:
     when this returns, none of its memory is held, on the host or on a GPU. It takes minutes on a
@@ -32,7 +38,7 @@ def calibrated(model: str, *, flag: str = "MODEL", options: Sequence[str] = ()) 
     Args:
         model: Directory or name of the base model; what only the hub has is fetched.
         flag: Where the user gave it, for errors.
-        options: Flags for the sampling, such as `("--device", "cpu")`. What is in the cache is
+        options: Flags for the sampling, such as `("--device", "cpu")`. What is there already is
             returned whatever flags it was sampled with.
 
     Raises:
@@ -43,6 +49,8 @@ def calibrated(model: str, *, flag: str = "MODEL", options: Sequence[str] = ()) 
 
     directory = local_directory(model, download=True, flag=flag)
     name = model_hash(directory)
+    if (file := shipped(name)) is not None:
+        return file
     file = _cache() / f"{name}-{FORMAT_VERSION}.safetensors"
     if _holds(file, name):
         return file
@@ -66,6 +74,16 @@ def calibrated(model: str, *, flag: str = "MODEL", options: Sequence[str] = ()) 
             "above say why"
         )
     return file
+
+
+def shipped(name: str) -> Path | None:
+    """Return the package's own file with the probes of a model; None where it brings none.
+
+    Args:
+        name: What `models.location.model_hash` says of the model.
+    """
+    files = sorted(SHIPPED.glob("*.safetensors"))
+    return next((file for file in files if _holds(file, name)), None)
 
 
 def _holds(file: Path, name: str) -> bool:

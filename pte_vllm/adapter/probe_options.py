@@ -12,6 +12,7 @@ from typing import Any
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+STORES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class ProbeOptions:
     """CUDA where there is one."""
     dtype: str = "auto"
     """The model's own on CUDA, and on CPUs that multiply bf16 natively; float32 on others."""
+    store: str = "float32"
+    """What the probes are rounded to; a file in 16 bits has half the size."""
 
     def __post_init__(self) -> None:
         for flag, count in (
@@ -53,6 +56,7 @@ class ProbeOptions:
         for flag, name, names in (
             ("--device", self.device, DEVICES),
             ("--dtype", self.dtype, DTYPES),
+            ("--store", self.store, STORES),
         ):
             if name not in names:
                 raise ValueError(f"{flag} must be one of {', '.join(names)}, got {name!r}")

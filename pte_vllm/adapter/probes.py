@@ -1,9 +1,10 @@
 """The file of probes: queries by which kept tokens are scored.
 
 One file serves all requests of an engine, but for those of adapters that bring probes of their own.
-It holds one tensor, `probes: [L, H, n, D]` float32: queries from before RoPE, after any norm of the
-model's, n for each KV head of each layer. Its metadata say what it was made for. `method.keep` says
-what they are used for.
+It holds one tensor, `probes: [L, H, n, D]`: queries from before RoPE, after any norm of the
+model's, n for each KV head of each layer. They are float32, but float16 or bfloat16 where that
+holds every number exactly. Its metadata say what it was made for. `method.keep` says what they are
+used for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pte_vllm.models.permissions import allow_as_umask
 
 FORMAT_VERSION = "1"
 _TENSOR = "probes"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Dtypes of a file; the first that loses nothing is taken."""
 
 
 class ProbesError(ValueError):
@@ -53,7 +56,8 @@ class Probes:
         """Read a file of probes.
 
         Raises:
-            ProbesError: If it is missing, of another format, or its numbers are not finite.
+            ProbesError: If it is missing, of another format or dtype, or its numbers are not
+                finite.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -70,6 +74,8 @@ class Probes:
         queries = found.get(_TENSOR)
         if queries is None or queries.ndim != 4 or not queries.numel():
             raise ProbesError(f"{path}: there is no tensor {_TENSOR} of four dimensions")
+        if queries.dtype not in _DTYPES:
+            raise ProbesError(f"{path}: probes of {queries.dtype} are not supported")
         if not bool(torch.isfinite(queries).all()):
             raise ProbesError(f"{path}: some numbers are not finite")
         return cls.of(queries, about.get("model_hash", ""))
@@ -82,7 +88,7 @@ class Probes:
         path = Path(path)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may write it too
         about = {"format_version": FORMAT_VERSION, "model_hash": self.model_hash}
-        part.write_bytes(_sorted(save({_TENSOR: self.queries}, about)))
+        part.write_bytes(_sorted(save({_TENSOR: _smallest(self.queries)}, about)))
         allow_as_umask(part)  # a server may run as another user
         part.replace(path)
 
@@ -94,6 +100,12 @@ class Probes:
                 f"these probes are for {layers} layers of {heads} KV heads of size {dim}, and the "
                 f"model has {num_layers} layers of {num_kv_heads} KV heads of size {head_dim}"
             )
+
+
+def _smallest(queries: Tensor) -> Tensor:
+    """Return the queries in the first dtype of `_DTYPES` that holds them exactly."""
+    copies = (queries.to(dtype) for dtype in _DTYPES)
+    return next(copy for copy in copies if torch.equal(copy.float(), queries))
 
 
 def _sorted(data: bytes) -> bytes:

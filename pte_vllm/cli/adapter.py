@@ -10,7 +10,7 @@ from dataclasses import fields
 from pte_vllm.adapter.defaults import parse_layers
 from pte_vllm.adapter.flags import add_flags, new_adapter
 from pte_vllm.adapter.hashes import CONFIG_FILE, PROBES_FILE
-from pte_vllm.adapter.probe_options import DEVICES, DTYPES, ProbeOptions, read_prompts
+from pte_vllm.adapter.probe_options import DEVICES, DTYPES, STORES, ProbeOptions, read_prompts
 from pte_vllm.cli.adapter_hub import add_fetch, add_pull, add_push_hub
 from pte_vllm.models.location import check_model
 
@@ -140,6 +140,12 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         choices=DTYPES,
         default=default.dtype,
         help="auto: the model's own, but float32 on a CPU without bf16 instructions",
+    )
+    parser.add_argument(
+        "--store",
+        choices=STORES,
+        default=default.store,
+        help="what the probes are rounded to; 16 bits halve the file",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file OUT")
     parser.set_defaults(command=_calibrate)

@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pte-probes",
         metavar="FILE",
-        help="probes for the score `expected`, from pte-vllm adapter calibrate (default: with "
-        "--pte-keep they are sampled at the first start, which takes minutes on a CPU)",
+        help="probes for the score `expected`, from pte-vllm adapter calibrate (default: the "
+        "package's; where it has none, they are sampled once, which takes minutes on a CPU)",
     )
     parser.add_argument(
         "--pte-max-prompt-tokens",

@@ -7,21 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.demo.view import BLOCK_SIZE, full_blocks
+from pte_vllm.demo.answers import BLOCK_SIZE
 from pte_vllm.engine.cpu_defaults import choose_dtype, on_cpu
 from pte_vllm.launch import LaunchError
 
-PROMPT_ROOM = 512
-"""`--pte-max-prompt-tokens` of the demo's server."""
-MAX_STREAMS = 16
-ADAPTER_NAME = "thoughts"
-
-
-def pool_blocks(*, streams: int, full_streams: int, tokens: int, window: int) -> int:
-    """Count the KV blocks of the demo's server: enough that no stream waits for another."""
-    bounded = full_blocks(PROMPT_ROOM + window) + 2
-    unbounded = full_blocks(PROMPT_ROOM + tokens) + 1
-    return streams * bounded + full_streams * unbounded + 1
+MAX_MODEL_LEN = 2048
+"""More than any question and its answer have."""
+ARMS = 3
+STEP_TOKENS = 64
+"""Most tokens of a step: questions are read slowly enough to see how the blocks grow."""
 
 
 def serving_dtype(model: Path) -> str:
@@ -44,37 +38,31 @@ def cache_dir() -> Path:
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / ".cache"
 
 
-def serve_args(options: argparse.Namespace, model: Path, adapter: Path) -> list[str]:
-    """Return what follows `pte-vllm serve`."""
-    blocks = pool_blocks(
-        streams=options.streams,
-        full_streams=options.full_streams,
-        tokens=options.tokens,
-        window=options.window,
-    )
+def serve_args(options: argparse.Namespace, model: Path) -> list[str]:
+    """Return what follows `pte-vllm serve`.
+
+    Raises:
+        LaunchError: if the model has too few positions.
+    """
     config = json.loads((model / "config.json").read_text())
+    limit = config.get("max_position_embeddings", MAX_MODEL_LEN)
+    if limit < MAX_MODEL_LEN:
+        raise LaunchError(f"--model {model} knows {limit} positions only, fewer than the demo asks")
     dtype = serving_dtype(model)
     itemsize = 4 if dtype == "float32" else 2
-    max_model_len = max(4096, BLOCK_SIZE * full_blocks(options.tokens + PROMPT_ROOM))
-    limit = config.get("max_position_embeddings", max_model_len)
-    if options.tokens + PROMPT_ROOM > limit:
-        raise LaunchError(f"--tokens {options.tokens}: {model} knows {limit} positions only")
+    blocks = ARMS * (MAX_MODEL_LEN // BLOCK_SIZE) + 1  # no arm ever waits for another
     arguments = {
         "--pte-window": options.window,
-        "--pte-max-prompt-tokens": PROMPT_ROOM,
+        "--pte-keep": options.keep,
+        "--pte-keep-score": options.keep_score,
         "--dtype": dtype,
         "--block-size": BLOCK_SIZE,
-        "--max-model-len": min(max_model_len, limit),
-        "--max-lora-rank": 32,
-        "--lora-modules": f"{ADAPTER_NAME}={adapter}",
+        "--max-model-len": MAX_MODEL_LEN,
         "--kv-cache-memory-bytes": blocks * block_bytes(config, itemsize),
-        "--max-num-seqs": MAX_STREAMS,
+        "--max-num-seqs": ARMS,
+        "--max-num-batched-tokens": STEP_TOKENS,
     }
-    flags = ["--enable-lora", "--disable-uvicorn-access-log"]
+    flags = ["--disable-uvicorn-access-log"]
     if on_cpu():
         flags.append("--enforce-eager")  # a minute of torch.compile would gain little here
-    modules = json.loads((adapter / "adapter_config.json").read_text()).get("target_modules")
-    if isinstance(modules, list):
-        # Else vLLM also computes a LoRA of the output layer, which on CPU takes a third of a step.
-        flags += ["--lora-target-modules", *modules]
     return [str(model), *(str(part) for pair in arguments.items() for part in pair), *flags]

@@ -11,14 +11,15 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pte_vllm.adapter.make_probes import make_probes
+from pte_vllm.adapter.make_probes import make_probes, rounded
 from pte_vllm.adapter.probe_options import ProbeOptions, read_prompts
 from pte_vllm.adapter.probe_prompts import PROMPTS
 from pte_vllm.adapter.probe_sampling import draw_probes, sample_thoughts
-from pte_vllm.adapter.probes import Probes
+from pte_vllm.adapter.probes import Probes, ProbesError
 from pte_vllm.cli.main import main
 from pte_vllm.models.location import model_hash
 from tests.harness.models import TINY
@@ -211,3 +212,33 @@ def test_models_whose_rope_cannot_be_undone(
     said = " ".join(capsys.readouterr().err.split())
     assert f"MODEL: {model} can have no probes: " in said and message in said
     assert not out.exists()
+
+
+def test_sixteen_bits_are_written_where_they_lose_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    """`--store` rounds; what is loaded and saved again stays small, and has the same hash."""
+    model, out = tiny("llama"), tmp_path / "probes.safetensors"
+    sizes, hashes = {}, {}
+    for store in ("float32", "bfloat16", "float16"):
+        about = ProbeOptions(num_thoughts=2, max_tokens=8, num_probes=6, store=store)
+        hashes[store] = make_probes(str(model), out, about).content_hash
+        sizes[store] = out.stat().st_size
+        loaded = Probes.load(out)
+        assert loaded.queries.dtype == torch.float32 and loaded.content_hash == hashes[store]
+        loaded.save(tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == out.read_bytes()
+    numbers = 4 * LAYERS * KV_HEADS * 6 * HEAD_DIM
+    for store in ("float16", "bfloat16"):
+        assert sizes["float32"] - sizes[store] == pytest.approx(numbers / 2, abs=16)
+    assert len(set(hashes.values())) == 3
+
+
+def test_what_16_bits_cannot_hold_is_refused(tmp_path: Path) -> None:
+    large = torch.full((1, 1, 1, 1), 1e5)
+    with pytest.raises(ValueError, match="--store float16 cannot hold these probes; bfloat16 can"):
+        rounded(large, "float16")
+    assert rounded(large, "bfloat16").isfinite().all()
+    file = tmp_path / "integers"
+    whole = {"probes": torch.ones(1, 1, 1, 1, dtype=torch.int64)}
+    save_file(whole, file, {"format_version": "1"})
+    with pytest.raises(ProbesError, match="probes of torch.int64 are not supported"):
+        Probes.load(file)

@@ -11,10 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from pte_vllm.adapter import probe_cache
 from pte_vllm.adapter.probe_cache import calibrated
 from pte_vllm.adapter.probes import Probes, ProbesError
 from pte_vllm.models.location import model_hash
+from tests.harness.models import write_probes
 
 QUICK = ("--num-thoughts", "3", "--max-tokens", "12", "--probes", "20", "--batch-size", "2")
 Tiny = Callable[[str], Path]
@@ -98,3 +101,27 @@ def test_a_stop_leaves_no_file(cache: Path, tiny: Tiny) -> None:
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait() == 77, process.stderr.read()
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_what_the_package_brings_is_not_sampled(
+    cache: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, brought = tiny("llama"), tmp_path / "brought"
+    brought.mkdir()
+    (brought / "broken.safetensors").write_bytes(b"no probes")
+    write_probes(brought / "other.safetensors")
+    monkeypatch.setattr(probe_cache, "SHIPPED", brought)
+    assert probe_cache.shipped(model_hash(model)) is None
+    ours = brought / "tiny.safetensors"
+    Probes.of(torch.ones(3, 2, 4, 32), model_hash(model)).save(ours)
+    assert calibrated(str(model), options=("--no-such-flag",)) == ours
+    assert not cache.exists()
+
+
+def test_the_package_brings_probes_of_smollm2(smollm2: Path) -> None:
+    file = probe_cache.shipped(model_hash(smollm2))
+    assert file is not None and file.name == "smollm2.safetensors"
+    assert file.stat().st_size < 3e6
+    probes = Probes.load(file)
+    probes.check_fits(num_layers=30, num_kv_heads=3, head_dim=64)
+    assert probes.queries.dtype == torch.float32

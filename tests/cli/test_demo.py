@@ -1,9 +1,10 @@
-"""The demo's figures, and that the processes it starts never outlive it."""
+"""The demo: what it asks, what it shows, and that the processes it starts never outlive it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -11,95 +12,86 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from pte_vllm.demo import chats, run, serving, view
-from pte_vllm.demo.view import Sample, Stream
+from pte_vllm.demo import notes, run, serving, view
+from pte_vllm.demo.answers import Answer, Arm, Asked, Sample, arms, find_record
 from pte_vllm.launch import LaunchError, ProcessGroup, Server, log_tail
-from pte_vllm.method.plan import FoldPlan
+
+QUESTION = notes.Question(
+    facts=("Anna has a cat.", "Ben was born in Rome.", "Leo is late."),
+    other_text="It rained.",
+    question="Where was Ben born?",
+    asked=1,
+    answer="Rome",
+)
 
 
 def record(request_id: str, **changes: object) -> dict:
-    values = {
-        "adapter": "thoughts",
-        "rule": "paper",
+    return {
+        "request_id": request_id,
         "num_tokens": 400,
-        "pinned_blocks": 2,
-        "window_blocks": 8,
-        "folds": 2,
-        "folded_tokens": 128,
-        "held_blocks": 9,
-        "peak_blocks": 10,
-    }
-    return {"request_id": request_id, **values, **changes}
+        "held_blocks": 7,
+        "peak_blocks": 8,
+    } | changes
 
 
 def report(*, running: list[dict] = (), finished: list[dict] = ()) -> dict:
-    return {
-        "block_size": 32,
-        "usable_blocks": 200,
-        "free_blocks": 100,
-        "running": list(running),
-        "finished": list(finished),
-    }
+    return {"running": list(running), "finished": list(finished)}
 
 
-def stream(**changes: object) -> Stream:
-    values = {"name": "chat 1", "prompt": "?", "windowed": True, "seed": 0}
-    return Stream(**{**values, **changes})
+def answer(text: str = "", **changes: object) -> Answer:
+    values = {"arm": Arm(name="window 64", options={}), "question": QUESTION, "done": True}
+    return Answer(**(values | {"text": text} | changes))
 
 
-@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (32, 1), (33, 2), (1500, 47)])
-def test_full_blocks(tokens, blocks):
-    assert view.full_blocks(tokens) == blocks
+def test_questions_are_the_same_for_one_seed_and_cannot_be_guessed_from_the_text():
+    questions = notes.draw(50, "any")
+    assert questions[:5] == notes.draw(5, "any") != notes.draw(5, "other")
+    text = " ".join([*notes.OTHER_TEXT, notes.INTRO, notes.SYSTEM])
+    for kind in notes.KINDS:
+        for value in kind.values.split():
+            assert not re.search(rf"\b{value}\b", text, re.IGNORECASE), value
+    for question in questions:
+        assert question.prompt.count(question.answer) == 1
+        assert question.answer in question.facts[question.asked]
+        assert question.prompt.endswith(question.since_fact + question.question)
 
 
-def test_saved_percent():
-    assert view.saved_percent(0, 0) == 0.0
-    assert view.saved_percent(10, 40) == 75.0
-    assert view.saved_percent(40, 40) == 0.0
-
-
-def test_tokens_per_s_looks_at_the_last_seconds_only():
-    assert view.tokens_per_s([]) == 0.0
-    assert view.tokens_per_s([Sample(1.0, 5, 1, 0)]) == 0.0
-    samples = [Sample(0.0, 0, 1, 0), Sample(10.0, 10, 1, 0), Sample(12.0, 50, 2, 0)]
-    assert view.tokens_per_s(samples) == 20.0
-    # Polls further apart than the span still give a rate.
-    assert view.tokens_per_s(samples, span_s=0.5) == 20.0
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("In Rome", True), ("rome, I think", True), ("In Romeo", False), ("", False)],
+)
+def test_what_is_right(text, right):
+    assert answer(text).right is right
+    assert view.mark(answer(text)).plain == ("right" if right else "wrong")
+    assert view.mark(answer(text, done=False)).plain == "..."
 
 
 def test_a_response_is_found_by_its_prefix_running_or_finished():
     both = report(running=[record("chatcmpl-aa-1f")], finished=[record("chatcmpl-bb-2e")])
-    assert view.find_record(both, "chatcmpl-aa")["request_id"] == "chatcmpl-aa-1f"
-    assert view.find_record(both, "chatcmpl-bb")["request_id"] == "chatcmpl-bb-2e"
-    assert view.find_record(both, "chatcmpl-cc") is None
+    assert find_record(both, "chatcmpl-aa")["request_id"] == "chatcmpl-aa-1f"
+    assert find_record(both, "chatcmpl-bb")["request_id"] == "chatcmpl-bb-2e"
+    assert find_record(both, "chatcmpl-cc") is None
 
 
-def test_samples_of_one_stream():
-    s = stream()
-    view.take_sample(s, report(running=[record("x-1")]), 1.0)
-    assert s.samples == []  # no response yet, so no id to look for
-    s.response_id = "x"
-    view.take_sample(s, report(running=[record("x-1", num_tokens=40, held_blocks=2)]), 2.0)
-    view.take_sample(s, report(running=[record("x-1")]), 3.0)
-    ended = record("x-1", num_tokens=410, held_blocks=0, peak_blocks=11)
-    view.take_sample(s, report(finished=[ended]), 4.0)
-    view.take_sample(s, report(finished=[ended]), 5.0)
-    assert s.samples == [Sample(2.0, 40, 2, 2), Sample(3.0, 400, 9, 2), Sample(4.0, 410, 9, 2)]
-    assert s.peak_blocks == 11
+def test_samples_of_one_answer():
+    one = answer(request_id="x")
+    one.take_sample(report(running=[record("chatcmpl-y-1")]))
+    assert one.samples == [] and one.peak_blocks == 0
+    for held, tokens in ((2, 40), (2, 40), (7, 400)):
+        row = record("chatcmpl-x-1", num_tokens=tokens, held_blocks=held)
+        one.take_sample(report(running=[row]))
+    one.take_sample(report(finished=[record("chatcmpl-x-1", held_blocks=0, peak_blocks=9)]))
+    assert one.samples == [Sample(40, 2), Sample(400, 7)]
+    assert one.peak_blocks == 9
 
 
-@pytest.mark.parametrize(("streams", "full"), [(4, 2), (1, 0), (0, 3)])
-def test_the_pool_holds_all_streams_at_their_peak(streams, full):
-    tokens, window = 1500, 256
-    room = serving.pool_blocks(streams=streams, full_streams=full, tokens=tokens, window=window)
-    peaks = [
-        FoldPlan(pin_tokens=serving.PROMPT_ROOM, window_tokens=w, block_size=32).peak_blocks(
-            serving.PROMPT_ROOM + tokens
-        )
-        for w in [window] * streams + [0] * full
-    ]
-    assert sum(peaks) < room < 1.2 * sum(peaks) + 4
+def test_the_window_without_memory_holds_as_much():
+    full, window, ours = (arm.options for arm in arms(window=96, keep=32, keep_score="random"))
+    assert full["pte_window"] == 0
+    assert window["pte_window"] == ours["pte_window"] + ours["pte_keep"] == 128
+    assert window["pte_keep"] == 0 and ours["pte_keep_score"] == "random"
 
 
 def test_block_bytes_of_a_grouped_query_model():
@@ -113,22 +105,8 @@ def test_block_bytes_of_a_grouped_query_model():
     assert serving.block_bytes(config | {"head_dim": 128}, 4) == 2 * 30 * (3 * 128) * 4 * 32
 
 
-def test_streams_windowed_first_with_prompts_in_turn():
-    streams = chats.make_streams(3, 7)
-    assert [s.windowed for s in streams] == [True] * 3 + [False] * 7
-    assert streams[0].prompt == streams[8].prompt != streams[1].prompt
-    assert len({s.name for s in streams}) == 10
-
-
 @pytest.mark.parametrize(
-    "argv",
-    [
-        ["--window", "100"],
-        ["--window", "32"],
-        ["--streams", "0", "--full-streams", "0"],
-        ["--streams", "15"],
-        ["--tokens", "0"],
-    ],
+    "argv", [["--window", "100"], ["--window", "32"], ["--keep", "0"], ["--questions", "0"]]
 )
 def test_impossible_options_name_the_flag(argv, capsys):
     with pytest.raises(SystemExit):
@@ -136,33 +114,67 @@ def test_impossible_options_name_the_flag(argv, capsys):
     assert argv[0] in capsys.readouterr().err
 
 
-def test_serve_args_fit_the_model(tmp_path):
+def test_a_model_with_few_positions_is_refused(tmp_path):
     config = {"num_attention_heads": 2, "hidden_size": 64, "num_hidden_layers": 2}
-    config["max_position_embeddings"] = 2048
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "adapter").mkdir()
-    modules = json.dumps({"target_modules": ["q_proj", "v_proj"]})
-    (tmp_path / "adapter" / "adapter_config.json").write_text(modules)
-    args = serving.serve_args(run.parse(["--tokens", "1000"]), tmp_path, tmp_path / "adapter")
-    assert args[0] == str(tmp_path)
-    assert args[args.index("--max-model-len") + 1] == "2048"
-    assert args[args.index("--lora-modules") + 1] == f"thoughts={tmp_path / 'adapter'}"
-    assert args[args.index("--lora-target-modules") + 1 :] == ["q_proj", "v_proj"]
-    with pytest.raises(LaunchError, match="--tokens 1600"):
-        serving.serve_args(run.parse(["--tokens", "1600"]), tmp_path, tmp_path / "adapter")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    args = serving.serve_args(run.parse(["--keep", "32"]), tmp_path)
+    assert args[0] == str(tmp_path) and args[args.index("--pte-keep") + 1] == "32"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    with pytest.raises(LaunchError, match="knows 1024 positions only"):
+        serving.serve_args(run.parse([]), tmp_path)
 
 
 def test_tables_lines_and_plot(tmp_path):
-    windowed, full = stream(response_id="a"), stream(name="chat 2", windowed=False)
-    windowed.samples = [Sample(1.0, 40, 2, 0), Sample(2.0, 400, 9, 2)]
-    full.samples = [Sample(1.0, 40, 2, 0), Sample(2.0, 400, 13, 0)]
-    line = view.plain_line([windowed, full], 2.0)
-    assert "chat 1 window 400 tok 9/13 blocks" in line
-    assert "chat 2 full 400 tok 13/13 blocks" in line
-    assert view.live_table([windowed, full], report()).row_count == 3
-    assert view.summary_table([windowed, full]).row_count == 2
-    view.save_plot([windowed, full, stream(name="silent")], tmp_path / "blocks.png")
-    assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
+    answers = (
+        answer("In Rome", peak_blocks=15, samples=[Sample(40, 2), Sample(400, 13)]),
+        answer("In Oslo", peak_blocks=6, samples=[Sample(40, 2)]),
+        answer("", done=False),
+    )
+    asked = [Asked(question=QUESTION, tokens_back=412, answers=answers)]
+    screen = Console(width=120, record=True, file=(tmp_path / "screen").open("w"))
+    screen.print(view.question_lines(asked[0], 1, 3))
+    screen.print(view.answer_lines(asked[0]))
+    screen.print(view.answers_table(asked[0], 120))
+    screen.print(view.summary_table(asked))
+    shown = screen.export_text()
+    assert "question 1 of 3: Where was Ben born?" in shown
+    assert '412 tokens back the text says "Ben was born in Rome."' in shown
+    assert "window 64: right, 15 KV blocks: In Rome" in shown
+    assert "wrong, 6 blocks" in shown
+    assert view.summary_line(asked).startswith(
+        "window 64: 1 of 1 right, 15 KV blocks; window 64: 0"
+    )
+    view.save_plot(asked, tmp_path / "answers.png")
+    assert (tmp_path / "answers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_shows_what_is_forgotten_and_what_is_remembered(smollm2, tmp_path, capsys):
+    """The whole demo: on the real model, with the probes that the package brings."""
+    count = 6
+    options = ["--model", str(smollm2), "--out", str(tmp_path), "--questions", str(count)]
+    assert run.main(options) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "answers.json").read_text())
+    assert [one["question"] for one in found["questions"]] == [
+        question.question for question in notes.draw(count, run.SEED)
+    ]
+    remembered = 0
+    for one in found["questions"]:
+        assert one["question"] in shown
+        assert one["tokens_back"] > found["window_tokens"] + found["keep_tokens"]
+        marks = [one["answer"].lower() in a["text"].lower() for a in one["answers"]]
+        assert [a["right"] for a in one["answers"]] == marks
+        for a in one["answers"]:
+            mark = "right" if a["right"] else "wrong"
+            text = " ".join(a["text"].split())
+            assert f"{a['arm']}: {mark}, {a['peak_blocks']} KV blocks: {text}" in shown
+        remembered += marks[2] and not marks[1]
+        full, window, ours = (a["peak_blocks"] for a in one["answers"])
+        assert ours == window < full / 2
+    assert 3 * remembered >= 2 * count, found["arms"]
+    assert found["arms"][0]["right"] >= count - 1
+    assert (tmp_path / "answers.png").exists()
+    assert "sampling" not in (tmp_path / "server.log").read_text()
 
 
 # -- processes -------------------------------------------------------------------------------------

@@ -72,6 +72,13 @@ def test_arms_are_trained_scored_and_kept(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-0.json")} == times
     with pytest.raises(SystemExit):
         main([*words, "--arms", "rigde"])
+    # Tokens that are drawn at random need no probes.
+    assert main([*words, "--arms", "window,keep32_random,window96"]) == 0
+    table = capsys.readouterr().out
+    assert "window 64 and 32 random tokens" in table and "window 96" in table
+    names = ("keep32_random", "window")
+    kept, window = (json.loads((tmp_path / f"{name}-0.json").read_text()) for name in names)
+    assert kept["losses"] == [] and kept["perplexity"] != window["perplexity"]
     # Other sequences, so another loss from the first step on; a text too short is refused.
     flags = ["--arms", "delta", "--out", str(tmp_path / "facts"), "--train-facts", "1"]
     assert main([*words, *flags, "--train-text", str(tmp_path / "text.txt")]) == 0

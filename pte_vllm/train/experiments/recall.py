@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 from pte_vllm.adapter.defaults import parse_layers
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.models.location import check_model
-from pte_vllm.train.experiments.recall_arms import ABLATIONS, ARMS
+from pte_vllm.train.experiments.recall_arms import ARMS, KNOWN
 
 if TYPE_CHECKING:
     from pte_vllm.train.distill.examples import Example
+    from pte_vllm.train.experiments.recall_arms import RecallArm
+    from pte_vllm.train.replay.keeping import Keeper
     from pte_vllm.train.replay.modeling import PTEModel
 
 BLOCK_TOKENS, EVICT_RATIO, PIN_TOKENS = 32, 0.5, 32
@@ -43,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="directory of SmolLM2-135M, or its like")
-    names = ", ".join((*ARMS, *ABLATIONS))
+    names = ", ".join(KNOWN)
     parser.add_argument("--arms", default=",".join(ARMS), help=f"of: {names}")
     parser.add_argument("--layers", default="17,18,20-24", help="layers that get an adapter")
     parser.add_argument("--steps", type=int, default=150)
@@ -80,13 +82,12 @@ def main(args: Sequence[str]) -> int:
     parser = _parser()
     options = parser.parse_args(args)
     check_model(options.model)
-    known = {**ARMS, **ABLATIONS}
     names = options.arms.split(",")
     for flag in ("eval_text", "train_text"):
         if (path := getattr(options, flag)) and not Path(path).exists():
             parser.error(f"--{flag.replace('_', '-')}: {path} does not exist")
-    if unknown := [name for name in names if name not in known]:
-        parser.error(f"--arms: unknown {unknown[0]!r}; there are {', '.join(known)}")
+    if unknown := [name for name in names if name not in KNOWN]:
+        parser.error(f"--arms: unknown {unknown[0]!r}; there are {', '.join(KNOWN)}")
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     jobs = [(name, seed) for seed in _ints(options.seeds) for name in names]
@@ -149,7 +150,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     disable_progress_bar()
-    arm = {**ARMS, **ABLATIONS}[name]
+    arm = KNOWN[name]
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
 
     def task(num_tokens: int, num_facts: int = settings["facts"]) -> RecallTask:
@@ -160,7 +161,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
             pin_tokens=PIN_TOKENS,
         )
 
-    plan = _plan(arm.window_tokens)
+    plan = _plan(arm)
 
     def batch_of(samples: list[RecallSequence]) -> AlignedBatch:
         return AlignedBatch.align(
@@ -169,6 +170,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
 
     layers = parse_layers(arm.layers or settings["layers"])
     model = make_model(arm, settings["model"], settings["dtype"], layers, tokenizer, seed)
+    keeper = _keeper(model, arm, settings["model"])
     rng = random.Random(f"train {seed}")
     tasks = [
         task(max(length, _least_tokens(facts)), facts)
@@ -196,7 +198,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
             settings["eval_samples"], random.Random("held out")
         )
         parts = [held_out[i : i + 8] for i in range(0, len(held_out), 8)]
-        return asdict(score_answers(model, map(batch_of, parts)))
+        return asdict(score_answers(model, map(batch_of, parts), keeper=keeper))
 
     lengths = _ints(settings["eval_tokens"])
     return {
@@ -210,7 +212,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         "by_facts": {
             n: score(max(lengths[0], _least_tokens(n)), n) for n in _ints(settings["eval_facts"])
         },
-        "perplexity": _perplexity(model, tokenizer, plan, settings["eval_text"]),
+        "perplexity": _perplexity(model, tokenizer, plan, keeper, settings["eval_text"]),
     }
 
 
@@ -219,13 +221,26 @@ def _least_tokens(num_facts: int) -> int:
     return 48 + 18 * num_facts
 
 
-def _plan(window_tokens: int) -> FoldPlan:
+def _plan(arm: RecallArm) -> FoldPlan:
     return FoldPlan(
         pin_tokens=PIN_TOKENS,
-        window_tokens=window_tokens,
+        window_tokens=arm.window_tokens,
         evict_ratio=EVICT_RATIO,
         block_size=BLOCK_TOKENS,
+        keep_tokens=arm.keep_tokens,
+        keep_score=arm.keep_score,
     )
+
+
+def _keeper(model: PTEModel, arm: RecallArm, base: str) -> Keeper | None:
+    """Return the base model's probes, where an arm keeps tokens by them."""
+    if not arm.keep_tokens or arm.keep_score != "expected":
+        return None
+    from pte_vllm.adapter.probe_cache import calibrated
+    from pte_vllm.adapter.probes import Probes
+    from pte_vllm.train.replay.keeping import Keeper
+
+    return Keeper(model, Probes.load(calibrated(base)))
 
 
 def _training_text(tokenizer: Any, plan: FoldPlan, source: str) -> list[Example]:
@@ -241,19 +256,20 @@ def _training_text(tokenizer: Any, plan: FoldPlan, source: str) -> list[Example]
     return examples
 
 
-def _perplexity(model: PTEModel, tokenizer: Any, plan: FoldPlan, source: str) -> float | None:
+def _perplexity(
+    model: PTEModel, tokenizer: Any, plan: FoldPlan, keeper: Keeper | None, source: str
+) -> float | None:
     """Compute the perplexity of ordinary text beyond the first fold, the same for every arm."""
     if not source:
         return None
     from pte_vllm.train.distill.examples import pack, read_texts
-    from pte_vllm.train.experiments.recall_arms import WINDOW_TOKENS
     from pte_vllm.train.experiments.supervised import score_answers
     from pte_vllm.train.replay.aligned import AlignedBatch
 
     examples = pack(
         read_texts(source),
         tokenizer,
-        _plan(WINDOW_TOKENS),
+        _plan(ARMS["window"]),
         sequence_tokens=TEXT_TOKENS,
         max_sequences=TEXT_SEQUENCES,
     )
@@ -261,7 +277,7 @@ def _perplexity(model: PTEModel, tokenizer: Any, plan: FoldPlan, source: str) ->
         AlignedBatch.align([e.tokens for e in part], [plan] * len(part), [e.wanted for e in part])
         for part in (examples[i : i + 4] for i in range(0, len(examples), 4))
     )
-    return math.exp(score_answers(model, batches).loss)
+    return math.exp(score_answers(model, batches, keeper=keeper).loss)
 
 
 def _ints(text: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from pte_vllm.method.names import KeepScore
 from pte_vllm.method.options import PTEConfig
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ class RecallArm:
     adapter: Literal["none", "lora", "pte"] = "pte"
     window_tokens: int = WINDOW_TOKENS
     """Tokens of the window; 0: full attention."""
+    keep_tokens: int = 0
+    """Evicted tokens that each KV head keeps beside the window."""
+    keep_score: KeepScore = "expected"
+    """How they are chosen."""
     method: PTEConfig = field(default_factory=PTEConfig)
     layers: str | None = None
     """Layers that get an adapter; None: those that the run names."""
@@ -86,6 +91,21 @@ ABLATIONS: dict[str, RecallArm] = {
     ),
     "ridge_full": replace(_RIDGE, title="ridge, gradient through K and V", backward="full"),
 }
+
+_WINDOW = ARMS["window"]
+KEPT: dict[str, RecallArm] = {
+    "keep32": replace(_WINDOW, title="window 64 and 32 kept tokens", keep_tokens=32),
+    "keep32_random": replace(
+        _WINDOW, title="window 64 and 32 random tokens", keep_tokens=32, keep_score="random"
+    ),
+    "window96": replace(_WINDOW, title="window 96", window_tokens=96),
+    "keep64": replace(
+        _WINDOW, title="window 128 and 64 kept tokens", window_tokens=128, keep_tokens=64
+    ),
+    "window192": replace(_WINDOW, title="window 192", window_tokens=192),
+}
+"""The base model with kept tokens, untrained, each beside a window of as many bytes."""
+KNOWN = {**ARMS, **ABLATIONS, **KEPT}
 
 
 def make_model(

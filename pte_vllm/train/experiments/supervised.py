@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pte_vllm.train.distill.examples import Example
 from pte_vllm.train.distill.step import accumulate_gradient
 from pte_vllm.train.replay.aligned import AlignedBatch
+from pte_vllm.train.replay.keeping import Keeper
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.results import Scores
 from pte_vllm.train.replay.segments import Backward, replay
@@ -87,8 +88,16 @@ class AnswerScore:
     """Mean negative log-probability of the right token."""
 
 
-def score_answers(model: PTEModel, batches: Iterable[AlignedBatch]) -> AnswerScore:
-    """Score known answers, each given the right tokens before it, without gradients."""
+def score_answers(
+    model: PTEModel, batches: Iterable[AlignedBatch], *, keeper: Keeper | None = None
+) -> AnswerScore:
+    """Score known answers, each given the right tokens before it, without gradients.
+
+    Args:
+        model: the model, with an adapter or without.
+        batches: the answers.
+        keeper: the model's probes; needed where tokens are kept by the score `expected`.
+    """
     right, lost, count = 0.0, 0.0, 0
     for batch in batches:
         ids = batch.ids.to(model.device)
@@ -101,5 +110,5 @@ def score_answers(model: PTEModel, batches: Iterable[AlignedBatch]) -> AnswerSco
             count += len(targets)
             return -scores.logprobs.sum()
 
-        lost += replay(model, batch, loss=look).loss
+        lost += replay(model, batch, keeper=keeper, loss=look).loss
     return AnswerScore(accuracy=right / count, loss=lost / count)
