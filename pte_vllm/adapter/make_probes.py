@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from pte_vllm.adapter.format import ModelShape
-from pte_vllm.adapter.probe_options import ProbeOptions, read_prompts
+from pte_vllm.adapter.probe_options import ProbeOptions, read_prompts, read_thoughts
 from pte_vllm.adapter.probe_prompts import PROMPTS
-from pte_vllm.adapter.probe_sampling import Thought, draw_probes, sample_thoughts
+from pte_vllm.adapter.probe_sampling import draw_probes, sample_thoughts
 from pte_vllm.adapter.probe_training import TooFewAnswers, train_probes
 from pte_vllm.adapter.probes import Probes
 from pte_vllm.method.plan import FoldPlan
@@ -41,6 +41,7 @@ def make_probes(
     options: ProbeOptions,
     *,
     prompts_file: str | None = None,
+    thoughts_file: str | None = None,
 ) -> Probes:
     """Write the probes of `model`, a name or directory, to the file `out`; shows its progress.
 
@@ -51,6 +52,7 @@ def make_probes(
         out: The file; directories above it are made.
         options: What is sampled, and on what.
         prompts_file: Replaces the package's prompts.
+        thoughts_file: Further thoughts of the model, as `read_thoughts` takes them, to train on.
 
     Raises:
         ValueError: Naming the flag, if one does not fit, or if RoPE of the model cannot be undone.
@@ -59,6 +61,7 @@ def make_probes(
     console, out, began = Console(stderr=True, highlight=False), Path(out), time.monotonic()
     _check_writable(out)
     texts = options.choose(PROMPTS if prompts_file is None else read_prompts(prompts_file))
+    more = [] if thoughts_file is None else read_thoughts(thoughts_file)
     path = local_directory(model, download=True)
     name = model_hash(path)  # of the files that are loaded next
     config = AutoConfig.from_pretrained(path)
@@ -66,6 +69,7 @@ def make_probes(
     _check_enough(shape, options)
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompts = [_token_ids(tokenizer, text) for text in texts]
+    _check_vocabulary(more, config)
     _check_room(prompts, config, options)
     device, dtype = _device(options.device), options.dtype
     if dtype == "auto" and device.type == "cpu" and not _multiplies_bf16():
@@ -105,7 +109,8 @@ def make_probes(
             progress=lambda: read(1),
         )
         if options.train_steps:
-            queries = _trained(network, thoughts, queries, options, progress)
+            answers = [(t.token_ids.tolist(), t.prompt_tokens) for t in thoughts] + more
+            queries = _trained(network, answers, queries, options, progress)
     probes = Probes.of(rounded(queries, options.store), name)
     probes.save(out)
     shape.check_probes(Probes.load(out))  # what was written is what an engine will accept
@@ -119,16 +124,17 @@ def make_probes(
 
 
 def _trained(
-    network: Any, thoughts: Sequence[Thought], queries: Tensor, options: ProbeOptions, bar: Progress
+    network: Any,
+    thoughts: Sequence[tuple[list[int], int]],
+    queries: Tensor,
+    options: ProbeOptions,
+    bar: Progress,
 ) -> Tensor:
-    """Train probes on the thoughts that they were sampled from; says what that gave.
+    """Train probes on thoughts, token ids and the length of the prompt; says what that gave.
 
-    Where no thought is long enough for that, it says so, and they stay as they are.
+    Where none is long enough for that, it says so, and they stay as they are.
     """
-    answers = [
-        (thought.token_ids.tolist(), replace(TRAINING_PLAN, pin_tokens=thought.prompt_tokens))
-        for thought in thoughts
-    ]
+    answers = [(ids, replace(TRAINING_PLAN, pin_tokens=prompt)) for ids, prompt in thoughts]
     counters: dict[str, Callable[[int], None]] = {}
     names = {"reading": "thoughts read for training", "training": "training steps"}
 
@@ -219,6 +225,22 @@ def _check_room(prompts: list[list[int]], config: Any, options: ProbeOptions) ->
             f"--max-tokens: the longest prompt has {longest} tokens, and with {options.max_tokens} "
             f"more it exceeds the model's {positions} positions; lower it, or give shorter "
             "--prompts"
+        )
+
+
+def _check_vocabulary(thoughts: Sequence[tuple[list[int], int]], config: Any) -> None:
+    """Refuse thoughts of another model, where that shows."""
+    highest = max((max(ids, default=0) for ids, _ in thoughts), default=0)
+    if highest >= config.vocab_size:
+        raise ValueError(
+            f"--thoughts: token id {highest} is beyond the model's vocabulary of "
+            f"{config.vocab_size}; these are another model's thoughts"
+        )
+    longest = max((len(ids) for ids, _ in thoughts), default=0)
+    positions = getattr(config, "max_position_embeddings", longest)
+    if longest > positions:
+        raise ValueError(
+            f"--thoughts: one has {longest} tokens, and the model {positions} positions"
         )
 
 

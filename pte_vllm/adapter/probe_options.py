@@ -101,3 +101,36 @@ def _prompt_of(line: str, place: str) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f'--prompts: {place} has no text in a field "prompt"')
     return prompt
+
+
+def read_thoughts(path: str | Path) -> list[tuple[list[int], int]]:
+    """Read answers that were sampled before: token ids, and how many of them are the prompt.
+
+    Args:
+        path: lines of JSON with `prompt_ids` and `completion_ids`, as rollout records have them.
+
+    Raises:
+        ValueError, OSError: naming --thoughts, and the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--thoughts: the file {path} does not exist")
+    found = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record: Any = json.loads(line)
+                prompt, thought = record["prompt_ids"], record["completion_ids"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"--thoughts: {path}:{number} is no record with prompt_ids and completion_ids"
+                ) from error
+            ids = [*prompt, *thought]
+            if not all(isinstance(i, int) and i >= 0 for i in ids):
+                raise ValueError(f"--thoughts: {path}:{number} has ids that are no token ids")
+            found.append((ids, len(prompt)))
+    if not found:
+        raise ValueError(f"--thoughts: {path} holds none")
+    return found

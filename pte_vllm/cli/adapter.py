@@ -10,7 +10,14 @@ from dataclasses import fields
 from pte_vllm.adapter.defaults import parse_layers
 from pte_vllm.adapter.flags import add_flags, new_adapter
 from pte_vllm.adapter.hashes import CONFIG_FILE, PROBES_FILE
-from pte_vllm.adapter.probe_options import DEVICES, DTYPES, STORES, ProbeOptions, read_prompts
+from pte_vllm.adapter.probe_options import (
+    DEVICES,
+    DTYPES,
+    STORES,
+    ProbeOptions,
+    read_prompts,
+    read_thoughts,
+)
 from pte_vllm.cli.adapter_hub import add_fetch, add_pull, add_push_hub
 from pte_vllm.models.location import check_model
 
@@ -107,6 +114,12 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = ProbeOptions()
+    parser.add_argument(
+        "--thoughts",
+        metavar="FILE",
+        help="further thoughts to train on, of `pte-vllm eval thoughts` or rollouts of a server: "
+        "what it is really asked",
+    )
     parser.add_argument("model", metavar="MODEL", help="name or directory of the base model")
     parser.add_argument("out", metavar="OUT", help="file to write, a .safetensors")
     parser.add_argument(
@@ -167,9 +180,19 @@ def _calibrate(options: argparse.Namespace) -> int:
         )
     if options.prompts is not None:
         read_prompts(options.prompts)  # a mistake shows before anything is loaded
+    if options.thoughts is not None:
+        if not wanted.train_steps:
+            raise ValueError("--thoughts are trained on: they need --train-steps above 0")
+        read_thoughts(options.thoughts)
     # Threads that spin while they wait stand still beside any other load. OpenMP reads this once.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pte_vllm.adapter.make_probes import make_probes
 
-    make_probes(options.model, options.out, wanted, prompts_file=options.prompts)
+    make_probes(
+        options.model,
+        options.out,
+        wanted,
+        prompts_file=options.prompts,
+        thoughts_file=options.thoughts,
+    )
     return 0

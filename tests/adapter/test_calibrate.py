@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pte_vllm.adapter.make_probes import make_probes, rounded
-from pte_vllm.adapter.probe_options import ProbeOptions, read_prompts
+from pte_vllm.adapter.probe_options import ProbeOptions, read_prompts, read_thoughts
 from pte_vllm.adapter.probe_prompts import PROMPTS
 from pte_vllm.adapter.probe_sampling import draw_probes, sample_thoughts
 from pte_vllm.adapter.probes import Probes, ProbesError
 from pte_vllm.cli.main import main
 from pte_vllm.models.location import model_hash
-from tests.harness.models import TINY
+from tests.harness.models import TINY, random_tokens
 
 LAYERS, KV_HEADS, GROUP, HEAD_DIM = 3, 2, 2, 32  # of the tiny models
 QUICK = ("--num-thoughts", "3", "--max-tokens", "12", "--probes", "20", "--batch-size", "2")
@@ -61,6 +61,15 @@ def test_probes_are_trained_where_thoughts_are_long_enough(
     trained, said = made(4, 180)
     assert sampled.shape == trained.shape and not torch.equal(sampled, trained)
     assert "training steps: 4 of 4" in said and "before training" in said
+    thoughts = tmp_path / "thoughts.jsonl"
+    ids = random_tokens(190, seed=1)
+    thoughts.write_text(json.dumps({"prompt_ids": ids[:20], "completion_ids": ids[20:]}) + "\n")
+    about = ProbeOptions(
+        num_thoughts=4, max_tokens=180, num_probes=6, train_steps=4, temperature=9.0
+    )
+    more = make_probes(model, out, about, thoughts_file=str(thoughts)).queries
+    assert "thoughts read for training: 5 of 5" in capsys.readouterr().err
+    assert not torch.equal(more, trained)
     short, said = made(4, 20)
     assert torch.equal(short, made(0, 20)[0])
     assert "the probes stay as sampled: 0 answers are long enough" in said
@@ -144,6 +153,22 @@ def test_files_of_prompts(tmp_path: Path) -> None:
             read_prompts(records)
 
 
+def test_thoughts_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt_ids": [1, 2], "completion_ids": [3], "logprobs": [-1.0]}\n\n')
+    assert read_thoughts(file) == [([1, 2, 3], 2)]
+    for text, message in (
+        ("\n", "holds none"),
+        ("{", "a.jsonl:1 is no record"),
+        ('{"prompt_ids": [1]}', "a.jsonl:1 is no record"),
+        ("[]", "a.jsonl:1 is no record"),
+        ('{"prompt_ids": ["a"], "completion_ids": []}', "a.jsonl:1 has ids that are no token ids"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"--thoughts: .*{message}"):
+            read_thoughts(file)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -151,6 +176,9 @@ def test_files_of_prompts(tmp_path: Path) -> None:
         ("--temperature 0", "--temperature must be above 0, got 0"),
         ("--temperature nan", "--temperature must be above 0, got nan"),
         ("--prompts nowhere", "--prompts: the file nowhere does not exist"),
+        ("--thoughts nowhere", "--thoughts: the file nowhere does not exist"),
+        ("--thoughts x --train-steps 0", "--thoughts are trained on: they need --train-steps"),
+        ("--train-steps -1", "--train-steps must not be negative, got -1"),
         ("--num-thoughts 2 --max-tokens 3", "at most 12 queries for each KV head, fewer than 128"),
         ("--max-tokens 40000", "--max-tokens: the longest prompt has "),
         pytest.param(
