@@ -29,6 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     _add_init(commands)
     _add_inspect(commands)
     _add_calibrate(commands)
+    _add_cast(commands)
     add_fetch(commands)
     add_push_hub(commands)
     add_pull(commands)
@@ -100,6 +101,28 @@ def _inspect(options: argparse.Namespace) -> int:
     from pte_vllm.adapter.inspect import inspect
 
     inspect(options.path, model=options.model, as_json=options.json)
+    return 0
+
+
+def _add_cast(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "cast",
+        help="halve an adapter: its numbers in 16 bits",
+        description="Write an adapter with its LoRA and its probes in 16 bits. A server in bfloat16"
+        " rounds the LoRA in the same way when it loads it. The encoder stays as it is.",
+    )
+    parser.add_argument("path", metavar="DIR", help="the adapter's directory")
+    parser.add_argument("out", metavar="OUT", help="directory to write")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="(%(default)s)"
+    )
+    parser.set_defaults(command=_cast)
+
+
+def _cast(options: argparse.Namespace) -> int:
+    from pte_vllm.adapter.cast import cast_adapter
+
+    cast_adapter(options.path, options.out, options.dtype)
     return 0
 
 
