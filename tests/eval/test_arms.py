@@ -78,6 +78,21 @@ def test_names_in_tables() -> None:
     kept = Arm(window_tokens=64, keep_tokens=32)
     assert kept.title == "window 64, keeping 32"
     assert replace(kept, keep_score="random").title == "window 64, keeping 32 at random"
+    assert replace(kept, adapter="a").title == "window 64, a, keeping 32"
+
+
+def test_adapters_that_keep() -> None:
+    arms = make_arms(
+        [64],
+        adapters=["a"],
+        adapter_keep=[0, 32],
+        state_tokens={"a": 40},
+        block_size=BLOCK,
+    )
+    # A window of the same bytes holds what is kept, and what the state weighs.
+    assert [arm.key for arm in arms] == ["full", "w64", "w64-a", "w64-keep32-a", "w160-as-a"]
+    plan = arms[3].plan(70, block_size=BLOCK, evict_ratio=0.25)
+    assert (plan.keep_tokens, plan.keep_score) == (32, "expected")
 
 
 def test_where_something_is_drawn() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pte_vllm.adapter.format import Adapter
 from pte_vllm.adapter.probes import Probes
 from pte_vllm.cli.eval import main as eval_command
 from pte_vllm.eval.fidelity_arms import build_arms
@@ -73,6 +75,42 @@ def test_arms_are_replays_of_their_plans(tiny: Tiny) -> None:
     np.testing.assert_allclose(everything.losses, found.losses_full, atol=1e-4)
 
 
+def test_adapters_that_keep(tiny: Tiny, adapters: Callable[..., Path], tmp_path: Path) -> None:
+    """An adapter's own probes choose; without some, those of the command."""
+    path = tiny("llama")
+    file = thoughts(tmp_path / "t.jsonl", [(20, 140), (7, 150)])
+    own = replace(
+        Adapter.load(adapters(path, rule="ridge")),
+        probes=Probes.of(-probes().queries, "none"),
+    )
+    own.save(tmp_path / "own")
+    replace(own, probes=None).save(tmp_path / "bare")
+    probes().save(tmp_path / "probes.safetensors")
+
+    def measured(out: str, *names: str, given: bool) -> dict[str, Any]:
+        arguments = [str(path), str(file), "--window", "32", "--evict-tokens", "16"]
+        arguments += ["--block-size", str(BLOCK), "--adapter-keep", "0,16"]
+        for name in names:
+            arguments += ["--adapter", f"{name}={tmp_path / name}"]
+        if given:
+            arguments += ["--probes", str(tmp_path / "probes.safetensors")]
+        assert eval_command(["fidelity", *arguments, "--out", str(tmp_path / out)]) == 0
+        report = json.loads((tmp_path / out / "fidelity.json").read_text())
+        return {arm["name"]: arm for arm in report["arms"]}
+
+    both = measured("both", "own", "bare", given=True)
+    arms = ["own", "own keep 16", "bytes of own", "bare", "bare keep 16", "bytes of bare"]
+    assert list(both) == ["window 32", *arms]
+    assert both["own keep 16"]["adapter"] == "own" and both["own keep 16"]["keep_tokens"] == 16
+    assert both["own keep 16"]["kv_tokens"] == both["own"]["kv_tokens"] + 16
+    assert both["own"]["kl"] == both["bare"]["kl"] != both["own keep 16"]["kl"]
+    assert both["own keep 16"]["kl"] != both["bare keep 16"]["kl"]
+    alone = measured("alone", "own", given=False)
+    assert alone["own keep 16"]["kl"] == pytest.approx(both["own keep 16"]["kl"], rel=1e-4)
+    with pytest.raises(ValueError, match="--adapter-keep: bare brings no probes of its own"):
+        measured("missing", "own", "bare", given=False)
+
+
 def test_command(tiny: Tiny, tmp_path: Path) -> None:
     path = tiny("qwen2")
     file = thoughts(tmp_path / "t.jsonl", [(20, 140), (7, 150)])
@@ -104,9 +142,13 @@ def test_command(tiny: Tiny, tmp_path: Path) -> None:
     [
         (["--keep", "16"], "--probes FILE, or --keep-score random"),
         (["--keep-score", "random"], "--keep-score needs --keep"),
+        (["--adapter-keep", "16"], "--adapter-keep needs --adapter"),
         (["--probes", "p"], "--probes needs --keep"),
         (["--keep", "16", "--keep-score", "best"], "'best' is none of expected, random"),
-        (["--keep", "16", "--keep-score", "random", "--url", "http://a"], "--keep: a server"),
+        (
+            ["--keep", "16", "--keep-score", "random", "--url", "http://a"],
+            "a server scores without",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(

@@ -38,6 +38,11 @@ def test_every_window_keeps() -> None:
     larger = ServerFacts(url="u", models=("base",), block_size=64, options=("pte_keep",))
     with pytest.raises(ValueError, match="--keep 32 must be a multiple of the block size, 64"):
         _arms(options("--window", "128", "--keep", "32"), larger, {}, Console(quiet=True))
+    adapter = ("--url", "http://u", "--adapter", "base", "--adapter-keep", "32")
+    with pytest.raises(ValueError, match="--adapter-keep 32 must be a multiple of the block size"):
+        _arms(options("--window", "128", *adapter), larger, {}, Console(quiet=True))
+    with pytest.raises(ValueError, match="u does not know pte_keep"):
+        _arms(options("--window", "128", *adapter), older, {}, Console(quiet=True))
 
 
 def test_a_server_of_ours_has_probes(tmp_path: Path) -> None:
@@ -47,6 +52,12 @@ def test_a_server_of_ours_has_probes(tmp_path: Path) -> None:
     assert options(*keep).server_arguments() == ("--pte-keep", "64", "--dtype", "float32")
     given = options(*keep, "--probes", str(probes)).server_arguments()
     assert given == ("--pte-probes", str(probes), "--dtype", "float32")
+    adapter = tmp_path / "a"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    beside = ("--adapter", f"a={adapter}", "--adapter-keep", "0,96")
+    assert options(*beside).server_arguments() == ("--pte-keep", "96")
+    assert options(*keep, *beside).server_arguments()[:2] == ("--pte-keep", "96")
     drawn = options(*keep, "--keep-score", "random").server_arguments()
     assert drawn == ("--dtype", "float32") == options(keep[2]).server_arguments()
 
@@ -68,6 +79,7 @@ def test_logs_say_what_was_kept() -> None:
         (["--keep-score", "random"], "--keep-score needs --keep"),
         (["--keep", "32", "--keep-score", "best"], "--keep-score must be among expected, random"),
         (["--keep", "0"], "--keep must be positive"),
+        (["--adapter-keep", "32"], "--adapter-keep needs --adapter"),
         (["--probes", "p"], "--probes needs --keep"),
         (["--keep", "32", "--probes", "nowhere"], "--probes: nowhere does not exist"),
         (["--keep", "32", "--probes", "p", "--url", "http://a"], "for a server that is started"),
