@@ -76,7 +76,11 @@ def probes_file(options: argparse.Namespace) -> Path:
     path: Path = options.out / PROBES
     if not path.exists():
         Console(stderr=True).rule("probes")
-        make_probes(options.model, path, ProbeOptions())
+        # Sampled ones: what their training adds is measured, and where it starts.
+        count = {"num_thoughts": 4, "max_tokens": 40, "num_probes": 16} if options.quick else {}
+        make_probes(
+            options.model, path, ProbeOptions(**{"num_probes": 512, **count}, train_steps=0)
+        )
     return path
 
 

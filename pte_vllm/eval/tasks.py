@@ -188,7 +188,10 @@ def judged(problem_of: Callable[[str], Problem]) -> Scorer:
             metadata={
                 "cut": state.output.stop_reason in CUT,
                 "stop_reason": state.output.stop_reason,
-                "prompt_tokens": usage.input_tokens if usage else 0,
+                # inspect-ai leaves out what a prefix cache had, where a server says so.
+                "prompt_tokens": usage.input_tokens + (usage.input_tokens_cache_read or 0)
+                if usage
+                else 0,
                 "answer_tokens": usage.output_tokens if usage else 0,
             },
         )

@@ -203,6 +203,8 @@ def test_an_interrupted_pull_leaves_nothing(
         [sys.executable, "-m", "pte_vllm", *words],
         env={**environ, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")},
         stderr=subprocess.PIPE,
+        # What runs in the background of a shell ignores Ctrl-C, and would tell its children to.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert hub.stalled.wait(120)
     assert [path.name[:5] for path in folder.iterdir()] == [".out-"]

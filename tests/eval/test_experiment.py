@@ -33,8 +33,12 @@ def test_quick(
         "window 64",
         "window 96",
         "window 64, attention sinks",
+        "window 64, keeping 32",
+        "window 64, keeping 32 at random",
         "window 64, lora",
         "window 64, ridge",
+        "window 64, keep-probes",
+        "window 64, keep-ridge",
     }
     for memory, row in rows.items():
         assert 0 <= row["accuracy"] <= 1 and "error" not in row
@@ -42,6 +46,12 @@ def test_quick(
     assert rows["window 64, ridge"]["state_bytes"] > rows["window 64, lora"]["state_bytes"] == 0
     assert rows["window 96"]["kl"] < rows["window 64"]["kl"]
     assert "window 64, ridge" in (tmp_path / "table.md").read_text()
+    # Arms that keep tokens kept them, in the replay and on the server.
+    for name in ("keeping 32", "keep-probes", "keep-ridge"):
+        assert rows[f"window 64, {name}"]["kv_tokens"] == rows["window 64"]["kv_tokens"] + 32
+    untrained, probes = rows["window 64, keeping 32"], rows["window 64, keep-probes"]
+    assert untrained["kl"] < rows["window 64"]["kl"] and probes["kl"] != untrained["kl"]
+    assert (tmp_path / "arms" / "keep-probes-0" / "adapter" / "pte_probes.safetensors").exists()
 
     # Nothing that is finished is done again.
     def never(*_: object) -> None:
