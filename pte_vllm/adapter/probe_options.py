@@ -23,9 +23,9 @@ class ProbeOptions:
     """Thoughts to sample, each to a prompt."""
     max_tokens: int = 256
     """Most tokens of one thought."""
-    num_probes: int = 128
+    num_probes: int = 512
     """Probes for each KV head of each layer."""
-    train_steps: int = 400
+    train_steps: int = 0
     """Steps by which they are trained on the same thoughts; 0: they stay as sampled."""
     temperature: float = 0.7
     """Of the sampling; nothing else shapes it, whatever the model's own defaults are."""

@@ -158,8 +158,8 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         (
             "--train-steps",
             "train_steps",
-            "steps by which the probes learn what later tokens of the same thoughts attend to; 0: "
-            "they stay as sampled, and 512 are then better than 128",
+            "steps by which the probes learn what later tokens of the same thoughts attend to, "
+            "such as 400; 128 trained ones are enough; 0: they stay as sampled",
         ),
         ("--batch-size", "batch_size", "thoughts sampled at once; fewer take less memory"),
         ("--seed", "seed", "seed of all that is drawn"),

@@ -78,9 +78,7 @@ def probes_file(options: argparse.Namespace) -> Path:
         Console(stderr=True).rule("probes")
         # Sampled ones: what their training adds is measured, and where it starts.
         count = {"num_thoughts": 4, "max_tokens": 40, "num_probes": 16} if options.quick else {}
-        make_probes(
-            options.model, path, ProbeOptions(**{"num_probes": 512, **count}, train_steps=0)
-        )
+        make_probes(options.model, path, ProbeOptions(**count))
     return path
 
 

@@ -176,10 +176,10 @@ def test_thoughts_from_a_file(tmp_path: Path) -> None:
         ("--temperature 0", "--temperature must be above 0, got 0"),
         ("--temperature nan", "--temperature must be above 0, got nan"),
         ("--prompts nowhere", "--prompts: the file nowhere does not exist"),
-        ("--thoughts nowhere", "--thoughts: the file nowhere does not exist"),
-        ("--thoughts x --train-steps 0", "--thoughts are trained on: they need --train-steps"),
+        ("--thoughts nowhere --train-steps 4", "--thoughts: the file nowhere does not exist"),
+        ("--thoughts x", "--thoughts are trained on: they need --train-steps"),
         ("--train-steps -1", "--train-steps must not be negative, got -1"),
-        ("--num-thoughts 2 --max-tokens 3", "at most 12 queries for each KV head, fewer than 128"),
+        ("--num-thoughts 2 --max-tokens 3", "at most 12 queries for each KV head, fewer than 512"),
         ("--max-tokens 40000", "--max-tokens: the longest prompt has "),
         pytest.param(
             "--device cuda",

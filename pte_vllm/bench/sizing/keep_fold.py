@@ -23,7 +23,7 @@ the same step and hold as much."""
 SMALL_LAUNCHES = 15
 """Operations of torch around them: positions, sorting, marks for the record. A test counts them.
 Besides, the record of each sequence is copied to the host."""
-PROBES = 128
+PROBES = 512
 """For each KV head of each layer, as `adapter calibrate` draws them."""
 
 
