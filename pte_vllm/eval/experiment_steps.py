@@ -77,8 +77,8 @@ def probes_file(options: argparse.Namespace) -> Path:
     if not path.exists():
         Console(stderr=True).rule("probes")
         # Sampled ones: what their training adds is measured, and where it starts.
-        count = {"num_thoughts": 4, "max_tokens": 40, "num_probes": 16} if options.quick else {}
-        make_probes(options.model, path, ProbeOptions(**count))
+        few = ProbeOptions(num_thoughts=4, max_tokens=40, num_probes=16)
+        make_probes(options.model, path, few if options.quick else ProbeOptions())
     return path
 
 

@@ -154,8 +154,7 @@ def _arms(
     _check_windows(options, facts.block_size)
     if "random" in options.evict and "pte_evict" not in facts.options:
         raise ValueError(f"--evict random: {facts.url} does not know pte_evict; update it")
-    keeps = (*options.keep, *options.adapter_keep)
-    if any(keeps) and "pte_keep" not in facts.options:
+    if any((*options.keep, *options.adapter_keep)) and "pte_keep" not in facts.options:
         raise ValueError(f"--keep: {facts.url} does not know pte_keep; update it")
     state_tokens = None
     if options.equal_bytes:
@@ -197,9 +196,8 @@ def _check_windows(options: RunOptions, block_size: int) -> None:
     for flag, keeps in (("--keep", options.keep), ("--adapter-keep", options.adapter_keep)):
         for tokens in keeps:
             if tokens % block_size:
-                raise ValueError(
-                    f"{flag} {tokens} must be a multiple of the block size, {block_size}"
-                )
+                text = f"{flag} {tokens} must be a multiple of the block size, {block_size}"
+                raise ValueError(text)
 
 
 def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: Any) -> list[Row]:
