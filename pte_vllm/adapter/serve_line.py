@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.adapter.hashes import CONFIG_FILE
+from pte_vllm.adapter.hashes import CONFIG_FILE, PROBES_FILE
 from pte_vllm.method.names import KeepScore
 from pte_vllm.method.plan import FoldPlan
 
@@ -119,4 +119,9 @@ def serve_line(model: str, plan: ServePlan | None, *, rank: int, name: str, path
     first = ["pte-vllm", "serve", model, *(plan or DEFAULT_PLAN).flags()]
     then = ["--enable-lora", "--max-lora-rank", str(allowed_lora_rank(rank))]
     then += ["--lora-modules", f"{name}={path}"]
+    probes = Path(path) / PROBES_FILE
+    if plan is not None and plan.keep_tokens and probes.exists():
+        # They are the base model's: requests without the adapter may use them too, and the server
+        # samples none before it starts.
+        then += ["--pte-probes", str(probes)]
     return f"{shlex.join(first)} \\\n    {shlex.join(then)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pte_vllm.adapter import shipping
 from pte_vllm.adapter.format import Adapter
-from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE
+from pte_vllm.adapter.hashes import CONFIG_FILE, ENCODER_FILE, LORA_FILE, PROBES_FILE
 from pte_vllm.adapter.serve_line import ServePlan, needed_rank, serve_line
 from pte_vllm.cli.main import main
 from tests.harness.shipped import lacks, ship
@@ -228,3 +229,15 @@ def test_needed_rank(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text("{}")
     with pytest.raises(ValueError, match="does not say the rank"):
         needed_rank(tmp_path)
+
+
+def test_probes_of_an_adapter_serve_the_base_model_too(tmp_path: Path) -> None:
+    """Else the server would sample some before its first start."""
+    plan = ServePlan(window_tokens=64, block_size=32, keep_tokens=32)
+    path = str(tmp_path)
+    assert "--pte-probes" not in serve_line("m", plan, rank=8, name="a", path=path)
+    (tmp_path / PROBES_FILE).touch()
+    line = serve_line("m", plan, rank=8, name="a", path=path)
+    assert line.endswith(f"--lora-modules a={path} --pte-probes {tmp_path / PROBES_FILE}")
+    none_kept = replace(plan, keep_tokens=0)
+    assert "--pte-probes" not in serve_line("m", none_kept, rank=8, name="a", path=path)
