@@ -10,20 +10,15 @@ sequence, T of them after the pinned ones, F folds that choose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from pte_vllm.adapter.shown_attention import visit_attention
 from pte_vllm.method.plan import FoldPlan
-
-_NAME = "pte_future"
-"""Under this name transformers finds attention that is looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +60,16 @@ def look_ahead(model: Any, token_ids: Sequence[int], plan: FoldPlan) -> Future |
     found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def look(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        norms = value.norm(dim=-1)
-        worth = _worth(query, key, norms, scale, starts)
+        keys, norms = key[0].float(), value[0].float().norm(dim=-1)
+        queries = query[0].float().unflatten(0, (len(keys), -1))
+        worth = _worth(queries, keys, norms, scale, starts)
         found[layer] = (
-            key[:, first:].half(),
+            keys[:, first:].half(),
             norms[:, first:].half(),
             worth[..., first:].half(),
         )
 
-    visit_attention(model, torch.tensor([list(token_ids)], device=model.device), look)
+    visit_attention(model, torch.tensor(list(token_ids)), look)
     layers = range(model.config.num_hidden_layers)
     if set(found) != set(layers):
         raise ValueError(f"{type(model).__name__} has layers whose attention is not shown")
@@ -104,35 +100,3 @@ def _worth(query: Tensor, key: Tensor, norms: Tensor, scale: float, starts: list
         mean[:, start:] = 0
         found.append(mean.sqrt() * norms)
     return torch.stack(found, 1)
-
-
-def visit_attention(
-    model: Any, ids: Tensor, visit: Callable[[int, Tensor, Tensor, Tensor, float], None]
-) -> None:
-    """Run a causal LM on `ids: [1, N]`, and show `visit` what each layer's attention is given.
-
-    Args:
-        model: the transformers model.
-        ids: the tokens.
-        visit: takes the layer's index, queries `[H, G, N, D]`, keys and values `[H, N, D]`, all
-            float32 and after RoPE, and the scale of their products.
-    """
-
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
-    ) -> Any:
-        heads = key.shape[1]
-        queries = query[0].float().unflatten(0, (heads, query.shape[1] // heads))
-        scale = options.get("scaling") or query.shape[-1] ** -0.5
-        visit(module.layer_idx, queries, key[0].float(), value[0].float(), scale)
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
-
-    AttentionInterface.register(_NAME, attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
-    try:
-        model.model(input_ids=ids, use_cache=False)
-    finally:
-        model.set_attn_implementation(before)
-        AttentionInterface.register(_NAME, sdpa_attention_forward)  # holds nothing of ours

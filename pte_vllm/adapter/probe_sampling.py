@@ -13,15 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from pte_vllm.adapter.format import ModelShape
+from pte_vllm.adapter.shown_attention import visit_attention
 from pte_vllm.models.rope_check import undo_rope
-
-_SHOWN_SDPA = "pte_shown_sdpa"
-"""Under this name transformers finds attention that shows its queries first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,18 +190,7 @@ def visit_queries(model: Any, token_ids: Tensor, visit: Callable[[int, Tensor], 
     """
     positions = torch.arange(len(token_ids), device=model.device)[None]
 
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
-    ) -> Any:
-        visit(module.layer_idx, undo_rope(model, query.transpose(1, 2), positions)[0])
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    def look(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        visit(layer, undo_rope(model, query.transpose(1, 2), positions)[0])
 
-    AttentionInterface.register(_SHOWN_SDPA, attention)
-    AttentionMaskInterface.register(_SHOWN_SDPA, sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_SHOWN_SDPA)
-    try:
-        model.model(input_ids=token_ids[None].to(model.device), use_cache=False)
-    finally:
-        model.set_attn_implementation(before)
-        AttentionInterface.register(_SHOWN_SDPA, sdpa_attention_forward)  # holds nothing of ours
+    visit_attention(model, token_ids, look)
