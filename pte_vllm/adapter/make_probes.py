@@ -29,8 +29,8 @@ from pte_vllm.models.rope_check import check_unrotation
 TRAINING_PLAN = FoldPlan(
     pin_tokens=0, window_tokens=64, evict_ratio=0.5, block_size=32, keep_tokens=32
 )
-"""When tokens leave in training: early, as thoughts are short. What is learned holds for larger
-windows too (docs/benchmarks/memory.md)."""
+"""When tokens leave in training: early, as thoughts are short. What lies further apart than they
+are long is not learned (docs/benchmarks/memory.md)."""
 _QUIET_S = 30.0
 """Longest time without a line on what sampling has come to."""
 
@@ -152,6 +152,8 @@ def _trained(
             seed=options.seed,
             progress=advance,
         )
+    except FloatingPointError as error:
+        raise ValueError(f"--train-steps: {error}; try --dtype float32") from error
     except TooFewAnswers as error:
         bar.console.print(f"the probes stay as sampled: {error}", soft_wrap=True)
         return queries

@@ -7,8 +7,8 @@ distributed as their worth is (`future_attention.Future`). For one fold of one K
     loss = Σ_c w_c log(w_c / s_c)
 
 with w and s the worth and the score of its candidates, each divided by its sum. Losses are
-
 weighted by what the candidates are worth in all, so that heads that look back count most.
+
 No gradient passes through the choice itself, and none through the model: minutes on two cores.
 
 Letters in shapes: L layers, H KV heads, D head size, n probes, C candidates.

@@ -136,6 +136,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--window", type=int, default=64, help="KV room for thoughts, in tokens (%(default)s)")
     add("--keep", type=int, default=128, help="evicted tokens each KV head keeps (%(default)s)")
     add("--keep-score", choices=KEEP_SCORES, default="expected", help="how they are chosen")
+    add("--probes", type=Path, metavar="FILE", help="choose by these (default: the package's)")
     add("--model", type=Path, help="checkpoint directory (default: SmolLM2-135M-Instruct, fetched)")
     add("--port", type=int, default=0, help="port of the server; 0 takes a free one")
     add("--out", type=Path, default=Path("out/demo"), help="results go here (%(default)s)")
@@ -144,6 +145,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.questions < 1:
         parser.error(f"--questions must be positive, got {options.questions}")
+    if options.probes is not None and not options.probes.is_file():
+        parser.error(f"--probes: {options.probes} does not exist")
     for flag, tokens, least in (("--window", options.window, 2), ("--keep", options.keep, 1)):
         if tokens % BLOCK_SIZE or tokens < least * BLOCK_SIZE:
             parser.error(

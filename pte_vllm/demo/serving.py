@@ -62,6 +62,8 @@ def serve_args(options: argparse.Namespace, model: Path) -> list[str]:
         "--max-num-seqs": ARMS,
         "--max-num-batched-tokens": STEP_TOKENS,
     }
+    if options.probes is not None:
+        arguments["--pte-probes"] = options.probes
     flags = ["--disable-uvicorn-access-log"]
     if on_cpu():
         flags.append("--enforce-eager")  # a minute of torch.compile would gain little here

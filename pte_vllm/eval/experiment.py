@@ -211,8 +211,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the base in training; a CPU with bf16 instructions is three times as fast in "
-        "bfloat16 (auto: bfloat16 on CUDA, float32 on a CPU)",
+        help="of the base in training; bfloat16 is faster on a CPU that has instructions for it "
+        "(auto: bfloat16 on CUDA, float32 on a CPU)",
     )
     add("--lr", type=float, default=1e-3, metavar="F", help="highest learning rate (%(default)s)")
     group = parser.add_argument_group("accuracy")

@@ -106,7 +106,14 @@ def test_block_bytes_of_a_grouped_query_model():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--window", "100"], ["--window", "32"], ["--keep", "0"], ["--questions", "0"]]
+    "argv",
+    [
+        ["--window", "100"],
+        ["--window", "32"],
+        ["--keep", "0"],
+        ["--questions", "0"],
+        ["--probes", "no"],
+    ],
 )
 def test_impossible_options_name_the_flag(argv, capsys):
     with pytest.raises(SystemExit):
@@ -119,6 +126,11 @@ def test_a_model_with_few_positions_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
     args = serving.serve_args(run.parse(["--keep", "32"]), tmp_path)
     assert args[0] == str(tmp_path) and args[args.index("--pte-keep") + 1] == "32"
+    assert "--pte-probes" not in args
+    file = tmp_path / "probes"
+    file.touch()
+    args = serving.serve_args(run.parse(["--probes", str(file)]), tmp_path)
+    assert args[args.index("--pte-probes") + 1] == str(file)
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     with pytest.raises(LaunchError, match="knows 1024 positions only"):
         serving.serve_args(run.parse([]), tmp_path)
