@@ -26,7 +26,7 @@ def overflowing(
     return enlarge(adapters(model, rank=8, **options), tmp_path / "bad", 1e18)
 
 
-@pytest.mark.parametrize("async_scheduling", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("async_scheduling", [False, True])
 def test_what_overflows_stays_alone(
     async_scheduling: bool,
     overflowing: Path,

@@ -15,7 +15,7 @@ from tests.harness.parity import assert_parity
 WINDOW = 2 * BLOCK
 
 
-@pytest.mark.parametrize("async_scheduling", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("async_scheduling", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "ridge"])
 def test_a_lost_adapter_fails_alone(
     kind: str,
