@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.engine.cpu_defaults import choose_dtype, fitting_utilization
+from pte_vllm.engine.cpu_defaults import choose_dtype, choose_reserved_cores, fitting_utilization
 from pte_vllm.engine.orphans import ENABLED
 from pte_vllm.engine.starting import end_at_once_when_stopped
 from pte_vllm.method.options import EngineConfig
@@ -208,13 +208,15 @@ def resolve_config(args: Namespace) -> Any:
 
 
 def _choose_for_cpu(args: Namespace, model: str, default_utilization: float) -> list[str]:
-    """Set the dtype and the share of memory that the user left open; say what, a line each."""
+    """Set dtype, cores and share of memory where the user left them open; say what, a line each."""
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 
     lines = []
     if args.dtype == "auto":
         args.dtype, why = choose_dtype(model)
         lines += [why] if why is not None else []
+    cores = choose_reserved_cores(os.environ, len(os.sched_getaffinity(0)))
+    lines += [cores] if cores is not None else []
     sized = args.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if args.gpu_memory_utilization is None and not sized:
         # The same numbers as the worker's: of the memory beside its first core.

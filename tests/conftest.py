@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Before anything imports torch: several test processes share the machine, and OpenMP threads that
 # spin against each other cost far more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "1")
 os.environ.setdefault("PTE_HUGE_PAGES", "0")  # seconds for every engine; test_huge_pages.py has it
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import MutableMapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+RESERVED_CORES = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+BOUND_CORES = "VLLM_CPU_OMP_THREADS_BIND"
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Flags of /proc/cpuinfo on x86 and Arm; any of them means that bf16 is multiplied natively."""
 WEIGHTS_SHARE = 0.6
 """Most of the free memory that weights may take when they are widened to float32."""
 SERVER_BYTES = 2 << 30
 """What a server's processes take beside weights and KV cache: three Pythons with torch loaded."""
+FEW_CORES = 3
+"""Most cores of which none is left for the front end, which has little to do."""
 FREE_SHARE = 0.9
 """Of the free memory: the rest stays for programs that grow while the server runs."""
 
@@ -74,6 +79,24 @@ def choose_dtype(
         sizes = f"{wanted / 2**30:.1f} GiB of weights with {free / 2**30:.1f} GiB free"
         return "auto", f"--dtype auto, though {slow}: float32 would need {sizes}"
     return "float32", f"--dtype float32: {slow}"
+
+
+def choose_reserved_cores(environ: MutableMapping[str, str], cores: int) -> str | None:
+    """Let the worker of a small machine compute on all its cores, unless the user said how many.
+
+    vLLM keeps one core for the front end: half of a machine that has two.
+
+    Args:
+        environ: where vLLM reads how many cores it keeps; changed.
+        cores: how many cores this process may use.
+
+    Returns:
+        What was chosen, in a line, if something was.
+    """
+    if cores > FEW_CORES or RESERVED_CORES in environ or BOUND_CORES in environ:
+        return None
+    environ[RESERVED_CORES] = "0"
+    return f"{RESERVED_CORES}=0: the worker computes on all {cores} cores"
 
 
 def num_parameters(model: Path) -> int | None:

@@ -283,9 +283,6 @@ def started(own: OwnServer, *, log: Path, on_wait: Any = lambda line: None) -> I
     env = {"VLLM_NO_USAGE_STATS": "1"}
     if Path(own.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
-    if on_cpu():
-        # One core of two would else be kept for the front end, which has little to do here.
-        env["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     with Server(own.arguments(), log=log, env=env) as server:
         server.wait_ready(timeout_s=READY_TIMEOUT_S, on_wait=on_wait)
         yield server

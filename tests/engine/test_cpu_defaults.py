@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from pte_vllm.engine import cpu_defaults
-from pte_vllm.engine.cpu_defaults import choose_dtype, cpu_flags, fitting_utilization
+from pte_vllm.engine.cpu_defaults import (
+    BOUND_CORES,
+    RESERVED_CORES,
+    choose_dtype,
+    choose_reserved_cores,
+    cpu_flags,
+    fitting_utilization,
+)
 
 AVX2 = "processor\t: 0\nmodel name\t: X\nflags\t\t: fpu avx avx2 fma\nbugs\t\t: spectre_v1\n"
 AVX512 = AVX2.replace("fma", "fma avx512f avx512_bf16")
@@ -46,6 +53,16 @@ def test_dtype_follows_the_memory(model: Path) -> None:
     assert choose_dtype(model, flags=flags, free_bytes=fits)[0] == "float32"
     dtype, why = choose_dtype(model, flags=flags, free_bytes=fits - 2)
     assert dtype == "auto" and why is not None and "GiB of weights" in why
+
+
+def test_a_small_machine_computes_on_all_its_cores() -> None:
+    few: dict[str, str] = {}
+    line = choose_reserved_cores(few, cores=2)
+    assert few == {RESERVED_CORES: "0"} and line is not None and "all 2 cores" in line
+    for chosen, cores in (({}, 4), ({RESERVED_CORES: "1"}, 2), ({BOUND_CORES: "0"}, 2)):
+        environ = dict(chosen)
+        assert choose_reserved_cores(environ, cores) is None
+        assert environ == chosen
 
 
 def test_dtype_of_what_cannot_be_measured(model: Path, tmp_path: Path) -> None:

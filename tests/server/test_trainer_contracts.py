@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from pte_vllm.server.adapters.upload import MAX_ADAPTER_BYTES
+from pte_vllm.wire.client import RolloutClient
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import WINDOW, Server
@@ -250,5 +251,11 @@ def test_external_trainer_example(
         r"version (\d): 4 rollouts, mean log-prob (-[\d.]+)", capsys.readouterr().out
     )
     assert [version for version, _ in printed] == ["1", "2"]
-    assert printed[0][1] != printed[1][1]
     assert server.get("/pte/v1/adapters/example")["newest"] == 2
+    tokens = random_tokens(2 * BLOCK, 500, 1)
+    with RolloutClient(server.url) as client:
+        first, second = (
+            client.score([tokens], [BLOCK], adapter=f"example@{version}")[0].logprobs
+            for version in (1, 2)
+        )
+    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) > 1e-3

@@ -80,8 +80,8 @@ def test_policies_far_apart_leave_numbers_finite(off: float) -> None:
                 options=GrpoOptions(kl_coef=0.5),
                 advantages=torch.tensor([advantage]),
                 weights=torch.ones(1, 2),
+                sampler=near[None],
                 old=then[None],
-                importance=torch.ones(1, 2),
                 reference=then[None],
             )
             zeros = torch.zeros_like(at)

@@ -119,7 +119,10 @@ def _run_all(
         ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
         task = progress.add_task("arms", total=len(jobs), completed=len(records))
-        running = {pool.submit(run_arm, name, seed, settings): file for name, seed, file in waiting}
+        running = {
+            pool.submit(run_arm, name, seed, settings, file.with_suffix("")): file
+            for name, seed, file in waiting
+        }
         for future in as_completed(running):
             record = future.result()
             running[future].write_text(json.dumps(record, indent=1) + "\n")
@@ -136,8 +139,8 @@ def _run_all(
     return sorted(records, key=lambda r: (order.index(r["arm"]), r["seed"]))
 
 
-def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train and score one arm; runs in a process of its own."""
+def run_arm(name: str, seed: int, settings: dict[str, Any], adapter: Path) -> dict[str, Any]:
+    """Train and score one arm, and save what was trained; runs in a process of its own."""
     import torch
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -190,7 +193,9 @@ def run_arm(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
             *(model, next_batch, schedule),
             backward=arm.backward,
             next_text=(lambda: rng.sample(text, TRAIN_TEXT_BATCH)) if text else None,
+            keeper=keeper,
         )
+        model.save_pretrained(adapter)
     seconds = time.monotonic() - began
 
     def score(num_tokens: int, num_facts: int) -> dict[str, float]:

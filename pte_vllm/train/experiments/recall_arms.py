@@ -105,7 +105,22 @@ KEPT: dict[str, RecallArm] = {
     "window192": replace(_WINDOW, title="window 192", window_tokens=192),
 }
 """The base model with kept tokens, untrained, each beside a window of as many bytes."""
-KNOWN = {**ARMS, **ABLATIONS, **KEPT}
+
+_SQUARED = ABLATIONS["ridge_squared_r64"]
+BESIDE_KEPT: dict[str, RecallArm] = {
+    f"keep32_{name}": replace(arm, title=f"32 kept tokens; {arm.title}", keep_tokens=32)
+    for name, arm in {
+        "lora": replace(ARMS["lora_c"], title="LoRA"),
+        "global": ARMS["global"],
+        "paper": ARMS["paper"],
+        "ridge": _RIDGE,
+        "ridge_r16": ABLATIONS["ridge_r16"],
+        "ridge_squared_r64": _SQUARED,
+    }.items()
+}
+"""What training adds beside kept tokens: a plain LoRA, and thought states."""
+BESIDE_KEPT["keep64_short"] = replace(_WINDOW, title="window 64 and 64 kept tokens", keep_tokens=64)
+KNOWN = {**ARMS, **ABLATIONS, **KEPT, **BESIDE_KEPT}
 
 
 def make_model(

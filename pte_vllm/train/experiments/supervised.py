@@ -41,6 +41,7 @@ def train_answers(
     backward: Backward = "segments",
     progress: Callable[[int, float], None] | None = None,
     next_text: Callable[[], Sequence[Example]] | None = None,
+    keeper: Keeper | None = None,
 ) -> list[float]:
     """Train on the mean cross-entropy of a batch's wanted tokens; returns it by step.
 
@@ -53,6 +54,7 @@ def train_answers(
         next_text: returns examples of ordinary text, on which the full cache's predictions are
             distilled as well: the KL of `distill.step` is added to the loss, but not to what is
             returned. None: there is no such text.
+        keeper: the model's probes; needed where tokens are kept by the score `expected`.
     """
     parameters = model.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
@@ -67,10 +69,10 @@ def train_answers(
             return -scores.logprobs.sum() / count
 
         optimizer.zero_grad(set_to_none=True)
-        losses.append(replay(model, batch, backward=backward, loss=loss).loss)
+        losses.append(replay(model, batch, backward=backward, loss=loss, keeper=keeper).loss)
         if next_text is not None:
             text = next_text()
-            accumulate_gradient(model, text, micro_batch_sequences=len(text))
+            accumulate_gradient(model, text, micro_batch_sequences=len(text), keeper=keeper)
         nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
         optimizer.step()
         if progress is not None:

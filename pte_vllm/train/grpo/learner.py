@@ -25,8 +25,8 @@ from pte_vllm.train.grpo.seen import Seen, mean_or_nan
 from pte_vllm.train.options.runs import GrpoOptions
 from pte_vllm.train.replay.keeping import Keeper, Marks
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.results import ReplayResult
-from pte_vllm.train.replay.segments import replay
+from pte_vllm.train.replay.results import ReplayResult, TokenLoss
+from pte_vllm.train.replay.segments import Backward, replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,20 +130,24 @@ class Learner:
         began, options = time.monotonic(), self.options
         self._check_rules(samples)
         micros = split(samples, options, version=version, device=self.model.device)
-        seen = Seen()
-        for micro in micros:
-            seen.add(micro, self._replay(micro, seen))
-        check_drift(seen.drift, self._max_drift, version, tokens=seen.drift_tokens)
         with_kl = options.kl_coef > 0
-        active = [micro for micro in micros if with_kl or not micro.idle]
+        idle = [micro for micro in micros if micro.idle and not with_kl]
+        active = [micro for micro in micros if not micro.idle or with_kl]
         if with_kl:
             with self._reference():
                 for micro in active:
                     micro.reference = self._replay(micro).logprobs
-        stats, losses, norm = LossStats(), [], 0.0
-        for done in range(options.inner_steps):
-            loss, norm = self._update(active, stats, done)
-            losses.append(loss)
+        # The first inner step's gradients and what is seen of the rollouts come from one replay:
+        # until that step ends, the learner is the old policy.
+        seen, stats = Seen(), LossStats()
+        for micro in idle:
+            seen.add(micro, self._replay(micro, seen))
+        losses = [self._gradients(active, stats, seen)]
+        check_drift(seen.drift, self._max_drift, version, tokens=seen.drift_tokens)
+        norm = self._update(active, done=0)
+        for done in range(1, options.inner_steps):
+            losses.append(self._gradients(active, stats))
+            norm = self._update(active, done)
         weights = torch.cat([self._importance(m)[m.weights > 0] for m in micros])
         result = StepResult(
             loss=losses[0],
@@ -181,11 +185,15 @@ class Learner:
                     f"{own or 'no thought state'}: ask for rollouts without update"
                 )
 
-    def _replay(self, micro: MicroBatch, look: Seen | None = None) -> ReplayResult:
+    def _replay(self, micro: MicroBatch, loss: TokenLoss | None = None) -> ReplayResult:
+        return self._run(micro, loss, "none")
+
+    def _run(self, micro: MicroBatch, loss: TokenLoss | None, backward: Backward) -> ReplayResult:
         return replay(
             *(self.model, micro.batch),
             temperature=self._temperature,
-            loss=look,
+            backward=backward,
+            loss=loss,
             keeper=self._keeper,
             marks=self._marks(micro),
         )
@@ -209,36 +217,33 @@ class Learner:
         options = self.options
         return importance_weights(micro.old, micro.sampler, options.is_mode, options.is_cap)
 
-    def _update(
-        self, micros: Sequence[MicroBatch], stats: LossStats, done: int
-    ) -> tuple[float, float]:
-        """Take an optimizer step, after `done` others on these rollouts.
+    def _gradients(
+        self, micros: Sequence[MicroBatch], stats: LossStats, seen: Seen | None = None
+    ) -> float:
+        """Compute the gradients of an inner step, in place of those before; returns the loss.
 
-        Returns:
-            The loss, and the gradient's norm before clipping.
+        With `seen` it is the first one, and `seen` is shown what is replayed.
         """
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for micro in micros:
-            assert micro.old is not None
-            loss = PolicyLoss(
+            policy = PolicyLoss(
                 options=self.options,
                 advantages=micro.advantages,
                 weights=micro.weights,
+                sampler=micro.sampler,
                 old=micro.old,
-                importance=self._importance(micro),
                 reference=micro.reference,
                 stats=stats,
             )
-            total += replay(
-                self.model,
-                micro.batch,
-                temperature=self._temperature,
-                backward="segments",
-                loss=loss,
-                keeper=self._keeper,
-                marks=self._marks(micro),
-            ).loss
+            result = self._run(micro, policy if seen is None else seen.beside(policy), "segments")
+            if seen is not None:
+                seen.add(micro, result)
+            total += result.loss
+        return total
+
+    def _update(self, micros: Sequence[MicroBatch], done: int) -> float:
+        """Take an optimizer step, after `done` others; returns the norm before clipping."""
         parameters = self.model.trainable_parameters()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
         if not math.isfinite(norm):
@@ -247,7 +252,7 @@ class Learner:
         if micros:  # without a gradient, momentum alone would still move the adapter
             self.updating = True
             self.optimizer.step()
-        return total, norm
+        return norm
 
     @contextmanager
     def _reference(self) -> Iterator[None]:

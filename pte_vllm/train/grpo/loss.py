@@ -181,18 +181,21 @@ class PolicyLoss:
     options: GrpoOptions
     advantages: Tensor  # [B]
     weights: Tensor  # `token_weights`; 0 where a token carries no loss
-    old: Tensor
-    importance: Tensor
+    sampler: Tensor
+    old: Tensor | None
+    """Log-probs before the first inner step; None: this is the first one, and finds them."""
     reference: Tensor | None = None
     stats: LossStats = field(default_factory=LossStats)
 
     def __call__(self, scores: Scores) -> Tensor:
         options, at = self.options, (scores.rows, scores.tokens)
         advantages, weights = self.advantages[scores.rows], self.weights[at]
-        ratio = log_ratio(scores.logprobs, self.old[at]).exp()
+        old = scores.logprobs.detach() if self.old is None else self.old[at]
+        importance = importance_weights(old, self.sampler[at], options.is_mode, options.is_cap)
+        ratio = log_ratio(scores.logprobs, old).exp()
         clipped = ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
         gain = torch.minimum(ratio * advantages, clipped * advantages)
-        loss = -self.importance[at] * gain
+        loss = -importance * gain
         kl = torch.zeros_like(loss)
         if self.reference is not None:
             kl = kl_k3(self.reference[at], scores.logprobs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pte_vllm.train.grpo.micro_batches import MicroBatch
-from pte_vllm.train.replay.results import ReplayResult, Scores
+from pte_vllm.train.replay.results import ReplayResult, Scores, TokenLoss
 
 
 class Seen:
@@ -40,10 +40,19 @@ class Seen:
         return mean_or_nan(self._drift_sum, self.drift_tokens)
 
     def __call__(self, scores: Scores) -> Tensor:
-        logprobs = scores.logits.log_softmax(-1)  # [N, V]
+        logprobs = scores.logits.detach().log_softmax(-1)  # [N, V]
         self.entropy_sum -= float((logprobs.exp() * logprobs).sum())
         self.sampled_tokens += len(logprobs)
         return logprobs.new_zeros(())
+
+    def beside(self, loss: TokenLoss) -> TokenLoss:
+        """Return a loss that shows its tokens here, too."""
+
+        def both(scores: Scores) -> Tensor:
+            self(scores)
+            return loss(scores)
+
+        return both
 
     def add(self, micro: MicroBatch, result: ReplayResult) -> None:
         """Note the log-probs of a micro-batch, in it too, and what its folds were."""
