@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from pte_vllm.adapter.counter import counter, counters
 from pte_vllm.adapter.format import ModelShape
 from pte_vllm.adapter.probe_options import ProbeOptions, read_prompts, read_thoughts
 from pte_vllm.adapter.probe_prompts import PROMPTS
@@ -31,8 +32,6 @@ TRAINING_PLAN = FoldPlan(
 )
 """When tokens leave in training: early, as thoughts are short. What lies further apart than they
 are long is not learned (docs/benchmarks/memory.md)."""
-_QUIET_S = 30.0
-"""Longest time without a line on what sampling has come to."""
 
 
 def make_probes(
@@ -89,8 +88,8 @@ def make_probes(
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
     ) as progress:
-        sampled = _counter(progress, "tokens sampled", len(prompts) * options.max_tokens)
-        read = _counter(progress, "thoughts read", len(prompts))
+        sampled = counter(progress, "tokens sampled", len(prompts) * options.max_tokens)
+        read = counter(progress, "thoughts read", len(prompts))
         thoughts = sample_thoughts(
             network,
             prompts,
@@ -135,14 +134,6 @@ def _trained(
     Where none is long enough for that, it says so, and they stay as they are.
     """
     answers = [(ids, replace(TRAINING_PLAN, pin_tokens=prompt)) for ids, prompt in thoughts]
-    counters: dict[str, Callable[[int], None]] = {}
-    names = {"reading": "thoughts read for training", "training": "training steps"}
-
-    def advance(what: str, done: int, total: int) -> None:
-        if what not in counters:
-            counters[what] = _counter(bar, names[what], total)
-        counters[what](1)
-
     try:
         trained, report = train_probes(
             network,
@@ -150,7 +141,7 @@ def _trained(
             queries,
             steps=options.train_steps,
             seed=options.seed,
-            progress=advance,
+            progress=counters(bar, "probes"),
         )
     except FloatingPointError as error:
         raise ValueError(f"--train-steps: {error}; try --dtype float32") from error
@@ -171,29 +162,6 @@ def rounded(queries: Tensor, store: str) -> Tensor:
     if not bool(numbers.isfinite().all()):
         raise ValueError(f"--store {store} cannot hold these probes; bfloat16 can")
     return numbers
-
-
-def _counter(progress: Progress, name: str, total: int) -> Callable[[int], None]:
-    """Return what takes how many more are done.
-
-    Without a terminal there is a line for every tenth, and after `_QUIET_S` at the latest.
-    """
-    task, done = progress.add_task(name, total=total), 0
-    began = said = time.monotonic()
-
-    def advance(count: int) -> None:
-        nonlocal done, said
-        tenths, done = 10 * done // total, done + count
-        progress.advance(task, count)
-        now = time.monotonic()
-        if not progress.console.is_terminal and (
-            10 * done // total > tenths or now - said > _QUIET_S
-        ):
-            said, left = now, (now - began) * (total - done) / done
-            rest = f", about {left:.0f} s left" if done < total else ""
-            progress.console.print(f"{name}: {done} of {total}{rest}")
-
-    return advance
 
 
 def _check_writable(out: Path) -> None:

@@ -60,7 +60,7 @@ def test_probes_are_trained_where_thoughts_are_long_enough(
     sampled, _ = made(0, 180)
     trained, said = made(4, 180)
     assert sampled.shape == trained.shape and not torch.equal(sampled, trained)
-    assert "training steps: 4 of 4" in said and "before training" in said
+    assert "probes: training: 4 of 4" in said and "before training" in said
     thoughts = tmp_path / "thoughts.jsonl"
     ids = random_tokens(190, seed=1)
     thoughts.write_text(json.dumps({"prompt_ids": ids[:20], "completion_ids": ids[20:]}) + "\n")
@@ -68,7 +68,7 @@ def test_probes_are_trained_where_thoughts_are_long_enough(
         num_thoughts=4, max_tokens=180, num_probes=6, train_steps=4, temperature=9.0
     )
     more = make_probes(model, out, about, thoughts_file=str(thoughts)).queries
-    assert "thoughts read for training: 5 of 5" in capsys.readouterr().err
+    assert "probes: reading: 5 of 5" in capsys.readouterr().err
     assert not torch.equal(more, trained)
     short, said = made(4, 20)
     assert torch.equal(short, made(0, 20)[0])

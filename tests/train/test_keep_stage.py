@@ -60,11 +60,17 @@ def answers(tiny: Tiny, tmp_path: Path) -> Path:
 
 
 def test_the_adapter_brings_trained_probes(
-    tiny: Tiny, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny,
+    answers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model, start, out = tiny("llama"), tmp_path / "start.safetensors", tmp_path / "out"
     Probes.of(queries(16), "of this model").save(start)
     train(run_of(model, answers, out, start, keep={"probes": 8}))
+    said = capsys.readouterr().err
+    assert all(f"keep: training: {step} of 3" in said for step in (1, 2, 3))
     shape = ModelShape.from_hf(AutoModelForCausalLM.from_pretrained(model).config)
     own = Adapter.load(out / "adapter", shape).probes
     assert own is not None and own.queries.shape == (3, 2, 8, 32)

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pte_vllm.adapter.counter import counters
 from pte_vllm.adapter.format import ModelShape
 from pte_vllm.adapter.probe_training import train_probes
 from pte_vllm.adapter.probes import Probes, ProbesError
@@ -51,26 +52,23 @@ def train_keep(
             f"--keep.probes {options.probes}: {run.plan.probes} has {count} for each KV head; "
             "`pte-vllm adapter calibrate --probes N` makes more"
         )
-    columns = (TextColumn("keep: {task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        tasks = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done)
-
-        with model.adapter_disabled():
-            queries, report = train_probes(
-                model.base,
-                [(example.tokens, example.plan) for example in examples[: options.max_sequences]],
-                start.queries[:, :, : options.probes or None],
-                steps=options.steps,
-                lr=options.lr,
-                batch_folds=options.batch_folds,
-                seed=run.run.seed,
-                progress=show,
-            )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with (
+        Progress(
+            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+        ) as progress,
+        model.adapter_disabled(),
+    ):
+        queries, report = train_probes(
+            model.base,
+            [(example.tokens, example.plan) for example in examples[: options.max_sequences]],
+            start.queries[:, :, : options.probes or None],
+            steps=options.steps,
+            lr=options.lr,
+            batch_folds=options.batch_folds,
+            seed=run.run.seed,
+            progress=counters(progress, "keep"),
+        )
     probes = Probes.of(queries, start.model_hash)
     text = json.dumps(asdict(report), indent=1) + "\n"
     (run.run.directory / REPORT_FILE).write_text(text, encoding="utf-8")
