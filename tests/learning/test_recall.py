@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
+from pte_vllm.adapter.format import Adapter
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.data.ledger import SHOWN
 from pte_vllm.train.distill.examples import Example, align
 from pte_vllm.train.distill.step import evaluate
 from pte_vllm.train.experiments.recall import main
+from pte_vllm.train.experiments.recall_ledger import LedgerTask
 from pte_vllm.train.experiments.recall_task import RecallTask
 from pte_vllm.train.experiments.supervised import Schedule, train_answers
 from pte_vllm.train.replay.modeling import PTEModel
@@ -40,6 +44,27 @@ def test_samples_ask_what_was_said(tiny: Tiny) -> None:
         RecallTask(tokenizer=tokenizer, num_tokens=150).sample(random.Random(0))
 
 
+def test_ledgers_score_what_is_looked_up(tiny: Tiny) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    task = LedgerTask(tokenizer=tokenizer, num_tokens=900, people=3)
+    sample = task.sample(random.Random(0))
+    answer = sample.token_ids[sample.pin_tokens :]
+    assert 600 < len(answer) <= 900 and answer[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(answer[:-1])
+    numbers = re.findall(r"had (\d+) and", text)
+    spans = [tokenizer.decode(sample.token_ids[a:b]).strip() for a, b in sample.spans]
+    assert spans == numbers and len(numbers) > 2 * SHOWN
+    assert all(any(sample.wanted[a:b]) for a, b in sample.spans)
+    assert sum(sample.wanted) <= sum(b - a for a, b in sample.spans)
+    assert sample.trained == [t >= sample.pin_tokens for t in range(len(sample.token_ids))]
+    assert 0 < min(sample.distances) < max(sample.distances) < 900
+    last = text.splitlines()[-1]
+    assert f"{len(text.splitlines())}. " in tokenizer.decode(sample.token_ids[: sample.pin_tokens])
+    assert last.startswith(f"{len(text.splitlines())}. ")
+    with pytest.raises(ValueError, match="no room for a ledger"):
+        LedgerTask(tokenizer=tokenizer, num_tokens=50).sample(random.Random(0))
+
+
 def test_arms_are_trained_scored_and_kept(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +84,7 @@ def test_arms_are_trained_scored_and_kept(
         str(tmp_path),
     ]
     assert main([*words, "--arms", "full,delta,lora_c"]) == 0
-    table = capsys.readouterr().out
+    table, said = capsys.readouterr()
     assert all(
         title in table
         for title in ("full cache", "rule delta", "LoRA_c", "300 tokens", "perplexity")
@@ -72,6 +97,10 @@ def test_arms_are_trained_scored_and_kept(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-0.json")} == times
     with pytest.raises(SystemExit):
         main([*words, "--arms", "rigde"])
+    # Without a terminal each tenth is told, and what was trained is there.
+    assert "delta, seed 0: steps: 2 of 2" in said
+    assert Adapter.load(tmp_path / "delta-0").pte is not None
+    assert not (tmp_path / "full-0").exists()
     # Tokens that are drawn at random need no probes.
     assert main([*words, "--arms", "window,keep32_random,window96"]) == 0
     table = capsys.readouterr().out
@@ -84,6 +113,15 @@ def test_arms_are_trained_scored_and_kept(
     assert main([*words, *flags, "--train-text", str(tmp_path / "text.txt")]) == 0
     other = json.loads((tmp_path / "facts/delta-0.json").read_text())
     assert other["losses"][0] != records["delta"]["losses"][0]
+    # Long answers, whose numbers are looked up in themselves.
+    lengths = ["--train-tokens", "400", "--eval-tokens", "400,600", "--eval-facts", ""]
+    ledger = [*words, *lengths, "--task", "ledger", "--out", str(tmp_path / "ledger")]
+    assert main([*ledger, "--arms", "full_lora,keep32_random_lora"]) == 0
+    table = capsys.readouterr().out
+    assert "full cache; LoRA" in table and "600 tokens" in table
+    with pytest.raises(SystemExit):
+        main([*ledger, "--facts", "1"])
+    assert "--facts: a ledger has 2 to 12 people" in capsys.readouterr().err
     (tmp_path / "short.txt").write_text("The boat drifted along the quiet river. " * 12)
     with pytest.raises(ValueError, match="--train-text: .*short.txt has fewer than 1024 tokens"):
         main([*words, *flags, "--train-text", str(tmp_path / "short.txt")])

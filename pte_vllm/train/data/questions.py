@@ -202,7 +202,12 @@ def prompt_ids(problem: Problem, tokenizer: Any) -> list[int]:
         return list(prompt)
     if tokenizer.chat_template is None:
         raise ValueError("--data.chat: the model has no chat template; give --data.chat false")
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return chat_ids(prompt, tokenizer)
+
+
+def chat_ids(messages: Sequence[Any], tokenizer: Any) -> list[int]:
+    """Turn messages into token ids by the model's chat template, ready for an answer to follow."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     # The template writes the special tokens itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

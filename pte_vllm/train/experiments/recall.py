@@ -9,33 +9,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import random
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, replace
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
+from pte_vllm.adapter.counter import counter
 from pte_vllm.adapter.defaults import parse_layers
-from pte_vllm.method.plan import FoldPlan
 from pte_vllm.models.location import check_model
+from pte_vllm.train.data.ledger import NAMES
 from pte_vllm.train.experiments.recall_arms import ARMS, KNOWN
+from pte_vllm.train.experiments.recall_parts import (
+    TRAIN_TEXT_BATCH,
+    keeper_of,
+    perplexity,
+    plan_of,
+    training_text,
+)
 
 if TYPE_CHECKING:
-    from pte_vllm.train.distill.examples import Example
-    from pte_vllm.train.experiments.recall_arms import RecallArm
-    from pte_vllm.train.replay.keeping import Keeper
-    from pte_vllm.train.replay.modeling import PTEModel
+    from pte_vllm.train.experiments.recall_task import RecallSequence
 
-BLOCK_TOKENS, EVICT_RATIO, PIN_TOKENS = 32, 0.5, 32
-TEXT_TOKENS, TEXT_SEQUENCES = 768, 16
-"""Length and number of sequences of ordinary text on which perplexity is measured."""
-TRAIN_TEXT_TOKENS, TRAIN_TEXT_BATCH = 256, 4
-"""Length and number of sequences of ordinary text that are distilled in each step."""
+_POLL_S = 0.5
+"""How often to look what the arms have done."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,6 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--train-tokens", default="160,224,288", help="lengths trained on")
     parser.add_argument("--eval-tokens", default="224,320,424,800", help="lengths scored")
+    parser.add_argument(
+        "--task",
+        choices=("facts", "ledger"),
+        default="facts",
+        help="facts in text, or long answers that look up what they wrote before; the lengths are "
+        "those of the answers then, and the facts are the people",
+    )
     parser.add_argument("--facts", type=int, default=3, help="of a sequence that is scored")
     parser.add_argument("--train-facts", default="", help="trained on, such as 3,6; or as --facts")
     parser.add_argument("--eval-facts", default="", help="also score these numbers of facts")
@@ -88,6 +97,11 @@ def main(args: Sequence[str]) -> int:
             parser.error(f"--{flag.replace('_', '-')}: {path} does not exist")
     if unknown := [name for name in names if name not in KNOWN]:
         parser.error(f"--arms: unknown {unknown[0]!r}; there are {', '.join(KNOWN)}")
+    if options.task == "ledger":
+        for flag in ("facts", "train_facts", "eval_facts"):
+            if not all(2 <= n <= len(NAMES) for n in _ints(str(getattr(options, flag)))):
+                name = flag.replace("_", "-")
+                parser.error(f"--{name}: a ledger has 2 to {len(NAMES)} people")
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     jobs = [(name, seed) for seed in _ints(options.seeds) for name in names]
@@ -114,39 +128,55 @@ def _run_all(
         else:
             waiting.append((name, seed, file))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers; more would spin
+    spawn = multiprocessing.get_context("spawn")
     with (
-        Progress(console=console) as progress,
-        ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
+        spawn.Manager() as manager,
+        Progress(console=console, disable=not console.is_terminal) as progress,
+        ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool,
     ):
-        task = progress.add_task("arms", total=len(jobs), completed=len(records))
-        running = {
-            pool.submit(run_arm, name, seed, settings, file.with_suffix("")): file
+        arms = progress.add_task("arms", total=len(jobs), completed=len(records))
+        steps, counters = manager.Queue(), {}
+        running: dict[Future[dict[str, Any]], Path] = {
+            pool.submit(run_arm, name, seed, settings, file.with_suffix(""), steps): file
             for name, seed, file in waiting
         }
-        for future in as_completed(running):
-            record = future.result()
-            running[future].write_text(json.dumps(record, indent=1) + "\n")
-            records.append(record)
-            console.print(
-                f"{record['arm']}, seed {record['seed']}: "
-                + ", ".join(
+        left = set(running)
+        while left:
+            done, left = wait(left, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+            while not steps.empty():
+                title = steps.get()
+                if title not in counters:
+                    counters[title] = counter(progress, title, settings["steps"])
+                counters[title](1)
+            for future in done:
+                record = future.result()
+                running[future].write_text(json.dumps(record, indent=1) + "\n")
+                records.append(record)
+                scores = ", ".join(
                     f"{n} tokens {s['accuracy']:.3f}" for n, s in record["by_length"].items()
                 )
-                + f" ({record['seconds']:.0f} s)"
-            )
-            progress.advance(task)
+                console.print(
+                    f"{record['arm']}, seed {record['seed']}: {scores} ({record['seconds']:.0f} s)"
+                )
+                progress.advance(arms)
     order = [name for name, _ in jobs]
     return sorted(records, key=lambda r: (order.index(r["arm"]), r["seed"]))
 
 
-def run_arm(name: str, seed: int, settings: dict[str, Any], adapter: Path) -> dict[str, Any]:
-    """Train and score one arm, and save what was trained; runs in a process of its own."""
+def run_arm(
+    name: str, seed: int, settings: dict[str, Any], adapter: Path, steps: Queue[str]
+) -> dict[str, Any]:
+    """Train and score one arm, and save what was trained; runs in a process of its own.
+
+    After each step its title is put into `steps`.
+    """
     import torch
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     from pte_vllm.train.experiments.recall_arms import make_model
-    from pte_vllm.train.experiments.recall_task import RecallSequence, RecallTask
+    from pte_vllm.train.experiments.recall_ledger import LedgerTask
+    from pte_vllm.train.experiments.recall_task import RecallTask
     from pte_vllm.train.experiments.supervised import Schedule, score_answers, train_answers
     from pte_vllm.train.replay.aligned import AlignedBatch
 
@@ -156,44 +186,48 @@ def run_arm(name: str, seed: int, settings: dict[str, Any], adapter: Path) -> di
     arm = KNOWN[name]
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
 
-    def task(num_tokens: int, num_facts: int = settings["facts"]) -> RecallTask:
-        return RecallTask(
-            tokenizer=tokenizer,
-            num_tokens=num_tokens,
-            num_facts=num_facts,
-            pin_tokens=PIN_TOKENS,
-        )
+    def task(num_tokens: int, num_facts: int = settings["facts"]) -> RecallTask | LedgerTask:
+        if settings["task"] == "ledger":
+            return LedgerTask(tokenizer=tokenizer, num_tokens=num_tokens, people=num_facts)
+        return RecallTask(tokenizer=tokenizer, num_tokens=num_tokens, num_facts=num_facts)
 
-    plan = _plan(arm)
+    def least_tokens(num_facts: int) -> int:
+        """Return a length with room for so many facts, their questions and a little filler."""
+        return 48 + 18 * num_facts if settings["task"] == "facts" else 0
 
-    def batch_of(samples: list[RecallSequence]) -> AlignedBatch:
+    plan = plan_of(arm)
+
+    def batch_of(samples: list[RecallSequence], *, train: bool = False) -> AlignedBatch:
         return AlignedBatch.align(
-            [s.token_ids for s in samples], [plan] * len(samples), [s.wanted for s in samples]
+            [s.token_ids for s in samples],
+            [replace(plan, pin_tokens=s.pin_tokens) for s in samples],
+            [s.trained if train else s.wanted for s in samples],
         )
 
     layers = parse_layers(arm.layers or settings["layers"])
     model = make_model(arm, settings["model"], settings["dtype"], layers, tokenizer, seed)
-    keeper = _keeper(model, arm, settings["model"])
+    keeper = keeper_of(model, arm, settings["model"])
     rng = random.Random(f"train {seed}")
     tasks = [
-        task(max(length, _least_tokens(facts)), facts)
+        task(max(length, least_tokens(facts)), facts)
         for facts in _ints(settings["train_facts"]) or [settings["facts"]]
         for length in _ints(settings["train_tokens"])
     ]
 
     def next_batch() -> AlignedBatch:
-        return batch_of(rng.choice(tasks).samples(settings["batch"], rng))
+        return batch_of(rng.choice(tasks).samples(settings["batch"], rng), train=True)
 
     began = time.monotonic()
     losses: list[float] = []
     if arm.trained:
         schedule = Schedule(steps=settings["steps"], learning_rate=settings["learning_rate"])
-        text = _training_text(tokenizer, plan, settings["train_text"])
+        text = training_text(tokenizer, plan, settings["train_text"])
         losses = train_answers(
             *(model, next_batch, schedule),
             backward=arm.backward,
             next_text=(lambda: rng.sample(text, TRAIN_TEXT_BATCH)) if text else None,
             keeper=keeper,
+            progress=lambda step, loss: steps.put(f"{name}, seed {seed}: steps"),
         )
         model.save_pretrained(adapter)
     seconds = time.monotonic() - began
@@ -215,74 +249,10 @@ def run_arm(name: str, seed: int, settings: dict[str, Any], adapter: Path) -> di
         "seconds": round(seconds, 1),
         "by_length": {n: score(n, settings["facts"]) for n in lengths},
         "by_facts": {
-            n: score(max(lengths[0], _least_tokens(n)), n) for n in _ints(settings["eval_facts"])
+            n: score(max(lengths[0], least_tokens(n)), n) for n in _ints(settings["eval_facts"])
         },
-        "perplexity": _perplexity(model, tokenizer, plan, keeper, settings["eval_text"]),
+        "perplexity": perplexity(model, tokenizer, plan, keeper, settings["eval_text"]),
     }
-
-
-def _least_tokens(num_facts: int) -> int:
-    """Return a length with room for so many facts, their questions and a little filler."""
-    return 48 + 18 * num_facts
-
-
-def _plan(arm: RecallArm) -> FoldPlan:
-    return FoldPlan(
-        pin_tokens=PIN_TOKENS,
-        window_tokens=arm.window_tokens,
-        evict_ratio=EVICT_RATIO,
-        block_size=BLOCK_TOKENS,
-        keep_tokens=arm.keep_tokens,
-        keep_score=arm.keep_score,
-    )
-
-
-def _keeper(model: PTEModel, arm: RecallArm, base: str) -> Keeper | None:
-    """Return the base model's probes, where an arm keeps tokens by them."""
-    if not arm.keep_tokens or arm.keep_score != "expected":
-        return None
-    from pte_vllm.adapter.probe_cache import calibrated
-    from pte_vllm.adapter.probes import Probes
-    from pte_vllm.train.replay.keeping import Keeper
-
-    return Keeper(model, Probes.load(calibrated(base)))
-
-
-def _training_text(tokenizer: Any, plan: FoldPlan, source: str) -> list[Example]:
-    """Pack all of the text into short sequences; none without a source."""
-    from pte_vllm.train.distill.examples import pack, read_texts
-
-    if not source:
-        return []
-    examples = pack(read_texts(source), tokenizer, plan, sequence_tokens=TRAIN_TEXT_TOKENS)
-    if len(examples) < TRAIN_TEXT_BATCH:
-        least = TRAIN_TEXT_TOKENS * TRAIN_TEXT_BATCH
-        raise ValueError(f"--train-text: {source} has fewer than {least} tokens")
-    return examples
-
-
-def _perplexity(
-    model: PTEModel, tokenizer: Any, plan: FoldPlan, keeper: Keeper | None, source: str
-) -> float | None:
-    """Compute the perplexity of ordinary text beyond the first fold, the same for every arm."""
-    if not source:
-        return None
-    from pte_vllm.train.distill.examples import pack, read_texts
-    from pte_vllm.train.experiments.supervised import score_answers
-    from pte_vllm.train.replay.aligned import AlignedBatch
-
-    examples = pack(
-        read_texts(source),
-        tokenizer,
-        _plan(ARMS["window"]),
-        sequence_tokens=TEXT_TOKENS,
-        max_sequences=TEXT_SEQUENCES,
-    )
-    batches = (
-        AlignedBatch.align([e.tokens for e in part], [plan] * len(part), [e.wanted for e in part])
-        for part in (examples[i : i + 4] for i in range(0, len(examples), 4))
-    )
-    return math.exp(score_answers(model, batches, keeper=keeper).loss)
 
 
 def _ints(text: str) -> list[int]:

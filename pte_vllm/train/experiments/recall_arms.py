@@ -106,20 +106,27 @@ KEPT: dict[str, RecallArm] = {
 }
 """The base model with kept tokens, untrained, each beside a window of as many bytes."""
 
-_SQUARED = ABLATIONS["ridge_squared_r64"]
+_LORA = replace(ARMS["lora_c"], title="LoRA")
+_LORA = replace(ARMS["lora_c"], title="LoRA")
 BESIDE_KEPT: dict[str, RecallArm] = {
     f"keep32_{name}": replace(arm, title=f"32 kept tokens; {arm.title}", keep_tokens=32)
     for name, arm in {
-        "lora": replace(ARMS["lora_c"], title="LoRA"),
+        "lora": _LORA,
         "global": ARMS["global"],
         "paper": ARMS["paper"],
         "ridge": _RIDGE,
         "ridge_r16": ABLATIONS["ridge_r16"],
-        "ridge_squared_r64": _SQUARED,
+        "ridge_squared_r64": ABLATIONS["ridge_squared_r64"],
     }.items()
+} | {
+    "keep32_random_lora": replace(
+        _LORA, title="32 random tokens; LoRA", keep_tokens=32, keep_score="random"
+    ),
+    "keep64_short": replace(_WINDOW, title="window 64 and 64 kept tokens", keep_tokens=64),
+    "window96_lora": replace(_LORA, title="window 96; LoRA", window_tokens=96),
+    "full_lora": replace(_LORA, title="full cache; LoRA", window_tokens=0),
 }
-"""What training adds beside kept tokens: a plain LoRA, and thought states."""
-BESIDE_KEPT["keep64_short"] = replace(_WINDOW, title="window 64 and 64 kept tokens", keep_tokens=64)
+"""What training adds beside kept tokens, a plain LoRA or a thought state, and its controls."""
 KNOWN = {**ARMS, **ABLATIONS, **KEPT, **BESIDE_KEPT}
 
 

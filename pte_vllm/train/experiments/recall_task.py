@@ -49,6 +49,8 @@ FILLER = (
     "The train left the station on time.",
     "Leaves covered the path to the garden.",
 )
+PIN_TOKENS = 32
+"""How many tokens of the instruction are pinned."""
 INSTRUCTION = (
     "Remember the number of each person, then repeat the numbers when asked about them later on "
     "please. Here are the numbers and a story."
@@ -66,6 +68,10 @@ class RecallSequence:
     """The tokens of each answer, in the order asked, as half-open intervals."""
     distances: list[int]
     """For each answer, how many tokens before it the fact was stated."""
+    pin_tokens: int
+    """The first tokens that stay."""
+    trained: list[bool]
+    """By token, whether an adapter is trained to predict it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +85,7 @@ class RecallTask:
     tokenizer: Any
     num_tokens: int = 224
     num_facts: int = 3
-    pin_tokens: int = 32
+    pin_tokens: int = PIN_TOKENS
     _pieces: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
     def sample(self, rng: random.Random) -> RecallSequence:
@@ -116,11 +122,14 @@ class RecallTask:
             filler += self._encode(" " + rng.choice(FILLER))
         offset = len(head) + room
         spans = [(a + offset, b + offset) for a, b in spans]
+        wanted = [False] * offset + marks
         return RecallSequence(
             token_ids=head + filler[:room] + tail,
-            wanted=[False] * offset + marks,
+            wanted=wanted,
             spans=spans,
             distances=[s[0] - stated[n] for s, n in zip(spans, asked, strict=True)],
+            pin_tokens=self.pin_tokens,
+            trained=wanted,
         )
 
     def samples(self, count: int, rng: random.Random) -> list[RecallSequence]:
