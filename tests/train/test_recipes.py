@@ -128,5 +128,19 @@ def test_each_runs_on_a_tiny_model(
     assert (tmp_path / "out" / "adapter" / "pte_encoder.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", ["grpo_memory", "word_problems"])
+def test_commands_of_the_examples_are_valid(name: str) -> None:
+    """Those at the head of a file that train, with all their flags."""
+    path = RECIPES.parent / f"{name}.toml"
+    text = re.sub(r"\\\n#\s+", "", path.read_text())
+    commands = re.findall(r"^# +pte-vllm train grpo (.+)$", text, re.MULTILINE)
+    runs = [
+        GrpoRun.parse([str(path), *shlex.split(command)[1:]], prog="pte-vllm train grpo")
+        for command in commands
+    ]
+    assert len(runs) > 1 and len({run.run.out for run in runs}) == len(runs)
+    assert len({run.server.adapter_name for run in runs}) == len(runs)
+
+
 def flags(options: dict[str, Any]) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
