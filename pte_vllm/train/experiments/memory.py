@@ -10,16 +10,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pte_vllm.train.data.memory_tasks import TASKS
+from pte_vllm.train.experiments.workers import workers
 
 if TYPE_CHECKING:
     from pte_vllm.train.experiments.memory_arms import Budget, MemoryArm
@@ -138,8 +138,7 @@ def run(plan: Plan, out: Path, *, jobs: int) -> tuple[dict[str, Any], list[dict[
         # The longest first, so that no worker ends alone.
         waiting.sort(key=lambda job: (job[0].trained, job[0].backward == "full"), reverse=True)
         bar = progress.add_task("arms", total=len(order), completed=len(found))
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        with workers(jobs) as (pool, _):
             running = {
                 pool.submit(_work, base, arm, plan.budget, seed): (arm.name, seed)
                 for arm, seed in waiting

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import time
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, replace
 from pathlib import Path
-from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from pte_vllm.adapter.counter import counter
@@ -32,6 +30,7 @@ from pte_vllm.train.experiments.recall_parts import (
     plan_of,
     training_text,
 )
+from pte_vllm.train.experiments.workers import tell, workers
 
 if TYPE_CHECKING:
     from pte_vllm.train.experiments.recall_task import RecallSequence
@@ -128,23 +127,21 @@ def _run_all(
         else:
             waiting.append((name, seed, file))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers; more would spin
-    spawn = multiprocessing.get_context("spawn")
+    counters: dict[str, Callable[[int], None]] = {}
     with (
-        spawn.Manager() as manager,
         Progress(console=console, disable=not console.is_terminal) as progress,
-        ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool,
+        workers(options.jobs) as (pool, told),
     ):
         arms = progress.add_task("arms", total=len(jobs), completed=len(records))
-        steps, counters = manager.Queue(), {}
         running: dict[Future[dict[str, Any]], Path] = {
-            pool.submit(run_arm, name, seed, settings, file.with_suffix(""), steps): file
+            pool.submit(run_arm, name, seed, settings, file.with_suffix("")): file
             for name, seed, file in waiting
         }
         left = set(running)
         while left:
             done, left = wait(left, timeout=_POLL_S, return_when=FIRST_COMPLETED)
-            while not steps.empty():
-                title = steps.get()
+            while not told.empty():
+                title = told.get()
                 if title not in counters:
                     counters[title] = counter(progress, title, settings["steps"])
                 counters[title](1)
@@ -163,13 +160,8 @@ def _run_all(
     return sorted(records, key=lambda r: (order.index(r["arm"]), r["seed"]))
 
 
-def run_arm(
-    name: str, seed: int, settings: dict[str, Any], adapter: Path, steps: Queue[str]
-) -> dict[str, Any]:
-    """Train and score one arm, and save what was trained; runs in a process of its own.
-
-    After each step its title is put into `steps`.
-    """
+def run_arm(name: str, seed: int, settings: dict[str, Any], adapter: Path) -> dict[str, Any]:
+    """Train and score one arm, and save what was trained; a worker tells each step."""
     import torch
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -227,7 +219,7 @@ def run_arm(
             backward=arm.backward,
             next_text=(lambda: rng.sample(text, TRAIN_TEXT_BATCH)) if text else None,
             keeper=keeper,
-            progress=lambda step, loss: steps.put(f"{name}, seed {seed}: steps"),
+            progress=lambda step, loss: tell(f"{name}, seed {seed}: steps"),
         )
         model.save_pretrained(adapter)
     seconds = time.monotonic() - began
