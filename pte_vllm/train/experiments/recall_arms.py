@@ -116,6 +116,7 @@ BESIDE_KEPT: dict[str, RecallArm] = {
         "paper": ARMS["paper"],
         "ridge": _RIDGE,
         "ridge_r16": ABLATIONS["ridge_r16"],
+        "ridge_squared": ABLATIONS["ridge_squared"],
         "ridge_squared_r64": ABLATIONS["ridge_squared_r64"],
     }.items()
 } | {
