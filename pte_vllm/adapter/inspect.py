@@ -122,6 +122,8 @@ def _print_tables(summary: dict[str, Any]) -> None:
         f"{summary['encoder_parameters']:,} in the encoder",
     }
     if "rule" in summary:
+        counted = "\ncounted in the layers with state; --model counts all"
+        of_layers = "" if summary["checked_against_model"] else counted
         rows |= {
             "global tokens G": summary["global_tokens"],
             "rule": summary["rule"],
@@ -134,7 +136,8 @@ def _print_tables(summary: dict[str, Any]) -> None:
                 f"{weight['bytes_per_sequence']:,} bytes per sequence = "
                 f"{weight['kv_tokens']:g} tokens of KV cache in {dtype}"
                 for dtype, weight in summary["state"].items()
-            ),
+            )
+            + of_layers,
         }
     probes = summary["probes"]
     rows["probes of its own"] = "none" if probes is None else f"{probes} for each KV head"

@@ -305,6 +305,18 @@ def test_inspect_tells_of_probes(
         assert ("23 for each KV head" in capsys.readouterr().out) == (count is not None)
 
 
+def test_inspect_says_which_layers_it_counts(
+    tiny: Callable[[str], Path],
+    adapters: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A token of all the model's layers weighs more than one of those that have a state."""
+    path = str(adapters(tiny("llama")))
+    for flags, counted in (([], True), (["--model", str(tiny("llama"))], False)):
+        assert command(["inspect", path, *flags]) == 0
+        assert ("--model counts all" in capsys.readouterr().out) == counted
+
+
 @pytest.mark.parametrize(
     ("side", "value", "dtype", "message"),
     [

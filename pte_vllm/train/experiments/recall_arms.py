@@ -149,7 +149,7 @@ def make_model(
         arm.method,
         layers=layers,
         seed=seed,
-        base_model="recall-base",
+        base_model=base,
     )
     for name, b in adapter.lora_b.items():
         if name.endswith("v_proj") and arm.value_start:
