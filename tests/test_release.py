@@ -38,7 +38,7 @@ found = {
         for package, name in (
             ("pte_vllm.compat", "hooks.toml"),
             ("pte_vllm.kernels", "lora_cpu.cpp"),
-            ("pte_vllm.server", "page.html"),
+            ("pte_vllm.server", "static/page.html"),
         )
     },
     "version": importlib.metadata.version("pte-vllm"),
@@ -88,7 +88,7 @@ def test_sdist_holds_what_git_tracks(dist: Path) -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     tracked = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
     assert tracked <= names, sorted(tracked - names)
-    assert {"server/page.html", "patches/base.py", "docs/api.md", "tests/conftest.py"} <= names
+    assert {"server/static/page.html", "patches/base.py", "docs/api.md", "tests/conftest.py"} <= names
 
 
 def test_wheel_installs_one_package_and_its_data(dist: Path) -> None:
@@ -107,7 +107,7 @@ def test_wheel_installs_one_package_and_its_data(dist: Path) -> None:
     assert {
         "pte_vllm/compat/hooks.toml",
         "pte_vllm/kernels/lora_cpu.cpp",
-        "pte_vllm/server/page.html",
+        *(f"pte_vllm/server/static/{p.name}" for p in (ROOT / "server/static").iterdir()),
         f"pte_vllm-{__version__}.dist-info/licenses/LICENSE",
     } <= set(names)
 
