@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pte_vllm.adapter.format import Adapter
+from pte_vllm.train.grpo import learner as learning
 from pte_vllm.train.grpo.loss import DriftError, ScoredRollout
 from pte_vllm.train.options.runs import GrpoOptions
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.modeling import PTEModel
-from pte_vllm.train.replay.results import Scores
+from pte_vllm.train.replay.results import ReplayResult, Scores
 from pte_vllm.train.replay.segments import replay
 from tests.train.naive import walk
 from tests.train.steps import (
@@ -192,6 +193,27 @@ def test_no_learning_rate_changes_nothing(model: PTEModel) -> None:
     assert result.grad_norm > 0
     for a, b in zip(before, after, strict=True):
         assert torch.equal(a, b)
+
+
+def test_each_inner_step_replays_a_rollout_once(
+    model: PTEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is seen of the rollouts takes no replay of its own."""
+    replayed = []
+
+    def counting(model: PTEModel, batch: AlignedBatch, **options: Any) -> ReplayResult:
+        replayed.append(len(batch.ids))
+        return replay(model, batch, **options)
+
+    monkeypatch.setattr(learning, "replay", counting)
+    samples = a_step(model)
+    active = sum(sample.advantage != 0 for sample in samples)  # the others are only looked at
+    assert 0 < active < len(samples)
+    for inner_steps in (1, 2):
+        result = learner(model, inner_steps=inner_steps).step(samples, 1)
+        assert sum(replayed) == len(samples) + (inner_steps - 1) * active
+        assert result.drift <= 1e-5 and result.entropy > 0
+        replayed.clear()
 
 
 def test_step_follows_the_advantage(model: PTEModel) -> None:
