@@ -88,7 +88,12 @@ def test_sdist_holds_what_git_tracks(dist: Path) -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     tracked = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
     assert tracked <= names, sorted(tracked - names)
-    assert {"server/static/page.html", "patches/base.py", "docs/api.md", "tests/conftest.py"} <= names
+    assert {
+        "server/static/page.html",
+        "patches/base.py",
+        "docs/api.md",
+        "tests/conftest.py",
+    } <= names
 
 
 def test_wheel_installs_one_package_and_its_data(dist: Path) -> None:

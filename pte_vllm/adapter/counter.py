@@ -11,12 +11,18 @@ QUIET_S = 30.0
 """Longest time without a line, without a terminal."""
 
 
-def counter(progress: Progress, name: str, total: int) -> Callable[[int], None]:
+def counter(progress: Progress, name: str, total: int, *, before: int = 0) -> Callable[[int], None]:
     """Add a bar to `progress`, and return what takes how many more are done.
 
     Without a terminal there is a line for every tenth, and after `QUIET_S` at the latest.
+
+    Args:
+        progress: where it is shown; disabled without a terminal.
+        name: what is counted.
+        total: how many there are in all.
+        before: how many of them were done in an earlier run.
     """
-    task, done = progress.add_task(name, total=total), 0
+    task, done = progress.add_task(name, total=total, completed=before), before
     began = said = time.monotonic()
 
     def advance(count: int) -> None:
@@ -27,7 +33,7 @@ def counter(progress: Progress, name: str, total: int) -> Callable[[int], None]:
         if not progress.console.is_terminal and (
             10 * done // total > tenths or now - said > QUIET_S
         ):
-            said, left = now, (now - began) * (total - done) / done
+            said, left = now, (now - began) * (total - done) / (done - before)
             rest = f", about {left:.0f} s left" if done < total else ""
             progress.console.print(f"{name}: {done} of {total}{rest}")
 

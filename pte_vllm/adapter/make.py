@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from pte_vllm.adapter.calibration import sample_sequences
+from pte_vllm.adapter.counter import counter
 from pte_vllm.adapter.defaults import TARGET_MODULES
 from pte_vllm.adapter.format import Adapter, ModelShape
 from pte_vllm.adapter.hashes import CONFIG_FILE
@@ -63,17 +64,18 @@ def make_adapter(
     network.eval()
     reports: list[LayerReport] = []
     with Progress(
-        TextColumn("calibrating layers"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
+        disable=not console.is_terminal,
     ) as progress:
-        task = progress.add_task("layers", total=len(chosen))
+        advance = counter(progress, "layers calibrated", len(chosen))
 
         def report(layer: LayerReport) -> None:
             reports.append(layer)
-            progress.advance(task)
+            advance(1)
 
         adapter = init_adapter(
             network,

@@ -134,7 +134,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--questions", type=int, default=6, help="how many are asked (default: %(default)s)")
     add("--seed", default=SEED, help="draws the questions (default: %(default)s)")
     add("--window", type=int, default=64, help="KV room for thoughts, in tokens (%(default)s)")
-    add("--keep", type=int, default=128, help="evicted tokens each KV head keeps (%(default)s)")
+    add("--keep", type=int, default=192, help="evicted tokens each KV head keeps (%(default)s)")
     add("--keep-score", choices=KEEP_SCORES, default="expected", help="how they are chosen")
     add("--probes", type=Path, metavar="FILE", help="choose by these (default: the package's)")
     add("--model", type=Path, help="checkpoint directory (default: SmolLM2-135M-Instruct, fetched)")

@@ -101,6 +101,17 @@ def test_arms_are_trained_scored_and_kept(
     assert "delta, seed 0: steps: 2 of 2" in said
     assert Adapter.load(tmp_path / "delta-0").pte is not None
     assert not (tmp_path / "full-0").exists()
+    again = [
+        "--adapter",
+        str(tmp_path / "delta-0"),
+        "--steps",
+        "0",
+        "--out",
+        str(tmp_path / "more"),
+    ]
+    assert main([*words, *again, "--arms", "delta"]) == 0
+    scored = json.loads((tmp_path / "more" / "delta-0.json").read_text())
+    assert scored["losses"] == [] and scored["by_length"] == records["delta"]["by_length"]
     # Tokens that are drawn at random need no probes.
     assert main([*words, "--arms", "window,keep32_random,window96"]) == 0
     table = capsys.readouterr().out

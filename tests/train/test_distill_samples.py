@@ -55,7 +55,9 @@ def _rollout(prompt: list[int], group: str, index: int) -> Rollout:
     )
 
 
-def test_a_killed_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text(
         "".join(f'{{"prompt": [{i}, 7, 8], "answer": "x"}}\n' for i in range(QUESTIONS))
@@ -93,3 +95,5 @@ def test_a_killed_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     ]
     assert first.asked == ["0", "1", "2", "3", "4"] and second.asked == ["0", "1", "2"]
     assert not list(tmp_path.glob(".samples*"))
+    said = capsys.readouterr().err  # without a terminal there are lines
+    assert "answers sampled: 5 of 10" in said and "answers sampled: 10 of 10" in said

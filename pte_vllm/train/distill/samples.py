@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pte_vllm.adapter.counter import counter
 from pte_vllm.train.data.questions import at_most, prompt_ids
 from pte_vllm.train.data.sources import open_stream
 from pte_vllm.train.options.runs import DistillRun
@@ -40,14 +41,19 @@ def sample_answers(run: DistillRun, tokenizer: Any, path: Path, console: Console
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{_options_key(run)}.part")
     whole = _whole_groups(draft, group_size)
-    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with (
         connect(run.server) as client,
         draft.open("a", encoding="utf-8") as file,
-        Progress(*columns, console=console) as progress,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
     ):
-        total = len(problems) * group_size
-        task = progress.add_task("sampling", total=total, completed=len(whole) * group_size)
+        total, before = len(problems) * group_size, len(whole) * group_size
+        advance = counter(progress, "answers sampled", total, before=before)
         for pin_tokens in sorted({problem.pin_tokens for problem in problems}, key=_unset_first):
             chosen = [
                 (i, p)
@@ -70,7 +76,7 @@ def sample_answers(run: DistillRun, tokenizer: Any, path: Path, console: Console
             ):
                 file.write(rollout.to_line().decode() + "\n")
                 file.flush()
-                progress.advance(task)
+                advance(1)
     rollouts = sorted(_read(draft), key=lambda r: (int(r.group_id or 0), r.index))
     finished = path.with_name(f".{path.name}.{os.getpid()}")
     finished.write_text("".join(r.to_line().decode() + "\n" for r in rollouts), encoding="utf-8")

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pte_vllm.adapter.counter import counter
 from pte_vllm.models.location import check_model
 
 ARMS = {
@@ -67,12 +68,12 @@ def main(args: Sequence[str]) -> int:
     from rich.progress import Progress
 
     console, rows = Console(stderr=True), []
-    with Progress(console=console) as progress:
-        task = progress.add_task("training steps", total=len(ARMS) * len(lengths))
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        advance = counter(progress, "training steps", len(ARMS) * len(lengths))
         for length in lengths:
             for arm in ARMS:  # arms take turns, so that a slow minute hits all of them
                 rows.append(_in_child(args, arm, length))
-                progress.advance(task)
+                advance(1)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     report = {"options": vars(options), "rows": rows}

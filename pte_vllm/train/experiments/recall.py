@@ -49,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     names = ", ".join(KNOWN)
     parser.add_argument("--arms", default=",".join(ARMS), help=f"of: {names}")
     parser.add_argument("--layers", default="17,18,20-24", help="layers that get an adapter")
+    parser.add_argument(
+        "--adapter",
+        default="",
+        metavar="DIR",
+        help="start all arms that are trained from this adapter; with --steps 0 it is scored only",
+    )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -91,7 +97,7 @@ def main(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     check_model(options.model)
     names = options.arms.split(",")
-    for flag in ("eval_text", "train_text"):
+    for flag in ("adapter", "eval_text", "train_text"):
         if (path := getattr(options, flag)) and not Path(path).exists():
             parser.error(f"--{flag.replace('_', '-')}: {path} does not exist")
     if unknown := [name for name in names if name not in KNOWN]:
@@ -171,6 +177,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any], adapter: Path) -> di
     from pte_vllm.train.experiments.recall_task import RecallTask
     from pte_vllm.train.experiments.supervised import Schedule, score_answers, train_answers
     from pte_vllm.train.replay.aligned import AlignedBatch
+    from pte_vllm.train.replay.modeling import PTEModel
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -197,7 +204,12 @@ def run_arm(name: str, seed: int, settings: dict[str, Any], adapter: Path) -> di
         )
 
     layers = parse_layers(arm.layers or settings["layers"])
-    model = make_model(arm, settings["model"], settings["dtype"], layers, tokenizer, seed)
+    if arm.trained and settings["adapter"]:
+        model = PTEModel.from_pretrained(
+            settings["model"], settings["adapter"], dtype=settings["dtype"]
+        )
+    else:
+        model = make_model(arm, settings["model"], settings["dtype"], layers, tokenizer, seed)
     keeper = keeper_of(model, arm, settings["model"])
     rng = random.Random(f"train {seed}")
     tasks = [
