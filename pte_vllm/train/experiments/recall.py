@@ -224,7 +224,8 @@ def run_arm(name: str, seed: int, settings: dict[str, Any], adapter: Path) -> di
     began = time.monotonic()
     losses: list[float] = []
     if arm.trained:
-        schedule = Schedule(steps=settings["steps"], learning_rate=settings["learning_rate"])
+        rate = arm.rate * settings["learning_rate"]
+        schedule = Schedule(steps=settings["steps"], learning_rate=rate)
         text = training_text(tokenizer, plan, settings["train_text"])
         losses = train_answers(
             *(model, next_batch, schedule),

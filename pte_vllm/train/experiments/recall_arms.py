@@ -37,6 +37,8 @@ class RecallArm:
     value_start: float = 0.1
     """B of v_proj starts at this times W_Vᵀ: values come out where values go in; 0: B is zero."""
     backward: Backward = "segments"
+    rate: float = 1.0
+    """Times the run's learning rate."""
 
     @property
     def trained(self) -> bool:
@@ -106,8 +108,8 @@ KEPT: dict[str, RecallArm] = {
 }
 """The base model with kept tokens, untrained, each beside a window of as many bytes."""
 
-_LORA = replace(ARMS["lora_c"], title="LoRA")
-_LORA = replace(ARMS["lora_c"], title="LoRA")
+_LORA = replace(ARMS["lora_c"], title="LoRA", rate=0.1)  # at the full rate it does not learn
+_LORA = replace(ARMS["lora_c"], title="LoRA", rate=0.1)  # at the full rate it does not learn
 BESIDE_KEPT: dict[str, RecallArm] = {
     f"keep32_{name}": replace(arm, title=f"32 kept tokens; {arm.title}", keep_tokens=32)
     for name, arm in {
