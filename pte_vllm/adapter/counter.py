@@ -43,14 +43,15 @@ def counter(progress: Progress, name: str, total: int, *, before: int = 0) -> Ca
 def counters(progress: Progress, title: str) -> Callable[[str, int, int], None]:
     """Return what takes the name of a stage, how much of it is done, and how much it is in all.
 
-    It has to be called after each item of a stage. Bars appear with the first call, named
-    `title: stage`.
+    Bars appear with the first call, named `title: stage`.
     """
-    found: dict[str, Callable[[int], None]] = {}
+    bars: dict[str, Callable[[int], None]] = {}
+    told: dict[str, int] = {}
 
     def show(stage: str, done: int, total: int) -> None:
-        if stage not in found:
-            found[stage] = counter(progress, f"{title}: {stage}", total)
-        found[stage](1)
+        if stage not in bars:
+            bars[stage] = counter(progress, f"{title}: {stage}", total)
+        bars[stage](done - told.get(stage, 0))
+        told[stage] = done
 
     return show

@@ -1,3 +1,4 @@
+// Draws what requests.js gathered: a card for each running request, and the tables below.
 // -- drawings -----------------------------------------------------------------------------------
 
 const W = 330, H = 92;

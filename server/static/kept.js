@@ -1,3 +1,4 @@
+// Draws the strip that shows which tokens each KV head of a request keeps.
 // -- kept tokens --------------------------------------------------------------------------------
 
 const SHOWN_RUN = 60; // of tokens that are alike, the rest of a longer run is counted only

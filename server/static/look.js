@@ -1,3 +1,4 @@
+// The last part of the script: looks at the server once a second and has the other parts draw it.
 // -- the loop -----------------------------------------------------------------------------------
 
 let info = null, round = 0, last = null;

@@ -1,3 +1,5 @@
+// The first part of the script of /pte (server/page.py joins them): asks the routes under /pte/v1, and
+// remembers what each request did while the page was open.
 "use strict";
 const POLL_MS = 1000, ADAPTERS_EVERY = 5, MAX_SAMPLES = 300, MAX_COLUMNS = 64;
 const MAX_DRAWN = 12, MAX_FINISHED = 12;

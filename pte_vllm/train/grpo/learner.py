@@ -185,10 +185,9 @@ class Learner:
                     f"{own or 'no thought state'}: ask for rollouts without update"
                 )
 
-    def _replay(self, micro: MicroBatch, loss: TokenLoss | None = None) -> ReplayResult:
-        return self._run(micro, loss, "none")
-
-    def _run(self, micro: MicroBatch, loss: TokenLoss | None, backward: Backward) -> ReplayResult:
+    def _replay(
+        self, micro: MicroBatch, loss: TokenLoss | None = None, backward: Backward = "none"
+    ) -> ReplayResult:
         return replay(
             *(self.model, micro.batch),
             temperature=self._temperature,
@@ -236,7 +235,8 @@ class Learner:
                 reference=micro.reference,
                 stats=stats,
             )
-            result = self._run(micro, policy if seen is None else seen.beside(policy), "segments")
+            loss = policy if seen is None else seen.beside(policy)
+            result = self._replay(micro, loss, "segments")
             if seen is not None:
                 seen.add(micro, result)
             total += result.loss
