@@ -171,7 +171,8 @@ def test_render_and_derender_of_completions(server: Server) -> None:
 
 
 def test_abort_beside_generate(server: Server) -> None:
-    body = _body(request_id="mine", sampling={"max_tokens": 4000})
+    # without the stop token: a sampled one would end the answer before it is aborted
+    body = _body(request_id="mine", sampling={"max_tokens": 4000, "stop_token_ids": []})
     with under_way(lambda: _ok(post(server, "/inference/v1/generate", body))) as results:
         wait_folds(server, 1)
         ids = {"request_ids": ["generate-tokens-mine"]}
