@@ -14,7 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.engine.cpu_defaults import choose_dtype, choose_reserved_cores, fitting_utilization
+from pte_vllm.engine.cpu_defaults import (
+    choose_dtype,
+    choose_reserved_cores,
+    fitting_utilization,
+    share_cores,
+)
 from pte_vllm.engine.orphans import ENABLED
 from pte_vllm.engine.starting import end_at_once_when_stopped
 from pte_vllm.method.options import EngineConfig
@@ -209,7 +214,11 @@ def resolve_config(args: Namespace) -> Any:
 
 def _choose_for_cpu(args: Namespace, model: str, default_utilization: float) -> list[str]:
     """Set dtype, cores and share of memory where the user left them open; say what, a line each."""
-    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+    from vllm.utils.cpu_resource_utils import (
+        get_allowed_cpu_list,
+        get_memory_node_info,
+        get_visible_memory_node,
+    )
 
     lines = []
     if args.dtype == "auto":
@@ -217,12 +226,22 @@ def _choose_for_cpu(args: Namespace, model: str, default_utilization: float) -> 
         lines += [why] if why is not None else []
     cores = choose_reserved_cores(os.environ, len(os.sched_getaffinity(0)))
     lines += [cores] if cores is not None else []
+    ranks, nodes = _local_ranks(args), len(get_visible_memory_node())
+    bound = share_cores(
+        os.environ, ranks=ranks, cores=sorted(os.sched_getaffinity(0)), nodes=nodes
+    )
+    lines += [bound] if bound is not None else []
     sized = args.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if args.gpu_memory_utilization is None and not sized:
         # The same numbers as the worker's: of the memory beside its first core.
         memory = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
         total, free = memory.total_memory, memory.available_memory
-        share = fitting_utilization(total_bytes=total, free_bytes=free, default=default_utilization)
+        share = fitting_utilization(
+            total_bytes=total,
+            free_bytes=free,
+            default=default_utilization,
+            ranks=-(-ranks // nodes),
+        )
         if share != default_utilization:
             args.gpu_memory_utilization = share
             lines.append(
@@ -231,6 +250,12 @@ def _choose_for_cpu(args: Namespace, model: str, default_utilization: float) -> 
                 "GiB are free"
             )
     return lines
+
+
+def _local_ranks(args: Namespace) -> int:
+    """Return how many workers this machine runs for one engine."""
+    ranks: int = args.tensor_parallel_size * args.pipeline_parallel_size
+    return max(1, ranks // (args.nnodes or 1))
 
 
 def _allow_plugins(environ: Any) -> None:

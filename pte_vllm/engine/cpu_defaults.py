@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,28 @@ def choose_reserved_cores(environ: MutableMapping[str, str], cores: int) -> str 
     return f"{RESERVED_CORES}=0: the worker computes on all {cores} cores"
 
 
+def share_cores(
+    environ: MutableMapping[str, str], *, ranks: int, cores: Sequence[int], nodes: int
+) -> str | None:
+    """Share the cores out among ranks where vLLM would not start: it wants a NUMA node for each.
+
+    Args:
+        environ: where vLLM reads which rank computes where; changed.
+        ranks: how many run on this machine.
+        cores: those that this process may use.
+        nodes: how many NUMA nodes they lie on.
+
+    Returns:
+        What was chosen, in a line, if something was.
+    """
+    if ranks <= nodes or BOUND_CORES in environ:
+        return None
+    each = max(1, len(cores) // ranks)
+    parts = [[cores[(i * each + j) % len(cores)] for j in range(each)] for i in range(ranks)]
+    environ[BOUND_CORES] = "|".join(",".join(map(str, part)) for part in parts)
+    return f"{BOUND_CORES}='{environ[BOUND_CORES]}': {ranks} ranks share {len(cores)} cores"
+
+
 def num_parameters(model: Path) -> int | None:
     """Count a local checkpoint's parameters from the headers of its safetensors files.
 
@@ -142,7 +164,9 @@ def _text(path: str) -> str:
         return ""
 
 
-def fitting_utilization(*, total_bytes: int, free_bytes: int, default: float) -> float:
+def fitting_utilization(
+    *, total_bytes: int, free_bytes: int, default: float, ranks: int = 1
+) -> float:
     """Choose `--gpu-memory-utilization`, which on a CPU is a share of all memory.
 
     vLLM's worker ends unless that share is free when it starts, and takes weights and KV cache out
@@ -153,11 +177,12 @@ def fitting_utilization(*, total_bytes: int, free_bytes: int, default: float) ->
         total_bytes: memory as vLLM counts it.
         free_bytes: of it, free now.
         default: vLLM's own share, for a machine on which nothing else runs.
+        ranks: how many take that share of the same memory.
 
     Returns:
         The default, or a share of two digits after the point, at least 0.01.
     """
-    room = free_bytes - SERVER_BYTES
+    room = (free_bytes - SERVER_BYTES) / ranks
     if default * total_bytes <= room:
         return default
     return max(0.01, math.floor(100 * FREE_SHARE * room / total_bytes) / 100)

@@ -2,7 +2,7 @@
 
 Compiled code goes from the paged cache to the sums that a fold adds: `kernels.fold_triton` on a
 GPU, `kernels.fold_cpu` on a CPU. Where neither applies, `kernels.cache_layout` reads keys and
-values first.
+values first. So it is under tensor parallelism, where ranks add up what they project in between.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from pte_vllm.engine.ranks import Ranks
 from pte_vllm.engine.sequences import FoldingSequence, LoadedEncoder
 from pte_vllm.engine.state import StatePool
 from pte_vllm.kernels import native
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable, read_evicted
 from pte_vllm.kernels.choice import use_kernels
 from pte_vllm.kernels.fold_cpu import can_fold, moments_cpu
-from pte_vllm.method.reference import UPDATE_RULES, Moments
+from pte_vllm.method.reference import UPDATE_RULES, Moments, multiply
 
 if TYPE_CHECKING:
     from pte_vllm.kernels.fold_triton import CacheTable
@@ -52,6 +53,8 @@ class EvictedBlocks:
     layout: BlockLayout
     rope: RopeTable | None
     """The model's; None where it has no rotary embedding."""
+    ranks: Ranks
+    """Those among which the KV heads are shared out."""
     _tables: dict[tuple[tuple[int, ...], int], CacheTable | None] = field(default_factory=dict)
     _warm: set[tuple[int, str, bool, bool]] = field(default_factory=set)
 
@@ -74,7 +77,8 @@ class EvictedBlocks:
         """
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
-        evicted = self._moments(loaded, rule, block_ids, positions)
+        alone = self.ranks.size == 1
+        evicted = self._moments(loaded, rule, block_ids, positions) if alone else None
         if evicted is not None:
             pool.fold_moments(sequences, evicted)
             return
@@ -87,7 +91,18 @@ class EvictedBlocks:
         for start in range(0, len(sequences), at_once):
             part = slice(start, start + at_once)
             k_e, v_e = read_evicted(caches, self.layout, block_ids[part], positions[part], rope)
-            pool.fold(sequences[part], k_e, v_e)
+            pool.fold_projected(sequences[part], *self._projected(loaded, k_e, v_e))
+
+    def _projected(
+        self, loaded: LoadedEncoder, k_e: Tensor, v_e: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Multiply `[L, S, m, d_kv]`, the numbers of the heads here, and add up over the ranks."""
+        encoder = loaded.narrowed or loaded.encoder
+        k, v = multiply(encoder.map(lambda t: t[:, None]), k_e, v_e)
+        if self.ranks.size == 1:
+            return k, v
+        k, v = self.ranks.sum(torch.cat([k, v], -1)).chunk(2, -1)
+        return k, v
 
     def _moments(
         self, loaded: LoadedEncoder, rule: str, block_ids: Tensor, positions: Tensor
@@ -120,7 +135,7 @@ class EvictedBlocks:
         if rule == "none" or kind in self._warm:
             return
         self._warm.add(kind)
-        table = self._table(loaded)
+        table = self._table(loaded) if self.ranks.size == 1 else None
         if table is not None:
             from pte_vllm.kernels.fold_triton import evicted_moments
 

@@ -18,6 +18,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from pte_vllm.adapter.probes import Probes
 from pte_vllm.engine.folding import compiled
+from pte_vllm.engine.ranks import Ranks
 from pte_vllm.engine.sequences import FoldingSequence
 from pte_vllm.engine.thoughts import to_host
 from pte_vllm.kernels import keep_torch
@@ -108,6 +109,8 @@ class KeptTokens:
     caches: Sequence[Tensor]
     """Of all layers in their order, each `[blocks, H, bs, 2 D]`."""
     layout: BlockLayout
+    ranks: Ranks
+    """Those among which the KV heads are shared out: H counts the heads that lie here."""
     probed: ProbedCache | None
     """None where the engine has no probes: then no request may ask for the score `expected`.
     Requests of an adapter that brings probes are scored by those."""
@@ -121,6 +124,7 @@ class KeptTokens:
         layout: BlockLayout,
         rope: RopeTable | None,
         *,
+        ranks: Ranks,
         probes: Probes | None,
         scale: float,
     ) -> KeptTokens:
@@ -131,9 +135,10 @@ class KeptTokens:
         """
         probed = None
         if probes is not None:
-            heads, _, width = caches[0].shape[1:]
-            probes.check_fits(num_layers=len(caches), num_kv_heads=heads, head_dim=width // 2)
-            queries = probes.queries.to(caches[0].device)
+            probes.check_fits(
+                num_layers=len(caches), num_kv_heads=ranks.num_heads, head_dim=ranks.head_dim
+            )
+            queries = probes.queries[:, ranks.heads].contiguous().to(caches[0].device)
             probed = ProbedCache(queries=queries, rope=rope, scale=scale)
         table = None
         if use_kernels(caches[0].device):
@@ -141,7 +146,7 @@ class KeptTokens:
 
             if unusable(caches, layout, rank=1) is None:
                 table = CacheTable.of(caches)
-        return cls(caches=tuple(caches), layout=layout, probed=probed, table=table)
+        return cls(caches=tuple(caches), layout=layout, ranks=ranks, probed=probed, table=table)
 
     @torch.inference_mode()
     def keep(
@@ -221,10 +226,11 @@ class KeptTokens:
         if alike[0].plan.keep_score == "random":
             numbers = [[s.plan.evict_seed, s.fold] for s in alike]
             seeds, folds = async_tensor_h2d(numbers, device=device, dtype=torch.int64).T
-            heads, block_size = self.caches[0].shape[1:3]
             layers = torch.arange(len(self.caches), device=device)
-            num_candidates = candidates.shape[1] * block_size
-            return keep.random_scores(seeds, folds, layers, heads, num_candidates)
+            num_candidates = candidates.shape[1] * len(self.layout.key_index)
+            # Drawn for all heads, so that the ranks share out what one rank would draw.
+            sizes = self.ranks.num_heads, num_candidates
+            return keep.random_scores(seeds, folds, layers, *sizes)[:, :, self.ranks.heads]
         assert self.probed is not None, "checked with the request"
         newest = block_ids([s.request_id for s in alike], [s.newest() for s in alike])
         fold_at = async_tensor_h2d([s.at for s in alike], device=device, dtype=torch.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pte_vllm.engine.failures import with_failures
+from pte_vllm.engine.kept_records import to_record
 from pte_vllm.engine.sequences import IDENTITY_SLOT
 from pte_vllm.engine.thoughts import Thoughts
 from pte_vllm.method.kept_record import KeptRecord
@@ -100,7 +101,12 @@ class QueriesMixin:
         The device is waited for once, whatever their number.
         """
         self.model_runner._sync_device()
-        return [self.model_runner.pte_pool.take_kept(name) for name in names]
+        return self._of_all_heads([self.model_runner.pte_pool.take_kept(name) for name in names])
+
+    def _of_all_heads(self, records: list[KeptRecord | None]) -> list[KeptRecord | None]:
+        """Gather the records of the KV heads that lie here, and of those on other ranks."""
+        runner = self.model_runner
+        return runner.pte_ranks.gather_records(records, len(runner.pte_kept.caches))
 
     def pte_kept_folds(self, name: str, folds: int | None) -> dict[str, Any] | None:
         """Return what the first folds of a request kept; None if the request is unknown.
@@ -108,7 +114,10 @@ class QueriesMixin:
         Unlike `pte_kept` it tells this of every request that keeps tokens, and again and again.
         """
         thoughts = self._settled(name, with_state=False)
-        return None if thoughts is None else thoughts.kept_folds(folds)
+        if thoughts is None:
+            return None
+        (record,) = self._of_all_heads([to_record(thoughts.survivals[:folds])])
+        return {**thoughts.kept_folds(), "record": record}
 
     def _settled(self, name: str, *, with_state: bool = True) -> Thoughts | None:
         thoughts = self.model_runner.pte_pool.thoughts(name, with_state=with_state)

@@ -11,7 +11,6 @@ from pte_vllm.method.options import EngineConfig
 _REASONS = {
     "--speculative-config": "speculative decoding verifies several positions at once, across folds",
     "--pipeline-parallel-size": "pipeline parallelism: a stage would fold before the next reads",
-    "--tensor-parallel-size": "tensor parallelism: the encoder reads all KV heads of a layer",
     "--data-parallel-size": "data parallelism in one server: adapters in use and thoughts are "
     "known to one engine only; run servers of their own behind a router",
     "--decode-context-parallel-size": "decode context parallelism splits a sequence",
@@ -23,6 +22,7 @@ _REASONS = {
     "--weight-transfer-config": "the base model of a server does not change; push adapters with "
     "PUT /pte/v1/adapters/{name}, or have them loaded from a directory with POST "
     "/v1/load_lora_adapter",
+    "VLLM_LORA_ENABLE_DUAL_STREAM": "ranks add up A x, and two streams would mix up their sums",
     "--enable-dbo": "dual-batch overlap splits a step that has one set of gaps",
 }
 
@@ -54,7 +54,6 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
         {
             "--speculative-config": getattr(args, "speculative_config", None),
             "--pipeline-parallel-size": _more_than_one(args.pipeline_parallel_size),
-            "--tensor-parallel-size": _more_than_one(args.tensor_parallel_size),
             "--data-parallel-size": _more_than_one(args.data_parallel_size),
             "--decode-context-parallel-size": _more_than_one(args.decode_context_parallel_size),
             "--prefill-context-parallel-size": _more_than_one(args.prefill_context_parallel_size),
@@ -78,12 +77,13 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
     Raises:
         UnsupportedError: If an option is not supported; the message names the flag.
     """
+    from vllm import envs
+
     parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
     _refuse(
         {
             "--speculative-config": vllm_config.speculative_config,
             "--pipeline-parallel-size": _more_than_one(parallel.pipeline_parallel_size),
-            "--tensor-parallel-size": _more_than_one(parallel.tensor_parallel_size),
             "--data-parallel-size": _more_than_one(parallel.data_parallel_size),
             "--decode-context-parallel-size": _more_than_one(parallel.decode_context_parallel_size),
             "--prefill-context-parallel-size": _more_than_one(
@@ -93,6 +93,9 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
             "--kv-cache-dtype": _quantised(vllm_config.cache_config.cache_dtype),
             "--fully-sharded-loras": lora.fully_sharded_loras if lora is not None else False,
             "--enable-dbo": parallel.enable_dbo,
+            "VLLM_LORA_ENABLE_DUAL_STREAM": lora is not None
+            and parallel.tensor_parallel_size > 1
+            and envs.VLLM_LORA_ENABLE_DUAL_STREAM,
         }
     )
     model = vllm_config.model_config

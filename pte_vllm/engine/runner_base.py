@@ -33,6 +33,7 @@ from pte_vllm.engine.lora.install import install_views
 from pte_vllm.engine.lora.manager import PTELoRAManager
 from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.messages import PoolReport, SequenceStart, SnapshotOrders
+from pte_vllm.engine.ranks import Ranks
 from pte_vllm.engine.refusals import check_vllm_config
 from pte_vllm.engine.sequences import FoldingSequence, Snapshot
 from pte_vllm.engine.state import StatePool
@@ -76,6 +77,7 @@ class PTERunnerMixin(ABC):
             ),
             dtype=_state_dtype(self.lora_config),
         )
+        self.pte_ranks = Ranks.of(self.vllm_config)
         self.pte_snapshots: dict[bytes, Snapshot] = {}
         self.pte_report = PoolReport(usable_blocks=0, free_blocks=0)
         self.pte_check: FiniteCheck | None = None  # of the step whose tokens are being sampled
@@ -125,12 +127,14 @@ class PTERunnerMixin(ABC):
             caches={layer_of(name): layers[name].kv_cache for name in group.layer_names},
             layout=BlockLayout.probe(example),
             rope=self._find_rope(group.layer_names[0]),
+            ranks=self.pte_ranks,
         )
         caches, file = self.pte_evicted.caches, self.pte_engine.probes
         self.pte_kept = KeptTokens.of(
             [caches[layer] for layer in sorted(caches)],
             self.pte_evicted.layout,
             self.pte_evicted.rope,
+            ranks=self.pte_ranks,
             probes=None if file is None else Probes.load(file),
             scale=example.impl.scale,
         )
@@ -253,7 +257,7 @@ class PTERunnerMixin(ABC):
             rule=start.rule,
             loaded=self.lora_manager.encoder_of(lora) if lora is not None else None,
             probes=self.lora_manager.probes_of(lora) if lora is not None else None,
-            forced=start.kept,
+            forced=self.pte_ranks.share_of(start.kept, len(self.pte_kept.caches)),
             return_kept=start.return_kept,
         )
         if sequence.loaded is not None and sequence.rule is not None:

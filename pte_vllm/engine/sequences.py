@@ -29,6 +29,8 @@ class LoadedEncoder:
     config: PTEConfig
     layers: list[int]  # [L] indices of decoder layers, ascending
     encoder: LayerEncoder  # every tensor [L, ...]
+    narrowed: LayerEncoder | None = None
+    """The same, its projections narrowed to the KV heads of this rank; None: all lie here."""
 
     @cached_property
     def layer_index(self) -> Tensor:

@@ -23,7 +23,14 @@ from pte_vllm.method.held import as_read, held_sums, whole_sums
 from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.options import check_rule_fits
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.method.reference import UPDATE_RULES, Moments, Sums, moments, relative_update
+from pte_vllm.method.reference import (
+    UPDATE_RULES,
+    Moments,
+    Sums,
+    encode,
+    moments_of,
+    relative_update,
+)
 from pte_vllm.method.weight import weigh_state
 
 
@@ -213,16 +220,24 @@ class StatePool:
         self.sequences[request_id].return_kept = False
         return to_record(self.sequences[request_id].record())
 
-    def fold(self, sequences: list[FoldingSequence], k_e: Tensor, v_e: Tensor) -> None:
-        """Fold `K_e, V_e: [L, S, m, d_kv]` into S sequences of one adapter and one rule."""
+    def fold_projected(self, sequences: list[FoldingSequence], k: Tensor, v: Tensor) -> None:
+        """Fold into S sequences of one adapter and one rule.
+
+        Args:
+            sequences: The S sequences.
+            k: What `method.reference.multiply` makes of the keys that they fold, `[L, S, m, r]`.
+            v: The same of the values.
+        """
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
         encoder = loaded.encoder.map(lambda t: t[:, None])  # [L, 1, ...], over sequences
-        evicted = moments(encoder, k_e, v_e, with_kk=UPDATE_RULES[rule].reads_kk)
-        self.fold_moments(sequences, evicted)
+        keys, values = encode(encoder, k, v)
+        self.fold_moments(
+            sequences, moments_of(keys, values, with_kk=UPDATE_RULES[rule].reads_kk)
+        )
 
     def fold_moments(self, sequences: list[FoldingSequence], evicted: Moments) -> None:
-        """Do the same from sums over the keys and values, each `[L, S, r, r]`."""
+        """Do the same from sums over the encoded keys and values, each `[L, S, r, r]`."""
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
         assert all(s.loaded is loaded and s.rule == rule for s in sequences)

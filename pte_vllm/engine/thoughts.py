@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pte_vllm.engine.kept_records import to_record
 from pte_vllm.engine.request_ids import find_id
 from pte_vllm.method.blocks import HeldBlocks
 from pte_vllm.method.plan import FoldPlan
@@ -139,19 +138,14 @@ class Thoughts:
         }
         return save({"state": self.state.cpu().float().contiguous()}, metadata)
 
-    def kept_folds(self, folds: int | None) -> dict[str, Any]:
-        """Return what the first folds kept, for `GET /pte/v1/thoughts/{name}/kept`.
-
-        Args:
-            folds: How many folds; None, and more than there were: all so far.
-        """
+    def kept_folds(self) -> dict[str, Any]:
+        """Return what `GET /pte/v1/thoughts/{name}/kept` says beside the record of the folds."""
         return {
             "request_id": self.request_id,
             "status": "finished" if self.finished else "running",
             "num_tokens": self.num_tokens,
             "folds": len(self.survivals),
             "plan": asdict(self.plan),
-            "record": to_record(self.survivals[:folds]),
         }
 
     def events(self, since: int) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ Letters in shapes: L layers, H KV heads, C candidates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -56,6 +57,21 @@ def unpacked_on(data: Tensor, num_layers: int, num_heads: int, num_candidates: i
     """Unpack what `packed` made, unchecked and on its device, which nobody waits for."""
     count = num_layers * num_heads * num_candidates
     return _bits(data)[:count].view(num_layers, num_heads, num_candidates)
+
+
+def select_heads(data: bytes, num_layers: int, num_heads: int, heads: slice) -> bytes:
+    """Return the marks of some of the KV heads; C must be a multiple of 8, as that of blocks is."""
+    return _by_head(data, num_layers, num_heads)[:, heads].numpy().tobytes()
+
+
+def join_heads(parts: Sequence[bytes], num_layers: int, num_heads: int) -> bytes:
+    """Put marks together, of which each part has `num_heads` KV heads, to those of all heads."""
+    return torch.cat([_by_head(part, num_layers, num_heads) for part in parts], 1).numpy().tobytes()
+
+
+def _by_head(data: bytes, num_layers: int, num_heads: int) -> Tensor:
+    """View packed marks as `[L, H, C / 8]` uint8."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(num_layers, num_heads, -1)
 
 
 def _bits(data: Tensor) -> Tensor:

@@ -85,9 +85,21 @@ def feature_map(x: Tensor, features: str) -> Tensor:
 
 def project(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> tuple[Tensor, Tensor]:
     """Encode keys and values: `φ(K_e W_Kᵀ + b_K)` and `V_e W_Vᵀ + b_V`, each `[*, m, r]`."""
-    k = feature_map(k_e @ encoder.w_k.mT + encoder.b_k[..., None, :], encoder.features)
-    v = v_e @ encoder.w_v.mT + encoder.b_v[..., None, :]
-    return k, v
+    return encode(encoder, *multiply(encoder, k_e, v_e))
+
+
+def multiply(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `K_e W_Kᵀ` and `V_e W_Vᵀ`, each `[*, m, r]`: sums over heads, which may be shared out.
+
+    An encoder whose projections are narrowed to some heads gives the share of those.
+    """
+    return k_e @ encoder.w_k.mT, v_e @ encoder.w_v.mT
+
+
+def encode(encoder: LayerEncoder, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode what `multiply` returns, over all heads: `φ(k + b_K)` and `v + b_V`."""
+    keys = feature_map(k + encoder.b_k[..., None, :], encoder.features)
+    return keys, v + encoder.b_v[..., None, :]
 
 
 @dataclass(frozen=True)
@@ -101,8 +113,12 @@ class Moments:
 
 def moments(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, *, with_kk: bool) -> Moments:
     """Sum up kᵀv, and kᵀk if asked, of the encoded `k_e, v_e: [*, m, d_kv]`."""
-    k, v = project(encoder, k_e, v_e)
-    return Moments(kv=k.mT @ v, kk=k.mT @ k if with_kk else None, num_tokens=k_e.shape[-2])
+    return moments_of(*project(encoder, k_e, v_e), with_kk=with_kk)
+
+
+def moments_of(k: Tensor, v: Tensor, *, with_kk: bool) -> Moments:
+    """Sum up kᵀv, and kᵀk if asked, of keys and values as `encode` returns them, `[*, m, r]`."""
+    return Moments(kv=k.mT @ v, kk=k.mT @ k if with_kk else None, num_tokens=k.shape[-2])
 
 
 def contribution_of(encoder: LayerEncoder, evicted: Moments) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pte_vllm.engine.folding import EvictedBlocks
+from pte_vllm.engine.ranks import Ranks
 from pte_vllm.engine.sequences import LoadedEncoder
 from pte_vllm.engine.state import StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
@@ -55,6 +56,7 @@ def test_folds_agree_and_never_wait(
         caches=caches,
         layout=plain_layout(case.block_size, case.dim, "cuda"),
         rope=rope_table(case.dim, 1000, "cuda"),
+        ranks=Ranks(num_heads=case.heads, head_dim=case.dim),
     )
     pool, loaded = _pool(rule, case.rank)
     plan = FoldPlan(pin_tokens=16, window_tokens=64, block_size=case.block_size)
@@ -93,6 +95,7 @@ def _reference(
         caches={layer: cache.cpu() for layer, cache in caches.items()},
         layout=plain_layout(size, dim, "cpu"),
         rope=rope_table(dim, 1000, "cpu"),
+        ranks=Ranks(num_heads=SMALL[0].heads, head_dim=dim),
     )
     plan = FoldPlan(pin_tokens=16, window_tokens=64, block_size=size)
     sequences = [pool.start(str(i), plan, loaded=moved) for i in range(2)]

@@ -19,6 +19,7 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 from vllm.v1.executor import Executor  # noqa: E402
 
+from pte_vllm.engine.cpu_defaults import share_cores  # noqa: E402
 from pte_vllm.method.kept_record import KeptRecord  # noqa: E402
 from pte_vllm.method.options import EngineConfig  # noqa: E402
 from pte_vllm.method.plan import FoldPlan  # noqa: E402
@@ -98,6 +99,8 @@ class Engine:
         num_blocks: blocks of the pool, vLLM's null block not counted.
         pte: False starts vLLM as it is.
         async_scheduling: forced on; vLLM's CPU platform turns it off.
+        ranks: `--tensor-parallel-size`; more than one run in processes of their own, into which
+            `worker` and `runner` cannot look.
         vllm_args: any of vLLM's engine arguments.
     """
 
@@ -115,6 +118,7 @@ class Engine:
         num_blocks: int = 400,
         pte: bool = True,
         async_scheduling: bool = False,
+        ranks: int = 1,
         lora_rank: int | None = None,
         **vllm_args: Any,
     ) -> None:
@@ -140,6 +144,7 @@ class Engine:
             "kv_cache_memory_bytes": 2**30,
             "enforce_eager": True,
             "disable_log_stats": True,
+            "tensor_parallel_size": ranks,
             **(engine_args(engine_config) if pte else {}),
             **(
                 {"enable_lora": True, "max_lora_rank": lora_rank, "max_loras": 4}
@@ -148,6 +153,8 @@ class Engine:
             ),
             **vllm_args,
         }
+        cores = sorted(os.sched_getaffinity(0))
+        share_cores(os.environ, ranks=ranks, cores=cores, nodes=1)
         config = EngineArgs(**args).create_engine_config()
         if async_scheduling:
             config.scheduler_config.async_scheduling = True
@@ -175,6 +182,10 @@ class Engine:
     def runner(self) -> Any:
         return self.worker.model_runner
 
+    def ask(self, method: str, *args: Any) -> Any:
+        """Ask all workers, as the API server does, and return what the first says."""
+        return self.core.model_executor.collective_rpc(method, args=args)[0]
+
     def run(
         self, jobs: Iterable[Job], on_step: Callable[[int, list[str]], None] | None = None
     ) -> list[Job]:
@@ -199,7 +210,7 @@ class Engine:
         self.settle()
         for request_id, job in by_id.items():
             if job.keeps:
-                job.kept = self.runner.pte_pool.records.take(request_id) or ()
+                job.kept = self.ask("pte_kept", [request_id])[0] or ()
                 job.probes = self.probes
         return jobs
 
@@ -239,10 +250,10 @@ class Engine:
         self.settle()
         report = self.scheduler.pte_pool_report()
         self.scheduler.pte_check_integrity()
-        counts = self.worker.pte_check_integrity()
         assert report.free_blocks == report.usable_blocks, report
         assert not self.scheduler.pte_plans
-        assert counts["sequences"] == counts["slots_in_use"] == 0, counts
+        for counts in self.core.model_executor.collective_rpc("pte_check_integrity"):
+            assert counts["sequences"] == counts["slots_in_use"] == 0, counts
 
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory

@@ -56,6 +56,7 @@ def count(layers: int, seqs: int) -> dict[str, int]:
     import triton
 
     from pte_vllm.engine.keeping import KeptTokens, Selection
+    from pte_vllm.engine.ranks import Ranks
     from pte_vllm.engine.sequences import FoldingSequence
     from pte_vllm.kernels.fold_triton import CacheTable
     from pte_vllm.kernels.keep_torch import ProbedCache
@@ -70,6 +71,7 @@ def count(layers: int, seqs: int) -> dict[str, int]:
     kept = KeptTokens(
         caches=caches,
         layout=plain_layout(16, 64, "cpu"),
+        ranks=Ranks(num_heads=2, head_dim=64),
         probed=probed,
         table=CacheTable.of(caches),
     )

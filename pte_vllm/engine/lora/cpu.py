@@ -164,11 +164,9 @@ class CPULayerPunica(OpaquePunicaView):
     def add(self, y: Tensor, x: Tensor) -> None:
         """Do the work of `add_lora_linear`; torch.compile does not look into it."""
         tokens = self._tokens
-        if tokens.groups is None:
-            tokens.groups = _group_by_adapter(self._wrapper.token_lora_indices)
         same_dtype = x.dtype == y.dtype == self._states.dtype == self._a_stacked[0].dtype
         states = self._states if tokens.any else None
-        for index, rows in tokens.groups:
+        for index, rows in self._groups():
             if self._library is None or not same_dtype:
                 self._add_by_slice(y, x, *self._weights(index), rows)
                 continue
@@ -181,6 +179,12 @@ class CPULayerPunica(OpaquePunicaView):
                 part = y[rows]
                 packed.add(part, x[rows], states, self._squared, tokens.slots[rows])
                 y[rows] = part
+
+    def _groups(self) -> list[tuple[int, Tensor | None]]:
+        """Return the step's tokens of each adapter, which the first layer of a step finds."""
+        if self._tokens.groups is None:
+            self._tokens.groups = _group_by_adapter(self._wrapper.token_lora_indices)
+        return self._tokens.groups
 
     def _weights(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
         """Return A `[R, d_in]` and B `[d, R]` of each slice, of the adapter in a slot of vLLM's."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from pte_vllm.engine.lora import operators
 from pte_vllm.engine.lora.punica_view import PunicaView
 from pte_vllm.engine.lora.slots import TokenSlots
+from pte_vllm.engine.ranks import Ranks
 from pte_vllm.kernels.choice import use_kernels
 from pte_vllm.kernels.modulate import modulate_slices, modulate_tokens
 
@@ -39,13 +40,27 @@ class CUDALayerPunica(PunicaView):
         states: The states of the layer, `[slots, R, R]`, as they are multiplied from the right.
         squared: Whether A x is squared first for a slot, `[slots]` bool; see `kernels.modulate`.
         tokens: Which state each token of the step uses.
+        ranks: Those that share out the inputs of the linear; None where each has all of them.
     """
 
-    def __init__(self, wrapper: Any, states: Tensor, squared: Tensor, tokens: TokenSlots) -> None:
+    def __init__(
+        self,
+        wrapper: Any,
+        states: Tensor,
+        squared: Tensor,
+        tokens: TokenSlots,
+        ranks: Ranks | None = None,
+    ) -> None:
         super().__init__(wrapper)
+        self._ranks = ranks
         self._states, self._squared = states, squared
         self._tokens = tokens
         self._modulate_ = _modulate_ if use_kernels(states.device) else modulate_slices
+
+    @property
+    def _adds(self) -> bool:
+        """Whether this rank adds B's part, which all would make alike: the first one does."""
+        return self._ranks is None or self._ranks.rank == 0
 
     def add_lora_linear(
         self,
@@ -74,7 +89,11 @@ class CUDALayerPunica(PunicaView):
             (len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device
         )
         self._wrapper.add_shrink(buffer, x, lora_a_stacked, scale)
+        if self._ranks is not None:
+            buffer = self._ranks.sum_inputs(buffer)
         self._modulate_(buffer, self._states, self._squared, self._tokens.slots)
+        if not self._adds:
+            return
         self._wrapper.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs)
 
     def _add_in_fp32(
@@ -96,7 +115,10 @@ class CUDALayerPunica(PunicaView):
             mine, offset = (indices == adapter)[:, None], 0
             for a, b in zip(lora_a_stacked, lora_b_stacked, strict=True):
                 shrunk = x @ a[adapter, 0].mT
+                if self._ranks is not None:
+                    shrunk = self._ranks.sum_inputs(shrunk)
                 shrunk = modulate_tokens(shrunk, self._states, self._squared, slots)
-                out = y[:, offset : offset + b.size(2)]
-                out += torch.where(mine, shrunk @ b[adapter, 0].mT, 0.0)
+                if self._adds:
+                    out = y[:, offset : offset + b.size(2)]
+                    out += torch.where(mine, shrunk @ b[adapter, 0].mT, 0.0)
                 offset += b.size(2)

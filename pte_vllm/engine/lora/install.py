@@ -14,12 +14,14 @@ from torch import Tensor
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
     LogitsProcessorWithLoRA,
+    RowParallelLinearWithLoRA,
     VocabParallelEmbeddingWithLoRA,
 )
 
 from pte_vllm.adapter.files import layer_of
 from pte_vllm.engine.huge_pages import Arena
 from pte_vllm.engine.lora.cpu import CPULayerPunica, load_native
+from pte_vllm.engine.lora.cpu_row import CPURowPunica
 from pte_vllm.engine.lora.cuda import CUDALayerPunica
 from pte_vllm.engine.lora.manager import PTELoRAManager
 from pte_vllm.engine.lora.operators import as_operator
@@ -88,15 +90,21 @@ def install_views(
             continue
         layer, wrapper = layer_of(name), module.punica_wrapper
         view: PunicaView
+        shares_inputs = isinstance(module, RowParallelLinearWithLoRA) and module.tp_size > 1
         if layer is not None and on_cpu:
             # vLLM looks it up eight times a call, through a `__getattr__` in Python.
             module.__dict__["base_layer"] = module.base_layer
-            view = CPULayerPunica(
-                *(module, pool.states[layer], pool.squared, tokens),
-                *(manager.loaded_in, library, arena),
-            )
+            about = (module, pool.states[layer], pool.squared, tokens)
+            compiled = manager.loaded_in, library, arena
+            if shares_inputs:
+                view = CPURowPunica(*about, *compiled, ranks=manager.ranks)
+            else:
+                view = CPULayerPunica(*about, *compiled)
         elif layer is not None:
-            view = CUDALayerPunica(wrapper, pool.states[layer], pool.squared, tokens)
+            view = CUDALayerPunica(
+                *(wrapper, pool.states[layer], pool.squared, tokens),
+                ranks=manager.ranks if shares_inputs else None,
+            )
         elif skips_unused and isinstance(
             module, LogitsProcessorWithLoRA | VocabParallelEmbeddingWithLoRA
         ):

@@ -19,6 +19,7 @@ from pte_vllm.adapter.files import AdapterError
 from pte_vllm.adapter.for_engine import load_for_engine
 from pte_vllm.adapter.format import Adapter, ModelShape, own_probes
 from pte_vllm.adapter.numbers import check_lora
+from pte_vllm.engine.ranks import Ranks
 from pte_vllm.engine.sequences import LoadedEncoder
 from pte_vllm.method.options import EngineConfig
 
@@ -33,6 +34,8 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._shape = ModelShape.from_hf(vllm_config.model_config.hf_config.get_text_config())
+        self.ranks = Ranks.of(vllm_config)
+        """Those that load adapters together with this one."""
         self._encoders: dict[int, LoadedEncoder] = {}
         self._probes: dict[int, Tensor] = {}  # of adapters that bring some, [L, H, n, D]
         engine = EngineConfig.from_vllm(vllm_config)
@@ -63,6 +66,24 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         return adapter_id, None if adapter_id is None else self._loads.get(adapter_id)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        """Load an adapter on all ranks, or on none: what one could not read, no rank has.
+
+        Ranks that disagreed about what is loaded would wait for each other forever.
+        """
+        model, error = None, None
+        try:
+            model = self._load_here(lora_request)
+        except Exception as caught:
+            error = caught
+        reasons = [r for r in self.ranks.gather(None if error is None else str(error)) if r]
+        if error is not None:
+            raise error
+        if reasons:
+            raise AdapterError(f"another rank could not load it: {reasons[0]}")
+        assert model is not None
+        return model
+
+    def _load_here(self, lora_request: LoRARequest) -> LoRAModel:
         adapter_id, path = (
             lora_request.lora_int_id,
             get_adapter_absolute_path(lora_request.lora_path),
@@ -91,10 +112,12 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
         if adapter is None or adapter.pte is None:
             self._plain.add(adapter_id)
         else:
+            encoder = adapter.stacked_encoder().map(lambda t: t.to(self.device))
             self._encoders[adapter_id] = LoadedEncoder(
                 config=adapter.pte,
                 layers=adapter.layers,
-                encoder=adapter.stacked_encoder().map(lambda t: t.to(self.device)),
+                encoder=encoder,
+                narrowed=self.ranks.narrow(encoder),
             )
         return model
 
@@ -111,7 +134,8 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
             return
         probes = adapter.probes if adapter is not None else own_probes(path, self._shape)
         if probes is not None:
-            self._probes[adapter_id] = probes.queries.to(self.device)
+            here = probes.queries[:, self.ranks.heads].contiguous()
+            self._probes[adapter_id] = here.to(self.device)
 
     def _in_fp32_on_gpu(self) -> bool:
         fp32 = self.lora_config.lora_dtype == torch.float32
@@ -153,10 +177,13 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
             self._adapter_manager.set_adapter_mapping(mapping)
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
-        # First those that are there, so that loading the others drops none that the step needs.
-        there = self.list_adapters()
-        super()._apply_adapters({r for r in lora_requests if r.lora_int_id in there})
-        for request in lora_requests:
+        # First those that are there, so that loading the others drops none that the step needs. In
+        # an order that is the same on all ranks, which load, and drop, together.
+        there, requests = self.list_adapters(), sorted(lora_requests, key=lambda r: r.lora_int_id)
+        for request in requests:
+            if request.lora_int_id in there:
+                self.add_adapter(request)
+        for request in requests:
             self._load_in_step(request)
 
     def _without_failed(self, ids: tuple[int, ...]) -> tuple[int, ...]:
