@@ -57,11 +57,13 @@ def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, p
     num_prompt_tokens = len(prompt)
     _check_allowed(params)
     adapter = (lora.lora_name, lora.lora_path) if lora is not None else None
-    if options.state_id is not None:
-        earlier = EARLIER.get(options.state_id)
+    if (state_id := options.state_id) is not None:
+        earlier = EARLIER.get(state_id)
         rule = _adapter_rule(request) if options.rule is not None else None
         earlier.check(options, adapter=adapter, adapter_rule=rule, prompt=prompt)
         options = earlier.apply(options)
+        if request.data_parallel_rank is None:  # to the engine that has its state
+            request.data_parallel_rank = EARLIER.engine_of(state_id)
         others = {k: v for k, v in params.extra_args.items() if k not in REQUEST_OPTIONS}
         params.extra_args = {**others, **options.to_args()}
     plan = options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=cache.block_size)
@@ -74,7 +76,8 @@ def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, p
     if plan.bounded and request.resumable:
         raise ValueError("streaming input sessions need full attention: send pte_window 0")
     longest = min(num_prompt_tokens + params.max_tokens, vllm_config.model_config.max_model_len)
-    peak, usable = plan.peak_blocks(longest), (cache.num_gpu_blocks or 0) - 1
+    pool = (cache.num_gpu_blocks or 0) // _num_engines(vllm_config.parallel_config)
+    peak, usable = plan.peak_blocks(longest), pool - 1  # block 0 is vLLM's null block
     if usable > 0 and peak > usable:
         raise ValueError(
             f"the request may hold {peak} KV cache blocks, but the pool has {usable}; lower "
@@ -101,9 +104,16 @@ def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, p
     EARLIER.add(request.request_id, continued)
 
 
+def _num_engines(parallel: Any) -> int:
+    """Return how many engines this process sends requests to; vLLM adds up their blocks."""
+    local_only = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
+    count: int = parallel.data_parallel_size_local if local_only else parallel.data_parallel_size
+    return max(1, count)
+
+
 def _check_kept(record: KeptRecord, plan: FoldPlan, vllm_config: Any) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    sizes = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+    sizes = model.get_num_layers(parallel), model.get_total_num_kv_heads()
     try:
         marks_of(record, plan, *sizes)
     except ValueError as error:

@@ -227,9 +227,7 @@ def _choose_for_cpu(args: Namespace, model: str, default_utilization: float) -> 
     cores = choose_reserved_cores(os.environ, len(os.sched_getaffinity(0)))
     lines += [cores] if cores is not None else []
     ranks, nodes = _local_ranks(args), len(get_visible_memory_node())
-    bound = share_cores(
-        os.environ, ranks=ranks, cores=sorted(os.sched_getaffinity(0)), nodes=nodes
-    )
+    bound = share_cores(os.environ, ranks=ranks, cores=sorted(os.sched_getaffinity(0)), nodes=nodes)
     lines += [bound] if bound is not None else []
     sized = args.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if args.gpu_memory_utilization is None and not sized:
@@ -253,9 +251,10 @@ def _choose_for_cpu(args: Namespace, model: str, default_utilization: float) -> 
 
 
 def _local_ranks(args: Namespace) -> int:
-    """Return how many workers this machine runs for one engine."""
+    """Return how many workers this machine runs, of all engines."""
     ranks: int = args.tensor_parallel_size * args.pipeline_parallel_size
-    return max(1, ranks // (args.nnodes or 1))
+    engines: int = args.data_parallel_size_local or args.data_parallel_size
+    return max(1, ranks // (args.nnodes or 1)) * max(1, engines)
 
 
 def _allow_plugins(environ: Any) -> None:

@@ -43,10 +43,6 @@ BOUNDED_ROUTES = (
 """Routes of vLLM whose bodies are bounded as those of ours are."""
 
 
-def _engine(request: Request) -> EngineClient:
-    return service(request).engine
-
-
 def _kv_bytes_per_token(config: VllmConfig) -> int:
     """Return what the keys and values of one token weigh in all layers, on all devices."""
     model, parallel = config.model_config, config.parallel_config
@@ -72,6 +68,8 @@ async def info(request: Request) -> dict[str, Any]:
             "keep_tokens": engine.keep_tokens,
             "keep_score": engine.keep_score,
         },
+        "engines": state.engines.count,
+        "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "kv_bytes_per_token": _kv_bytes_per_token(config),
         "reserve_windows": engine.reserve_windows,
@@ -90,7 +88,7 @@ async def info(request: Request) -> dict[str, Any]:
 @router.get("/requests")
 async def requests(request: Request) -> dict[str, Any]:
     """List running and recently finished requests: tokens, folds and KV blocks; see docs/api.md."""
-    return (await _engine(request).collective_rpc("pte_requests"))[0]
+    return await service(request).engines.requests()
 
 
 class PTEEndpointPlugin:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Generic, TypeVar
 
-from vllm.engine.protocol import EngineClient
+from pte_vllm.server.engines import Engines
 
 Answer = TypeVar("Answer")
 
@@ -18,12 +18,12 @@ class FinishedReader(Generic[Answer]):
     """Reads one thing about requests; one question at a time is under way, however many ask.
 
     Args:
-        engine: the engine that ran them.
+        engines: the engines that ran them.
         method: the worker's method, which takes the names of requests and answers for each.
     """
 
-    def __init__(self, engine: EngineClient, method: str) -> None:
-        self._engine, self._method = engine, method
+    def __init__(self, engines: Engines, method: str) -> None:
+        self._engines, self._method = engines, method
         self._waiting: list[tuple[str, asyncio.Future[Answer | None]]] = []
         self._asking: asyncio.Task[None] | None = None
 
@@ -40,7 +40,7 @@ class FinishedReader(Generic[Answer]):
             batch, self._waiting = self._waiting, []
             names = [name for name, _ in batch]
             try:
-                (found,) = await self._engine.collective_rpc(self._method, args=(names,))
+                found = await self._engines.each(self._method, names)
             except Exception as error:
                 for _, answer in batch:
                     if not answer.done():  # its client has left

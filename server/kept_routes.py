@@ -15,7 +15,7 @@ from pte_vllm.method.kept_positions import held_by, positions_at
 from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.server.service import Service, service
-from pte_vllm.server.thought_routes import call_worker, known
+from pte_vllm.server.thought_routes import known
 
 router = APIRouter()
 
@@ -42,7 +42,7 @@ async def get_kept(
             raise HTTPException(
                 400, f"{name} is {given}, and this model has {size}: they count from 0"
             )
-    found = known(id, await call_worker(state, "pte_kept_folds", id, fold))
+    found = known(id, await state.engines.find("pte_kept_folds", id, fold))
     plan = FoldPlan(**found["plan"])
     if not plan.keep_tokens:
         raise HTTPException(
@@ -94,7 +94,7 @@ def _sizes(state: Service) -> tuple[int, int]:
     """Return the number of layers, and of KV heads in each."""
     config = state.engine.vllm_config
     model, parallel = config.model_config, config.parallel_config
-    return model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+    return model.get_num_layers(parallel), model.get_total_num_kv_heads()
 
 
 def _tell(

@@ -65,8 +65,7 @@ class ServiceCollector(Collector):
     async def _ask(self, service: Service) -> None:
         try:
             if not service.engine.errored:
-                # All ranks fold alike: one is enough.
-                self._totals = (await service.engine.collective_rpc("pte_counters"))[0]
+                self._totals = await service.engines.counters()
                 self._at = time.monotonic()
         except Exception as error:  # a dead engine must not take its metrics along
             logger.warning("/metrics: the worker did not answer: %s", error)

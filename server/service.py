@@ -17,6 +17,7 @@ from pte_vllm.server.adapters.registry import AdapterRegistry
 from pte_vllm.server.adapters.resolving import Resolving
 from pte_vllm.server.adapters.spool import Spool
 from pte_vllm.server.early import open_spool
+from pte_vllm.server.engines import Engines
 from pte_vllm.server.failures import say_why
 from pte_vllm.server.finished import FinishedReader
 from pte_vllm.server.options import ServiceConfig
@@ -35,6 +36,7 @@ class Service:
     """Holds the engine, its options, and the adapters that were pushed."""
 
     engine: EngineClient
+    engines: Engines
     config: EngineConfig
     spool: Spool
     registry: AdapterRegistry
@@ -62,19 +64,23 @@ def make_service(
     refusal = None
     if engine.vllm_config.lora_config is None:
         refusal = "this server takes no adapters: start it with --enable-lora"
-    registry = AdapterRegistry(engine, models, spool, keep=options.keep_versions, refusal=refusal)
+    engines = Engines(engine)
+    registry = AdapterRegistry(
+        *(engine, engines, models, spool), keep=options.keep_versions, refusal=refusal
+    )
     if refusal is None:
-        Loads(models, registry, keep=options.keep_loaded).install()
+        Loads(models, registry, engines, keep=options.keep_loaded).install()
         Resolving(models).install()
     say_why(engine)
     return Service(
         engine=engine,
+        engines=engines,
         config=config,
         spool=spool,
         registry=registry,
         admission=Admission(options.max_rollouts),
-        rho=FinishedReader(engine, "pte_rho"),
-        kept=FinishedReader(engine, "pte_kept"),
+        rho=FinishedReader(engines, "pte_rho"),
+        kept=FinishedReader(engines, "pte_kept"),
         written=Written(engine, max_count=config.keep_thoughts),
     )
 

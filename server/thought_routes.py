@@ -37,8 +37,10 @@ async def get_thoughts(
     """Tell folds, ‖S‖ per layer and ρ per fold of a running or recent request; or send S itself."""
     state = service(request)
     if format == "json":
-        return JSONResponse(known(id, await call_worker(state, "pte_thoughts", id)))
-    is_known, content = await call_worker(state, "pte_thoughts_file", id)
+        return JSONResponse(known(id, await state.engines.find("pte_thoughts", id)))
+    is_known, content = await state.engines.find(
+        "pte_thoughts_file", id, unknown=lambda answer: not answer[0]
+    )
     known(id, is_known or None)
     if content is None:
         raise HTTPException(
@@ -53,10 +55,10 @@ async def get_thoughts(
 async def delete_thoughts(id: str, request: Request) -> dict[str, str]:
     """Forget a finished request; one that runs gets 409."""
     state, deadline = service(request), time.monotonic() + SETTLE_S
-    outcome = await call_worker(state, "pte_thoughts_forget", id)
+    outcome = await state.engines.find("pte_thoughts_forget", id)
     while outcome == "running" and time.monotonic() < deadline:
         await asyncio.sleep(SETTLE_S / 10)
-        outcome = await call_worker(state, "pte_thoughts_forget", id)
+        outcome = await state.engines.find("pte_thoughts_forget", id)
     if known(id, outcome) == "running":
         raise HTTPException(409, f"request {id} is running; abort it first")
     EARLIER.forget(id)  # of n choices, all
@@ -68,7 +70,7 @@ async def delete_thoughts(id: str, request: Request) -> dict[str, str]:
 async def thought_events(id: str, request: Request) -> Response:
     """Send an event for each fold, those so far included, and `end` when the request finishes."""
     state = service(request)
-    first = known(id, await call_worker(state, "pte_fold_events", id, 0))
+    first = known(id, await state.engines.find("pte_fold_events", id, 0))
     if state.listeners.count >= MAX_LISTENERS:
         return too_many(f"{MAX_LISTENERS} clients follow thoughts already")
     state.listeners.count += 1
@@ -104,7 +106,7 @@ async def _events(state: Service, report: dict[str, Any]) -> AsyncIterator[bytes
             spoken = time.monotonic()
             yield format_sse_event(comment="running")
         await asyncio.sleep(POLL_S)
-        found = await call_worker(state, "pte_fold_events", request_id, folds)
+        found = await state.engines.find("pte_fold_events", request_id, folds)
         if found is None:  # finished, and forgotten since
             break
         report = found
@@ -113,11 +115,6 @@ async def _events(state: Service, report: dict[str, Any]) -> AsyncIterator[bytes
 
 def _event(name: str, data: dict[str, Any]) -> bytes:
     return format_sse_event(event=name, data_str=json.dumps(data, separators=(",", ":")))
-
-
-async def call_worker(state: Service, method: str, *args: Any) -> Any:
-    """Return what a method of the worker answers; all ranks fold alike, and the first is told."""
-    return (await state.engine.collective_rpc(method, args=args))[0]
 
 
 def known(name: str, found: Any) -> Any:

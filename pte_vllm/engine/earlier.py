@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pte_vllm.engine.request_ids import find_external
+from pte_vllm.engine.request_ids import find_external, find_id
 from pte_vllm.method.names import Evict, KeepScore
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.requests import RequestOptions
@@ -134,6 +134,19 @@ class EarlierRequests:
 
     def __init__(self) -> None:
         self._by_id: OrderedDict[str, EarlierRequest] = OrderedDict()
+        self._engines: OrderedDict[str, int] = OrderedDict()
+
+    def place(self, request_id: str, engine: int) -> None:
+        """Note which engine got a request, by the engine's id; of one engine nobody has to know."""
+        self._engines[request_id] = engine
+        self._engines.move_to_end(request_id)
+        if len(self._engines) > MAX_EARLIER:
+            self._engines.popitem(last=False)
+
+    def engine_of(self, name: str) -> int | None:
+        """Return which engine got the newest request that a client calls `name`; None without."""
+        request_id = find_id(name, self._engines)
+        return None if request_id is None else self._engines[request_id]
 
     def add(self, request_id: str, request: EarlierRequest) -> None:
         """Remember a request that was accepted, unless it was only to be checked."""

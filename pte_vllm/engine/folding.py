@@ -93,9 +93,7 @@ class EvictedBlocks:
             k_e, v_e = read_evicted(caches, self.layout, block_ids[part], positions[part], rope)
             pool.fold_projected(sequences[part], *self._projected(loaded, k_e, v_e))
 
-    def _projected(
-        self, loaded: LoadedEncoder, k_e: Tensor, v_e: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _projected(self, loaded: LoadedEncoder, k_e: Tensor, v_e: Tensor) -> tuple[Tensor, Tensor]:
         """Multiply `[L, S, m, d_kv]`, the numbers of the heads here, and add up over the ranks."""
         encoder = loaded.narrowed or loaded.encoder
         k, v = multiply(encoder.map(lambda t: t[:, None]), k_e, v_e)

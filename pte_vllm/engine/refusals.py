@@ -8,11 +8,17 @@ from typing import Any
 
 from pte_vllm.method.options import EngineConfig
 
+_ROUTER = "servers that balance outside share no adapters: run servers of their own behind a router"
+
 _REASONS = {
     "--speculative-config": "speculative decoding verifies several positions at once, across folds",
     "--pipeline-parallel-size": "pipeline parallelism: a stage would fold before the next reads",
-    "--data-parallel-size": "data parallelism in one server: adapters in use and thoughts are "
-    "known to one engine only; run servers of their own behind a router",
+    "--data-parallel-size": "engines of a mixture of experts wait for each other in every step, "
+    "which has not been tried with folds",
+    "--data-parallel-rank": _ROUTER,
+    "--data-parallel-external-lb": _ROUTER,
+    "--data-parallel-hybrid-lb": _ROUTER,
+    "--data-parallel-multi-port-external-lb": _ROUTER,
     "--decode-context-parallel-size": "decode context parallelism splits a sequence",
     "--prefill-context-parallel-size": "prefill context parallelism splits a sequence",
     "--kv-transfer-config": "KV connectors move blocks without the thought state",
@@ -44,6 +50,12 @@ def _more_than_one(value: Any) -> int:
     return value if isinstance(value, int) and value > 1 else 0
 
 
+def _given(args: Namespace, name: str) -> str:
+    """Return a flag's value in words; empty where it was not given."""
+    value = getattr(args, name, None)
+    return "" if value is None or value is False else str(value)
+
+
 def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
     """Refuse what the command line alone shows, before anything is loaded.
 
@@ -54,7 +66,12 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
         {
             "--speculative-config": getattr(args, "speculative_config", None),
             "--pipeline-parallel-size": _more_than_one(args.pipeline_parallel_size),
-            "--data-parallel-size": _more_than_one(args.data_parallel_size),
+            "--data-parallel-rank": _given(args, "data_parallel_rank"),
+            "--data-parallel-external-lb": _given(args, "data_parallel_external_lb"),
+            "--data-parallel-hybrid-lb": _given(args, "data_parallel_hybrid_lb"),
+            "--data-parallel-multi-port-external-lb": _given(
+                args, "data_parallel_multi_port_external_lb"
+            ),
             "--decode-context-parallel-size": _more_than_one(args.decode_context_parallel_size),
             "--prefill-context-parallel-size": _more_than_one(args.prefill_context_parallel_size),
             "--kv-transfer-config": getattr(args, "kv_transfer_config", None),
@@ -84,7 +101,9 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
         {
             "--speculative-config": vllm_config.speculative_config,
             "--pipeline-parallel-size": _more_than_one(parallel.pipeline_parallel_size),
-            "--data-parallel-size": _more_than_one(parallel.data_parallel_size),
+            "--data-parallel-size": _more_than_one(parallel.data_parallel_size)
+            if vllm_config.model_config.is_moe
+            else 0,
             "--decode-context-parallel-size": _more_than_one(parallel.decode_context_parallel_size),
             "--prefill-context-parallel-size": _more_than_one(
                 parallel.prefill_context_parallel_size

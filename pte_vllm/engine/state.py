@@ -232,9 +232,7 @@ class StatePool:
         assert loaded is not None and rule is not None
         encoder = loaded.encoder.map(lambda t: t[:, None])  # [L, 1, ...], over sequences
         keys, values = encode(encoder, k, v)
-        self.fold_moments(
-            sequences, moments_of(keys, values, with_kk=UPDATE_RULES[rule].reads_kk)
-        )
+        self.fold_moments(sequences, moments_of(keys, values, with_kk=UPDATE_RULES[rule].reads_kk))
 
     def fold_moments(self, sequences: list[FoldingSequence], evicted: Moments) -> None:
         """Do the same from sums over the encoded keys and values, each `[L, S, r, r]`."""

@@ -15,6 +15,8 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 from vllm.logger import init_logger
 
+from pte_vllm.server.engines import Engines
+
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
 _NUMBERED = re.compile(r"(?P<family>.+)-v(?P<number>\d+)")
@@ -42,14 +44,21 @@ class Families:
 
     Args:
         models: vLLM's list. It must be ready to unload by vLLM's own method.
+        engines: those that know what adapters requests use.
         keep: how many of a family stay; 0 keeps all.
         rollouts: returns how many rollouts and scores run on an adapter.
     """
 
     def __init__(
-        self, models: OpenAIServingModels, *, keep: int, rollouts: Callable[[str], int]
+        self,
+        models: OpenAIServingModels,
+        engines: Engines,
+        *,
+        keep: int,
+        rollouts: Callable[[str], int],
     ) -> None:
-        self._models, self._keep, self._rollouts = models, keep, rollouts
+        self._models, self._engines = models, engines
+        self._keep, self._rollouts = keep, rollouts
         self._unload = models.unload_lora_adapter
         self._fixed = frozenset(models.lora_requests)  # what the server was started with stays
 
@@ -62,7 +71,7 @@ class Families:
         old = [n for n in surplus(by_path, name, self._keep) if n not in self._fixed]
         if not old:
             return
-        report = (await self._models.engine_client.collective_rpc("pte_requests"))[0]
+        report = await self._engines.requests()
         for candidate in old:
             if candidate in report["adapters_in_use"] or self._rollouts(candidate):
                 continue

@@ -8,9 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from vllm.engine.protocol import EngineClient
-
 from pte_vllm.server.adapters.spool import Spool, Version
+from pte_vllm.server.engines import Engines
 from pte_vllm.server.metrics import delete_adapter_series
 
 GRACE_S = 10.0
@@ -26,13 +25,13 @@ class AdapterUse:
     files of a retired version stay until no request of any route uses it.
 
     Args:
-        engine: the engine, which knows what adapters its requests use.
+        engines: those that know what adapters their requests use.
         spool: the files.
         on_idle: what is called when the last rollout on some version ends.
     """
 
-    def __init__(self, engine: EngineClient, spool: Spool, on_idle: Callable[[], None]) -> None:
-        self._engine = engine
+    def __init__(self, engines: Engines, spool: Spool, on_idle: Callable[[], None]) -> None:
+        self._engines = engines
         self._spool = spool
         self._on_idle = on_idle
         self._rollouts: Counter[str] = Counter()  # by engine name
@@ -93,7 +92,7 @@ class AdapterUse:
         due = [r for r in self._retired if time.monotonic() - r[0] > GRACE_S]
         if not due:
             return bool(self._retired)
-        report = (await self._engine.collective_rpc("pte_requests"))[0]
+        report = await self._engines.requests()
         in_use = {*report["adapters_in_use"], *self._rollouts}
         for retired in due:
             if retired[1].engine_name not in in_use:

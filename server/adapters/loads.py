@@ -24,6 +24,7 @@ from pte_vllm.server.adapters.reasons import reason_of
 from pte_vllm.server.adapters.registry import AdapterRegistry
 from pte_vllm.server.adapters.spool import SpoolError
 from pte_vllm.server.adapters.upload import not_stored
+from pte_vllm.server.engines import Engines
 from pte_vllm.server.metrics import timed_load
 
 
@@ -33,15 +34,21 @@ class Loads:
     Args:
         models: vLLM's list.
         registry: the pushed versions. It has to be made before, as it loads by vLLM's own methods.
+        engines: those that know what adapters requests use.
         keep: how many of the adapters `name-v1`, `name-v2`, ... stay; 0 keeps all.
     """
 
     def __init__(
-        self, models: OpenAIServingModels, registry: AdapterRegistry, *, keep: int
+        self,
+        models: OpenAIServingModels,
+        registry: AdapterRegistry,
+        engines: Engines,
+        *,
+        keep: int,
     ) -> None:
         self._models, self._registry = models, registry
         self._load, self._unload = models.load_lora_adapter, models.unload_lora_adapter
-        self._families = Families(models, keep=keep, rollouts=registry.use.rollouts)
+        self._families = Families(models, engines, keep=keep, rollouts=registry.use.rollouts)
 
     def install(self) -> None:
         """Have whatever calls vLLM's list call this from now on."""

@@ -22,6 +22,7 @@ from pte_vllm.server.adapters.in_use import AdapterUse
 from pte_vllm.server.adapters.reasons import reason_of
 from pte_vllm.server.adapters.spool import Incoming, Spool, Version, check_name
 from pte_vllm.server.adapters.upload import MAX_ADAPTER_BYTES, check_servable
+from pte_vllm.server.engines import Engines
 from pte_vllm.server.metrics import timed_load
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
@@ -38,7 +39,8 @@ class AdapterRegistry:
     as `AdapterUse` tells.
 
     Args:
-        engine: the engine, which knows what adapters its requests use.
+        engine: vLLM's client of the engines.
+        engines: what asks them which adapters their requests use.
         models: vLLM's list, which also hands out ids; from now on it knows pushed names too.
         spool: where versions live.
         keep: how many versions of a name stay.
@@ -48,6 +50,7 @@ class AdapterRegistry:
     def __init__(
         self,
         engine: EngineClient,
+        engines: Engines,
         models: OpenAIServingModels,
         spool: Spool,
         *,
@@ -59,7 +62,7 @@ class AdapterRegistry:
         self._load, self._unload = models.load_lora_adapter, models.unload_lora_adapter
         self.catalog = Catalog(models)
         self._spool = spool
-        self.use = AdapterUse(engine, spool, on_idle=self._retire_and_delete_soon)
+        self.use = AdapterUse(engines, spool, on_idle=self._retire_and_delete_soon)
         self._looking: asyncio.Task[None] | None = None
         self._keep = keep
         self._refusal = refusal

@@ -63,6 +63,10 @@ KINDS = {
         env={"PTE_ADMIN_KEY": ADMIN_KEY},
         key=ADMIN_KEY,
     ),
+    "engines": Kind(
+        modules=("server/test_engines",),
+        flags=(*_FLAGS, *("--tensor-parallel-size", "2", "--data-parallel-size", "2")),
+    ),
     "keys": Kind(
         modules=("server/test_auth", "server/test_observe", "server/test_death_of_worker"),
         flags=(

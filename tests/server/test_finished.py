@@ -18,13 +18,13 @@ class Worker:
         self.go_on = asyncio.Event()
         self.broken = False
 
-    async def collective_rpc(self, method: str, args: tuple[list[str]]) -> list[Any]:
+    async def each(self, method: str, names: list[str]) -> list[Any]:
         assert method == "pte_rho"
-        self.questions.append(args[0])
+        self.questions.append(names)
         await self.go_on.wait()
         if self.broken:
             raise RuntimeError("no worker")
-        return [[None if name == "unknown" else [float(name)] for name in args[0]]]
+        return [None if name == "unknown" else [float(name)] for name in names]
 
 
 async def _under_way(reader: FinishedReader[list[float]], *names: str) -> list[asyncio.Task]:
