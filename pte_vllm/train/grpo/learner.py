@@ -31,7 +31,11 @@ from pte_vllm.train.replay.segments import Backward, replay
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step found. A mean over no tokens is NaN."""
+    """What one step found in the rollouts that it replayed. A mean over no tokens is NaN.
+
+    Groups whose rewards are all equal teach nothing and are not replayed; where all groups are such
+    ones, some rollouts are, for the drift.
+    """
 
     loss: float
     """The loss of the first inner step, before any update."""
@@ -63,9 +67,9 @@ class StepResult:
     folds: float
     """The mean number of folds of a rollout."""
     trained_tokens: int
-    """How many sampled tokens carry loss."""
+    """How many sampled tokens carried loss in the replay."""
     replayed_tokens: int
-    """How many tokens all rollouts have, questions included."""
+    """How many tokens were replayed, questions included."""
     seconds: float
 
     def to_dict(self) -> dict[str, float]:
@@ -133,6 +137,10 @@ class Learner:
         with_kl = options.kl_coef > 0
         idle = [micro for micro in micros if micro.idle and not with_kl]
         active = [micro for micro in micros if not micro.idle or with_kl]
+        # What teaches nothing is not replayed, but for a few where there is nothing else: a sampler
+        # that drifts must not go on unseen.
+        idle = [] if active else idle[:1]
+        replayed = [*idle, *active]
         if with_kl:
             with self._reference():
                 for micro in active:
@@ -148,7 +156,8 @@ class Learner:
         for done in range(1, options.inner_steps):
             losses.append(self._gradients(active, stats))
             norm = self._update(active, done)
-        weights = torch.cat([self._importance(m)[m.weights > 0] for m in micros])
+        weights = torch.cat([self._importance(m)[m.weights > 0] for m in replayed])
+        rollouts = [sample.rollout for micro in replayed for sample in micro.samples]
         result = StepResult(
             loss=losses[0],
             drift=seen.drift,
@@ -166,9 +175,9 @@ class Learner:
             entropy=mean_or_nan(seen.entropy_sum, seen.sampled_tokens),
             grad_norm=norm,
             rho=mean_or_nan(seen.rho_sum, seen.rho_count),
-            folds=seen.folds / len(samples),
+            folds=seen.folds / len(rollouts),
             trained_tokens=len(weights),
-            replayed_tokens=sum(len(s.rollout.token_ids) for s in samples),
+            replayed_tokens=sum(len(rollout.token_ids) for rollout in rollouts),
             seconds=time.monotonic() - began,
         )
         self.updating = False
