@@ -6,6 +6,7 @@ error that says why, and the API server turns it into an answer of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,12 +37,14 @@ class StepFailures:
 class FiniteCheck:
     """Whether the model's output is finite, by request; on its way to the host."""
 
-    request_ids: tuple[str, ...]
-    finite: Tensor  # [requests] bool, on the host once the device was waited for
+    request_ids: tuple[str, ...]  # of each row
+    finite: Tensor  # [rows] bool, on the host once the device was waited for
 
     @classmethod
-    def start(cls, request_ids: list[str], hidden: Tensor) -> FiniteCheck:
-        """Start the check of `hidden: [requests, d]`, what the last layer gives each request.
+    def start(cls, request_ids: Sequence[str], hidden: Tensor) -> FiniteCheck:
+        """Start the check of `hidden: [rows, d]`, what the last layer gives each request.
+
+        A request with drafts has a row for each token that may follow, side by side.
 
         Nothing waits for it: whoever reads the step's tokens has waited. Logits are not looked at,
         as they are a hundred times as many, and may be masked.
@@ -55,7 +58,7 @@ class FiniteCheck:
         if self.finite.all():
             return ()
         rows = zip(self.request_ids, self.finite.tolist(), strict=False)
-        return tuple(request_id for request_id, finite in rows if not finite)
+        return tuple(dict.fromkeys(request_id for request_id, finite in rows if not finite))
 
 
 class WatchedOutput(AsyncModelRunnerOutput):

@@ -11,7 +11,10 @@ from pte_vllm.method.options import EngineConfig
 _ROUTER = "servers that balance outside share no adapters: run servers of their own behind a router"
 
 _REASONS = {
-    "--speculative-config": "speculative decoding verifies several positions at once, across folds",
+    "--speculative-config": "only drafts without a KV cache of their own are supported, method "
+    "ngram: a draft model's cache would not fold",
+    "--async-scheduling": "with --speculative-config a step is planned before it is known which "
+    "drafts the one before accepted",
     "--pipeline-parallel-size": "pipeline parallelism: a stage would fold before the next reads",
     "--data-parallel-size": "engines of a mixture of experts wait for each other in every step, "
     "which has not been tried with folds",
@@ -31,6 +34,9 @@ _REASONS = {
     "VLLM_LORA_ENABLE_DUAL_STREAM": "ranks add up A x, and two streams would mix up their sums",
     "--enable-dbo": "dual-batch overlap splits a step that has one set of gaps",
 }
+
+SUPPORTED_DRAFTS = ("ngram",)
+"""Methods of --speculative-config whose drafts come from the tokens themselves."""
 
 CPU_BLOCK_SIZE = 128
 """Of vLLM on a CPU, where --block-size is not given."""
@@ -64,7 +70,7 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
     """
     _refuse(
         {
-            "--speculative-config": getattr(args, "speculative_config", None),
+            "--speculative-config": _draft_method(getattr(args, "speculative_config", None)),
             "--pipeline-parallel-size": _more_than_one(args.pipeline_parallel_size),
             "--data-parallel-rank": _given(args, "data_parallel_rank"),
             "--data-parallel-external-lb": _given(args, "data_parallel_external_lb"),
@@ -99,7 +105,9 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
     parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
     _refuse(
         {
-            "--speculative-config": vllm_config.speculative_config,
+            "--speculative-config": _draft_method(vllm_config.speculative_config),
+            "--async-scheduling": vllm_config.speculative_config is not None
+            and vllm_config.scheduler_config.async_scheduling,
             "--pipeline-parallel-size": _more_than_one(parallel.pipeline_parallel_size),
             "--data-parallel-size": _more_than_one(parallel.data_parallel_size)
             if vllm_config.model_config.is_moe
@@ -181,6 +189,16 @@ def check_window(engine: EngineConfig, block_size: int) -> None:
 
 def _backend(weight_transfer: Any) -> str | None:
     return None if weight_transfer is None else str(getattr(weight_transfer, "backend", "given"))
+
+
+def _draft_method(config: Any) -> str:
+    """Return how drafts are made, unless that is supported; empty without drafts."""
+    if config is None:
+        return ""
+    method = config.get("method") if isinstance(config, Mapping) else config.method
+    if method in SUPPORTED_DRAFTS:
+        return ""
+    return method or "with a draft model"
 
 
 def _quantised(dtype: str) -> str | None:

@@ -59,9 +59,16 @@ class PTERunnerV1Mixin(PTERunnerMixin):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         state = self.execute_model_state
         if state is not None and state.sample_hidden_states is not None:
-            # A row for each request, in the order of the batch.
-            self.pte_check = FiniteCheck.start(self.input_batch.req_ids, state.sample_hidden_states)
+            self.pte_check = FiniteCheck.start(self._row_names(state), state.sample_hidden_states)
         return super().sample_tokens(*args, **kwargs)
+
+    def _row_names(self, state: Any) -> list[str]:
+        """Return the request of each row that is sampled from, in the order of the batch."""
+        names: list[str] = self.input_batch.req_ids
+        if state.spec_decode_metadata is None:
+            return names
+        drafts = state.spec_decode_metadata.num_draft_tokens
+        return [name for name, count in zip(names, drafts, strict=True) for _ in range(count + 1)]
 
     def _block_ids(self, request_ids: list[str], blocks: list[list[int]]) -> Tensor:
         held = [self.requests[request_id].block_ids[0] for request_id in request_ids]

@@ -162,10 +162,11 @@ def _serve_args(**changes: object) -> Namespace:
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
-        ({"speculative_config": {"method": "ngram"}}, "--speculative-config"),
+        ({"speculative_config": {"method": "eagle"}}, "--speculative-config eagle"),
+        ({"speculative_config": {"model": "x"}}, "--speculative-config with a draft model"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
-        ({"tensor_parallel_size": 4}, "--tensor-parallel-size"),
-        ({"data_parallel_size": 2}, "--data-parallel-size 2"),
+        ({"data_parallel_rank": 0}, "--data-parallel-rank 0"),
+        ({"data_parallel_hybrid_lb": True}, "--data-parallel-hybrid-lb"),
         ({"kv_transfer_config": {"kv_connector": "x"}}, "--kv-transfer-config"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
         ({"fully_sharded_loras": True}, "--fully-sharded-loras"),

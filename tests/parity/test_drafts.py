@@ -1,0 +1,85 @@
+"""With n-gram drafts a step verifies several tokens at once; log-probs stay the replay's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine.kept import assert_selected
+from tests.harness.engine import BLOCK, Engine, Job, lora
+from tests.harness.models import random_tokens
+from tests.harness.parity import assert_parity
+
+WINDOW = 2 * BLOCK
+LENGTH = WINDOW + 5 * BLOCK + 5
+DRAFTS = {
+    "method": "ngram",
+    "num_speculative_tokens": 5,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[str], Path]) -> Path:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, probes: Path) -> Iterator[Engine]:
+    made = Engine(
+        model,
+        window_tokens=WINDOW,
+        lora_rank=8,
+        probes=probes,
+        max_num_seqs=16,
+        speculative_config=DRAFTS,
+        # In a process of its own: where vLLM's n-grams were imported, no other engine starts.
+        distributed_executor_backend="mp",
+    )
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_mixed_batch(
+    temperature: float,
+    engine: Engine,
+    model: Path,
+    adapters: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Greedy requests run into loops, which n-grams foresee; sampled ones mostly do not."""
+    given = [
+        lora("ridge", adapters(model, rank=8, rule="ridge", features="squared"), 1),
+        lora("paper", adapters(model, rank=8, rule="paper", layers=[0, 2]), 2),
+        None,
+    ]
+    options: tuple[dict[str, object], ...] = ({}, {"pte_keep": BLOCK}, {"pte_window": 0})
+    jobs = [
+        Job(random_tokens(9 + 21 * i, 500, i), LENGTH, adapter, dict(more), temperature, seed=i)
+        for i, adapter in enumerate(given)
+        for more in options
+    ]
+    drafts: list[int] = []
+    schedule = engine.scheduler.schedule
+
+    def watched(*args: object, **kwargs: object) -> object:
+        output = schedule(*args, **kwargs)
+        drafts.extend(map(len, output.scheduled_spec_decode_tokens.values()))
+        return output
+
+    def on_step(step: int, request_ids: list[str]) -> None:
+        if step in (60, 90):
+            engine.preempt()
+
+    monkeypatch.setattr(engine.scheduler, "schedule", watched)
+    engine.run(jobs, on_step)
+    engine.check_idle()
+    assert max(drafts) > 1, "no draft was verified"
+    folding = [job for job in jobs if job.options.get("pte_window") != 0]
+    worst = assert_parity(model, folding, WINDOW, min_folds=4)
+    chosen = assert_selected([job for job in folding if job.keeps], WINDOW)
+    print(f"{len(drafts)} verifications, {chosen} choices, max |Δ log p| {worst:.1e}")
