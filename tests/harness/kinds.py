@@ -65,7 +65,11 @@ KINDS = {
     ),
     "engines": Kind(
         modules=("server/test_engines",),
-        flags=(*_FLAGS, *("--tensor-parallel-size", "2", "--data-parallel-size", "2")),
+        flags=(*_FLAGS, *("--data-parallel-size", "2", "--tensor-parallel-size", "1")),
+    ),
+    "engines_of_ranks": Kind(
+        modules=("server/test_engines",),
+        flags=(*_FLAGS, *("--data-parallel-size", "2", "--tensor-parallel-size", "2")),
     ),
     "keys": Kind(
         modules=("server/test_auth", "server/test_observe", "server/test_death_of_worker"),

@@ -1,13 +1,15 @@
-"""Two engines of two ranks each behind one API server answer as one engine of one rank does."""
+"""Two engines behind one API server answer as one does, also where each has two ranks."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from pte_vllm.method.plan import FoldPlan
@@ -19,6 +21,7 @@ from tests.harness.server import NUM_BLOCKS, WINDOW, Server
 from tests.server.pushed import SAMPLING, difference, make_versions, push_all
 
 ENGINES = 2
+KINDS = ["engines", pytest.param("engines_of_ranks", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +29,11 @@ def versions(tiny: Callable[[str], Path], adapters: Callable[..., Path]) -> dict
     return make_versions(tiny("qwen3"), adapters)
 
 
-@pytest.fixture(scope="module")
-def server(shared: Callable[..., Server], versions: dict[str, Path]) -> Server:
-    server = shared("engines")
+@pytest.fixture(scope="module", params=KINDS)
+def server(
+    request: pytest.FixtureRequest, shared: Callable[..., Server], versions: dict[str, Path]
+) -> Server:
+    server = shared(request.param)
     push_all(server, versions)
     return server
 
@@ -48,7 +53,8 @@ def _finished(server: Server, count: int) -> list[dict]:
 
 def test_all_engines_are_shown(server: Server) -> None:
     info, report = server.get("/pte/v1/info"), server.wait_idle()
-    assert (info["engines"], info["tensor_parallel_size"]) == (ENGINES, 2)
+    assert info["engines"] == ENGINES
+    assert str(info["tensor_parallel_size"]) in server.command[-5:]
     assert report["usable_blocks"] == ENGINES * NUM_BLOCKS
     one = {"usable_blocks": NUM_BLOCKS, "free_blocks": NUM_BLOCKS, "running": 0}
     assert report["engines"] == [one] * ENGINES
@@ -167,3 +173,21 @@ def test_nothing_is_left_of_aborted_requests(server: Server) -> None:
     asyncio.run(crowd())
     report = server.wait_idle()
     assert [one["free_blocks"] for one in report["engines"]] == [NUM_BLOCKS] * ENGINES
+
+
+@pytest.mark.ends_server
+def test_killed_worker_ends_all_engines(server: Server) -> None:
+    """Whichever dies, a client hears of it, and no process is left that waits for it."""
+    processes = server.processes()
+    workers = [p for p in processes if "Worker" in " ".join(p.cmdline())]
+    sampling = {"max_tokens": 4000, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool, RolloutClient(server.url, retry_s=1.0) as client:
+        asked = pool.submit(lambda: list(client.rollouts([[5, 6]], n=4, sampling=sampling)))
+        server.wait_running(4)
+        workers[-1].kill()
+        with pytest.raises(ServerError):
+            asked.result(120)
+    assert server._process is not None
+    assert server._process.wait(120) == 1, server.log.read_text()[-3000:]
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
