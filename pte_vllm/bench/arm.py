@@ -17,6 +17,7 @@ from typing import Any
 
 from pte_vllm.bench.parts import REST, Parts, time_engine
 from pte_vllm.engine import huge_pages
+from pte_vllm.engine.cpu_defaults import share_cores
 
 READY_TIMEOUT_S = 600
 
@@ -40,6 +41,10 @@ class ArmSpec:
     num_blocks: int = 2_048
     max_num_seqs: int = 16
     rank: int = 32
+    ranks: int = 1
+    """Processes that share out the model, as `--tensor-parallel-size` has it."""
+    draft_tokens: int = 0
+    """The most tokens that n-grams foresee for a step; 0: no drafts."""
     prefix_caching: bool = False
     compiled: bool = True
     """Under torch.compile."""
@@ -93,7 +98,8 @@ class Arm:
             `seconds`; `output_tokens` of all; `decoded`, tokens and seconds after all prompts are
             read; by step with an output `step_ms` and `positions`, the length of the longest
             sequence; by sequence `first_token_ms`; `cached_tokens` of the prompts, found in the
-            prefix cache; `mean_running`, sequences per step; `parts_ms` of a timed arm, the mean
+            prefix cache; `mean_running`, sequences per step; `accepted`, tokens that a sequence
+            gets from a step, 1 without drafts; `parts_ms` of a timed arm, the mean
             over the steps after all prompts are read.
         """
         assert self._process.stdin is not None
@@ -143,7 +149,17 @@ def _build(spec: ArmSpec) -> tuple[Any, Any]:
         "kv_cache_memory_bytes": 2**32,
         "enable_prefix_caching": spec.prefix_caching,
         "enforce_eager": not spec.compiled,
+        "tensor_parallel_size": spec.ranks,
     }
+    cores = sorted(os.sched_getaffinity(0))
+    share_cores(os.environ, ranks=spec.ranks, cores=cores, nodes=1)
+    if spec.draft_tokens:
+        args["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": spec.draft_tokens,
+            "prompt_lookup_min": 2,
+            "prompt_lookup_max": 4,
+        }
     if spec.window_tokens is not None:
         config = EngineConfig(
             window_tokens=spec.window_tokens, keep_tokens=spec.keep_tokens, probes=spec.probes
@@ -179,7 +195,8 @@ def _run(
         )
         request_id = f"{workload.seed}-{i}"
         engine.add_request(request_id, {"prompt_token_ids": prompt}, params, lora_request=lora)
-    step_ms, positions, produced = [], [], 0
+    step_ms, positions, produced, num_outputs = [], [], 0, 0
+    lengths: dict[str, int] = {}
     first_token_ms: dict[str, float] = {}
     cached: dict[str, int] = {}
     began = decoding = time.perf_counter()
@@ -192,7 +209,9 @@ def _run(
             step_ms.append((now - step_began) * 1e3)
             generated = [len(o.outputs[0].token_ids) for o in outputs]
             positions.append(workload.prompt_tokens + max(generated))
-            produced += len(outputs)
+            num_outputs += len(outputs)
+            lengths |= {o.request_id: n for o, n in zip(outputs, generated, strict=True)}
+            produced = sum(lengths.values())
             for output in outputs:
                 first_token_ms.setdefault(output.request_id, (now - began) * 1e3)
                 cached.setdefault(output.request_id, output.num_cached_tokens or 0)
@@ -210,7 +229,8 @@ def _run(
         "positions": positions,
         "first_token_ms": list(first_token_ms.values()),
         "cached_tokens": sum(cached.values()),
-        "mean_running": produced / max(1, len(step_ms)),
+        "mean_running": num_outputs / max(1, len(step_ms)),
+        "accepted": produced / max(1, num_outputs),
         "parts_ms": {}
         if parts is None
         else _per_step(parts, ended - decoding, len(step_ms) - steps_before),

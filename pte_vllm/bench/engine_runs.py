@@ -92,6 +92,25 @@ def _lora(args: argparse.Namespace, turns: Turns) -> None:
     report.bars(stem, rates, f"tok/s, {args.seqs} sequences")
 
 
+def _drafts(args: argparse.Namespace, turns: Turns) -> None:
+    """Texts that repeat themselves, as greedy ones of a small model do, with and without drafts."""
+    common: dict[str, Any] = {"max_num_seqs": args.seqs}
+    drafts = {"draft_tokens": args.drafts, **common}
+    specs = [
+        turns.spec("vLLM", adapter=turns.plain, compiled=False, **common),
+        turns.spec("vLLM, drafts", adapter=turns.plain, compiled=False, **drafts),
+        turns.pte(**common),
+        turns.pte("window, PTE, drafts", **drafts),
+    ]
+    results = _batch(args, turns, specs)
+    rates = tokens_per_second(results)
+    report.console.print(report.rates(rates, "tok/s"))
+    accepted = {name: [run["accepted"] for run in runs] for name, runs in results.items()}
+    report.console.print(report.rates(accepted, "tokens a step gives a sequence"))
+    stem = report.write(args, {"tokens_per_second": rates, "accepted": accepted})
+    report.bars(stem, rates, f"tok/s, {args.seqs} sequences")
+
+
 def _latency(args: argparse.Namespace, turns: Turns) -> None:
     """One sequence; thoughts before the position are prefilled, the question is pinned."""
     positions = [int(part) for part in args.positions.split(",")]
@@ -215,6 +234,7 @@ def _profile(args: argparse.Namespace, turns: Turns) -> None:
 _RUNS = {
     "throughput": _throughput,
     "lora": _lora,
+    "drafts": _drafts,
     "latency": _latency,
     "fold": _fold,
     "prefix": _prefix,

@@ -45,6 +45,7 @@ class Turns:
         common = {
             **{"model": args.model, "dtype": args.dtype, "rank": args.rank},
             "compiled": not args.eager,
+            "ranks": getattr(args, "tensor_parallel_size", 1),
         }
         return ArmSpec(name=name, block_size=BLOCK_TOKENS, **{**common, **options})
 

@@ -14,9 +14,12 @@ from pte_vllm.bench.flags import adapter_features, add_adapter_flags
 from pte_vllm.engine.cpu_defaults import choose_dtype, on_cpu
 from pte_vllm.models.location import check_model
 
+_WITH_RANKS = ("throughput", "lora", "fold")
+"""Benchmarks whose engines may have several ranks."""
 _ABOUT = {
     "throughput": "tokens/s of many long rollouts in a small KV pool: full cache, window, PTE",
     "lora": "tokens/s of a batch: base model, vLLM's LoRA, ours, PTE",
+    "drafts": "tokens/s with n-gram drafts and without, and how many tokens a step gives",
     "latency": "time per token by position, and time to the first token",
     "schedule": "planning a step, at short and long sequences and in a full pool; no model runs",
     "fold": "what folding costs per token",
@@ -54,10 +57,12 @@ def main(argv: list[str]) -> int:
     check_model(args.model, flag="--model")
     for name, least in (
         *(("repeats", 1), ("window", 0), ("tokens", 2), ("seqs", 1)),
+        *(("tensor_parallel_size", 1), ("drafts", 1)),
         *(("streams", 1), ("minutes", 0), ("every", 0), ("pool", 1), ("keep", 0)),
     ):
         if getattr(args, name, least) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at least {least}, got {getattr(args, name)}")
     args.features = adapter_features(args)
     if args.dtype == "auto" and on_cpu():
         # Once for all arms, the servers' among them, and so that the results tell.
@@ -89,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     adders: dict[str, Callable[[argparse.ArgumentParser], None]] = {
         "throughput": _throughput,
         "lora": _lora,
+        "drafts": _drafts,
         "latency": _latency,
         "fold": _fold,
         "keep": _keep,
@@ -112,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
                     "--repeats", type=int, default=3, help="runs of each arm, alternating"
                 )
             adders[name](command)
+            if name in _WITH_RANKS:
+                _ranks(command)
     return parser
 
 
@@ -165,6 +173,17 @@ def _keep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqs", type=int, default=16, help="sequences at once")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a question, pinned")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of an answer")
+
+
+def _drafts(parser: argparse.ArgumentParser) -> None:
+    _lora(parser)
+    parser.add_argument("--drafts", type=int, default=4, help="tokens that are foreseen at most")
+
+
+def _ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, help="processes that share out each model"
+    )
 
 
 def _prefix(parser: argparse.ArgumentParser) -> None:

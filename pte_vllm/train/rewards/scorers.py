@@ -29,6 +29,7 @@ def math_scorer() -> Callable[[str, str], bool]:
         )
         return bool(first and second) and verify(first, second, timeout_seconds=None)
 
+    equal("1", "1")  # what it imports late would count as the first answer's time
     return equal
 
 

@@ -12,8 +12,8 @@ around it; it reads every file that the user may read. It keeps accidents small,
 finds by chance; what answers may say at all is limited before (`gym_tasks.may_be_evaluated`).
 Who trains on answers of people with bad intent needs a container around the trainer.
 
-A request is a pickle `(timeout_s, setup, answer)`. To each the process says READY, once it has the
-scorer, or FAILED and why; after READY follows the score, each on a line of its own.
+A request is a pickle `(cpu_s, clock_s, setup, answer)`. To each the process says READY, once it has
+the scorer, or FAILED and why; after READY follows the score, each on a line of its own.
 """
 
 from __future__ import annotations
@@ -73,15 +73,22 @@ def _restrict() -> None:
     sys.addaudithook(_guard)
 
 
-def _score(scorer: Callable[..., float], answer: tuple[Any, ...], timeout_s: float) -> float:
-    """Score from 0 to 1; 0 whatever is raised, `SystemExit` and the lack of memory included."""
-    # The trainer keeps the time; the alarm ends a worker whose trainer is gone.
-    signal.setitimer(signal.ITIMER_REAL, timeout_s + 1)
+def _score(
+    scorer: Callable[..., float], answer: tuple[Any, ...], cpu_s: float, clock_s: float
+) -> float:
+    """Score from 0 to 1; 0 whatever is raised, `SystemExit` and the lack of memory included.
+
+    The process ends where that takes more than `cpu_s` of its CPU, or far more of the clock: the
+    trainer keeps that time, and may be gone.
+    """
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    signal.setitimer(signal.ITIMER_REAL, clock_s + 1)
     try:
         value = float(scorer(*answer))
     except BaseException:
         return 0.0
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     return min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
 
@@ -99,7 +106,7 @@ def _serve(work: str) -> None:
     restricted = False
     while True:
         try:
-            timeout_s, setup, answer = pickle.load(requests)
+            cpu_s, clock_s, setup, answer = pickle.load(requests)
         except EOFError:
             return
         try:
@@ -112,7 +119,7 @@ def _serve(work: str) -> None:
             _restrict()
             restricted = True
         os.write(replies, READY)
-        os.write(replies, f"{_score(scorer, answer, timeout_s)}\n".encode())
+        os.write(replies, f"{_score(scorer, answer, cpu_s, clock_s)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pte_vllm.train.rewards.scoring_process import FAILED, READY
 
 _PROCESS = "pte_vllm.train.rewards.scoring_process"
+PATIENCE = 12.0
+"""By how much the clock may run ahead of the worker's CPU."""
 _START_S = 120.0
 """For imports on a busy machine, and for making a scorer."""
 
@@ -37,7 +39,9 @@ class ScoringWorker:
 
     Args:
         work: the function that makes the scorers, called in the worker, which keeps them.
-        timeout_s: the longest time for one decision; what takes longer earns 0.
+        timeout_s: the longest time for one decision; what takes longer earns 0. It is time of the
+            CPU, as a busy or stopped machine is no fault of the answer; of the clock's `PATIENCE`
+            times as much may pass.
     """
 
     def __init__(self, work: Work, *, timeout_s: float = 5.0) -> None:
@@ -59,10 +63,10 @@ class ScoringWorker:
         Raises:
             OSError: if the worker does not start, or cannot make the scorer.
         """
-        request = pickle.dumps((self.timeout_s, setup, answer))
+        request = pickle.dumps((self.timeout_s, PATIENCE * self.timeout_s, setup, answer))
         with self._lock:
             running = self._asked(request)
-            reply = running.read_line(self.timeout_s)
+            reply = running.read_line(PATIENCE * self.timeout_s)
             try:
                 return float(reply)
             except ValueError:
