@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from vllm.distributed import get_tp_group
+from vllm.distributed.parallel_state import get_tp_group
 
 from pte_vllm.method.keep_marks import join_heads, select_heads
 from pte_vllm.method.kept_record import KeptRecord
