@@ -244,7 +244,9 @@ def _per_step(parts: Parts, seconds: float, steps: int) -> dict[str, float]:
 
 def main() -> None:
     """Serve workloads from standard input until it closes."""
-    answers, sys.stdout = sys.stdout, sys.stderr
+    # Also for the processes of other ranks, whatever they print.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     spec = ArmSpec(**json.loads(sys.argv[1]))
     parts = time_engine() if spec.timed else None
     engine, lora = _build(spec)

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         itemsize=options.itemsize,
         kv_memory_bytes=options.kv_gb * 1e9 if options.kv_gb is not None else None,
         max_sequences=options.max_num_seqs,
+        ranks=options.tensor_parallel_size,
     )
     result = show(
         model,
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         rank=options.rank,
         rule=options.rule,
         itemsize=options.itemsize,
+        ranks=options.tensor_parallel_size,
     )
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
@@ -67,6 +69,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--rank must not be negative, got {options.rank}; 0: no adapter")
     if options.block_size < 1:
         raise ValueError(f"--block-size must be at least 1, got {options.block_size}")
+    if options.tensor_parallel_size < 1:
+        raise ValueError(
+            f"--tensor-parallel-size must be at least 1, got {options.tensor_parallel_size}"
+        )
     if options.max_num_seqs is not None and options.max_num_seqs < 1:
         raise ValueError(f"--max-num-seqs must be at least 1, got {options.max_num_seqs}")
     if options.json and os.path.isdir(options.json):
@@ -121,5 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--itemsize", type=float, default=2, help="bytes of a weight")
     parser.add_argument("--kv-gb", type=float, help="KV pool, if it is known")
     parser.add_argument("--max-num-seqs", type=int, help="the server's bound, if there is one")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, help="GPUs that share out the model"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write everything there")
     return parser

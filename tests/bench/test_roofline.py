@@ -97,6 +97,33 @@ def test_a_state_counts_in_the_memory_and_only_what_tokens_read_in_the_traffic(q
         assert window.step_s == pytest.approx(read / gpu.bandwidth)
 
 
+def test_ranks_share_weights_and_cache_and_each_has_all_states(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = Model.load(str(qwen)), tmp_path / "plan.json"
+    rows = {
+        ranks: plan_rows(
+            *(model, GPUS["h200"]),
+            rollout_tokens=32_768,
+            prompt_tokens=256,
+            windows=[1024],
+            ranks=ranks,
+        )
+        for ranks in (1, 2, 28)
+    }
+    assert rows[2][0].sequences > 2 * rows[1][0].sequences  # the weights are there once
+    assert rows[2][1].tokens_per_s > 1.9 * rows[1][1].tokens_per_s
+    # 28 ranks hold each of four KV heads seven times.
+    assert rows[28][0].sequences < 28 / 7 * 1.3 * rows[1][0].sequences
+    command = ["plan", "--model", str(qwen), "--window", "1k", "--json", str(out)]
+    assert main([*command, "--tensor-parallel-size", "4"]) == 0
+    assert "what 4 ranks add up" in capsys.readouterr().out
+    vllms, states, fold = json.loads(out.read_text())["sums"]
+    assert (vllms["count"], vllms["num_bytes"]) == (2 * 28, 2 * 28 * 3584 * 2)
+    assert (states["count"], states["num_bytes"]) == (2 * 28, 2 * 28 * 32 * 4)
+    assert (fold["count"], fold["num_bytes"]) == (1, 28 * 256 * 2 * 32 * 4)
+
+
 def test_command(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
     assert main(["plan", "--model", str(qwen), "--json", str(file)]) == 0
@@ -126,6 +153,8 @@ def test_command(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("--prompt x", "--prompt: 'x'"),
         ("--block-size 0", "--block-size must be at least 1, got 0"),
         ("--max-num-seqs 0", "--max-num-seqs must be at least 1, got 0"),
+        ("--tensor-parallel-size 0", "--tensor-parallel-size must be at least 1, got 0"),
+        ("--tensor-parallel-size 3", "--tensor-parallel-size 3 does not fit 28 heads and 4 KV"),
         ("--keep 33", "--keep does not fit --block-size: keep of 33"),
         ("--tflops 0", "--tflops must be positive, got 0"),
         ("--fp32-tflops nan", "--fp32-tflops must be positive, got nan"),

@@ -17,6 +17,7 @@ from pte_vllm.bench.sizing.keep_fold import (
     folds_of_rollout,
 )
 from pte_vllm.bench.sizing.model import Model
+from pte_vllm.bench.sizing.ranks import fold_sums, state_sums, step_sums
 from pte_vllm.bench.sizing.roofline import Row
 from pte_vllm.method.plan import FoldPlan
 
@@ -47,6 +48,7 @@ def show(
     rank: int,
     rule: str,
     itemsize: float,
+    ranks: int = 1,
 ) -> dict[str, Any]:
     """Print tables; returns all of it for JSON."""
     console = Console()
@@ -58,8 +60,9 @@ def show(
         "kv_bytes_per_token": model.kv_bytes(itemsize),
         "rows": [asdict(row) for row in rows],
     }
+    devices = hardware.name if ranks == 1 else f"{ranks} x {hardware.name}"
     about = (
-        f"{hardware.name}: {model.parameters / 1e9:.2f} B parameters, "
+        f"{devices}: {model.parameters / 1e9:.2f} B parameters, "
         f"{found['kv_bytes_per_token'] / 1024:.0f} KiB of cache a token"
     )
     if rank:
@@ -74,17 +77,9 @@ def show(
         )
     keeping = [row for row in rows if row.keep_tokens]
     if keeping:
-        plans = [
-            FoldPlan(
-                pin_tokens=prompt_tokens,
-                window_tokens=row.window_tokens,
-                block_size=block_size,
-                keep_tokens=row.keep_tokens,
-            )
-            for row in keeping
-        ]
+        plans = [_plan(row, prompt_tokens, block_size) for row in keeping]
         folds = [
-            _fold(model, hardware, row, plan, rollout_tokens, itemsize)
+            _fold(model, hardware, row, plan, rollout_tokens, itemsize, ranks)
             for row, plan in zip(keeping, plans, strict=True)
         ]
         found["folds"] = folds
@@ -106,12 +101,50 @@ def show(
             f". A fold takes {KERNEL_LAUNCHES} launches of kernels and {SMALL_LAUNCHES} small "
             "ones, for all layers and for all sequences that fold in the same step and hold as much"
         )
+    if ranks > 1:
+        plans = [_plan(row, prompt_tokens, block_size) for row in rows if row.window_tokens]
+        found["sums"] = _sums(model, plans, rank, itemsize)
+        console.print(_sums_table(found["sums"], ranks))
     console.print(
         f"{about}. Bounds, not promises: see `pte-vllm bench throughput` for what a machine does.",
         highlight=False,
         soft_wrap=True,
     )
     return found
+
+
+def _plan(row: Row, prompt_tokens: int, block_size: int) -> FoldPlan:
+    return FoldPlan(
+        pin_tokens=prompt_tokens,
+        window_tokens=row.window_tokens,
+        block_size=block_size,
+        keep_tokens=row.keep_tokens,
+    )
+
+
+def _sums(
+    model: Model, plans: Sequence[FoldPlan], rank: int, itemsize: float
+) -> list[dict[str, Any]]:
+    """Return what ranks add up, each with what its bytes are counted by."""
+    found = [{"what": "a step, vLLM's own", **asdict(step_sums(model, itemsize)), "by": "token"}]
+    if not rank:
+        return found
+    found.append({"what": "a step, states", **asdict(state_sums(model, rank)), "by": "token"})
+    for tokens in sorted({plan.evict_blocks * plan.block_size for plan in plans}):
+        plan = next(p for p in plans if p.evict_blocks * p.block_size == tokens)
+        sums = {**asdict(fold_sums(model, plan, rank)), "by": "sequence that folds"}
+        found.append({"what": f"a fold of {tokens:,} tokens", **sums})
+    return found
+
+
+def _sums_table(sums: Sequence[dict[str, Any]], ranks: int) -> Table:
+    table = Table(title=f"what {ranks} ranks add up")
+    for name in ("", "sums", "KiB", "by"):
+        table.add_column(name, justify="right" if name in ("sums", "KiB") else "left")
+    for row in sums:
+        kib = f"{row['num_bytes'] / 2**10:,.1f}"
+        table.add_row(row["what"], f"{row['count']:,}", kib, row["by"])
+    return table
 
 
 def _bounds(rows: Sequence[Row]) -> Table:
@@ -141,8 +174,12 @@ def _fold(
     plan: FoldPlan,
     rollout_tokens: int,
     itemsize: float,
+    ranks: int,
 ) -> dict[str, Any]:
-    """Return what one fold of one sequence costs, and what all folds take of the time."""
+    """Return what one fold of one sequence costs, and what all folds take of the time.
+
+    Ranks share out the heads, and with them a fold's time.
+    """
     cost = fold_cost(model, plan, itemsize)
     folds = folds_of_rollout(plan, rollout_tokens)
     per_token = folds / rollout_tokens
@@ -150,9 +187,9 @@ def _fold(
         **asdict(cost),
         "kernel_launches": KERNEL_LAUNCHES,
         "small_launches": SMALL_LAUNCHES,
-        "seconds": cost.seconds(hardware),
+        "seconds": cost.seconds(hardware) / ranks,
         "folds_per_rollout": folds,
-        "share_of_step": cost.share_of_step(hardware, row.sequences, row.step_s, per_token),
+        "share_of_step": cost.share_of_step(hardware, row.sequences, row.step_s, per_token) / ranks,
     }
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 
 from pte_vllm.bench.sizing.hardware import Hardware
 from pte_vllm.bench.sizing.model import Model
+from pte_vllm.bench.sizing.ranks import kv_copies
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.weight import NO_STATE
 
@@ -57,6 +58,7 @@ def plan_rows(
     itemsize: float = 2,
     kv_memory_bytes: float | None = None,
     max_sequences: int | None = None,
+    ranks: int = 1,
 ) -> list[Row]:
     """Full attention, then each window with each number of kept tokens.
 
@@ -64,6 +66,7 @@ def plan_rows(
         rank: of the adapter; 0: there is none, so no state.
         kv_memory_bytes: the pool; None: 0.9 of the device, less weights and 4 GB to work in.
         max_sequences: `--max-num-seqs`, if it binds.
+        ranks: devices that share out the model; each has room to work in, and every state.
 
     Raises:
         ValueError: if the weights leave no room, or a window does not fit the block size.
@@ -71,13 +74,13 @@ def plan_rows(
     weights = model.parameters * itemsize
     pool = kv_memory_bytes
     if pool is None:
-        pool = 0.9 * hardware.memory_bytes - weights - 4e9
+        pool = ranks * (0.9 * hardware.memory_bytes - 4e9) - weights
     if pool <= 0:
         raise ValueError(
-            f"{weights / 1e9:.0f} GB of weights leave no room on {hardware.name} "
-            f"({hardware.memory_bytes / 1e9:.0f} GB)"
+            f"{weights / 1e9:.0f} GB of weights leave no room on {ranks} x {hardware.name} "
+            f"({hardware.memory_bytes / 1e9:.0f} GB each)"
         )
-    per_token = model.kv_bytes(itemsize)
+    per_token = model.kv_bytes(itemsize) * kv_copies(model, ranks)
 
     def row(window_tokens: int, keep_tokens: int = 0) -> Row:
         if window_tokens:
@@ -93,11 +96,12 @@ def plan_rows(
         else:
             tokens, state = prompt_tokens + rollout_tokens / 2, NO_STATE
         cache = tokens * per_token
-        count = max(1, math.floor(pool / (cache + state.total)))
+        count = max(1, math.floor(pool / (cache + ranks * state.total)))
         if max_sequences is not None:
             count = min(count, max_sequences)
-        memory_s = (weights + count * (cache + state.read)) / hardware.bandwidth
-        compute_s = count * 2 * model.parameters / hardware.peak
+        read = weights + count * (cache + ranks * state.read)
+        memory_s = read / (ranks * hardware.bandwidth)
+        compute_s = count * 2 * model.parameters / (ranks * hardware.peak)
         step = max(memory_s, compute_s)
         return Row(
             window_tokens=window_tokens,
