@@ -161,8 +161,8 @@ class Verify:
                 {"mounts": {"/cache": ("tmpfs", "tmpfs", ["noexec", "mode=1777"])}},
             ),
             (
-                "--tensor-parallel-size 2 is not",
-                ("serve", "/models/model", "--tensor-parallel-size=2"),
+                "--pipeline-parallel-size 2 is not",
+                ("serve", "/models/model", "--pipeline-parallel-size=2"),
                 {},
             ),
         ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from pte_vllm.adapter.serve_line import allowed_lora_rank
 from pte_vllm.doctor.checks import Check, Checks, broken, ok, warning
-from pte_vllm.engine.refusals import UnsupportedError, check_vllm_config, refused_flags
+from pte_vllm.engine.refusals import PARTLY, UnsupportedError, check_vllm_config, refused_flags
 from pte_vllm.method.options import EngineConfig
 
 _V2 = "VLLM_USE_V2_MODEL_RUNNER"
@@ -39,8 +39,13 @@ class Subject:
         return chosen
 
     def features(self) -> Iterator[Check]:
-        """Say what is refused, whatever the model."""
-        flags = (flag for flag in refused_flags() if flag.startswith("--"))
+        """Say what works and what is refused, whatever the model."""
+        works = (
+            "--tensor-parallel-size",
+            *(f"{flag} ({what})" for flag, what in PARTLY.items()),
+        )
+        yield ok("works with folding", f"seen on a CPU: {', '.join(works)}")
+        flags = (flag for flag in refused_flags() if flag.startswith("--") and flag not in PARTLY)
         yield ok("refused with folding", " ".join(flags))
 
     def model(self) -> Iterator[Check]:

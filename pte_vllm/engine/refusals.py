@@ -35,6 +35,13 @@ _REASONS = {
     "--enable-dbo": "dual-batch overlap splits a step that has one set of gaps",
 }
 
+PARTLY = {
+    "--speculative-config": "only ngram",
+    "--data-parallel-size": "not for mixtures of experts",
+    "--async-scheduling": "not with drafts",
+}
+"""What works, and its bounds."""
+
 SUPPORTED_DRAFTS = ("ngram",)
 """Methods of --speculative-config whose drafts come from the tokens themselves."""
 

@@ -185,7 +185,7 @@ def test_a_model_and_its_adapter(model: Path, adapters: Callable[..., Path]) -> 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2"),
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2"),
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8"),
         (["--block-size", "96"], "--pte-window 128"),
         (["--no-such-flag"], "--no-such-flag"),
