@@ -7,6 +7,7 @@ starts: which backend vLLM takes, which cache manager, and the order of numbers 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -105,6 +106,21 @@ class TrialAttention:
 
 
 @contextmanager
+def _model_runner_v1() -> Iterator[None]:
+    """Have vLLM take Model Runner V1 inside the block."""
+    name = "VLLM_USE_V2_MODEL_RUNNER"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
 def trial_attention(
     engine_args: Mapping[str, Any], *, dtype: str, block_size: int
 ) -> Iterator[TrialAttention]:
@@ -129,7 +145,8 @@ def trial_attention(
             "enforce_eager": True,
             **engine_args,
         }
-        config: Any = EngineArgs(**args).create_engine_config()
+        with _model_runner_v1():  # V2, if asked for, has needs of its own, and no part in this
+            config: Any = EngineArgs(**args).create_engine_config()
     device, before = torch.device(config.device_config.device), torch.get_default_dtype()
     with set_current_vllm_config(config):
         torch.set_default_dtype(config.model_config.dtype)  # as vLLM does around a model

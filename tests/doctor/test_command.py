@@ -134,7 +134,7 @@ def test_everything_broken_at_once(other_vllm: Path, tmp_path: Path) -> None:
         assert checks[name].status == how and text in checks[name].value, checks[name]
         assert checks[name].fix
     assert checks["registration"].status == "ok"  # `pte-vllm serve` would start
-    assert checks["KV layout bfloat16"].status == "ok"
+    assert checks["KV layout bfloat16"].status == "ok", checks["KV layout bfloat16"]
 
 
 @pytest.mark.slow
