@@ -51,7 +51,7 @@ lock: ## resolve requirements/*.lock again (KINDS='cpu cuda train')
 	$(PYTHON) requirements/lock.py $(KINDS)
 
 hooks: setup ## write the hashes of the installed vLLM's hooks, once its changes were read
-	$(BIN)/python -m pte_vllm.compat.hooks --refresh
+	$(BIN)/python -m pte_vllm.compat.hooks --refresh $(ARGS)
 
 release: setup ## build sdist and wheel into dist/, and try both in clean environments
 	rm -rf dist

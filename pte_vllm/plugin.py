@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-VLLM_VERSION = "0.32.0"
+from pte_vllm.compat.versions import MAIN, SUPPORTED, base, in_words
 
 
 def register() -> None:
@@ -25,10 +25,10 @@ def register() -> None:
     from pte_vllm.patches import all_patches
     from pte_vllm.patches.base import apply_all
 
-    if vllm.__version__.split("+")[0] != VLLM_VERSION:
+    if base(vllm.__version__) not in SUPPORTED:
         raise RuntimeError(
-            f"pte-vllm supports vLLM {VLLM_VERSION}, found {vllm.__version__}: install "
-            f"vllm=={VLLM_VERSION}, or remove pte-vllm"
+            f"pte-vllm supports vLLM {in_words()}, found {vllm.__version__}: install "
+            f"vllm=={MAIN}, or remove pte-vllm"
         )
     if os.environ.get(ENABLED):
         end_with_parent()  # first: to load a model takes long

