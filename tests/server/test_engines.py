@@ -11,16 +11,18 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.wire.client import RolloutClient, ServerError
 from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
-from tests.harness.parity import TOLERANCE
+from tests.harness.parity import TOLERANCE, replayed
 from tests.harness.server import NUM_BLOCKS, WINDOW, Server
 from tests.server.pushed import SAMPLING, difference, make_versions, push_all
 
 ENGINES = 2
+PROMPT = random_tokens(50, 500, 1)
 KINDS = ["engines", pytest.param("engines_of_ranks", marks=pytest.mark.slow)]
 
 
@@ -77,7 +79,7 @@ def test_rollouts_spread_and_agree(
     adapter: str | None,
     plan: dict,
 ) -> None:
-    prompts = [random_tokens(50, 500, 1), random_tokens(7, 500, 2)]
+    prompts = [PROMPT, random_tokens(7, 500, 2)]
     records = list(client.rollouts(prompts, n=3, adapter=adapter, sampling=SAMPLING, **plan))
     newest = {"paper": 2}.get(adapter or "", 1)
     for record in records:
@@ -147,13 +149,45 @@ def test_what_no_engine_can_load_harms_nobody(
     assert difference(server, versions, record, temperature=0.8) <= TOLERANCE
 
 
-def test_nothing_is_left_of_aborted_requests(server: Server) -> None:
+def test_a_push_reaches_samples_on_every_engine(
+    server: Server, client: RolloutClient, versions: dict[str, Path]
+) -> None:
+    """Samples that run go on under the new version, wherever they run."""
+    weights = [versions["ridge@1"], versions["paper@1"]]
+    sampling = {"max_tokens": 1500, "temperature": 0.8, "seed": 7, "ignore_eos": True}
+    options = {"n": 4, "adapter": "moving", "sampling": sampling, "in_flight": "switch_rebuild"}
+    client.push(weights[0], "moving")
+    with ThreadPoolExecutor(1) as pool, RolloutClient(server.url) as sampler:
+        answer = pool.submit(lambda: list(sampler.rollouts([PROMPT], **options)))
+        server.wait_running(4)
+        server.pace(150)
+        assert client.push(weights[1], "moving") == 2
+        records = answer.result(300)
+    lines = server.get("/pte/v1/requests")["finished"]
+    ran = {line["engine"] for line in lines if line["adapter"] == "moving@2"}
+    assert ran == set(range(ENGINES))
+    for record in records:
+        first, second = record.weight_versions
+        assert (first.version, second.version) == (1, 2)
+        for span in (first, second):
+            tokens = list(record.token_ids[: len(PROMPT) + span.end])
+            expected = replayed(
+                *(server.model, weights[span.version - 1], tokens, record.plan), temperature=0.8
+            )[len(PROMPT) - 1 :][span.start : span.end]
+            found = torch.tensor(record.logprobs[span.start : span.end])
+            assert (found - expected).abs().max().item() <= TOLERANCE
+
+
+def test_nothing_is_left_of_aborted_requests(
+    server: Server, request: pytest.FixtureRequest
+) -> None:
     """Clients that leave in the middle take their blocks, slots and states along."""
+    count = 500 if "engines_of_ranks" in request.node.name else 40
 
     async def leave(client: httpx.AsyncClient, i: int) -> None:
         body = {
             "model": ("ridge", "base", "plain")[i % 3],
-            "prompt": random_tokens(20 + i, 500, i),
+            "prompt": random_tokens(20 + i % 40, 500, i),
             "max_tokens": 3000,
             "ignore_eos": True,
             "stream": True,
@@ -163,12 +197,12 @@ def test_nothing_is_left_of_aborted_requests(server: Server) -> None:
             lines = 0
             async for _ in answer.aiter_lines():
                 lines += 1
-                if lines > 4 * i:
+                if lines > 4 * (i % 40):
                     return
 
     async def crowd() -> None:
         async with httpx.AsyncClient(timeout=300, limits=httpx.Limits()) as client:
-            await asyncio.gather(*(leave(client, i) for i in range(40)))
+            await asyncio.gather(*(leave(client, i) for i in range(count)))
 
     asyncio.run(crowd())
     report = server.wait_idle()
