@@ -15,7 +15,8 @@ _REASONS = {
     "ngram: a draft model's cache would not fold",
     "--async-scheduling": "with --speculative-config a step is planned before it is known which "
     "drafts the one before accepted",
-    "--pipeline-parallel-size": "pipeline parallelism: a stage would fold before the next reads",
+    "--pipeline-parallel-size": "states, and what was kept, would lie in parts on several stages, "
+    "and nobody puts them together yet",
     "--data-parallel-size": "engines of a mixture of experts wait for each other in every step, "
     "which has not been tried with folds",
     "--data-parallel-rank": _ROUTER,
