@@ -64,6 +64,8 @@ function rhoBars(rho) {
   element("title", {}, `fold ${rho.length - shown.length + i + 1}: ${value.toFixed(3)}`))));
 }
 
+let numEngines = 1; // of the server, as it said last
+
 function requestCard(history) {
   const { record, running } = history;
   const full = Math.ceil(record.num_tokens / history.blockSize);
@@ -73,6 +75,7 @@ function requestCard(history) {
       element("span", { class: "id", title: record.request_id }, record.request_id),
       element("span", { class: "tag" }, record.adapter ?? "base model"),
       record.rule ? element("span", { class: "tag" }, `rule ${record.rule}`) : null,
+      numEngines > 1 ? element("span", { class: "tag" }, `engine ${record.engine}`) : null,
       element("span", { class: `tag ${running ? "running" : ""}` }, running ? "running" : "finished")),
     element("div", { class: "soft" },
       `${number(record.num_tokens)} tokens · ${number(record.folds)} folds · ` +
@@ -114,8 +117,12 @@ function drawFacts(info, report) {
   const meter = element("meter", { min: 0, max: Math.max(1, report.usable_blocks), value: used });
   const fact = (name, ...value) => element("div", {}, element("dt", {}, name), element("dd", {}, ...value));
   const window_ = info.plan.window_tokens;
+  numEngines = report.engines.length;
+  const engines = numEngines < 2 ? [] : report.engines.map((engine, i) => fact(`engine ${i}`,
+    `${number(engine.running)} running, ${number(engine.usable_blocks - engine.free_blocks)} blocks in use`));
   $("facts").replaceChildren(
     fact("KV blocks in use", `${number(used)} of ${number(report.usable_blocks)}`, meter),
+    ...engines,
     fact("tokens a block", number(report.block_size)),
     fact("window", window_ ? `${number(window_)} tokens` : "full attention"),
     fact("a fold frees", `${number(100 * info.plan.evict_ratio)} % of it`),
@@ -126,6 +133,7 @@ function drawFacts(info, report) {
 function drawFinished(finished) {
   table($("finished"), [
     ["request", (r) => r.request_id, "mono"],
+    ...(numEngines > 1 ? [["engine", (r) => r.engine, "number"]] : []),
     ["adapter", (r) => r.adapter ?? "base model"],
     ["rule", (r) => r.rule ?? "–"],
     ["tokens", (r) => number(r.num_tokens), "number"],

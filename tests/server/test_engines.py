@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -207,6 +208,21 @@ def test_nothing_is_left_of_aborted_requests(
     asyncio.run(crowd())
     report = server.wait_idle()
     assert [one["free_blocks"] for one in report["engines"]] == [NUM_BLOCKS] * ENGINES
+
+
+def test_page_says_which_engine_runs_what(server: Server, browser: Any) -> None:
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(f"{server.url}/pte")
+    page.locator("#facts", has_text="engine 1").wait_for()
+    page.locator("#finished th", has_text="engine").wait_for()
+    answer = server.complete("base", random_tokens(40, 500, 3), 600, options={})
+    where = {line["request_id"]: line["engine"] for line in _finished(server, 64)}
+    engine = next(at for name, at in where.items() if name.startswith(answer.id))
+    page.locator("#finished tr", has_text=answer.id).locator(f"td >> text='{engine}'").wait_for()
+    assert not complaints
 
 
 @pytest.mark.ends_server

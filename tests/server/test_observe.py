@@ -6,11 +6,10 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from tests.harness.models import random_tokens
 from tests.harness.server import Server
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium")
 HEADERS = {"Authorization": f"Bearer {ADMIN}"}
 
 
@@ -210,19 +208,6 @@ class Looking:
             max_tokens=num_tokens,
             extra_body={"ignore_eos": True, "vllm_xargs": options},
         )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # Without its sandbox, which does not start for root.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
