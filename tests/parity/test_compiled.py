@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 from vllm.config import CompilationMode
 
 from pte_vllm.kernels import native
 from tests.harness.engine import BLOCK, Engine, Job, lora
 from tests.harness.models import random_tokens
-from tests.harness.parity import TOLERANCE, assert_parity
+from tests.harness.parity import assert_parity
+from tests.parity.embedding import assert_embedding_adapter
 
 WINDOW = 2 * BLOCK
 LENGTH = WINDOW + 8 * BLOCK + 5
@@ -49,20 +47,7 @@ def test_adapter_of_the_embedding_that_comes_later(
     engine: Engine, model: Path, tmp_path: Path
 ) -> None:
     """Which linears adapters have weights for is known after the trace only."""
-    torch.manual_seed(0)
-    config = LoraConfig(
-        r=8, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False, lora_alpha=8
-    )
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    attached = get_peft_model(base, config)
-    attached.save_pretrained(tmp_path)
-    job = Job(random_tokens(20, 500, 7), 30, lora("embedding", tmp_path, 4), {"pte_window": 0})
-    engine.run([job])
-    with torch.no_grad():
-        logits = attached(torch.tensor([job.prompt + job.tokens])).logits[0].log_softmax(-1)
-    rows = torch.arange(len(job.prompt) - 1, len(job.prompt) + len(job.tokens) - 1)
-    expected = logits[rows, torch.tensor(job.tokens)]
-    assert (torch.tensor(job.logprobs) - expected).abs().max() < TOLERANCE
+    assert_embedding_adapter(engine, model, tmp_path)
 
 
 @pytest.mark.parametrize("reason", ["asked", "no compiler"])

@@ -11,6 +11,7 @@ from tests.engine.kept import assert_selected
 from tests.harness.engine import BLOCK, Engine, Job, lora
 from tests.harness.models import random_tokens
 from tests.harness.parity import assert_parity
+from tests.parity.embedding import assert_embedding_adapter
 
 WINDOW = 2 * BLOCK
 LENGTH = WINDOW + 4 * BLOCK + 5
@@ -18,12 +19,12 @@ DRAWN = {"pte_keep_score": "random", "pte_evict_seed": 7}
 
 
 # The tiny models have two KV heads: of four ranks two hold the same one.
-@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def engine(
     request: pytest.FixtureRequest, tiny: Callable[[str], Path], probes: Path
 ) -> Iterator[Engine]:
     made = Engine(
-        tiny("qwen2"),
+        tiny("llama"),
         window_tokens=WINDOW,
         lora_rank=8,
         probes=probes,
@@ -38,7 +39,7 @@ def test_mixed_batch(
     engine: Engine, tiny: Callable[[str], Path], adapters: Callable[..., Path]
 ) -> None:
     """Every kind of adapter and of plan at once, some preempted, some continued from a prefix."""
-    model = tiny("qwen2")
+    model = tiny("llama")
     given = [
         lora("ridge", adapters(model, rank=8, rule="ridge", features="squared"), 1),
         lora("paper", adapters(model, rank=8, rule="paper", layers=[0, 2]), 2),
@@ -67,3 +68,10 @@ def test_mixed_batch(
     worst = assert_parity(model, folding, WINDOW, min_folds=4)
     chosen = assert_selected([job for job in folding if job.keeps], WINDOW)
     print(f"{chosen} choices, max |Δ log p| {worst:.1e}")
+
+
+def test_adapter_of_the_embedding(
+    engine: Engine, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The vocabulary is shared out too."""
+    assert_embedding_adapter(engine, tiny("llama"), tmp_path)
