@@ -85,6 +85,7 @@ class Engines:
             kind: [{**line, "engine": i} for i, one in enumerate(reports) for line in one[kind]]
             for kind in ("running", "finished")
         }
+        lines["finished"].sort(key=lambda line: line["ended_s"])  # stable: each engine's in order
         pools = ("usable_blocks", "free_blocks")
         return {
             "block_size": reports[0]["block_size"],

@@ -33,12 +33,12 @@ class Ranks:
     @classmethod
     def of(cls, vllm_config: Any) -> Ranks:
         """Read the sizes of a model and the place of this process, once vLLM has set up ranks."""
-        model, group = vllm_config.model_config, get_tp_group()
+        model, size = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
         return cls(
             num_heads=model.get_total_num_kv_heads(),
             head_dim=model.get_head_size(),
-            size=group.world_size,
-            rank=group.rank_in_group,
+            size=size,
+            rank=get_tp_group().rank_in_group if size > 1 else 0,
         )
 
     @property

@@ -6,6 +6,7 @@ Shapes: L layers with a state, `state: [L, G, r]` as tokens read it, in fp32 or 
 from __future__ import annotations
 
 import json
+import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -44,6 +45,8 @@ class Thoughts:
     read: str | None = None
     """How A x meets `state`, with `features`, both the adapter's; None without a state."""
     state: Tensor | None = None
+    ended_s: float | None = None
+    """When it finished, in Unix time."""
     rho: Tensor | None = None  # [folds] mean over layers of ‖ΔS‖ / ‖S‖
     survivals: tuple[Tensor | None, ...] = ()
     """Of the folds of a request that keeps tokens, as `FoldingSequence` has them: on the host."""
@@ -62,7 +65,7 @@ class Thoughts:
     def kept(self) -> Thoughts:
         """Return a copy on the host, in memory of its own, without waiting for the device."""
         state, rho = (None if t is None else to_host(t) for t in (self.state, self.rho))
-        return replace(self, finished=True, state=state, rho=rho)
+        return replace(self, finished=True, ended_s=time.time(), state=state, rho=rho)
 
     def without_state(self) -> Thoughts:
         """Return the same without the state and what was kept, to be remembered longer."""
@@ -86,6 +89,7 @@ class Thoughts:
             "held_blocks": self.held_blocks,
             "peak_blocks": self.peak_blocks,
             "state_bytes": self.state_bytes,
+            **({"ended_s": self.ended_s} if self.ended_s is not None else {}),
             **({"keep_tokens": self.plan.keep_tokens} if self.plan.keep_tokens else {}),
         }
 

@@ -118,6 +118,7 @@ def _same_as_the_library(out: Path, rows: dict[str, dict[str, Any]]) -> None:
     assert seen == len(rows) - 1
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(server: Server, problems: Path, tmp_path: Path) -> None:
     from inspect_ai.log import list_eval_logs, read_eval_log_sample_summaries
 

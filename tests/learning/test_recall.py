@@ -65,6 +65,7 @@ def test_ledgers_score_what_is_looked_up(tiny: Tiny) -> None:
         LedgerTask(tokenizer=tokenizer, num_tokens=50).sample(random.Random(0))
 
 
+@pytest.mark.slow
 def test_arms_are_trained_scored_and_kept(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

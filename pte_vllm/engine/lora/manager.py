@@ -70,17 +70,14 @@ class PTELoRAManager(LRUCacheWorkerLoRAManager):
 
         Ranks that disagreed about what is loaded would wait for each other forever.
         """
-        model, error = None, None
         try:
             model = self._load_here(lora_request)
-        except Exception as caught:
-            error = caught
-        reasons = [r for r in self.ranks.gather(None if error is None else str(error)) if r]
-        if error is not None:
-            raise error
-        if reasons:
-            raise AdapterError(f"another rank could not load it: {reasons[0]}")
-        assert model is not None
+        except Exception as error:
+            self.ranks.gather(str(error))
+            raise
+        for reason in self.ranks.gather(None):
+            if reason is not None:
+                raise AdapterError(f"another rank could not load it: {reason}")
         return model
 
     def _load_here(self, lora_request: LoRARequest) -> LoRAModel:
