@@ -71,7 +71,9 @@ def _throughput(args: argparse.Namespace, turns: Turns) -> None:
 
 
 def _lora(args: argparse.Namespace, turns: Turns) -> None:
-    common: dict[str, Any] = {"max_num_seqs": args.seqs}
+    # As many blocks as all sequences need whole: five engines share the memory.
+    whole = -(-(args.prompt + args.tokens) // BLOCK_TOKENS) + 1
+    common: dict[str, Any] = {"max_num_seqs": args.seqs, "num_blocks": args.seqs * whole + 1}
     bounded = {"window_tokens": args.window, **common}
     specs = [
         turns.spec("vLLM, base model", **common),
@@ -81,6 +83,8 @@ def _lora(args: argparse.Namespace, turns: Turns) -> None:
         turns.spec("window, plain LoRA", adapter=turns.plain, **bounded),
         turns.pte(**common),
     ]
+    if args.tensor_parallel_size > 1:  # every rank is a process: leave out what has no adapter
+        specs = [spec for spec in specs if spec.adapter is not None]
     results = _batch(args, turns, specs)
     rates = tokens_per_second(results)
     report.console.print(report.rates(rates, "tok/s"))
