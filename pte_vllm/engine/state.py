@@ -23,14 +23,7 @@ from pte_vllm.method.held import as_read, held_sums, whole_sums
 from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.options import check_rule_fits
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.method.reference import (
-    UPDATE_RULES,
-    Moments,
-    Sums,
-    encode,
-    moments_of,
-    relative_update,
-)
+from pte_vllm.method.reference import UPDATE_RULES, Moments, Sums, moments_of, relative_update
 from pte_vllm.method.weight import weigh_state
 
 
@@ -221,18 +214,12 @@ class StatePool:
         return to_record(self.sequences[request_id].record())
 
     def fold_projected(self, sequences: list[FoldingSequence], k: Tensor, v: Tensor) -> None:
-        """Fold into S sequences of one adapter and one rule.
-
-        Args:
-            sequences: The S sequences.
-            k: What `method.reference.multiply` makes of the keys that they fold, `[L, S, m, r]`.
-            v: The same of the values.
-        """
+        """Fold what `method.reference.multiply` returns, `k, v: [L, S, m, r]`, into S sequences."""
         loaded, rule = sequences[0].loaded, sequences[0].rule
         assert loaded is not None and rule is not None
         encoder = loaded.encoder.map(lambda t: t[:, None])  # [L, 1, ...], over sequences
-        keys, values = encode(encoder, k, v)
-        self.fold_moments(sequences, moments_of(keys, values, with_kk=UPDATE_RULES[rule].reads_kk))
+        evicted = moments_of(encoder, k, v, with_kk=UPDATE_RULES[rule].reads_kk)
+        self.fold_moments(sequences, evicted)
 
     def fold_moments(self, sequences: list[FoldingSequence], evicted: Moments) -> None:
         """Do the same from sums over the encoded keys and values, each `[L, S, r, r]`."""

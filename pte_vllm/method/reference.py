@@ -113,11 +113,12 @@ class Moments:
 
 def moments(encoder: LayerEncoder, k_e: Tensor, v_e: Tensor, *, with_kk: bool) -> Moments:
     """Sum up kᵀv, and kᵀk if asked, of the encoded `k_e, v_e: [*, m, d_kv]`."""
-    return moments_of(*project(encoder, k_e, v_e), with_kk=with_kk)
+    return moments_of(encoder, *multiply(encoder, k_e, v_e), with_kk=with_kk)
 
 
-def moments_of(k: Tensor, v: Tensor, *, with_kk: bool) -> Moments:
-    """Sum up kᵀv, and kᵀk if asked, of keys and values as `encode` returns them, `[*, m, r]`."""
+def moments_of(encoder: LayerEncoder, k: Tensor, v: Tensor, *, with_kk: bool) -> Moments:
+    """Do the same with what `multiply` returns over all heads, each `[*, m, r]`."""
+    k, v = encode(encoder, k, v)
     return Moments(kv=k.mT @ v, kk=k.mT @ k if with_kk else None, num_tokens=k.shape[-2])
 
 
