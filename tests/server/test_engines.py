@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import torch
 
@@ -20,6 +19,7 @@ from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.parity import TOLERANCE, replayed
 from tests.harness.server import NUM_BLOCKS, WINDOW, Server
+from tests.server.killed_worker import assert_killed_worker_ends
 from tests.server.pushed import SAMPLING, difference, make_versions, push_all
 
 ENGINES = 2
@@ -228,16 +228,4 @@ def test_page_says_which_engine_runs_what(server: Server, browser: Any) -> None:
 @pytest.mark.ends_server
 def test_killed_worker_ends_all_engines(server: Server) -> None:
     """Whichever dies, a client hears of it, and no process is left that waits for it."""
-    processes = server.processes()
-    workers = [p for p in processes if "Worker" in " ".join(p.cmdline())]
-    sampling = {"max_tokens": 4000, "ignore_eos": True}
-    with ThreadPoolExecutor(1) as pool, RolloutClient(server.url, retry_s=1.0) as client:
-        asked = pool.submit(lambda: list(client.rollouts([[5, 6]], n=4, sampling=sampling)))
-        server.wait_running(4)
-        workers[-1].kill()
-        with pytest.raises(ServerError):
-            asked.result(120)
-    assert server._process is not None
-    assert server._process.wait(120) == 1, server.log.read_text()[-3000:]
-    _, alive = psutil.wait_procs(processes, timeout=60)
-    assert not alive
+    assert_killed_worker_ends(server)
