@@ -11,6 +11,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,13 @@ def serve(
     for line in chosen:
         print(f"pte-vllm: CPU: {line}", file=sys.stderr)  # vLLM sets up its log later
     args.model = args.model_tag  # as vLLM's command does
-    if args.api_server_count is None and not args.headless:
-        args.api_server_count = 1  # vLLM's own default is one per engine
+    _choose_api_servers(args)
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     from pte_vllm.server.early import check_early
     from pte_vllm.server.ending import Ending
+    from pte_vllm.server.sharing.directory import share_among
 
     command = ServeSubcommand()
     try:
@@ -101,15 +102,26 @@ def serve(
     # vLLM hands `args` to the endpoint plugin.
     args.pte_service = service or ServiceConfig()
     args.pte_ending = ending = Ending()
-    args.pte_spool = check_early(args, args.pte_service)
-    args.additional_config[EngineConfig.KEY]["probes"] = _probes(model, engine)
-    if _runs_here(args):
-        import uvloop
+    with ExitStack() as until:
+        args.pte_spool = check_early(args, args.pte_service, until)
+        args.additional_config[EngineConfig.KEY]["probes"] = _probes(model, engine)
+        share_among(args, until)
+        if _runs_here(args):
+            import uvloop
 
-        uvloop.run(_run_server(args))
-        return ending.exit_status
-    command.cmd(args)
-    return 0
+            uvloop.run(_run_server(args))
+            return ending.exit_status
+        command.cmd(args)
+        return 0
+
+
+def _choose_api_servers(args: Namespace) -> None:
+    """Set how many API servers there are as vLLM does: one per engine, unless they cannot share."""
+    from vllm import envs
+
+    if args.api_server_count is None and not args.headless:
+        alone = envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING
+        args.api_server_count = 1 if alone else args.data_parallel_size
 
 
 def _probes(model: str, engine: EngineConfig) -> str | None:
@@ -131,7 +143,7 @@ def _runs_here(args: Namespace) -> bool:
     """Whether vLLM's command would run its HTTP server in this process."""
     from vllm import envs
 
-    elsewhere = args.headless or args.data_parallel_multi_port_external_lb or args.grpc
+    elsewhere = args.headless or args.api_server_count > 1 or args.grpc
     return not (elsewhere or envs.VLLM_USE_RUST_FRONTEND)
 
 

@@ -8,8 +8,10 @@ import os
 import socket
 import sys
 from argparse import Namespace
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
+from vllm import envs
 from vllm.entrypoints.launchers.launcher import create_server_socket
 
 from pte_vllm.adapter.files import AdapterError, is_pte_adapter, read_config
@@ -21,10 +23,16 @@ from pte_vllm.method.options import EngineConfig
 from pte_vllm.models.location import check_model, model_hash
 from pte_vllm.server.adapters.spool import Spool, SpoolError, default_spool
 from pte_vllm.server.options import ServiceConfig
+from pte_vllm.server.sharing.directory import num_api_servers
 
 
-def check_early(args: Namespace, options: ServiceConfig) -> Spool:
+def check_early(args: Namespace, options: ServiceConfig, until: ExitStack) -> Spool:
     """Refuse what the arguments and this machine show; return the spool, locked if it is there.
+
+    Args:
+        args: the server's arguments.
+        options: of our routes.
+        until: gives the address back when it ends.
 
     Raises:
         ValueError, OSError: naming the flag.
@@ -32,8 +40,19 @@ def check_early(args: Namespace, options: ServiceConfig) -> Spool:
     _check_files(args)
     _check_adapters(args)
     _check_probes(args)
-    args.pte_port = claim_address(args)
+    _check_api_servers(args)
+    until.enter_context(claim_address(args) or nullcontext())
     return open_spool(args, options)
+
+
+def _check_api_servers(args: Namespace) -> None:
+    """Refuse several API servers with loads by path, which vLLM keeps in one of them."""
+    if num_api_servers(args) > 1 and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        raise ValueError(
+            f"--api-server-count {args.api_server_count} cannot be combined with "
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: push adapters with PUT /pte/v1/adapters/{name}, "
+            "or choose --api-server-count 1"
+        )
 
 
 def _check_files(args: Namespace) -> None:
@@ -167,12 +186,14 @@ def claim_address(args: Namespace) -> socket.socket | None:
 def open_spool(args: Namespace, options: ServiceConfig) -> Spool:
     """Return the spool of a server; it is locked if it was named, or is there already.
 
+    It is also locked for several API servers, which rely on it.
+
     Raises:
         ValueError: if another server uses it, or it cannot be written.
     """
     named = options.spool is not None
     spool = Spool(Path(options.spool) if options.spool else default_spool(args.model, args.port))
-    if args.enable_lora and (named or spool.root.is_dir()):
+    if args.enable_lora and (named or spool.root.is_dir() or num_api_servers(args) > 1):
         try:
             spool.open()
         except SpoolError as error:

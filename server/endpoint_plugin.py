@@ -69,6 +69,7 @@ async def info(request: Request) -> dict[str, Any]:
             "keep_score": engine.keep_score,
         },
         "engines": state.engines.count,
+        "api_servers": state.others.count + 1,
         "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "kv_bytes_per_token": _kv_bytes_per_token(config),
@@ -132,6 +133,7 @@ class PTEEndpointPlugin:
         if engine_client is not None and config is not None:
             found = make_service(engine_client, config, state.openai_serving_models, args)
             await found.registry.restore()
+            found.others.follow()
             state.serving_tokens = serving_tokens(
                 engine_client, state, args, found.registry.catalog
             )

@@ -74,10 +74,11 @@ async def get_tokens(
     state = service(request)
     tokens = state.written.find(id)
     if tokens is None:
+        elsewhere = ", or runs by way of another API server" if state.others.count else ""
         raise HTTPException(
             404,
             f"no tokens of a request {id}: it is unknown, keeps no tokens, or finished so long ago "
-            "that they were dropped (--pte-keep-thoughts)",
+            f"that they were dropped (--pte-keep-thoughts){elsewhere}",
         )
     part = list(tokens[first : first + MAX_TOKENS])
     tokenizer = state.engine.renderer.tokenizer

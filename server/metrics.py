@@ -5,6 +5,7 @@ What the worker counts is in `scrape`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,11 @@ async def timed_load(load: Load, *args: Any) -> ErrorResponse | str:
         _loads.labels(outcome).observe(time.monotonic() - start)
 
 
+def in_many_processes() -> bool:
+    """Return whether several API servers count together, in files of prometheus_client."""
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR") is not None
+
+
 def delete_adapter_series(engine_name: str) -> None:
     """Delete the series of `vllm:lora_requests_info` that name an adapter which will not come back.
 
@@ -73,8 +79,8 @@ def delete_adapter_series(engine_name: str) -> None:
     """
     # The registry has no public way to find a metric by its name.
     gauge = REGISTRY._names_to_collectors.get("vllm:lora_requests_info")
-    if not isinstance(gauge, Gauge):
-        return  # statistics are off, or there were no adapters
+    if not isinstance(gauge, Gauge) or in_many_processes():
+        return  # statistics are off, there were no adapters, or files that only grow hold them
     for family in gauge.collect():
         for sample in family.samples:
             named = (

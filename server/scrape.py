@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, make_asgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -22,9 +22,11 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.logger import init_logger
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from pte_vllm.engine.counters import RHO_EDGES
 from pte_vllm.method.names import RULE_NAMES
+from pte_vllm.server.metrics import in_many_processes
 from pte_vllm.server.service import Service
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
@@ -127,14 +129,25 @@ REGISTRY.register(COLLECTOR)
 
 
 class RefreshOnScrape:
-    """ASGI middleware that asks the worker before `/metrics` answers."""
+    """ASGI middleware that asks the worker before `/metrics` answers.
+
+    Of several API servers vLLM's route adds up what prometheus_client's files hold, and knows of no
+    collector. So this answers in its place, with both.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self._metrics: ASGIApp | None = None
+        if in_many_processes():
+            registry = get_prometheus_registry()
+            registry.register(COLLECTOR)
+            self._metrics = make_asgi_app(registry=registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
         if scope["type"] == "http":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             if path.rstrip("/") == "/metrics":
                 await COLLECTOR.refresh()
-        await self.app(scope, receive, send)
+                app = self._metrics or app
+        await app(scope, receive, send)

@@ -9,6 +9,7 @@ from fastapi import HTTPException, Request
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
+from pte_vllm.engine.earlier import EARLIER
 from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.server.access.admission import Admission
@@ -21,7 +22,9 @@ from pte_vllm.server.engines import Engines
 from pte_vllm.server.failures import say_why
 from pte_vllm.server.finished import FinishedReader
 from pte_vllm.server.options import ServiceConfig
-from pte_vllm.server.written import Written
+from pte_vllm.server.others import Others
+from pte_vllm.server.sharing.directory import Sharing, num_api_servers
+from pte_vllm.server.written import MAX_BYTES, Written
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Service:
     """Reads what each fold kept, of rollouts that keep tokens."""
     written: Written
     """Has the tokens of requests that keep some."""
+    others: Others
+    """Follows what other API servers do."""
     listeners: Listeners = field(default_factory=Listeners)
 
     @property
@@ -64,9 +69,11 @@ def make_service(
     refusal = None
     if engine.vllm_config.lora_config is None:
         refusal = "this server takes no adapters: start it with --enable-lora"
-    engines = Engines(engine)
+    engines, sharing = Engines(engine), Sharing.of(args)
+    if (log := sharing.request_log()) is not None:
+        EARLIER.share(log)
     registry = AdapterRegistry(
-        *(engine, engines, models, spool), keep=options.keep_versions, refusal=refusal
+        *(engine, engines, models, spool, sharing), keep=options.keep_versions, refusal=refusal
     )
     if refusal is None:
         Loads(models, registry, engines, keep=options.keep_loaded).install()
@@ -78,10 +85,13 @@ def make_service(
         config=config,
         spool=spool,
         registry=registry,
-        admission=Admission(options.max_rollouts),
+        admission=Admission(options.max_rollouts, sharing.counts("admission")),
         rho=FinishedReader(engines, "pte_rho"),
         kept=FinishedReader(engines, "pte_kept"),
-        written=Written(engine, max_count=config.keep_thoughts),
+        written=Written(
+            engine, sharing.ended_tokens(max_count=config.keep_thoughts, max_bytes=MAX_BYTES)
+        ),
+        others=Others(engine, registry.catalog, sharing.aborts(), count=num_api_servers(args) - 1),
     )
 
 

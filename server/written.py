@@ -7,7 +7,6 @@ device. The API server has them while a request runs. What has ended is copied, 
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from vllm.engine.protocol import EngineClient
 
 from pte_vllm.engine.earlier import EARLIER
 from pte_vllm.engine.request_ids import find_id
+from pte_vllm.server.sharing.ended_tokens import EndedTokens
 
 MAX_BYTES = 2**26
 """The most memory for tokens of requests that have ended; the oldest leave."""
@@ -25,48 +25,38 @@ class Written:
 
     Args:
         engine: AsyncLLM. It is made to hand over what ends.
-        max_count: the most requests that have ended.
-        max_bytes: the most memory for them, at four bytes a token.
+        ended: what remembers that.
     """
 
-    def __init__(self, engine: EngineClient, *, max_count: int, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, engine: EngineClient, ended: EndedTokens) -> None:
         processor: Any = engine.output_processor
         processor.request_states = _Running(processor.request_states, self)
         self._processor = processor
-        self._max_count, self._max_bytes = max_count, max_bytes
-        self._ended: OrderedDict[str, array[int]] = OrderedDict()
-        self._num_bytes = 0
+        self._ended = ended
 
     def find(self, name: str) -> Sequence[int] | None:
-        """Return the tokens of the newest request that a client calls `name`; None without."""
+        """Return the tokens of the newest request that a client calls `name`; None without.
+
+        Of several API servers each knows what runs by way of it, and what has ended of all.
+        """
         running = self._processor.request_states
         request_id = find_id(name, running)
         if request_id is not None:
             state = running[request_id]
             return _tokens(state) if _keeps(state) else None
-        request_id = find_id(name, self._ended)
-        return None if request_id is None else self._ended[request_id]
+        request_id = find_id(name, self._ended.names())
+        return None if request_id is None else self._ended.get(request_id)
 
     def add(self, state: Any) -> None:
         """Remember the tokens of a request that ends, if it keeps some; vLLM's RequestState."""
-        if not _keeps(state):
-            return
-        self._drop(state.request_id)
-        tokens = self._ended[state.request_id] = _tokens(state)
-        self._num_bytes += _size(tokens)
-        while len(self._ended) > self._max_count or self._num_bytes > self._max_bytes:
-            self._drop(next(iter(self._ended)))
+        if _keeps(state):
+            self._ended.put(state.request_id, _tokens(state))
 
     def forget(self, name: str) -> None:
         """Drop what an ended request wrote that is called `name`; does nothing without one."""
-        request_id = find_id(name, self._ended)
+        request_id = find_id(name, self._ended.names())
         if request_id is not None:
-            self._drop(request_id)
-
-    def _drop(self, request_id: str) -> None:
-        tokens = self._ended.pop(request_id, None)
-        if tokens is not None:
-            self._num_bytes -= _size(tokens)
+            self._ended.drop(request_id)
 
 
 class _Running(dict[str, Any]):
@@ -88,7 +78,3 @@ def _keeps(state: Any) -> bool:
 
 def _tokens(state: Any) -> array[int]:
     return array("i", [*state.prompt_token_ids, *state.detokenizer.output_token_ids])
-
-
-def _size(tokens: array[int]) -> int:
-    return len(tokens) * tokens.itemsize

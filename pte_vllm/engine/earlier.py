@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from pte_vllm.engine.request_ids import find_external, find_id
+from pte_vllm.engine.request_log import RequestLog
 from pte_vllm.method.names import Evict, KeepScore
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.requests import RequestOptions
@@ -130,32 +132,31 @@ class EarlierRequest:
 
 
 class EarlierRequests:
-    """The last `MAX_EARLIER` requests of this process, by the id that vLLM's routes give them."""
+    """The last `MAX_EARLIER` requests of this server, by the id that vLLM's routes give them."""
 
     def __init__(self) -> None:
         self._by_id: OrderedDict[str, EarlierRequest] = OrderedDict()
         self._engines: OrderedDict[str, int] = OrderedDict()
+        self._log: RequestLog | None = None
+
+    def share(self, log: RequestLog) -> None:
+        """Remember what all API servers note, from now on, instead of this process's requests."""
+        self._log = log
 
     def place(self, request_id: str, engine: int) -> None:
         """Note which engine got a request, by the engine's id; of one engine nobody has to know."""
-        self._engines[request_id] = engine
-        self._engines.move_to_end(request_id)
-        if len(self._engines) > MAX_EARLIER:
-            self._engines.popitem(last=False)
+        self._note(request_id, engine)
 
     def engine_of(self, name: str) -> int | None:
         """Return which engine got the newest request that a client calls `name`; None without."""
+        self._catch_up()
         request_id = find_id(name, self._engines)
         return None if request_id is None else self._engines[request_id]
 
     def add(self, request_id: str, request: EarlierRequest) -> None:
         """Remember a request that was accepted, unless it was only to be checked."""
-        if request_id == ONLY_CHECKED:
-            return
-        self._by_id[request_id] = request
-        self._by_id.move_to_end(request_id)
-        if len(self._by_id) > MAX_EARLIER:
-            self._by_id.popitem(last=False)
+        if request_id != ONLY_CHECKED:
+            self._note(request_id, request)
 
     def get(self, name: str) -> EarlierRequest:
         """Return the request that a client calls `name`, as in `/pte/v1/thoughts`.
@@ -175,6 +176,7 @@ class EarlierRequests:
 
     def keeps_tokens(self, external: str) -> bool:
         """Return whether a request that is remembered by this id, a route's, keeps tokens."""
+        self._catch_up()
         request = self._by_id.get(external)
         return request is not None and request.keep_tokens > 0
 
@@ -182,12 +184,34 @@ class EarlierRequests:
         """Forget the request that a client calls `name`; does nothing if there is none."""
         request_id = self._find(name)
         if request_id is not None:
-            del self._by_id[request_id]
+            self._note(request_id, None)
+
+    def _note(self, request_id: str, what: EarlierRequest | int | None) -> None:
+        if self._log is None:
+            self._take(request_id, what)
+        else:  # it comes back from the log, in its place among those of the others
+            self._log.append(request_id, asdict(what) if isinstance(what, EarlierRequest) else what)
+
+    def _catch_up(self) -> None:
+        for request_id, note in self._log.unread() if self._log is not None else ():
+            self._take(request_id, EarlierRequest(**note) if isinstance(note, dict) else note)
+
+    def _take(self, request_id: str, what: EarlierRequest | int | None) -> None:
+        """Take a request in, or the number of its engine; None drops the request."""
+        if what is None:
+            self._by_id.pop(request_id, None)
+            return
+        table: OrderedDict[str, Any] = self._engines if isinstance(what, int) else self._by_id
+        table[request_id] = what
+        table.move_to_end(request_id)
+        if len(table) > MAX_EARLIER:
+            table.popitem(last=False)
 
     def _find(self, name: str) -> str | None:
+        self._catch_up()
         newest_first = reversed(self._by_id.items())
         return find_external(name, ((sent, request.choices) for sent, request in newest_first))
 
 
 EARLIER = EarlierRequests()
-"""The one table of this process, the API server: its routes and its checks share it."""
+"""The one table of this process, an API server: its routes and its checks share it."""

@@ -1,4 +1,4 @@
-"""An engine whose API server is gone ends too, and a worker whose engine is gone.
+"""What a server started ends with it: its engines, their workers, its API servers.
 
 vLLM's engine core does not hear of the end of the API server that started it: killed alone, as by
 the kernel when memory runs out, the server would leave behind a model and a KV cache that nobody
@@ -19,7 +19,7 @@ from multiprocessing.connection import wait
 POLL_S = 2.0
 GRACE_S = 10.0
 """Between SIGTERM, at which the core stops its workers, and SIGKILL."""
-_PROCESS_NAMES = ("EngineCore", "VllmWorker")
+_PROCESS_NAMES = ("EngineCore", "VllmWorker", "ApiServer")
 """How vLLM names the processes, as prefixes."""
 _THREAD_NAME = "pte-orphans"
 ENABLED = "PTE_END_WITH_PARENT"
@@ -29,8 +29,8 @@ ENABLED = "PTE_END_WITH_PARENT"
 def end_with_parent() -> None:
     """Watch this process's parent from a thread, unless a thread does so already.
 
-    Does nothing unless this is a process that vLLM started for an engine core or a worker: an
-    engine that runs inside somebody's process is theirs to end.
+    Does nothing unless this is a process that vLLM started for an engine core, a worker or one of
+    several API servers: an engine that runs inside somebody's process is theirs to end.
     """
     parent = multiprocessing.parent_process()
     if parent is None or not multiprocessing.current_process().name.startswith(_PROCESS_NAMES):

@@ -28,7 +28,6 @@ _REASONS = {
     "--kv-transfer-config": "KV connectors move blocks without the thought state",
     "--kv-cache-dtype": "quantised KV caches cannot be encoded; use auto",
     "--fully-sharded-loras": "the thought state needs A's whole output on every rank",
-    "--api-server-count": "adapters, and requests to continue, live in one API server",
     "--weight-transfer-config": "the base model of a server does not change; push adapters with "
     "PUT /pte/v1/adapters/{name}, or have them loaded from a directory with POST "
     "/v1/load_lora_adapter",
@@ -92,7 +91,6 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
             "--kv-cache-dtype": _quantised(args.kv_cache_dtype),
             "--fully-sharded-loras": getattr(args, "fully_sharded_loras", False),
             "--enable-dbo": getattr(args, "enable_dbo", False),
-            "--api-server-count": _more_than_one(getattr(args, "api_server_count", None)),
             "--weight-transfer-config": _backend(getattr(args, "weight_transfer_config", None)),
         }
     )

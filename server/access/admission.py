@@ -7,8 +7,11 @@ from http import HTTPStatus
 from fastapi.responses import JSONResponse, Response
 from vllm.entrypoints.serve import create_error_response
 
+from pte_vllm.server.sharing.counts import Counts
+
 RETRY_AFTER_S = 5
 """How long a client that is turned away is told to wait."""
+_KEY = "samples"
 
 
 class BusyError(RuntimeError):
@@ -20,12 +23,19 @@ class Admission:
 
     Args:
         limit: how many may be in flight. A request that would exceed it is turned away; one that
-            comes alone is not.
+            comes alone is not. Where several API servers count together, requests that reach them
+            at the same moment may exceed it.
+        counts: what counts.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, counts: Counts) -> None:
         self._limit = limit
-        self.in_flight = 0
+        self._counts = counts
+
+    @property
+    def in_flight(self) -> int:
+        """How many samples wait or run."""
+        return self._counts.get(_KEY)
 
     def enter(self, count: int) -> None:
         """Count `count` samples in.
@@ -33,16 +43,17 @@ class Admission:
         Raises:
             BusyError: if there is no room for them.
         """
-        if self.in_flight and self.in_flight + count > self._limit:
+        in_flight = self.in_flight
+        if in_flight and in_flight + count > self._limit:
             raise BusyError(
-                f"{self.in_flight} samples are in flight, and {count} more would exceed this "
+                f"{in_flight} samples are in flight, and {count} more would exceed this "
                 f"server's --pte-max-rollouts {self._limit}; try again later"
             )
-        self.in_flight += count
+        self._counts.add(_KEY, count)
 
     def leave(self) -> None:
         """Count one sample out, however it ended."""
-        self.in_flight -= 1
+        self._counts.add(_KEY, -1)
 
 
 def too_many(message: str) -> Response:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
 
 from pte_vllm.server.adapters.served_names import ServedNames
 from pte_vllm.server.adapters.spool import Version
+from pte_vllm.server.sharing.versions import AdapterNumbers, ServedVersion, SharedVersions
 
 
 class ConflictError(ValueError):
@@ -39,17 +41,46 @@ class Catalog:
 
     Args:
         models: vLLM's list. From now on it knows the plain names of pushed adapters too.
+        shared: the versions that all API servers serve; None for the only one.
     """
 
-    def __init__(self, models: OpenAIServingModels) -> None:
-        self._names = ServedNames(models.lora_requests)
+    def __init__(self, models: OpenAIServingModels, shared: SharedVersions | None = None) -> None:
+        self._names = ServedNames(models.lora_requests, refresh=self.refresh)
+        self._shared = shared
+        if shared is not None:
+            after = models.lora_id_counter.value
+            models.lora_id_counter = AdapterNumbers(shared, after=after)
         models.lora_requests = self._names
         self._is_base_model = models.is_base_model
         self._versions: dict[str, dict[int, Version]] = {}
+        self._features: dict[str, str | None] = {}
+        self.on_new: Callable[[Version], None] = lambda version: None
+        """Called with each version that another API server added."""
+
+    def refresh(self) -> None:
+        """Take in what other API servers have done; every method that reads does so first."""
+        if self._shared is None or not self._shared.changed():
+            return
+        rows = {row.engine_name: row for row in self._shared.rows()}
+        served = {v.engine_name: v for family in self._versions.values() for v in family.values()}
+        for name in served.keys() - rows.keys():
+            self._drop(served[name])
+            self._names.pop(name, None)
+        for name in rows.keys() - served.keys():
+            version = Version(**rows[name].about["version"])
+            lora = LoRARequest(name, rows[name].adapter_id, version.path)
+            dict.__setitem__(self._names, name, lora)
+            self._take(version, rows[name].about["features"])
+            self.on_new(version)
 
     def names(self) -> list[str]:
         """Return the names of pushed adapters, sorted."""
+        self.refresh()
         return sorted(self._versions)
+
+    def features(self, version: Version) -> str | None:
+        """Return the features of a served version; None of a plain LoRA."""
+        return self._features[version.engine_name]
 
     def versions(self, spec: str) -> list[Version]:
         """Return the versions of `name`, oldest first, or the one of `name@version`.
@@ -57,6 +88,7 @@ class Catalog:
         Raises:
             LookupError: if there is none.
         """
+        self.refresh()
         if spec in self._versions:
             return [self._versions[spec][number] for number in sorted(self._versions[spec])]
         name, _, number = spec.rpartition("@")
@@ -66,6 +98,7 @@ class Catalog:
 
     def newest(self, name: str) -> Version | None:
         """Return the newest version of a pushed name; None if there is none."""
+        self.refresh()
         versions = self._versions.get(name)
         return versions[max(versions)] if versions else None
 
@@ -78,18 +111,39 @@ class Catalog:
 
     def check_is_free(self, name: str) -> None:
         """Raise ValueError if `name` is the base model's, or that of a LoRA not pushed."""
-        taken = name in self._names and name not in self._versions
+        taken = name in self._names and name not in self._versions  # the former refreshes
         if self._is_base_model(name) or taken:
             raise ValueError(f"{name} is served already, and was not pushed; choose another name")
 
-    def add(self, version: Version) -> None:
-        """Take in a version that vLLM serves."""
-        versions = self._versions.setdefault(version.name, {})
-        versions[version.number] = version
-        self._names.newest[version.name] = versions[max(versions)].engine_name
+    def add(self, version: Version, features: str | None) -> None:
+        """Take in a version that vLLM serves.
+
+        Args:
+            version: the version.
+            features: of its adapter; None of a plain LoRA.
+        """
+        self._take(version, features)
+        if self._shared is not None:
+            number = self._names[version.engine_name].lora_int_id
+            about = {"version": asdict(version), "features": features}
+            self._shared.put(
+                ServedVersion(engine_name=version.engine_name, adapter_id=number, about=about)
+            )
 
     def retire(self, version: Version) -> None:
-        """Let no new request find a version."""
+        """Let no new request find a version, of this API server or another."""
+        self._drop(version)
+        if self._shared is not None:
+            self._shared.remove(version.engine_name)
+
+    def _take(self, version: Version, features: str | None) -> None:
+        versions = self._versions.setdefault(version.name, {})
+        versions[version.number] = version
+        self._features[version.engine_name] = features
+        self._names.newest[version.name] = versions[max(versions)].engine_name
+
+    def _drop(self, version: Version) -> None:
+        del self._features[version.engine_name]
         versions = self._versions[version.name]
         del versions[version.number]
         if versions:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pte_vllm.server.adapters.spool import Spool, Version
 from pte_vllm.server.engines import Engines
 from pte_vllm.server.metrics import delete_adapter_series
+from pte_vllm.server.sharing.counts import Counts
 
 GRACE_S = 10.0
 """More than the time between an adapter's last use by name and its first step in the engine."""
@@ -27,20 +28,23 @@ class AdapterUse:
     Args:
         engines: those that know what adapters their requests use.
         spool: the files.
+        rollouts: counts rollouts and scores by the engine's name of their version.
         on_idle: what is called when the last rollout on some version ends.
     """
 
-    def __init__(self, engines: Engines, spool: Spool, on_idle: Callable[[], None]) -> None:
+    def __init__(
+        self, engines: Engines, spool: Spool, rollouts: Counts, on_idle: Callable[[], None]
+    ) -> None:
         self._engines = engines
         self._spool = spool
         self._on_idle = on_idle
-        self._rollouts: Counter[str] = Counter()  # by engine name
+        self._rollouts = rollouts
         self._retired: list[tuple[float, Version]] = []  # when, by the monotonic clock
         self._listeners: defaultdict[str, set[Listener]] = defaultdict(set)  # by pushed name
 
     def rollouts(self, engine_name: str) -> int:
         """Return how many rollouts and scores run on a version."""
-        return self._rollouts.get(engine_name, 0)
+        return self._rollouts.get(engine_name)
 
     @contextmanager
     def using(self, engine_name: str | None) -> Iterator[None]:
@@ -48,13 +52,12 @@ class AdapterUse:
         if engine_name is None:
             yield
             return
-        self._rollouts[engine_name] += 1
+        self._rollouts.add(engine_name, 1)
         try:
             yield
         finally:
-            self._rollouts[engine_name] -= 1
-            if not self._rollouts[engine_name]:
-                del self._rollouts[engine_name]
+            self._rollouts.add(engine_name, -1)
+            if not self._rollouts.get(engine_name):
                 self._on_idle()
 
     @contextmanager
@@ -93,7 +96,8 @@ class AdapterUse:
         if not due:
             return bool(self._retired)
         report = await self._engines.requests()
-        in_use = {*report["adapters_in_use"], *self._rollouts}
+        in_use = {*report["adapters_in_use"], *self._rollouts.keys()}
+        self._rollouts.clean()
         for retired in due:
             if retired[1].engine_name not in in_use:
                 delete_adapter_series(retired[1].engine_name)

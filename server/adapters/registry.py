@@ -24,6 +24,7 @@ from pte_vllm.server.adapters.spool import Incoming, Spool, Version, check_name
 from pte_vllm.server.adapters.upload import MAX_ADAPTER_BYTES, check_servable
 from pte_vllm.server.engines import Engines
 from pte_vllm.server.metrics import timed_load
+from pte_vllm.server.sharing.directory import Sharing
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
@@ -43,6 +44,7 @@ class AdapterRegistry:
         engines: what asks them which adapters their requests use.
         models: vLLM's list, which also hands out ids; from now on it knows pushed names too.
         spool: where versions live.
+        sharing: what this API server shares with others.
         keep: how many versions of a name stay.
         refusal: why this server takes no adapters; None where it does.
     """
@@ -53,6 +55,7 @@ class AdapterRegistry:
         engines: Engines,
         models: OpenAIServingModels,
         spool: Spool,
+        sharing: Sharing,
         *,
         keep: int,
         refusal: str | None = None,
@@ -60,9 +63,13 @@ class AdapterRegistry:
         self._engine = engine
         # vLLM's own: what routes call asks this registry first (`loads.py`).
         self._load, self._unload = models.load_lora_adapter, models.unload_lora_adapter
-        self.catalog = Catalog(models)
+        self._shared = sharing.versions()
+        self.catalog = Catalog(models, self._shared)
         self._spool = spool
-        self.use = AdapterUse(engines, spool, on_idle=self._retire_and_delete_soon)
+        self.use = AdapterUse(
+            engines, spool, sharing.counts("rollouts"), on_idle=self._retire_and_delete_soon
+        )
+        self.catalog.on_new = self.use.announce
         self._looking: asyncio.Task[None] | None = None
         self._keep = keep
         self._refusal = refusal
@@ -70,12 +77,12 @@ class AdapterRegistry:
         lora = engine.vllm_config.lora_config
         self.max_rank = lora.max_lora_rank if lora is not None else 0
         self.lora_dtype = lora.lora_dtype if lora is not None else engine.model_config.dtype
-        self._features: dict[str, str | None] = {}
-        """The features of a served version, by its name in the engine; None of a plain LoRA."""
-        self._lock = asyncio.Lock()
+        self._lock = sharing.exclusive("versions")
 
     async def restore(self) -> None:
         """Serve what the spool holds again; what does not fit this model is left out, and logged.
+
+        Of several API servers the first does so for all.
 
         Raises:
             ValueError: if another server uses the spool, or it is damaged.
@@ -83,6 +90,8 @@ class AdapterRegistry:
         if self._refusal is not None:
             return
         async with self._lock:
+            if self._shared is not None and not self._shared.first("restore"):
+                return
             for version in await asyncio.to_thread(self._spool.versions):
                 try:
                     pte = await asyncio.to_thread(read_pte_config, version.path)
@@ -191,7 +200,7 @@ class AdapterRegistry:
                     "bytes": v.num_bytes,
                     "created_s": v.created_s,
                     "rule": v.rule,
-                    "features": self._features[v.engine_name],
+                    "features": self.catalog.features(v),
                     "rollouts": self.use.rollouts(v.engine_name),
                 }
                 for v in versions
@@ -236,13 +245,11 @@ class AdapterRegistry:
             if self._engine.errored:
                 raise EngineDeadError()
             raise ValueError(reason_of(result).replace(f"{version.path}/", ""))
-        self._features[version.engine_name] = pte.features if pte is not None else None
-        self.catalog.add(version)
+        self.catalog.add(version, pte.features if pte is not None else None)
 
     async def _retire(self, version: Version) -> None:
         """Have no new request find a version, and no restart bring it back."""
         self.catalog.retire(version)
-        del self._features[version.engine_name]
         await self._unload(UnloadLoRAAdapterRequest(lora_name=version.engine_name))
         await asyncio.to_thread(self._spool.retire, version)
         self.use.retire(version)

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from pte_vllm.adapter.hashes import FILES
 
@@ -132,12 +132,17 @@ class Spool:
     """Keeps the directory of one server. Its calls block: keep them off the event loop.
 
     Args:
-        root: the directory, which is made and locked when it is first needed.
+        root: the directory, which is made and locked when it is first needed. A copy that is sent
+            to another process relies on the lock of the process that sent it.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self._lock: IO[str] | None = None
+        self._is_copy = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_lock": None, "_is_copy": True}
 
     def open(self) -> None:
         """Make and lock the directory, unless that was done before.
@@ -146,7 +151,7 @@ class Spool:
             ValueError: if another server uses it.
             SpoolError: if it cannot be written.
         """
-        if self._lock is not None:
+        if self._lock is not None or self._is_copy:
             return
         with _writing():
             (self.root / "incoming").mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -21,6 +22,8 @@ from vllm.entrypoints.rl.online import api_router as rl
 from vllm.entrypoints.serve.dev.cache import api_router as cache
 from vllm.entrypoints.serve.dev.server_info import api_router as server_info
 from vllm.entrypoints.serve.dev.sleep import api_router as sleep
+
+from pte_vllm.server.service import Service
 
 Describe = Callable[[Request], Awaitable[dict[str, Any]]]
 
@@ -44,7 +47,13 @@ class AbortOptions(BaseModel):
 
 async def abort_requests(body: AbortOptions, raw_request: Request) -> JSONResponse:
     """Have vLLM end requests; their clients get what was sampled, with `abort` as the reason."""
-    return await rl.abort_requests(raw_request)  # reads the body again
+    answer = await rl.abort_requests(raw_request)  # reads the body again
+    found: Service | None = getattr(raw_request.app.state, "pte_service", None)
+    if body.request_ids or found is None or answer.status_code != HTTPStatus.OK:
+        return answer
+    told = json.loads(answer.body)
+    told["aborted"] += await found.others.abort_all()
+    return JSONResponse(told)
 
 
 async def reset_prefix_cache(

@@ -170,7 +170,6 @@ def _serve_args(**changes: object) -> Namespace:
         ({"kv_transfer_config": {"kv_connector": "x"}}, "--kv-transfer-config"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
         ({"fully_sharded_loras": True}, "--fully-sharded-loras"),
-        ({"api_server_count": 2}, "--api-server-count 2"),
         (
             {"weight_transfer_config": Namespace(backend="nccl")},
             "--weight-transfer-config nccl .* PUT /pte/v1/adapters",

@@ -41,6 +41,7 @@ _FLAGS = (
     *("--enable-prompt-tokens-details", "--pte-keep-thoughts", str(KEEP_THOUGHTS)),
     *("--pte-probes", "{directory}/probes.safetensors"),
 )
+_NO_LOADS_BY_PATH = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0"}
 KINDS = {
     "open": Kind(
         modules=(
@@ -63,13 +64,15 @@ KINDS = {
         env={"PTE_ADMIN_KEY": ADMIN_KEY},
         key=ADMIN_KEY,
     ),
-    "engines": Kind(
-        modules=("server/test_engines",),
+    "engines": Kind(  # with two API servers, which is vLLM's default
+        modules=("server/test_engines", "server/test_api_servers"),
         flags=(*_FLAGS, *("--data-parallel-size", "2", "--tensor-parallel-size", "1")),
+        env=_NO_LOADS_BY_PATH,
     ),
     "engines_of_ranks": Kind(
         modules=("server/test_engines",),
         flags=(*_FLAGS, *("--data-parallel-size", "2", "--tensor-parallel-size", "2")),
+        env=_NO_LOADS_BY_PATH,
     ),
     "keys": Kind(
         modules=("server/test_auth", "server/test_observe", "server/test_death_of_worker"),

@@ -8,9 +8,9 @@ import pytest
 
 from tests.harness.kinds import ADMIN_KEY
 from tests.harness.server import Server
-from tests.server.killed_worker import assert_killed_worker_ends
+from tests.server.killed_process import assert_killed_process_ends
 
 
 @pytest.mark.ends_server
 def test_killed_worker_ends_the_server(shared: Callable[..., Server]) -> None:
-    assert_killed_worker_ends(shared("keys"), ADMIN_KEY)
+    assert_killed_process_ends(shared("keys"), key=ADMIN_KEY)

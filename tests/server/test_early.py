@@ -8,6 +8,7 @@ import socket
 import subprocess
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,14 @@ def _args(model: Path | str, *flags: str) -> Namespace:
     )
 
 
+def _check(args: Namespace, **options: str) -> Spool:
+    with ExitStack() as until:
+        return check_early(args, ServiceConfig(**options), until)
+
+
 def _refused(args: Namespace, message: str, **options: str) -> None:
     with pytest.raises((ValueError, OSError), match=message):
-        check_early(args, ServiceConfig(**options))
+        _check(args, **options)
 
 
 def test_a_port_in_use(tiny: Callable[[str], Path]) -> None:
@@ -47,8 +53,20 @@ def test_a_port_in_use(tiny: Callable[[str], Path]) -> None:
     assert claim is not None
     _refused(args, rf"--port {port} is in use: .* still starting")
     claim.close()
-    check_early(args, ServiceConfig())
+    _check(args)
+    _check(args)  # and nobody holds it when a server has ended
     assert claim_address(_args("m", "--port", "0")) is None
+
+
+def test_several_api_servers(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = _args(tiny("llama"), *LORA, "--api-server-count", "2")
+    spool = _check(args, spool=str(tmp_path / "spool"))
+    with pytest.raises(ValueError, match="used by another"):  # it is held for all of them
+        Spool(spool.root).open()
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    _refused(args, "--api-server-count 2 .* VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: .* PUT")
 
 
 def test_an_address_that_cannot_be_used(tmp_path: Path) -> None:
@@ -61,14 +79,14 @@ def test_an_address_that_cannot_be_used(tmp_path: Path) -> None:
 def test_a_spool_in_use(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     args = _args(tiny("llama"), *LORA)
-    first = check_early(args, ServiceConfig(spool=str(spool)))
+    first = _check(args, spool=str(spool))
     _refused(_args(tiny("llama"), *LORA), "--pte-spool .* is used by another", spool=str(spool))
     first.open()  # it is its own
     file = tmp_path / "file"
     file.touch()
     _refused(_args(tiny("llama"), *LORA), "--pte-spool .* cannot be written", spool=str(file / "s"))
     # Without LoRA nothing is ever pushed.
-    assert not check_early(_args("m"), ServiceConfig(spool=str(tmp_path / "no"))).root.exists()
+    assert not _check(_args("m"), spool=str(tmp_path / "no")).root.exists()
 
 
 def test_adapters_that_cannot_be_served(
@@ -99,7 +117,7 @@ def test_adapters_that_cannot_be_served(
     refused("a is the name of another", f"a={good}", f"a={good}")
     refused("base is the name", f"base={good}", flags=(*LORA, "--served-model-name", "base"))
     args = _args(model, *LORA, "--lora-modules", f"a={good}", "b=org/name")
-    check_early(args, ServiceConfig(spool=str(tmp_path / "spool")))
+    _check(args, spool=str(tmp_path / "spool"))
 
 
 def test_probes_that_cannot_be_used(
@@ -120,10 +138,10 @@ def test_probes_that_cannot_be_used(
     _refused(args("no.file"), "--pte-probes no.file: these probes cannot be read")
     _refused(args(broken), f"--pte-probes {broken}: these probes cannot be read")
     _refused(args(other), f"--pte-probes {other}: these probes are for 2 layers of 2 KV heads")
-    check_early(args(probes), ServiceConfig())
+    _check(args(probes))
     assert "these are probes of another model" in capsys.readouterr().err
     Probes.of(Probes.load(probes).queries, model_hash(model)).save(other)
-    check_early(args(other), ServiceConfig())
+    _check(args(other))
     assert not capsys.readouterr().err
 
 

@@ -19,7 +19,7 @@ from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.parity import TOLERANCE, replayed
 from tests.harness.server import NUM_BLOCKS, WINDOW, Server
-from tests.server.killed_worker import assert_killed_worker_ends
+from tests.server.killed_process import assert_killed_process_ends
 from tests.server.pushed import SAMPLING, difference, make_versions, push_all
 
 ENGINES = 2
@@ -228,4 +228,4 @@ def test_page_says_which_engine_runs_what(server: Server, browser: Any) -> None:
 @pytest.mark.ends_server
 def test_killed_worker_ends_all_engines(server: Server) -> None:
     """Whichever dies, a client hears of it, and no process is left that waits for it."""
-    assert_killed_worker_ends(server)
+    assert_killed_process_ends(server)

@@ -1,4 +1,4 @@
-"""What has to happen when a worker is killed, as when memory runs out, of one engine or of many."""
+"""What has to happen when a process of a server is killed, as when memory runs out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from pte_vllm.wire.client import RolloutClient, ServerError
 from tests.harness.server import Server
 
 
-def assert_killed_worker_ends(server: Server, key: str | None = None) -> None:
-    """Kill the last worker while four samples run: clients hear of it, and no process is left."""
+def assert_killed_process_ends(
+    server: Server, title: str = "Worker", key: str | None = None
+) -> None:
+    """Kill the last process of that title while four samples run.
+
+    Clients hear of it, and no process is left.
+    """
     processes = server.processes()
-    workers = [p for p in processes if "Worker" in " ".join(p.cmdline())]
+    victims = [p for p in processes if title in " ".join(p.cmdline())]
     sampling = {"max_tokens": 4000, "ignore_eos": True}
     with (
         ThreadPoolExecutor(1) as pool,
@@ -22,7 +27,7 @@ def assert_killed_worker_ends(server: Server, key: str | None = None) -> None:
     ):
         asked = pool.submit(lambda: list(client.rollouts([[5, 6]], n=4, sampling=sampling)))
         server.wait_running(4)
-        workers[-1].kill()
+        victims[-1].kill()
         with pytest.raises(ServerError):
             asked.result(120)
     assert server._process is not None

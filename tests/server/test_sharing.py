@@ -1,0 +1,178 @@
+"""What several API servers share: each test has two of a thing, as two processes would."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from array import array
+from pathlib import Path
+
+import pytest
+
+from pte_vllm.engine.earlier import EarlierRequest, EarlierRequests
+from pte_vllm.engine.request_log import KEPT_ROWS, RequestLog
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.requests import RequestOptions
+from pte_vllm.server.access.admission import Admission, BusyError
+from pte_vllm.server.adapters.spool import Spool
+from pte_vllm.server.sharing.aborts import Abort, Aborts
+from pte_vllm.server.sharing.counts import Counts
+from pte_vllm.server.sharing.ended_tokens import EndedTokens
+from pte_vllm.server.sharing.exclusive import Exclusive
+from pte_vllm.server.sharing.versions import AdapterNumbers, ServedVersion, SharedVersions
+
+
+def _request(pin_tokens: int, keep_tokens: int = 0) -> EarlierRequest:
+    plan = FoldPlan(pin_tokens=pin_tokens, window_tokens=64, block_size=16, keep_tokens=keep_tokens)
+    return EarlierRequest.of(
+        RequestOptions(), plan=plan, adapter=("a@1", "/a"), choices=1, prompt=range(100)
+    )
+
+
+def _two_tables(directory: Path) -> tuple[EarlierRequests, EarlierRequests]:
+    tables = EarlierRequests(), EarlierRequests()
+    for table in tables:
+        table.share(RequestLog(directory / "requests.db"))
+    return tables
+
+
+def test_earlier_requests_of_all(tmp_path: Path) -> None:
+    one, other = _two_tables(tmp_path)
+    one.add("cmpl-a-0", _request(1, keep_tokens=16))
+    one.place("cmpl-a-0-0123abcd", 1)
+    assert other.get("cmpl-a") == one.get("cmpl-a") == _request(1, keep_tokens=16)
+    assert other.engine_of("cmpl-a") == one.engine_of("cmpl-a") == 1
+    assert other.keeps_tokens("cmpl-a-0") and not other.keeps_tokens("cmpl-b-0")
+    other.forget("cmpl-a")
+    with pytest.raises(ValueError, match="forgotten"):
+        one.get("cmpl-a")
+
+
+def test_the_newest_of_a_name_counts(tmp_path: Path) -> None:
+    """A table that reads late still has the order in which the requests came."""
+    one, other = _two_tables(tmp_path)
+    one.add("cmpl-a-0", _request(1))
+    other.add("cmpl-a-0", _request(2))
+    for table in (one, other):
+        assert table.get("cmpl-a").pin_tokens == 2
+    one.add("cmpl-a-0", _request(3))
+    other.add("cmpl-b-0", _request(4))
+    for table in (one, other):
+        assert table.get("cmpl-a").pin_tokens == 3
+        assert table.get("cmpl-b").pin_tokens == 4
+
+
+def test_old_notes_leave(tmp_path: Path) -> None:
+    log = RequestLog(tmp_path / "requests.db")
+    for number in range(KEPT_ROWS + 600):
+        log.append("cmpl-a-0", number)
+    notes = [note for _, note in RequestLog(tmp_path / "requests.db").unread()]
+    assert KEPT_ROWS <= len(notes) < KEPT_ROWS + 600
+    assert notes[-1] == KEPT_ROWS + 599
+
+
+def test_samples_are_counted_together(tmp_path: Path) -> None:
+    one, other = (Admission(4, Counts(tmp_path / "counts.db")) for _ in range(2))
+    one.enter(3)
+    assert other.in_flight == 3
+    with pytest.raises(BusyError, match="3 samples are in flight, and 2 more"):
+        other.enter(2)
+    one.leave()
+    other.enter(2)
+    for _ in range(2):
+        one.leave()
+        other.leave()
+    assert one.in_flight == other.in_flight == 0
+    one.enter(9)  # alone, it is not turned away
+
+
+def test_counts_that_are_zero_leave(tmp_path: Path) -> None:
+    for counts in (Counts(None), Counts(tmp_path / "counts.db")):
+        counts.add("a@1", 1)
+        counts.add("a@2", 1)
+        counts.add("a@1", -1)
+        counts.clean()
+        assert counts.keys() == {"a@2"}
+        assert (counts.get("a@1"), counts.get("a@2")) == (0, 1)
+
+
+def test_tokens_within_bounds(tmp_path: Path) -> None:
+    for file in (None, tmp_path / "tokens.db"):
+        ended = EndedTokens(file, max_count=3, max_bytes=40)
+        for i in range(5):
+            ended.put(f"r{i}", array("i", range(i)))
+        assert ended.names() == ["r2", "r3", "r4"]  # by number
+        ended.put("r5", array("i", range(7)))
+        assert ended.names() == ["r5"]  # by size: with r4 it were 44 bytes
+        ended.put("r6", array("i", [1]))
+        ended.put("r5", array("i", [2]))
+        assert ended.names() == ["r6", "r5"]
+        assert ended.get("r5") == array("i", [2])
+        ended.drop("r5")
+        assert ended.get("r5") is None
+
+
+def test_only_one_at_a_time(tmp_path: Path) -> None:
+    inside, most = 0, 0
+
+    async def enter(lock: Exclusive) -> None:
+        nonlocal inside, most
+        for _ in range(5):
+            async with lock:
+                inside += 1
+                most = max(most, inside)
+                await asyncio.sleep(0.001)
+                inside -= 1
+
+    async def crowd() -> None:
+        locks = [Exclusive(tmp_path / "lock") for _ in range(2)]
+        await asyncio.gather(*(enter(lock) for lock in locks for _ in range(3)))
+
+    asyncio.run(crowd())
+    assert most == 1
+
+
+def test_versions_and_their_numbers(tmp_path: Path) -> None:
+    one, other = (SharedVersions(tmp_path / "versions.db") for _ in range(2))
+    assert one.first("restore") and not other.first("restore")
+    numbers = [AdapterNumbers(table, after=2) for table in (one, other)]
+    assert [numbers[i % 2].inc(1) for i in range(4)] == [3, 4, 5, 6]
+    assert other.changed() and not other.changed()
+    row = ServedVersion(engine_name="a@1", adapter_id=3, about={"features": None})
+    one.put(row)
+    assert other.changed() and other.rows() == [row]
+    one.remove("a@1")
+    assert other.changed() and not other.changed()
+    assert other.rows() == []
+
+
+def test_aborts_reach_the_others_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def be(pid: int) -> None:
+        monkeypatch.setattr("os.getpid", lambda: pid)
+
+    be(1)
+    one = Aborts(tmp_path / "aborts.db")
+    before = one.ask(["cmpl-a-0"])
+    be(2)
+    other = Aborts(tmp_path / "aborts.db")
+    assert other.unread() == []  # it has no requests of that time
+    be(1)
+    number = one.ask(None)
+    assert one.unread() == []
+    be(2)
+    assert other.unread() == [Abort(number=number, request_ids=None)]
+    assert other.unread() == []
+    other.done(number, 4)
+    assert one.answers(number) == [4] and one.answers(before) == []
+
+
+def test_a_spool_that_was_sent_relies_on_the_senders_lock(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    spool.open()
+    sent = pickle.loads(pickle.dumps(spool))
+    left = spool.incoming()
+    assert sent.versions() == []
+    assert sent.incoming().path.parent == left.path.parent
+    assert left.path.exists()
+    with pytest.raises(ValueError, match="used by another server"):
+        Spool(tmp_path / "spool").open()
