@@ -21,7 +21,7 @@ from pte_vllm.engine.cpu_defaults import (
     fitting_utilization,
     share_cores,
 )
-from pte_vllm.engine.orphans import ENABLED
+from pte_vllm.engine.orphans import ENABLED, watch_coordinator
 from pte_vllm.engine.starting import end_at_once_when_stopped
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.models.location import check_model
@@ -106,6 +106,7 @@ def serve(
         args.pte_spool = check_early(args, args.pte_service, until)
         args.additional_config[EngineConfig.KEY]["probes"] = _probes(model, engine)
         share_among(args, until)
+        watch_coordinator()
         if _runs_here(args):
             import uvloop
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -206,3 +207,13 @@ def test_metrics_are_those_of_both(both: tuple[httpx.Client, httpx.Client]) -> N
 @pytest.mark.ends_server
 def test_a_killed_one_ends_all(server: Server) -> None:
     assert_killed_process_ends(server, "APIServer_")
+
+
+@pytest.mark.slow
+@pytest.mark.ends_server
+def test_nothing_outlives_the_first_process(shared: Callable[..., Server]) -> None:
+    """Killed alone, as when memory runs out, it takes what it started along."""
+    processes = shared("engines").processes()
+    processes[0].kill()
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
