@@ -26,8 +26,10 @@ from pte_vllm.server.options import ServiceConfig
 from pte_vllm.server.sharing.directory import num_api_servers
 
 
-def check_early(args: Namespace, options: ServiceConfig, until: ExitStack) -> Spool:
+def check_early(args: Namespace, options: ServiceConfig, until: ExitStack) -> Spool | None:
     """Refuse what the arguments and this machine show; return the spool, locked if it is there.
+
+    A machine without an HTTP server (`--headless`) needs neither an address nor a spool.
 
     Args:
         args: the server's arguments.
@@ -40,6 +42,8 @@ def check_early(args: Namespace, options: ServiceConfig, until: ExitStack) -> Sp
     _check_files(args)
     _check_adapters(args)
     _check_probes(args)
+    if args.headless:
+        return None
     _check_api_servers(args)
     until.enter_context(claim_address(args) or nullcontext())
     return open_spool(args, options)

@@ -36,7 +36,9 @@ def _args(model: Path | str, *flags: str) -> Namespace:
 
 def _check(args: Namespace, **options: str) -> Spool:
     with ExitStack() as until:
-        return check_early(args, ServiceConfig(**options), until)
+        spool = check_early(args, ServiceConfig(**options), until)
+        assert spool is not None
+        return spool
 
 
 def _refused(args: Namespace, message: str, **options: str) -> None:
@@ -56,6 +58,13 @@ def test_a_port_in_use(tiny: Callable[[str], Path]) -> None:
     _check(args)
     _check(args)  # and nobody holds it when a server has ended
     assert claim_address(_args("m", "--port", "0")) is None
+
+
+def test_a_machine_without_http_needs_no_address(tiny: Callable[[str], Path]) -> None:
+    with socket.create_server((HOST, 0)) as taken, ExitStack() as until:
+        port = str(taken.getsockname()[1])
+        args = _args(tiny("llama"), *LORA, "--port", port, "--headless")
+        assert check_early(args, ServiceConfig(spool="/dev/null/spool"), until) is None
 
 
 def test_several_api_servers(
