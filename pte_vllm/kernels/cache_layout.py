@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pte_vllm.kernels.cache_numbers import raw, stored_dtype, unreadable, written
 from pte_vllm.method.rope import unrotate
 
-_DIGIT = 64  # every integer below is exact in bf16, fp16 and fp32
+_TOLERANCE = 0.05  # of a digit that is written: 8 bits store 1.25 for 1.3
 
 
 @dataclass(frozen=True)
@@ -32,30 +33,34 @@ class BlockLayout:
 
         Raises:
             RuntimeError: If what was written cannot be found again.
+            ValueError: If the layer's heads have scales of their own.
         """
-        cache = layer.kv_cache  # [blocks, heads, bs, 2 D]
-        _, heads, block_size, width = cache.shape
+        cache, dtype = layer.kv_cache, stored_dtype(layer)  # [blocks, heads, bs, 2 D]
+        _, _, block_size, width = cache.shape
         dim, cells = width // 2, block_size * (width // 2)
         numbers = torch.arange(2 * cells, device=cache.device)
-        low, high = numbers % _DIGIT, numbers // _DIGIT
-        if int(high.max()) >= _DIGIT**2:
-            raise RuntimeError(f"a block of {block_size} x {dim} is too large to probe")
+        symbols = _symbols(cache.device)
         # Every cell of the block gets a number; each pass writes one digit of it.
-        digits = [_written(layer, d) for d in (low, high % _DIGIT, high // _DIGIT)]
-        found = digits[0] + _DIGIT * digits[1] + _DIGIT**2 * digits[2]  # [2 cells], by offset
+        found, digit = torch.zeros_like(numbers), 1
+        while digit < 2 * cells:
+            stored = written(layer, symbols[numbers // digit % len(symbols)]).view(dtype).float()
+            error, symbol = (stored[:, None] / symbols - 1).abs().min(1)
+            if not bool((error < _TOLERANCE).all()):
+                raise unreadable(layer)
+            found += digit * symbol  # [2 cells], by offset
+            digit *= len(symbols)
         offset_of = torch.full((2 * cells,), -1, dtype=torch.int64, device=cache.device)
-        offset_of[found.clamp(0, 2 * cells - 1)] = numbers
+        offset_of[found.clamp(max=2 * cells - 1)] = numbers
         if not torch.equal(found[offset_of.clamp(min=0)], numbers):
-            raise RuntimeError(
-                f"{type(layer.impl).__name__} stores the KV cache in a form PTE cannot read back; "
-                "use --kv-cache-dtype auto and another --attention-backend"
-            )
+            raise unreadable(layer)
         return cls(
             key_index=offset_of[:cells].view(block_size, dim),
             value_index=offset_of[cells:].view(block_size, dim),
         )
 
-    def gather(self, caches: Sequence[Tensor], block_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(
+        self, caches: Sequence[Tensor], block_ids: Tensor, scales: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Read keys (as cached) and values of whole blocks, in token order, in fp32.
 
         Blocks are collected first, to put all layers in order at once.
@@ -63,33 +68,37 @@ class BlockLayout:
         Args:
             caches: The caches of L layers, each `[blocks, H, bs, 2 D]`.
             block_ids: Which blocks to read, `[n]` int64.
+            scales: What the L layers' stored keys and values are multiplied with, `[L, 2]`
+                float32; None: with 1.
 
         Returns:
             Keys and values, each `[L, n * bs, H, D]`.
         """
         block_size, dim = self.key_index.shape
-        blocks = torch.stack([cache.index_select(0, block_ids) for cache in caches]).flatten(3)
+        blocks = torch.stack([raw(cache).index_select(0, block_ids) for cache in caches]).flatten(3)
         keys, values = (
             blocks[..., index.flatten()]  # [L, n, H, bs * D]
+            .view(caches[0].dtype)
             .unflatten(3, (block_size, dim))
             .transpose(2, 3)
             .flatten(1, 2)
             .float()
             for index in (self.key_index, self.value_index)
         )
+        if scales is not None:
+            k_scale, v_scale = scales[:, :, None, None, None].unbind(1)
+            keys, values = keys * k_scale, values * v_scale
         return keys, values
 
 
-def _written(layer: Any, numbers: Tensor) -> Tensor:
-    """Write `numbers [2 * bs * D]` (keys, then values) into a scratch block; read it raw."""
-    cache = layer.kv_cache
-    _, heads, block_size, width = cache.shape
-    scratch = torch.zeros_like(cache[:1], memory_format=torch.contiguous_format)
-    per_token = numbers.view(2, block_size, 1, width // 2).expand(-1, -1, heads, -1).to(cache.dtype)
-    key, value = (t.contiguous() for t in per_token)
-    slots = torch.arange(block_size, device=cache.device)
-    layer.impl.do_kv_cache_update(layer, key, value, scratch, slots)
-    return scratch[0, 0].flatten().float().round().long()
+def _symbols(device: torch.device) -> Tensor:
+    """Return the digits that a probe writes, `[16]`: far from each other, and from zero.
+
+    In 8 bits each is stored as 1.25 times a power of two however a backend rounds, so that no two
+    are stored alike. Integers would not do: above 16 e4m3 rounds them, and e5m2 above 8.
+    """
+    sizes = 1.3 * 2.0 ** torch.arange(8, device=device)
+    return torch.cat((sizes, -sizes))
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,7 @@ def read_evicted(
     block_ids: Tensor,
     positions: Tensor,
     rope: RopeTable | None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read `K_e, V_e: [L, S, m, d_kv]`, the keys and values that S sequences fold, in fp32.
 
@@ -127,10 +137,11 @@ def read_evicted(
         block_ids: The n blocks that each sequence folds, `[S, n]` int64 in token order; m = n * bs.
         positions: The position of the first token of each of these blocks, `[S, n]` int64.
         rope: The model's table, to undo RoPE; None leaves keys as cached.
+        scales: As `BlockLayout.gather` has them.
     """
     keys, values = (
         found.unflatten(1, (len(block_ids), -1))  # [L, S, m, H, D]
-        for found in layout.gather(caches, block_ids.flatten())
+        for found in layout.gather(caches, block_ids.flatten(), scales)
     )
     if rope is not None:
         steps = torch.arange(len(layout.key_index), device=block_ids.device)

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #ifdef __AVX512BF16__
@@ -18,6 +19,19 @@ typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 struct BFloat16 {
     uint16_t bits;
+};
+
+// Numbers of 8 bits, as caches hold them. What a byte means is looked up.
+struct Float8E4M3 {  // no infinities; all bits but the sign set: not a number
+    uint8_t bits;
+    static constexpr int kMantissa = 3, kBias = 7;
+    static constexpr bool kInfinities = false;
+};
+
+struct Float8E5M2 {  // as half precision, less its last byte
+    uint8_t bits;
+    static constexpr int kMantissa = 2, kBias = 15;
+    static constexpr bool kInfinities = true;
 };
 
 inline Vector load(const float* from) {
@@ -40,6 +54,35 @@ inline float to_float(BFloat16 value) {
     std::memcpy(&out, &bits, sizeof out);
     return out;
 }
+
+template <typename Format>
+struct Float8Values {
+    float of[256];
+
+    Float8Values() {
+        for (int byte = 0; byte < 256; ++byte) of[byte] = value(byte);
+    }
+
+    static float value(int byte) {
+        constexpr int kFraction = 1 << Format::kMantissa, kLast = 0x7f >> Format::kMantissa;
+        const int exponent = (byte & 0x7f) >> Format::kMantissa, fraction = byte % kFraction;
+        float size;
+        if (exponent == kLast && (Format::kInfinities || fraction == kFraction - 1))
+            size = Format::kInfinities && fraction == 0 ? INFINITY : NAN;
+        else if (exponent == 0)  // subnormal
+            size = std::ldexp(float(fraction), 1 - Format::kBias - Format::kMantissa);
+        else
+            size = std::ldexp(float(kFraction + fraction),
+                              exponent - Format::kBias - Format::kMantissa);
+        return byte & 0x80 ? -size : size;
+    }
+};
+
+template <typename Format>
+const Float8Values<Format> kFloat8Values;
+
+inline float to_float(Float8E4M3 value) { return kFloat8Values<Float8E4M3>.of[value.bits]; }
+inline float to_float(Float8E5M2 value) { return kFloat8Values<Float8E5M2>.of[value.bits]; }
 
 inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
 

@@ -16,6 +16,7 @@ namespace {
 template <typename Number>
 struct Fold {
     const Number* const* caches;  // [L], each [blocks, H, bs * 2 D]
+    const float* scales;  // [L, 2], of stored keys and values; null: they are as stored
     int64_t block_stride, head_stride;  // in numbers
     const int64_t* key_index;    // [bs, D], offsets over a head's part of a block
     const int64_t* value_index;  // [bs, D]
@@ -37,12 +38,14 @@ struct Fold {
 
 // Tokens of one block as float32, `[bs, H D]`.
 template <typename Number>
-void gather(const Fold<Number>& f, const Number* block, const int64_t* index, float* out) {
+void gather(const Fold<Number>& f, const Number* block, const int64_t* index, float scale,
+            float* out) {
     for (int64_t h = 0; h < f.heads; ++h) {
         const Number* from = block + h * f.head_stride;
         for (int64_t t = 0; t < f.block_size; ++t)
             for (int64_t d = 0; d < f.dim; ++d)
-                out[t * f.width() + h * f.dim + d] = to_float(from[index[t * f.dim + d]]);
+                out[t * f.width() + h * f.dim + d] =
+                    to_float(from[index[t * f.dim + d]]) * scale;
     }
 }
 
@@ -117,10 +120,12 @@ void fold_one(const Fold<Number>& f, int64_t layer, int64_t sequence) {
     float* v = k + tokens * padded;
     const float* w_k = f.w_k + layer * f.width() * padded;
     const float* w_v = f.w_v + layer * f.width() * padded;
+    const float k_scale = f.scales == nullptr ? 1.0f : f.scales[2 * layer];
+    const float v_scale = f.scales == nullptr ? 1.0f : f.scales[2 * layer + 1];
     for (int64_t b = 0; b < f.num_blocks; ++b) {
         const int64_t done = b * f.block_size, own = sequence * f.num_blocks + b;
         const Number* block = f.caches[layer] + f.block_ids[own] * f.block_stride;
-        gather(f, block, f.key_index, read);
+        gather(f, block, f.key_index, k_scale, read);
         if (f.cos != nullptr) unrotate(f, f.positions[own], read);
         project_all<vectors>(read, f.block_size, f.width(), w_k, f.b_k + layer * padded,
                              k + done * padded);
@@ -128,7 +133,7 @@ void fold_one(const Fold<Number>& f, int64_t layer, int64_t sequence) {
             for (float* number = k + done * padded; number < k + (done + f.block_size) * padded;
                  ++number)
                 *number *= *number;
-        gather(f, block, f.value_index, read);
+        gather(f, block, f.value_index, v_scale, read);
         project_all<vectors>(read, f.block_size, f.width(), w_v, f.b_v + layer * padded,
                              v + done * padded);
     }
@@ -159,7 +164,8 @@ void fold(const Fold<Number>& f, int64_t vectors) {
 }  // namespace
 
 #define PTE_FOLD(name, Number)                                                                     \
-    extern "C" void name(const Number* const* caches, int64_t block_stride, int64_t head_stride,   \
+    extern "C" void name(const Number* const* caches, const float* scales,                         \
+                         int64_t block_stride, int64_t head_stride,                                \
                          const int64_t* key_index, const int64_t* value_index,                     \
                          const int64_t* block_ids, const int64_t* positions, const float* cos,     \
                          const float* sin, const float* w_k, const float* w_v, const float* b_k,   \
@@ -167,11 +173,14 @@ void fold(const Fold<Number>& f, int64_t vectors) {
                          int64_t num_blocks, int64_t block_size, int64_t heads, int64_t dim,       \
                          int64_t half, int64_t rank, bool squared, int64_t vectors,                \
                          float* kv, float* kk) {                                                   \
-        fold(Fold<Number>{caches, block_stride, head_stride, key_index, value_index, block_ids,    \
-                          positions, cos, sin, w_k, w_v, b_k, b_v, num_layers, num_sequences,      \
-                          num_blocks, block_size, heads, dim, half, rank, squared, kv, kk},   \
+        fold(Fold<Number>{caches, scales, block_stride, head_stride, key_index, value_index,       \
+                          block_ids, positions, cos, sin, w_k, w_v, b_k, b_v, num_layers,          \
+                          num_sequences, num_blocks, block_size, heads, dim, half, rank, squared,  \
+                          kv, kk},                                                                 \
              vectors);                                                                             \
     }
 
 PTE_FOLD(pte_fold_float32, float)
 PTE_FOLD(pte_fold_bfloat16, BFloat16)
+PTE_FOLD(pte_fold_float8_e4m3fn, Float8E4M3)
+PTE_FOLD(pte_fold_float8_e5m2, Float8E5M2)

@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable
+from pte_vllm.kernels.cache_numbers import FLOAT8
 from pte_vllm.method.reference import LayerEncoder, Moments
 
 _LANES = 16  # as cpu_numbers.h
 _VECTORS = (1, 2, 4, 8)  # as fold_cpu.cpp
+CACHE_DTYPES = (torch.float32, torch.bfloat16, *FLOAT8)
+"""Types of a cache that the compiled code reads."""
 MAX_RANK = _LANES * _VECTORS[-1]
 
 
@@ -31,7 +34,7 @@ def can_fold(caches: Sequence[Tensor], rank: int) -> bool:
     return (
         rank <= MAX_RANK
         and cache.device.type == "cpu"
-        and cache.dtype in (torch.float32, torch.bfloat16)
+        and cache.dtype in CACHE_DTYPES
         and all(c.stride() == cache.stride() and c.dtype == cache.dtype for c in caches)
         and cache.stride()[2:] == (cache.shape[3], 1)
     )
@@ -47,6 +50,7 @@ def moments_cpu(
     encoder: LayerEncoder,
     *,
     with_kk: bool,
+    scales: Tensor | None = None,
 ) -> Moments:
     """Compute the sums over the blocks that S sequences fold, each `[L, S, r, r]`.
 
@@ -60,6 +64,8 @@ def moments_cpu(
         rope: The model's table, to undo RoPE; None leaves keys as cached.
         encoder: The adapter's encoder of those layers, every tensor `[L, ...]`.
         with_kk: Whether to compute Σ kᵀk as well.
+        scales: What the L layers' stored keys and values are multiplied with, `[L, 2]` float32;
+            None: with 1.
     """
     _, heads, block_size, width = caches[0].shape
     num_layers, rank, _ = encoder.w_k.shape
@@ -74,8 +80,10 @@ def moments_cpu(
     index = (layout.key_index.contiguous(), layout.value_index.contiguous())
     block_ids, positions = block_ids.contiguous(), positions.contiguous()
     function = getattr(library, f"pte_fold_{str(caches[0].dtype).removeprefix('torch.')}")
+    scales = None if scales is None else scales.contiguous()
     function(
         pointers,
+        None if scales is None else scales.data_ptr(),
         *caches[0].stride()[:2],
         *(i.data_ptr() for i in index),
         block_ids.data_ptr(),

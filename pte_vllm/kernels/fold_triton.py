@@ -3,7 +3,8 @@
 Definition: `method.reference.moments` of what `cache_layout.read_evicted` reads. Keys and values go
 from the paged cache through W_K and W_V into Σ kᵀv and Σ kᵀk without a copy of them in memory; the
 PyTorch path would write them out in fp32, 50 GB where a few hundred long sequences fold in step.
-All arithmetic is fp32 ("ieee", no TF32), whatever the cache holds.
+All arithmetic is fp32 ("ieee", no TF32), whatever the cache holds. Numbers of 8 bits are read as
+bytes and told by their bits: not every GPU converts both formats.
 
 Letters in shapes: L layers with a state, S sequences, n blocks that each folds, m = n · bs tokens,
 P parts of m, H KV heads, D head size, r rank.
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable
+from pte_vllm.kernels.cache_numbers import raw
 from pte_vllm.method.reference import LayerEncoder, Moments
 
 MAX_RANK = 128
@@ -30,11 +32,28 @@ _TILE = 32
 _MAX_PARTIAL_BYTES = 256 * 2**20
 
 
-@triton.jit
-def _load_x(rows, index, live, inside):  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator]
+def to_float(stored, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What numbers loaded from a cache are, in fp32; exact, like `torch.Tensor.float`."""
+    if FORMAT == "e5m2":  # a half without its last byte
+        bits = stored.to(tl.uint16) << 8
+        found = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    elif FORMAT == "e4m3":  # a half's exponent counts from 8 less
+        bits = stored.to(tl.uint16)
+        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        found = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        found = tl.where((bits & 0x7F) == 0x7F, float("nan"), found)
+    else:
+        found = stored.to(tl.float32)
+    return found
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_x(rows, index, live, inside, scale, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Numbers `index: [CHUNK]` of a head, of each token: `[TILE, CHUNK]` fp32."""
     mask = live[:, None] & inside[None, :]
-    return tl.load(rows[:, None] + index[None, :], mask=mask, other=0.0).to(tl.float32)
+    stored = tl.load(rows[:, None] + index[None, :], mask=mask, other=0)
+    return to_float(stored, FORMAT) * scale
 
 
 @triton.jit
@@ -51,6 +70,7 @@ def _load_w(weight, index, inside, row, rank, width):  # type: ignore[no-untyped
 def _moments_kernel(  # type: ignore[no-untyped-def]
     example_ptr,  # any of the caches, for its type
     caches_ptr,  # [L] int64: where the cache of each layer, [blocks, H, bs, 2 D], starts
+    scales_ptr,  # [L, 2] fp32: of stored keys and values
     blocks_ptr,  # [S, n] int64
     positions_ptr,  # [S, n] int64
     cos_ptr,  # [positions, HALF] fp32
@@ -70,6 +90,7 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     stride_block,
     stride_head,
     stride_token,
+    FORMAT: tl.constexpr,  # as `to_float`
     SQUARED: tl.constexpr,  # whether φ squares keys
     DIM: tl.constexpr,
     HALF: tl.constexpr,  # half of the rotated numbers; 0 leaves keys as cached
@@ -88,6 +109,8 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     # An address read from memory says nothing of its alignment; the host has checked it.
     address = tl.load(caches_ptr + layer)
     cache = tl.multiple_of(address.to(tl.pointer_type(example_ptr.dtype.element_ty)), 16)
+    k_scale = tl.load(scales_ptr + 2 * layer)
+    v_scale = tl.load(scales_ptr + 2 * layer + 1)
     b_k = tl.load(b_k_ptr + layer * rank + row, mask=row < rank, other=0.0)
     b_v = tl.load(b_v_ptr + layer * rank + row, mask=row < rank, other=0.0)
     kv = tl.zeros((BLOCK_R, BLOCK_R), dtype=tl.float32)
@@ -113,8 +136,8 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
                 cos = tl.load(cos_ptr + at, mask=mask, other=1.0)
                 sin = tl.load(sin_ptr + at, mask=mask, other=0.0)
                 scale = 1.0 / (cos * cos + sin * sin)
-                x1 = _load_x(rows, index, live, inside)
-                x2 = _load_x(rows + HALF, index, live, inside)
+                x1 = _load_x(rows, index, live, inside, k_scale, FORMAT)
+                x2 = _load_x(rows + HALF, index, live, inside, k_scale, FORMAT)
                 w1 = _load_w(w_k, index, inside, row, rank, width)
                 k = tl.dot((x1 * cos + x2 * sin) * scale, w1, k, input_precision="ieee")
                 w2 = _load_w(w_k + HALF, index, inside, row, rank, width)
@@ -122,13 +145,13 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
             for start in range(2 * HALF, DIM, CHUNK):  # what was never turned
                 index = start + chunk
                 inside = index < DIM
-                x = _load_x(rows, index, live, inside)
+                x = _load_x(rows, index, live, inside, k_scale, FORMAT)
                 w = _load_w(w_k, index, inside, row, rank, width)
                 k = tl.dot(x, w, k, input_precision="ieee")
             for start in range(0, DIM, CHUNK):
                 index = start + chunk
                 inside = index < DIM
-                x = _load_x(rows + DIM, index, live, inside)
+                x = _load_x(rows + DIM, index, live, inside, v_scale, FORMAT)
                 w = _load_w(w_v, index, inside, row, rank, width)
                 v = tl.dot(x, w, v, input_precision="ieee")
             rows += stride_head
@@ -150,6 +173,9 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
         tl.store(kk_ptr + out + cell, kk, mask=used)
 
 
+_FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+
+
 @dataclass(frozen=True)
 class CacheTable:
     """The caches of the layers with a state, as the kernel finds them: addresses and strides.
@@ -157,14 +183,33 @@ class CacheTable:
     Holds the caches, so that the addresses stay good.
     """
 
-    caches: Sequence[Tensor]  # L, each [blocks, H, bs, 2 D]
+    caches: Sequence[Tensor]  # L, each [blocks, H, bs, 2 D]; bytes where numbers have 8 bits
     addresses: Tensor  # [L] int64
+    scales: Tensor  # [L, 2] float32, of stored keys and values
+    dtype: torch.dtype  # of the caches
 
     @classmethod
-    def of(cls, caches: Sequence[Tensor]) -> CacheTable:
-        """Copy the addresses to the device and wait for it; done once for an adapter's layers."""
-        addresses = torch.tensor([cache.data_ptr() for cache in caches])
-        return cls(caches=tuple(caches), addresses=addresses.to(caches[0].device))
+    def of(cls, caches: Sequence[Tensor], scales: Tensor | None = None) -> CacheTable:
+        """Copy the addresses to the device and wait for it; done once for an adapter's layers.
+
+        Args:
+            caches: The caches.
+            scales: What stored keys and values are multiplied with, `[L, 2]` float32; None: 1.
+        """
+        device, addresses = caches[0].device, torch.tensor([cache.data_ptr() for cache in caches])
+        if scales is None:
+            scales = torch.ones(len(caches), 2, device=device)
+        return cls(
+            caches=tuple(raw(cache) for cache in caches),
+            addresses=addresses.to(device),
+            scales=scales.contiguous(),
+            dtype=caches[0].dtype,
+        )
+
+    @property
+    def format(self) -> str:
+        """The form of the caches' numbers, in the words of `to_float`."""
+        return _FORMATS.get(self.dtype, "plain")
 
 
 def unusable(caches: Sequence[Tensor], layout: BlockLayout, rank: int) -> str | None:
@@ -248,6 +293,7 @@ def _launch(
     _moments_kernel[(num_seqs * num_parts, num_layers)](
         cache,
         table.addresses,
+        table.scales,
         block_ids,
         positions,
         kv if rope is None else rope.cos,
@@ -267,6 +313,7 @@ def _launch(
         cache.stride(0),
         cache.stride(1),
         cache.stride(2),
+        FORMAT=table.format,
         SQUARED=encoder.features == "squared",
         DIM=dim,
         HALF=half,

@@ -17,9 +17,13 @@ namespace {
 template <typename Number>
 struct Cache {
     Number* const* caches;              // [L], each [blocks, H, bs * 2 D]
+    const float* scales;                // [L, 2], of stored keys and values; null: as stored
     int64_t block_stride, head_stride;  // in numbers
     const int64_t* cells;               // [bs, 2 D], offsets over a head's part of a block
     int64_t num_layers, num_sequences, heads, block_size, dim;
+
+    float k_scale(int64_t layer) const { return scales == nullptr ? 1.0f : scales[2 * layer]; }
+    float v_scale(int64_t layer) const { return scales == nullptr ? 1.0f : scales[2 * layer + 1]; }
 
     Number* head(int64_t layer, int64_t block, int64_t h) const {
         return caches[layer] + block * block_stride + h * head_stride;
@@ -54,24 +58,27 @@ inline Vector larger(Vector a, Vector b) {
 template <typename Number>
 void keys_by_number(const Cache<Number>& c, int64_t layer, int64_t h, const int64_t* blocks,
                     int64_t count, int64_t stride, float* out) {
+    const float scale = c.k_scale(layer);
     for (int64_t b = 0; b < count; ++b) {
         const Number* from = c.head(layer, blocks[b], h);
         for (int64_t t = 0; t < c.block_size; ++t)
             for (int64_t d = 0; d < c.dim; ++d)
-                out[d * stride + b * c.block_size + t] = to_float(from[c.cells[t * 2 * c.dim + d]]);
+                out[d * stride + b * c.block_size + t] =
+                    to_float(from[c.cells[t * 2 * c.dim + d]]) * scale;
     }
 }
 
 template <typename Number>
 void norms_of_values(const Cache<Number>& c, int64_t layer, int64_t h, const int64_t* blocks,
                      int64_t count, float* out) {
+    const float scale = c.v_scale(layer);
     for (int64_t b = 0; b < count; ++b) {
         const Number* from = c.head(layer, blocks[b], h);
         for (int64_t t = 0; t < c.block_size; ++t) {
             const int64_t* cells = c.cells + t * 2 * c.dim + c.dim;
             float squares = 0;
             for (int64_t d = 0; d < c.dim; ++d) {
-                const float v = to_float(from[cells[d]]);
+                const float v = to_float(from[cells[d]]) * scale;
                 squares += v * v;
             }
             out[b * c.block_size + t] = std::sqrt(squares);
@@ -201,8 +208,8 @@ void score_all(const Cache<Number>& c, const Probes& p, const int64_t* candidate
                            out + ((layer * c.num_sequences + s) * c.heads + h) * wanted);
 }
 
-// Copies tokens of one head between the cache and `[L, S, H, K, 2 D]`. `places`: which tokens of the
-// blocks, `[L, S, H, K]`; null: all of them in their order.
+// Copies tokens of one head, as they are stored, between the cache and `[L, S, H, K, 2 D]`.
+// `places`: which tokens of the blocks, `[L, S, H, K]`; null: all of them in their order.
 template <bool out_of_cache, typename Number>
 void copy_all(const Cache<Number>& c, const int64_t* blocks, int64_t num_blocks,
               const int64_t* places, int64_t count, Number* staged) {
@@ -232,22 +239,24 @@ void copy_all(const Cache<Number>& c, const int64_t* blocks, int64_t num_blocks,
 
 #define PTE_KEEP(suffix, Number)                                                                   \
     extern "C" void pte_keep_scores_##suffix(                                                      \
-        Number* const* caches, int64_t block_stride, int64_t head_stride, const int64_t* cells,    \
+        Number* const* caches, const float* scales, int64_t block_stride, int64_t head_stride,     \
+        const int64_t* cells,                                                                      \
         int64_t num_layers, int64_t num_sequences, int64_t heads, int64_t block_size, int64_t dim, \
         const float* queries, const int64_t* positions, const float* cos, const float* sin,        \
         int64_t count, int64_t half, float scale, const int64_t* candidates,                       \
         int64_t num_candidates, const int64_t* newest, int64_t num_newest, float* out) {           \
-        score_all(Cache<Number>{caches, block_stride, head_stride, cells, num_layers,              \
+        score_all(Cache<Number>{caches, scales, block_stride, head_stride, cells, num_layers,      \
                                 num_sequences, heads, block_size, dim},                            \
                   Probes{queries, positions, cos, sin, count, half, scale}, candidates,            \
                   num_candidates, newest, num_newest, out);                                        \
     }                                                                                              \
     extern "C" void pte_keep_copy_##suffix(                                                        \
-        Number* const* caches, int64_t block_stride, int64_t head_stride, const int64_t* cells,    \
+        Number* const* caches, const float* scales, int64_t block_stride, int64_t head_stride,     \
+        const int64_t* cells,                                                                      \
         int64_t num_layers, int64_t num_sequences, int64_t heads, int64_t block_size, int64_t dim, \
         const int64_t* blocks, int64_t num_blocks, const int64_t* places, int64_t count,           \
         Number* staged, bool out_of_cache) {                                                       \
-        const Cache<Number> c{caches, block_stride, head_stride, cells, num_layers,                \
+        const Cache<Number> c{caches, scales, block_stride, head_stride, cells, num_layers,        \
                               num_sequences, heads, block_size, dim};                              \
         if (out_of_cache)                                                                          \
             copy_all<true>(c, blocks, num_blocks, places, count, staged);                          \
@@ -257,3 +266,5 @@ void copy_all(const Cache<Number>& c, const int64_t* blocks, int64_t num_blocks,
 
 PTE_KEEP(float32, float)
 PTE_KEEP(bfloat16, BFloat16)
+PTE_KEEP(float8_e4m3fn, Float8E4M3)
+PTE_KEEP(float8_e5m2, Float8E5M2)

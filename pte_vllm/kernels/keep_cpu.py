@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pte_vllm.kernels.cache_layout import BlockLayout
+from pte_vllm.kernels.fold_cpu import CACHE_DTYPES
 from pte_vllm.kernels.keep_torch import ProbedCache
 from pte_vllm.method import keep
 
@@ -22,7 +23,7 @@ def can_keep(caches: Sequence[Tensor]) -> bool:
     cache = caches[0]
     return (
         cache.device.type == "cpu"
-        and cache.dtype in (torch.float32, torch.bfloat16)
+        and cache.dtype in CACHE_DTYPES
         and all(c.stride() == cache.stride() and c.dtype == cache.dtype for c in caches)
         and cache.stride()[2:] == (cache.shape[3], 1)
     )
@@ -47,7 +48,7 @@ def expected_scores_cpu(
     block_size, heads = caches[0].shape[2], caches[0].shape[1]
     scores = torch.empty(len(caches), num_sequences, heads, num_candidates * block_size)
     candidates, newest = candidates.contiguous(), newest.contiguous()
-    cache, keep_alive = _cache(caches, layout, num_sequences)
+    cache, keep_alive = _cache(caches, layout, num_sequences, probed.scales)
     function = getattr(library, f"pte_keep_scores_{_suffix(caches)}")
     function(
         *cache,
@@ -112,11 +113,16 @@ def _suffix(caches: Sequence[Tensor]) -> str:
 
 
 def _cache(
-    caches: Sequence[Tensor], layout: BlockLayout, num_sequences: int
+    caches: Sequence[Tensor],
+    layout: BlockLayout,
+    num_sequences: int,
+    scales: Tensor | None = None,
 ) -> tuple[tuple[object, ...], object]:
     """Return the arguments that every function begins with, and what must outlive the call."""
     pointers = (ctypes.c_void_p * len(caches))(*(cache.data_ptr() for cache in caches))
     cells = torch.cat((layout.key_index, layout.value_index), -1).contiguous()
     _, heads, block_size, width = caches[0].shape
     sizes = (len(caches), num_sequences, heads, block_size, width // 2)
-    return (pointers, *caches[0].stride()[:2], cells.data_ptr(), *sizes), cells
+    scales = None if scales is None else scales.contiguous()
+    where = pointers, None if scales is None else scales.data_ptr(), *caches[0].stride()[:2]
+    return (*where, cells.data_ptr(), *sizes), (cells, scales)

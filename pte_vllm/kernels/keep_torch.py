@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable
+from pte_vllm.kernels.cache_numbers import raw
 from pte_vllm.method import keep
 from pte_vllm.method.rope import rotate
 
@@ -31,6 +32,9 @@ class ProbedCache:
     """None where the model has no rotary embedding."""
     scale: float
     """What the model multiplies products of queries and keys with."""
+    scales: Tensor | None = None
+    """What stored keys and values of each layer are multiplied with, `[L, 2]` float32 on the
+    device; None: with 1."""
 
     def turned(self, fold_at: Tensor) -> Tensor:
         """Return the probes as they stand after folds at `fold_at: [S]`, `[L, S, H, n, D]`."""
@@ -59,8 +63,8 @@ def expected_scores(
         newest: The blocks of the newest tokens, `[S, e]` int64.
         fold_at: The position of the first token after the fold, `[S]` int64.
     """
-    keys, values = _by_head(layout.gather(caches, candidates.flatten()), len(candidates))
-    peers, _ = _by_head(layout.gather(caches, newest.flatten()), len(newest))
+    found = (layout.gather(caches, ids.flatten(), probed.scales) for ids in (candidates, newest))
+    (keys, values), (peers, _) = (_by_head(both, len(candidates)) for both in found)
     return keep.expected_scores(probed.turned(fold_at), keys, values, peers, probed.scale)
 
 
@@ -71,7 +75,7 @@ def _by_head(found: tuple[Tensor, Tensor], num_sequences: int) -> tuple[Tensor, 
 
 
 def take(caches: Sequence[Tensor], layout: BlockLayout, candidates: Tensor, kept: Tensor) -> Tensor:
-    """Copy what is kept out of the cache, `[L, S, H, K, 2 D]` in the cache's dtype.
+    """Copy what is kept out of the cache, `[L, S, H, K, 2 D]` in the cache's dtype, bit by bit.
 
     Args:
         caches: As `expected_scores` has them.
@@ -86,9 +90,11 @@ def take(caches: Sequence[Tensor], layout: BlockLayout, candidates: Tensor, kept
     blocks = candidates[sequences, kept // block_size]  # [L, S, H, K]
     cells = index[kept % block_size]  # [L, S, H, K, 2 D]
     rows, columns = cells // caches[0].shape[3], cells % caches[0].shape[3]
-    return torch.stack(
-        [cache[blocks[i, ..., None], heads, rows[i], columns[i]] for i, cache in enumerate(caches)]
-    )
+    taken = [
+        raw(cache)[blocks[i, ..., None], heads, rows[i], columns[i]]
+        for i, cache in enumerate(caches)
+    ]
+    return torch.stack(taken).view(caches[0].dtype)
 
 
 def put(caches: Sequence[Tensor], layout: BlockLayout, own: Tensor, taken: Tensor) -> None:
@@ -100,8 +106,8 @@ def put(caches: Sequence[Tensor], layout: BlockLayout, own: Tensor, taken: Tenso
     blocks = own[:, None, places // block_size, None]  # [S, 1, K, 1]
     cells = index[places % block_size]  # [K, 2 D]
     rows, columns = cells // caches[0].shape[3], cells % caches[0].shape[3]
-    for cache, numbers in zip(caches, taken, strict=True):  # flattened it might be a copy
-        cache[blocks, heads, rows, columns] = numbers
+    for cache, numbers in zip(caches, raw(taken), strict=True):  # flattened it might be a copy
+        raw(cache)[blocks, heads, rows, columns] = numbers
 
 
 def _cells(layout: BlockLayout) -> Tensor:

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pte_vllm.kernels.fold_triton import CacheTable
+from pte_vllm.kernels.cache_numbers import raw
+from pte_vllm.kernels.fold_triton import CacheTable, to_float
 from pte_vllm.kernels.keep_torch import ProbedCache
 from pte_vllm.method import keep
 
@@ -54,6 +55,7 @@ def _logits(  # type: ignore[no-untyped-def]
     scale,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
+    FORMAT: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -69,8 +71,8 @@ def _logits(  # type: ignore[no-untyped-def]
         q1 = tl.load(probe[:, None] + index[None, :], mask=mask, other=0.0)
         q2 = tl.load(probe[:, None] + HALF + index[None, :], mask=mask, other=0.0)
         mask = live[None, :] & inside[:, None]
-        k1 = tl.load(rows[None, :] + index[:, None], mask=mask, other=0.0).to(tl.float32)
-        k2 = tl.load(rows[None, :] + HALF + index[:, None], mask=mask, other=0.0).to(tl.float32)
+        k1 = to_float(tl.load(rows[None, :] + index[:, None], mask=mask, other=0), FORMAT)
+        k2 = to_float(tl.load(rows[None, :] + HALF + index[:, None], mask=mask, other=0), FORMAT)
         logits = tl.dot(q1 * cos - q2 * sin, k1, logits, input_precision="ieee")
         logits = tl.dot(q2 * cos + q1 * sin, k2, logits, input_precision="ieee")
     for start in range(2 * HALF, DIM, CHUNK):  # what is never turned
@@ -79,7 +81,7 @@ def _logits(  # type: ignore[no-untyped-def]
         mask = known[:, None] & inside[None, :]
         q = tl.load(probe[:, None] + index[None, :], mask=mask, other=0.0)
         mask = live[None, :] & inside[:, None]
-        k = tl.load(rows[None, :] + index[:, None], mask=mask, other=0.0).to(tl.float32)
+        k = to_float(tl.load(rows[None, :] + index[:, None], mask=mask, other=0), FORMAT)
         logits = tl.dot(q, k, logits, input_precision="ieee")
     return logits * scale
 
@@ -91,6 +93,7 @@ def _logits(  # type: ignore[no-untyped-def]
 def _attention_kernel(  # type: ignore[no-untyped-def]
     example_ptr,  # any of the caches, for its type
     caches_ptr,  # [L] int64: where the cache of each layer, [blocks, H, bs, 2 D], starts
+    scales_ptr,  # [L, 2] fp32: of stored keys and values
     blocks_ptr,  # [S, blocks] int64: candidates, then the newest
     queries_ptr,  # [L, H, n, D] fp32
     positions_ptr,  # [S, n] int64
@@ -112,6 +115,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     SCORES: tl.constexpr,  # whether to write scores from known totals, or totals
     DIM: tl.constexpr,
     HALF: tl.constexpr,
+    FORMAT: tl.constexpr,  # as `fold_triton.to_float`
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -122,6 +126,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     own = (layer * num_seqs + sequence) * num_heads + head
     queries = queries_ptr + (layer * num_heads + head) * num_probes * DIM
     lane = tl.arange(0, TILE)
+    scale *= tl.load(scales_ptr + 2 * layer)  # a product with keys is as much larger as they are
     if SCORES:
         token = part * TILE + lane
         live = token < num_wanted * block_size
@@ -133,18 +138,19 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
             at = tl.load(positions_ptr + sequence * num_probes + i, mask=known, other=0)
             logits = _logits(
                 rows, live, queries + i * DIM, at * HALF, known, cos_ptr, sin_ptr, scale,
-                DIM, HALF, CHUNK, TILE,
+                DIM, HALF, FORMAT, CHUNK, TILE,
             )  # fmt: skip
             total = tl.load(totals_ptr + own * num_probes + i, mask=known, other=0.0)
             share = tl.where(known[:, None], tl.exp(logits - total[:, None]), 0.0)
             squares += tl.sum(share * share, 0)
+        v_scale = tl.load(scales_ptr + 2 * layer + 1)
         norms = tl.zeros((TILE,), dtype=tl.float32)
         chunk = tl.arange(0, CHUNK)
         for start in range(0, DIM, CHUNK):
             index = start + chunk
             mask = live[:, None] & (index < DIM)[None, :]
-            v = tl.load(rows[:, None] + DIM + index[None, :], mask=mask, other=0.0)
-            v = v.to(tl.float32)
+            v = tl.load(rows[:, None] + DIM + index[None, :], mask=mask, other=0)
+            v = to_float(v, FORMAT) * v_scale
             norms += tl.sum(v * v, 1)
         found = tl.sqrt(squares / num_probes) * tl.sqrt(norms)
         tl.store(scores_ptr + own * num_wanted * block_size + token, found, mask=live)
@@ -160,7 +166,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
             rows = _rows(cache, blocks, token, live, block_size, stride_block, stride_token)
             logits = _logits(
                 rows, live, queries + i * DIM, at * HALF, known, cos_ptr, sin_ptr, scale,
-                DIM, HALF, CHUNK, TILE,
+                DIM, HALF, FORMAT, CHUNK, TILE,
             )  # fmt: skip
             logits = tl.where(live[None, :], logits, float("-inf"))
             higher = tl.maximum(most, tl.max(logits, 1))
@@ -207,10 +213,10 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
         index = start + tl.arange(0, CHUNK)
         mask = live[:, None] & (index < WIDTH)[None, :]
         if OUT:
-            numbers = tl.load(rows[:, None] + index[None, :], mask=mask, other=0.0)
+            numbers = tl.load(rows[:, None] + index[None, :], mask=mask, other=0)
             tl.store(copied[:, None] + index[None, :], numbers, mask=mask)
         else:
-            numbers = tl.load(copied[:, None] + index[None, :], mask=mask, other=0.0)
+            numbers = tl.load(copied[:, None] + index[None, :], mask=mask, other=0)
             tl.store(rows[:, None] + index[None, :], numbers, mask=mask)
 
 
@@ -232,6 +238,7 @@ def expected_scores_triton(
         _attention_kernel[(num_seqs * num_heads * num_parts, num_layers)](
             cache,
             table.addresses,
+            table.scales,
             blocks,
             queries,
             positions,
@@ -251,6 +258,7 @@ def expected_scores_triton(
             SCORES=with_scores,
             DIM=dim,
             HALF=0 if rope is None else rope.cos.shape[1],
+            FORMAT=table.format,
             CHUNK=32 if dim > 64 else 16,
             TILE=_TILE,
         )
@@ -261,12 +269,12 @@ def take_triton(table: CacheTable, candidates: Tensor, kept: Tensor) -> Tensor:
     """Do what `keep_torch.take` does."""
     taken: Tensor = table.caches[0].new_empty(*kept.shape, table.caches[0].shape[3])
     _copy(table, candidates.contiguous(), kept.contiguous(), taken, out=True)
-    return taken
+    return taken.view(table.dtype)
 
 
 def put_triton(table: CacheTable, own: Tensor, taken: Tensor) -> None:
     """Do what `keep_torch.put` does."""
-    _copy(table, own.contiguous(), own, taken, out=False)
+    _copy(table, own.contiguous(), own, raw(taken), out=False)
 
 
 def _copy(table: CacheTable, blocks: Tensor, places: Tensor, staged: Tensor, *, out: bool) -> None:

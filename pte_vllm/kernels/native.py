@@ -43,7 +43,8 @@ _LORA_ARGUMENTS = [
     _NUMBER,  # tokens
 ]
 _FOLD_ARGUMENTS = [
-    *(_POINTER, _NUMBER, _NUMBER),  # caches, strides of a block and of a head
+    *(_POINTER, _POINTER),  # caches, scales
+    *(_NUMBER, _NUMBER),  # strides of a block and of a head
     *(_POINTER, _POINTER),  # key_index, value_index
     *(_POINTER, _POINTER),  # block_ids, first
     *(_POINTER, _POINTER),  # cos, sin
@@ -54,7 +55,8 @@ _FOLD_ARGUMENTS = [
     *(_POINTER, _POINTER),  # kv, kk
 ]
 _CACHE_ARGUMENTS = [
-    *(_POINTER, _NUMBER, _NUMBER, _POINTER),  # caches, strides of a block and of a head, cells
+    *(_POINTER, _POINTER),  # caches, scales
+    *(_NUMBER, _NUMBER, _POINTER),  # strides of a block and of a head, cells
     *(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _NUMBER),  # layers, sequences, heads, block_size, dim
 ]
 _SCORE_ARGUMENTS = [
@@ -93,6 +95,7 @@ def load() -> ctypes.CDLL:
         raise NativeError(f"{file} does not load: {error}") from error
     for dtype in ("float32", "bfloat16"):
         _declare(getattr(library, f"pte_lora_{dtype}"), _LORA_ARGUMENTS)
+    for dtype in ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"):  # of a cache
         _declare(getattr(library, f"pte_fold_{dtype}"), _FOLD_ARGUMENTS)
         _declare(getattr(library, f"pte_keep_scores_{dtype}"), _SCORE_ARGUMENTS)
         _declare(getattr(library, f"pte_keep_copy_{dtype}"), _COPY_ARGUMENTS)

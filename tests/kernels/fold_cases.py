@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable, read_evicted
+from pte_vllm.kernels.cache_numbers import raw
 from pte_vllm.method import reference
 from pte_vllm.method.reference import LayerEncoder
+
+NAN = {torch.float32: float("nan"), torch.bfloat16: float("nan"), torch.uint8: 0x7F}
+"""No number, as `cache_numbers.raw` takes it: 0x7F is none in both formats of 8 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,8 @@ class Case:
     """Numbers of a head that RoPE turns; None: all, 0: keys stay as cached."""
     with_kk: bool = True
     features: str = "linear"
+    scales: bool = False
+    """Whether each layer has scales of its own for keys and values."""
 
 
 SMALL = (
@@ -72,6 +78,31 @@ SMALL = (
         layout="BLHNC",
         with_kk=False,
     ),
+    Case(
+        rank=8,
+        dim=64,
+        heads=2,
+        blocks=2,
+        block_size=16,
+        seqs=1,
+        layers=2,
+        dtype=torch.float8_e4m3fn,
+        scales=True,
+    ),
+    Case(
+        rank=24,
+        dim=80,
+        heads=1,
+        blocks=3,
+        block_size=16,
+        seqs=2,
+        layers=2,
+        dtype=torch.float8_e5m2,
+        rotary=32,
+        layout="BLHNC",
+        scales=True,
+        features="squared",
+    ),
 )
 LARGE = tuple(
     Case(
@@ -92,7 +123,7 @@ LARGE = tuple(
         (64, 128, 8, 3, 32),
         (128, 256, 2, 4, 64),
     )
-    for dtype in (torch.float32, torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
     for layout in ("NHD", "HND")
 )
 
@@ -111,6 +142,11 @@ def make_caches(case: Case, num_blocks: int, device: str) -> list[Tensor]:
     return [
         torch.randn(shape, device=device).to(case.dtype).transpose(1, 2) for _ in range(case.layers)
     ]
+
+
+def make_scales(case: Case, device: str) -> Tensor | None:
+    """`[layers, 2]`, far enough from 1 and from each other that none may be left out."""
+    return 0.1 + 3 * torch.rand(case.layers, 2, device=device) if case.scales else None
 
 
 def make_encoder(
@@ -159,8 +195,9 @@ def check(case: Case, device: str) -> float:
     caches = make_caches(case, pool + 4, device)
     order = torch.randperm(pool) + 2
     block_ids = order.view(case.seqs, case.blocks).to(device)
-    for cache in caches:  # what belongs to others, or to nobody
-        cache[:2], cache[-2:] = float("nan"), float("nan")
+    for cache in map(raw, caches):  # what belongs to others, or to nobody
+        cache[:2], cache[-2:] = NAN[cache.dtype], NAN[cache.dtype]
+    scales = make_scales(case, device)
     width = case.heads * case.dim
     encoder = make_encoder(case.layers, case.rank, width, device, case.features)
     layout = plain_layout(case.block_size, case.dim, device)
@@ -169,9 +206,9 @@ def check(case: Case, device: str) -> float:
     rope = rope_table(rotary, 1000 + case.block_size, device)
     assert unusable(caches, layout, case.rank) is None
     found = evicted_moments(
-        CacheTable.of(caches), encoder, block_ids, positions, rope, with_kk=case.with_kk
+        CacheTable.of(caches, scales), encoder, block_ids, positions, rope, with_kk=case.with_kk
     )
-    k_e, v_e = read_evicted(caches, layout, block_ids, positions, rope)
+    k_e, v_e = read_evicted(caches, layout, block_ids, positions, rope, scales)
     by_layer = encoder.map(lambda t: t[:, None].double())
     wanted = reference.moments(by_layer, k_e.double(), v_e.double(), with_kk=True)
     assert found.num_tokens == wanted.num_tokens
@@ -190,8 +227,23 @@ def _error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
+def check_every_byte(device: str) -> None:
+    """What the kernels take each of the 256 bytes for, in both formats, against torch."""
+    from tests.kernels.byte_kernel import convert
+
+    stored = torch.arange(256, device=device).to(torch.uint8)
+    for dtype, name in ((torch.float8_e4m3fn, "e4m3"), (torch.float8_e5m2, "e5m2")):
+        found = torch.empty(256, device=device)
+        convert[(1,)](stored, found, FORMAT=name)
+        wanted = stored.view(dtype).float()
+        torch.testing.assert_close(found, wanted, atol=0, rtol=0, equal_nan=True)
+        numbers = ~wanted.isnan()
+        assert torch.equal(found.signbit()[numbers], wanted.signbit()[numbers])
+
+
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
+    check_every_byte("cpu")
     for small in SMALL:
         check(small, "cpu")
     print("ok")

@@ -11,9 +11,17 @@ from dataclasses import replace
 import torch
 
 from pte_vllm.kernels import keep_torch
+from pte_vllm.kernels.cache_numbers import raw
 from pte_vllm.kernels.keep_torch import ProbedCache
 from pte_vllm.method import keep
-from tests.kernels.fold_cases import Case, make_caches, plain_layout, rope_table
+from tests.kernels.fold_cases import (
+    NAN,
+    Case,
+    make_caches,
+    make_scales,
+    plain_layout,
+    rope_table,
+)
 
 PROBES = 35
 
@@ -33,11 +41,27 @@ SMALL = (
     ),
     Case(rank=8, dim=64, heads=1, blocks=3, block_size=16, seqs=2, layers=1, rotary=0),
     Case(rank=8, dim=80, heads=2, blocks=2, block_size=16, seqs=1, layers=1, rotary=32),
+    *(
+        Case(
+            rank=8,
+            dim=dim,
+            heads=2,
+            blocks=2,
+            block_size=16,
+            seqs=1,
+            layers=2,
+            rotary=32,
+            dtype=dtype,
+            layout="HND",
+            scales=True,
+        )
+        for dim, dtype in ((80, torch.float8_e4m3fn), (64, torch.float8_e5m2))
+    ),
 )
 LARGE = tuple(
     replace(case, heads=4, blocks=17, seqs=9, layers=5, dtype=dtype)
     for case in SMALL
-    for dtype in (torch.float32, torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
 )
 
 
@@ -57,14 +81,16 @@ def check(case: Case, device: str) -> float:
     ids = order[:used].view(case.seqs, -1).to(device)
     candidates, newest = ids[:, : case.blocks], ids[:, case.blocks :]
     own = order[used:, None].to(device)
-    for cache in caches:  # what belongs to others, or to nobody
-        cache[:2], cache[-2:], cache[own[:, 0]] = float("nan"), float("nan"), float("nan")
+    for cache in map(raw, caches):  # what belongs to others, or to nobody
+        nan = NAN[cache.dtype]
+        cache[:2], cache[-2:], cache[own[:, 0]] = nan, nan, nan
     layout = plain_layout(case.block_size, case.dim, device)
     rope = rope_table(case.dim if case.rotary is None else case.rotary, 1000, device)
     queries = torch.randn(case.layers, case.heads, PROBES, case.dim, device=device)
-    probed = ProbedCache(queries=queries, rope=rope, scale=case.dim**-0.5)
+    scales = make_scales(case, device)
+    probed = ProbedCache(queries=queries, rope=rope, scale=case.dim**-0.5, scales=scales)
     fold_at = torch.randint(0, 1000, (case.seqs,)).to(device)
-    table = CacheTable.of(caches)
+    table = CacheTable.of(caches, scales)
 
     wanted = keep_torch.expected_scores(caches, layout, probed, candidates, newest, fold_at)
     found = expected_scores_triton(table, probed, candidates, newest, fold_at)
@@ -74,12 +100,14 @@ def check(case: Case, device: str) -> float:
 
     kept = keep.best(found, case.block_size)
     taken = take_triton(table, candidates, kept)
-    assert torch.equal(taken, keep_torch.take(caches, layout, candidates, kept))
-    before = [cache.clone() for cache in caches]
+    wanted = keep_torch.take(caches, layout, candidates, kept)
+    assert taken.dtype == wanted.dtype and torch.equal(raw(taken), raw(wanted))
+    before = [torch.empty_like(cache).copy_(cache) for cache in caches]
     put_triton(table, own, taken)
     keep_torch.put(before, layout, own, taken)
     for cache, other in zip(caches, before, strict=True):
-        assert torch.equal(cache.nan_to_num(7.0), other.nan_to_num(7.0)), f"{case}: a copy differs"
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[cache.dtype.itemsize]
+        assert torch.equal(cache.view(bits), other.view(bits)), f"{case}: a copy differs"
     return worst
 
 

@@ -31,13 +31,22 @@ def test_what_the_kernel_cannot_read_is_told() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("rank, dim, kind", [(32, 128, "*bf16"), (8, 64, "*fp32")])
-def test_compiles_for_gpus(capability: int, rank: int, dim: int, kind: str) -> None:
+@pytest.mark.parametrize(
+    "rank, dim, kind, form",
+    [
+        (32, 128, "*bf16", "plain"),
+        (8, 64, "*fp32", "plain"),
+        (32, 128, "*u8", "e4m3"),
+        (8, 64, "*u8", "e5m2"),
+    ],
+)
+def test_compiles_for_gpus(capability: int, rank: int, dim: int, kind: str, form: str) -> None:
     """Down to machine code, without a GPU, and with no more shared memory than any has."""
     from pte_vllm.kernels.fold_triton import _TILE, _TOKENS, _moments_kernel, launch_options
 
     options = launch_options(dim, rank)
     fixed = {
+        "FORMAT": form,
         "SQUARED": False,
         "DIM": dim,
         "HALF": dim // 2,

@@ -18,8 +18,10 @@ def test_against_definition() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dim, kind", [(128, "*bf16"), (64, "*fp32")])
-def test_compiles_for_gpus(capability: int, dim: int, kind: str) -> None:
+@pytest.mark.parametrize(
+    "dim, kind, form", [(128, "*bf16", "plain"), (64, "*fp32", "plain"), (128, "*u8", "e4m3")]
+)
+def test_compiles_for_gpus(capability: int, dim: int, kind: str, form: str) -> None:
     from pte_vllm.kernels.keep_triton import _TILE, _attention_kernel, _copy_kernel
 
     integers = ("caches_ptr", "blocks_ptr", "positions_ptr", "places_ptr")
@@ -27,6 +29,7 @@ def test_compiles_for_gpus(capability: int, dim: int, kind: str) -> None:
     chunk = 32 if dim > 64 else 16
     for scores in (False, True):
         fixed = {"SCORES": scores, "DIM": dim, "HALF": dim // 2, "CHUNK": chunk, "TILE": _TILE}
+        fixed["FORMAT"] = form
         compile_for(_attention_kernel, capability, fixed, types)
     for out in (False, True):
         fixed = {"OUT": out, "WIDTH": 2 * dim, "CHUNK": 64, "TILE": _TILE}
