@@ -46,7 +46,10 @@ BOUNDED_ROUTES = (
 def _kv_bytes_per_token(config: VllmConfig) -> int:
     """Return what the keys and values of one token weigh in all layers, on all devices."""
     model, parallel = config.model_config, config.parallel_config
-    dtype = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model)
+    name: str = config.cache_config.cache_dtype
+    if name == "auto" and getattr(config.quant_config, "kv_cache_scheme", None) is not None:
+        name = "fp8"  # as vLLM's layers choose, in the worker
+    dtype = kv_cache_dtype_str_to_dtype(name, model)
     numbers = 2 * model.get_total_num_kv_heads() * model.get_head_size()
     return numbers * dtype.itemsize * model.get_num_layers(parallel)
 

@@ -11,6 +11,7 @@ from pte_vllm.bench.sizing.hardware import FP32_PART
 from pte_vllm.method.names import RULE_NAMES
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.weight import ITEM_BYTES
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         rank=options.rank,
         rule=options.rule,
         itemsize=options.itemsize,
+        kv_itemsize=ITEM_BYTES.get(options.kv_cache_dtype),
         kv_memory_bytes=options.kv_gb * 1e9 if options.kv_gb is not None else None,
         max_sequences=options.max_num_seqs,
         ranks=options.tensor_parallel_size,
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         rank=options.rank,
         rule=options.rule,
         itemsize=options.itemsize,
+        kv_itemsize=ITEM_BYTES.get(options.kv_cache_dtype),
         ranks=options.tensor_parallel_size,
     )
     if options.json:
@@ -125,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rule", choices=RULE_NAMES, default="ridge")
     parser.add_argument("--itemsize", type=float, default=2, help="bytes of a weight")
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", *ITEM_BYTES),
+        default="auto",
+        help="of the KV cache, as vLLM's flag; auto: as many bytes as a weight",
+    )
     parser.add_argument("--kv-gb", type=float, help="KV pool, if it is known")
     parser.add_argument("--max-num-seqs", type=int, help="the server's bound, if there is one")
     parser.add_argument(

@@ -225,10 +225,16 @@ def __getattr__(name: str) -> type[AttentionBackend]:
 
 
 def cuda_backend() -> str:
-    """Choose FlashAttention where vLLM was built with it, else Triton, as for models in fp32."""
+    """Choose FlashAttention where vLLM was built with it, else Triton.
+
+    Triton is also for models in fp32, and for 8-bit caches that FlashAttention cannot read here.
+    """
     config = get_current_vllm_config_or_none()  # set whenever vLLM chooses a backend
-    in_fp32 = config is not None and config.model_config.dtype == torch.float32
-    use_flash = _has_flash_attention() and not in_fp32
+    use_flash = _has_flash_attention()
+    if use_flash and config is not None:
+        flash = resolve_obj_by_qualname(_CUDA_BACKENDS["PTEFlashAttentionBackend"])
+        reads_cache = flash.supports_kv_cache_dtype(config.cache_config.cache_dtype)
+        use_flash = config.model_config.dtype != torch.float32 and reads_cache
     return "PTEFlashAttentionBackend" if use_flash else "PTETritonAttentionBackend"
 
 

@@ -8,7 +8,6 @@ values first. So it is under tensor parallelism, where ranks add up what they pr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
@@ -17,11 +16,12 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from pte_vllm.engine.paged import PagedCaches
 from pte_vllm.engine.ranks import Ranks
 from pte_vllm.engine.sequences import FoldingSequence, LoadedEncoder
 from pte_vllm.engine.state import StatePool
 from pte_vllm.kernels import native
-from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable, read_evicted
+from pte_vllm.kernels.cache_layout import RopeTable, read_evicted
 from pte_vllm.kernels.choice import use_kernels
 from pte_vllm.kernels.fold_cpu import can_fold, moments_cpu
 from pte_vllm.method.reference import UPDATE_RULES, Moments, multiply
@@ -48,9 +48,7 @@ def compiled() -> ctypes.CDLL | None:
 class EvictedBlocks:
     """The way from a worker's paged cache to folds; it lives as long as the cache does."""
 
-    caches: Mapping[int, Tensor]
-    """The cache of each decoder layer, `[blocks, H, bs, 2 D]`."""
-    layout: BlockLayout
+    paged: PagedCaches
     rope: RopeTable | None
     """The model's; None where it has no rotary embedding."""
     ranks: Ranks
@@ -90,7 +88,10 @@ class EvictedBlocks:
             at_once = max(1, _MAX_COPY_BYTES // (per_token * block_size * block_ids.shape[1]))
         for start in range(0, len(sequences), at_once):
             part = slice(start, start + at_once)
-            k_e, v_e = read_evicted(caches, self.layout, block_ids[part], positions[part], rope)
+            k_e, v_e = read_evicted(
+                *(caches, self.paged.layout, block_ids[part], positions[part], rope),
+                self.paged.scales_of(loaded.layers),
+            )
             pool.fold_projected(sequences[part], *self._projected(loaded, k_e, v_e))
 
     def _projected(self, loaded: LoadedEncoder, k_e: Tensor, v_e: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,12 +120,13 @@ class EvictedBlocks:
         if library is None:
             return None
         return moments_cpu(
-            *(library, caches, self.layout, block_ids, positions, rope, loaded.encoder),
+            *(library, caches, self.paged.layout, block_ids, positions, rope, loaded.encoder),
             with_kk=with_kk,
+            scales=self.paged.scales_of(loaded.layers),
         )
 
     def _caches_of(self, loaded: LoadedEncoder) -> list[Tensor]:
-        return [self.caches[layer] for layer in loaded.layers]
+        return [self.paged.caches[layer] for layer in loaded.layers]
 
     def warm_up(self, loaded: LoadedEncoder, rule: str) -> None:
         """Compile the kernel for an adapter before its first fold, which would wait seconds."""
@@ -137,7 +139,7 @@ class EvictedBlocks:
         if table is not None:
             from pte_vllm.kernels.fold_triton import evicted_moments
 
-            zero = torch.zeros_like(self.layout.key_index[:1, :1])  # vLLM's null block
+            zero = torch.zeros_like(self.paged.layout.key_index[:1, :1])  # vLLM's null block
             evicted_moments(table, loaded.encoder, zero, zero, rope, with_kk=reads_kk)
 
     def _rope_for(self, loaded: LoadedEncoder) -> RopeTable | None:
@@ -151,13 +153,13 @@ class EvictedBlocks:
         return self._tables[key]
 
     def _make_table(self, layers: tuple[int, ...], rank: int) -> CacheTable | None:
-        if not use_kernels(self.layout.key_index.device):
+        if not use_kernels(self.paged.layout.key_index.device):
             return None
         from pte_vllm.kernels.fold_triton import CacheTable, unusable
 
-        caches = [self.caches[layer] for layer in layers]
-        reason = unusable(caches, self.layout, rank)
+        caches = [self.paged.caches[layer] for layer in layers]
+        reason = unusable(caches, self.paged.layout, rank)
         if reason is not None:
             logger.warning("Folds go through torch, which is slower: %s", reason)
             return None
-        return CacheTable.of(caches)
+        return CacheTable.of(caches, self.paged.scales_of(layers))

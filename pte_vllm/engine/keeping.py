@@ -18,6 +18,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from pte_vllm.adapter.probes import Probes
 from pte_vllm.engine.folding import compiled
+from pte_vllm.engine.paged import PagedCaches
 from pte_vllm.engine.ranks import Ranks
 from pte_vllm.engine.sequences import FoldingSequence
 from pte_vllm.engine.thoughts import to_host
@@ -120,8 +121,7 @@ class KeptTokens:
     @classmethod
     def of(
         cls,
-        caches: Sequence[Tensor],
-        layout: BlockLayout,
+        paged: PagedCaches,
         rope: RopeTable | None,
         *,
         ranks: Ranks,
@@ -133,19 +133,21 @@ class KeptTokens:
         Raises:
             ProbesError: If they are for a model of other sizes.
         """
+        layers, layout = sorted(paged.caches), paged.layout
+        caches, scales = [paged.caches[i] for i in layers], paged.scales_of(layers)
         probed = None
         if probes is not None:
             probes.check_fits(
                 num_layers=len(caches), num_kv_heads=ranks.num_heads, head_dim=ranks.head_dim
             )
             queries = probes.queries[:, ranks.heads].contiguous().to(caches[0].device)
-            probed = ProbedCache(queries=queries, rope=rope, scale=scale)
+            probed = ProbedCache(queries=queries, rope=rope, scale=scale, scales=scales)
         table = None
         if use_kernels(caches[0].device):
             from pte_vllm.kernels.fold_triton import CacheTable, unusable
 
             if unusable(caches, layout, rank=1) is None:
-                table = CacheTable.of(caches)
+                table = CacheTable.of(caches, scales)
         return cls(caches=tuple(caches), layout=layout, ranks=ranks, probed=probed, table=table)
 
     @torch.inference_mode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pte_vllm.method.options import EngineConfig
@@ -26,7 +26,9 @@ _REASONS = {
     "--decode-context-parallel-size": "decode context parallelism splits a sequence",
     "--prefill-context-parallel-size": "prefill context parallelism splits a sequence",
     "--kv-transfer-config": "KV connectors move blocks without the thought state",
-    "--kv-cache-dtype": "quantised KV caches cannot be encoded; use auto",
+    "--kv-cache-dtype": "of the quantised KV caches only those are read whose numbers are single "
+    "bytes under one scale of the layer: fp8, fp8_e4m3, fp8_e5m2; use one of them, or auto",
+    "--kv-cache-dtype-skip-layers": "blocks of 8-bit and of other layers differ in size",
     "--fully-sharded-loras": "the thought state needs A's whole output on every rank",
     "--weight-transfer-config": "the base model of a server does not change; push adapters with "
     "PUT /pte/v1/adapters/{name}, or have them loaded from a directory with POST "
@@ -39,11 +41,17 @@ PARTLY = {
     "--speculative-config": "only ngram",
     "--data-parallel-size": "not for mixtures of experts",
     "--async-scheduling": "not with drafts",
+    "--kv-cache-dtype": "fp8, fp8_e4m3 and fp8_e5m2 with one scale for a layer; vLLM's own kernels "
+    "for them were not run",
 }
 """What works, and its bounds."""
 
 SUPPORTED_DRAFTS = ("ngram",)
 """Methods of --speculative-config whose drafts come from the tokens themselves."""
+
+_PLAIN_CACHES = ("auto", "bfloat16", "float16", "float32", "half")
+FLOAT8_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+"""Values of --kv-cache-dtype that quantise each number by itself."""
 
 CPU_BLOCK_SIZE = 128
 """Of vLLM on a CPU, where --block-size is not given."""
@@ -88,7 +96,10 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
             "--decode-context-parallel-size": _more_than_one(args.decode_context_parallel_size),
             "--prefill-context-parallel-size": _more_than_one(args.prefill_context_parallel_size),
             "--kv-transfer-config": getattr(args, "kv_transfer_config", None),
-            "--kv-cache-dtype": _quantised(args.kv_cache_dtype),
+            "--kv-cache-dtype": _unreadable(args.kv_cache_dtype),
+            "--kv-cache-dtype-skip-layers": _skipped(
+                args.kv_cache_dtype, getattr(args, "kv_cache_dtype_skip_layers", None)
+            ),
             "--fully-sharded-loras": getattr(args, "fully_sharded_loras", False),
             "--enable-dbo": getattr(args, "enable_dbo", False),
             "--weight-transfer-config": _backend(getattr(args, "weight_transfer_config", None)),
@@ -97,6 +108,7 @@ def check_serve_args(args: Namespace, engine: EngineConfig) -> None:
     block_size = args.block_size or _default_block_size()
     if block_size is not None:
         check_block_size(block_size)
+        check_cpu_cache(args.kv_cache_dtype, block_size)
         check_window(engine, block_size)
 
 
@@ -123,7 +135,11 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
                 parallel.prefill_context_parallel_size
             ),
             "--kv-transfer-config": vllm_config.kv_transfer_config,
-            "--kv-cache-dtype": _quantised(vllm_config.cache_config.cache_dtype),
+            "--kv-cache-dtype": _unreadable(vllm_config.cache_config.cache_dtype),
+            "--kv-cache-dtype-skip-layers": _skipped(
+                vllm_config.cache_config.cache_dtype,
+                vllm_config.cache_config.kv_cache_dtype_skip_layers,
+            ),
             "--fully-sharded-loras": lora.fully_sharded_loras if lora is not None else False,
             "--enable-dbo": parallel.enable_dbo,
             "VLLM_LORA_ENABLE_DUAL_STREAM": lora is not None
@@ -177,6 +193,26 @@ def check_block_size(block_size: int) -> None:
         )
 
 
+def check_cpu_cache(dtype: str, block_size: int) -> None:
+    """Raise UnsupportedError where vLLM's attention on this machine's CPU has no 8-bit caches.
+
+    vLLM says so itself, but only once its worker has loaded the model.
+    """
+    from vllm.platforms import current_platform
+
+    if dtype not in FLOAT8_CACHES or not current_platform.is_cpu():
+        return
+    import torch
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    try:
+        _get_attn_isa(torch.bfloat16, block_size, None, dtype)
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            f"--kv-cache-dtype {dtype} is not supported on this machine: {error}"
+        ) from error
+
+
 def check_window(engine: EngineConfig, block_size: int) -> None:
     """Raise UnsupportedError unless the default window, and what is kept, fit the block size."""
     try:
@@ -207,8 +243,13 @@ def _draft_method(config: Any) -> str:
     return method or "with a draft model"
 
 
-def _quantised(dtype: str) -> str | None:
-    return dtype if dtype not in ("auto", "bfloat16", "float16", "float32", "half") else None
+def _unreadable(dtype: str) -> str | None:
+    return None if dtype in (*_PLAIN_CACHES, *FLOAT8_CACHES) else dtype
+
+
+def _skipped(dtype: str, layers: Sequence[str] | None) -> str:
+    """Return the layers whose cache is not quantised where others are."""
+    return ",".join(layers or ()) if dtype in FLOAT8_CACHES else ""
 
 
 def refused_flags() -> Mapping[str, str]:

@@ -33,12 +33,13 @@ from pte_vllm.engine.lora.install import install_views
 from pte_vllm.engine.lora.manager import PTELoRAManager
 from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.messages import PoolReport, SequenceStart, SnapshotOrders
+from pte_vllm.engine.paged import PagedCaches
 from pte_vllm.engine.ranks import Ranks
 from pte_vllm.engine.refusals import check_vllm_config
 from pte_vllm.engine.sequences import FoldingSequence, Snapshot
 from pte_vllm.engine.state import StatePool
 from pte_vllm.engine.thoughts import ThoughtStore
-from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable
+from pte_vllm.kernels.cache_layout import RopeTable
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.method.weight import state_dtype
 
@@ -122,21 +123,17 @@ class PTERunnerMixin(ABC):
                     f"{attn_group.kernel_block_size}; set --block-size to the latter for PTE"
                 )
         layers = self.compilation_config.static_forward_context
-        example = layers[group.layer_names[0]]
+        paged = PagedCaches.of({layer_of(name): layers[name] for name in group.layer_names})
         self.pte_evicted = EvictedBlocks(
-            caches={layer_of(name): layers[name].kv_cache for name in group.layer_names},
-            layout=BlockLayout.probe(example),
-            rope=self._find_rope(group.layer_names[0]),
-            ranks=self.pte_ranks,
+            paged=paged, rope=self._find_rope(group.layer_names[0]), ranks=self.pte_ranks
         )
-        caches, file = self.pte_evicted.caches, self.pte_engine.probes
+        file = self.pte_engine.probes
         self.pte_kept = KeptTokens.of(
-            [caches[layer] for layer in sorted(caches)],
-            self.pte_evicted.layout,
+            paged,
             self.pte_evicted.rope,
             ranks=self.pte_ranks,
             probes=None if file is None else Probes.load(file),
-            scale=example.impl.scale,
+            scale=layers[group.layer_names[0]].impl.scale,
         )
 
     def _find_rope(self, attention_name: str) -> RopeTable | None:

@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.worker.utils import customize_attention_spec
 
 from pte_vllm.engine.cache import PTEManager, PTESpec
-from pte_vllm.kernels.cache_layout import BlockLayout
+from pte_vllm.engine.paged import PagedCaches
 
 HEAD_SIZE = 64
 _HEADS, _KV_HEADS, _NUM_BLOCKS = 4, 2, 4
@@ -90,17 +90,18 @@ class TrialAttention:
         Raises:
             RuntimeError: unless they come back exactly.
         """
-        cache = self.layer.kv_cache
-        block_size = self.spec.block_size
-        layout = BlockLayout.probe(self.layer)
+        paged = PagedCaches.of({0: self.layer})
+        cache, block_size = paged.caches[0], self.spec.block_size
         order = torch.tensor([3, 1], device=cache.device)
         within = torch.arange(block_size, device=cache.device)
         slots = (order[:, None] * block_size + within).flatten()
         shape = (2, len(slots), _KV_HEADS, HEAD_SIZE)  # keys and values
-        written = torch.randn(shape, device=cache.device).to(cache.dtype)
+        # What the cache can hold, of 8 bits too: the scales of this layer are 1.
+        written = torch.randn(shape, device=cache.device).to(cache.dtype).to(self.layer.dtype)
         key, value = (part.contiguous() for part in written)
-        self.layer.impl.do_kv_cache_update(self.layer, key, value, cache, slots)
-        found = torch.stack([part[0] for part in layout.gather([cache], order)])
+        self.layer.impl.do_kv_cache_update(self.layer, key, value, self.layer.kv_cache, slots)
+        read = paged.layout.gather([cache], order, paged.scales_of([0]))
+        found = torch.stack([part[0] for part in read])
         if not torch.equal(found, written.float()):
             raise RuntimeError("what was written does not come back")
 
@@ -128,7 +129,7 @@ def trial_attention(
 
     Args:
         engine_args: what turns PTE on, as `pte_vllm.serve.engine_args` has it.
-        dtype: of the cache, in vLLM's words.
+        dtype: of the model, in vLLM's words, and of the cache unless `engine_args` name another.
         block_size: tokens per block.
 
     Raises:
@@ -170,7 +171,7 @@ def trial_attention(
             _KV_HEADS,
             block_size,
             2 * HEAD_SIZE,
-            dtype=config.model_config.dtype,
+            dtype=layer.kv_cache_torch_dtype,
             device=device,
         )
         yield TrialAttention(layer, spec)

@@ -41,7 +41,8 @@ def layer_scales(layer: Any) -> tuple[float, float]:
         if scale.numel() != 1:
             raise ValueError(
                 f"this checkpoint has a scale of the KV cache for each of {scale.numel()} heads, "
-                "and PTE supports one for a layer: serve it with --kv-cache-dtype auto or bfloat16"
+                "and PTE supports one for a layer: serve it with the model's own type, such as "
+                "--kv-cache-dtype bfloat16"
             )
     return layer._k_scale_float, layer._v_scale_float
 

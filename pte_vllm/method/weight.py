@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 from pte_vllm.method.options import PTEConfig
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+ITEM_BYTES = {
+    **{"float32": 4, "bfloat16": 2, "float16": 2},
+    **dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2"), 1),
+}
 """Bytes of one number, by the name of its type."""
 
 

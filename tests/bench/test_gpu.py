@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pte_vllm.engine.folding import EvictedBlocks
+from pte_vllm.engine.paged import PagedCaches
 from pte_vllm.engine.ranks import Ranks
 from pte_vllm.engine.sequences import LoadedEncoder
 from pte_vllm.engine.state import StatePool
@@ -53,8 +54,7 @@ def test_folds_agree_and_never_wait(
     torch.manual_seed(0)
     caches = {layer: make_caches(case, 9, "cuda")[0] for layer in (0, 2)}
     evicted = EvictedBlocks(
-        caches=caches,
-        layout=plain_layout(case.block_size, case.dim, "cuda"),
+        paged=PagedCaches(caches, plain_layout(case.block_size, case.dim, "cuda"), scales=None),
         rope=rope_table(case.dim, 1000, "cuda"),
         ranks=Ranks(num_heads=case.heads, head_dim=case.dim),
     )
@@ -92,8 +92,11 @@ def _reference(
         config=loaded.config, layers=loaded.layers, encoder=loaded.encoder.map(lambda t: t.cpu())
     )
     evicted = EvictedBlocks(
-        caches={layer: cache.cpu() for layer, cache in caches.items()},
-        layout=plain_layout(size, dim, "cpu"),
+        paged=PagedCaches(
+            {layer: cache.cpu() for layer, cache in caches.items()},
+            plain_layout(size, dim, "cpu"),
+            scales=None,
+        ),
         rope=rope_table(dim, 1000, "cpu"),
         ranks=Ranks(num_heads=SMALL[0].heads, head_dim=dim),
     )

@@ -53,6 +53,25 @@ def test_push_is_as_large_as_an_adapter(
     assert planned == pytest.approx(measured, rel=0.15)  # headers; n_h is taken to be the rank
 
 
+def test_8_bit_cache_takes_half(qwen: Path, tmp_path: Path) -> None:
+    """Half the bytes a token and a fold, twice the sequences; the state stays the model's."""
+    found = {}
+    for dtype in ("auto", "bfloat16", "fp8", "fp8_e5m2"):
+        file = tmp_path / f"{dtype}.json"
+        flags = ["--kv-cache-dtype", dtype, "--keep", "64", "--window", "1k", "--kv-gb", "60"]
+        assert main(["plan", "--model", str(qwen), *flags, "--json", str(file)]) == 0
+        found[dtype] = json.loads(file.read_text())
+    assert found["auto"] == found["bfloat16"] and found["fp8"] == found["fp8_e5m2"]
+    half, whole = found["fp8"], found["auto"]
+    assert 2 * half["kv_bytes_per_token"] == whole["kv_bytes_per_token"] == 56 * 1024
+    assert half["weights_bytes"] == whole["weights_bytes"]
+    assert half["state_bytes_per_sequence"] == whole["state_bytes_per_sequence"]
+    assert half["state_kv_tokens"] == 2 * whole["state_kv_tokens"]
+    (fold,), (fold_16,) = half["folds"], whole["folds"]
+    assert 2 * fold["written_bytes"] == fold_16["written_bytes"]
+    assert half["rows"][0]["sequences"] == pytest.approx(2 * whole["rows"][0]["sequences"], abs=1)
+
+
 def test_bounds_of_a_7b_model_on_one_h200(qwen: Path) -> None:
     model = Model.load(str(qwen))
     assert model.parameters == pytest.approx(7.6e9, rel=0.01)

@@ -186,7 +186,7 @@ def test_a_model_and_its_adapter(model: Path, adapters: Callable[..., Path]) -> 
     ("flags", "named"),
     [
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2"),
-        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8"),
+        (["--kv-cache-dtype", "int8_per_token_head"], "--kv-cache-dtype int8_per_token_head"),
         (["--block-size", "96"], "--pte-window 128"),
         (["--no-such-flag"], "--no-such-flag"),
     ],

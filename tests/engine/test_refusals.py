@@ -168,7 +168,16 @@ def _serve_args(**changes: object) -> Namespace:
         ({"data_parallel_rank": 0}, "--data-parallel-rank 0"),
         ({"data_parallel_hybrid_lb": True}, "--data-parallel-hybrid-lb"),
         ({"kv_transfer_config": {"kv_connector": "x"}}, "--kv-transfer-config"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        (
+            {"kv_cache_dtype": "fp8_per_token_head"},
+            "--kv-cache-dtype fp8_per_token_head .* fp8_e4m3",
+        ),
+        ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4"),
+        ({"kv_cache_dtype": "turboquant_4bit_nc"}, "--kv-cache-dtype turboquant_4bit_nc"),
+        (
+            {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0", "2"]},
+            "--kv-cache-dtype-skip-layers 0,2 .* differ in size",
+        ),
         ({"fully_sharded_loras": True}, "--fully-sharded-loras"),
         (
             {"weight_transfer_config": Namespace(backend="nccl")},
@@ -186,6 +195,17 @@ def test_unsupported_flags(change: dict, flag: str) -> None:
     window = change.pop("window", EngineConfig.window_tokens)
     with pytest.raises(UnsupportedError, match=flag):
         check_serve_args(_serve_args(**change), EngineConfig(window_tokens=window))
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_8_bit_caches_need_a_cpu_that_has_them(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = _serve_args(kv_cache_dtype=dtype)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    check_serve_args(args, EngineConfig())
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    with pytest.raises(UnsupportedError, match=f"--kv-cache-dtype {dtype} .* AVX-512 or AMX"):
+        check_serve_args(args, EngineConfig())
 
 
 def test_block_size_that_vllm_takes_by_default(tiny: Callable[[str], Path]) -> None:

@@ -48,16 +48,18 @@ def show(
     rank: int,
     rule: str,
     itemsize: float,
+    kv_itemsize: float | None = None,
     ranks: int = 1,
 ) -> dict[str, Any]:
     """Print tables; returns all of it for JSON."""
     console = Console()
+    kv_bytes = model.kv_bytes(kv_itemsize or itemsize)
     console.print(_bounds(rows))
     found: dict[str, Any] = {
         "hardware": asdict(hardware),
         "parameters": model.parameters,
         "weights_bytes": model.parameters * itemsize,
-        "kv_bytes_per_token": model.kv_bytes(itemsize),
+        "kv_bytes_per_token": kv_bytes,
         "rows": [asdict(row) for row in rows],
     }
     devices = hardware.name if ranks == 1 else f"{ranks} x {hardware.name}"
@@ -68,7 +70,7 @@ def show(
     if rank:
         state = model.state_weight(rank, rule, itemsize).total
         found["state_bytes_per_sequence"] = state
-        found["state_kv_tokens"] = state / model.kv_bytes(itemsize)
+        found["state_kv_tokens"] = state / kv_bytes
         found["adapter_push_bytes"] = model.adapter_bytes(rank, itemsize)
         about += (
             f"; a thought state (rank {rank}, {rule}) takes {state / 2**20:.2f} MiB, as much as "
@@ -79,7 +81,7 @@ def show(
     if keeping:
         plans = [_plan(row, prompt_tokens, block_size) for row in keeping]
         folds = [
-            _fold(model, hardware, row, plan, rollout_tokens, itemsize, ranks)
+            _fold(model, hardware, row, plan, rollout_tokens, kv_itemsize or itemsize, ranks)
             for row, plan in zip(keeping, plans, strict=True)
         ]
         found["folds"] = folds

@@ -56,6 +56,7 @@ def plan_rows(
     rank: int = 32,
     rule: str = "ridge",
     itemsize: float = 2,
+    kv_itemsize: float | None = None,
     kv_memory_bytes: float | None = None,
     max_sequences: int | None = None,
     ranks: int = 1,
@@ -64,6 +65,8 @@ def plan_rows(
 
     Args:
         rank: of the adapter; 0: there is none, so no state.
+        itemsize: bytes of a weight.
+        kv_itemsize: bytes of a number of the cache; None: as of a weight.
         kv_memory_bytes: the pool; None: 0.9 of the device, less weights and 4 GB to work in.
         max_sequences: `--max-num-seqs`, if it binds.
         ranks: devices that share out the model; each has room to work in, and every state.
@@ -80,7 +83,7 @@ def plan_rows(
             f"{weights / 1e9:.0f} GB of weights leave no room on {ranks} x {hardware.name} "
             f"({hardware.memory_bytes / 1e9:.0f} GB each)"
         )
-    per_token = model.kv_bytes(itemsize) * kv_copies(model, ranks)
+    per_token = model.kv_bytes(kv_itemsize or itemsize) * kv_copies(model, ranks)
 
     def row(window_tokens: int, keep_tokens: int = 0) -> Row:
         if window_tokens:
