@@ -27,7 +27,7 @@ from pte_vllm.kernels.fold_cpu import can_fold, moments_cpu
 from pte_vllm.method.reference import UPDATE_RULES, Moments, multiply
 
 if TYPE_CHECKING:
-    from pte_vllm.kernels.fold_triton import CacheTable
+    from pte_vllm.kernels.cache_triton import CacheTable
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
@@ -155,7 +155,8 @@ class EvictedBlocks:
     def _make_table(self, layers: tuple[int, ...], rank: int) -> CacheTable | None:
         if not use_kernels(self.paged.layout.key_index.device):
             return None
-        from pte_vllm.kernels.fold_triton import CacheTable, unusable
+        from pte_vllm.kernels.cache_triton import CacheTable
+        from pte_vllm.kernels.fold_triton import unusable
 
         caches = [self.paged.caches[layer] for layer in layers]
         reason = unusable(caches, self.paged.layout, rank)

@@ -32,7 +32,7 @@ from pte_vllm.method.keep_marks import packed, unpacked_on
 from pte_vllm.method.plan import FoldPlan
 
 if TYPE_CHECKING:
-    from pte_vllm.kernels.fold_triton import CacheTable
+    from pte_vllm.kernels.cache_triton import CacheTable
 
 BlockIds = Callable[[list[str], list[list[int]]], Tensor]
 """Turns n logical blocks of each of S requests into ids in the cache, `[S, n]` int64."""
@@ -144,7 +144,8 @@ class KeptTokens:
             probed = ProbedCache(queries=queries, rope=rope, scale=scale, scales=scales)
         table = None
         if use_kernels(caches[0].device):
-            from pte_vllm.kernels.fold_triton import CacheTable, unusable
+            from pte_vllm.kernels.cache_triton import CacheTable
+            from pte_vllm.kernels.fold_triton import unusable
 
             if unusable(caches, layout, rank=1) is None:
                 table = CacheTable.of(caches, scales)

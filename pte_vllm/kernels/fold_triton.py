@@ -3,8 +3,7 @@
 Definition: `method.reference.moments` of what `cache_layout.read_evicted` reads. Keys and values go
 from the paged cache through W_K and W_V into Σ kᵀv and Σ kᵀk without a copy of them in memory; the
 PyTorch path would write them out in fp32, 50 GB where a few hundred long sequences fold in step.
-All arithmetic is fp32 ("ieee", no TF32), whatever the cache holds. Numbers of 8 bits are read as
-bytes and told by their bits: not every GPU converts both formats.
+All arithmetic is fp32 ("ieee", no TF32), whatever the cache holds.
 
 Letters in shapes: L layers with a state, S sequences, n blocks that each folds, m = n · bs tokens,
 P parts of m, H KV heads, D head size, r rank.
@@ -13,7 +12,6 @@ P parts of m, H KV heads, D head size, r rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable
-from pte_vllm.kernels.cache_numbers import raw
+from pte_vllm.kernels.cache_triton import CacheTable, to_float
 from pte_vllm.method.reference import LayerEncoder, Moments
 
 MAX_RANK = 128
@@ -30,22 +28,6 @@ _TOKENS = 128
 """Tokens of one program; a constant, so that a fold gives the same bits in any company."""
 _TILE = 32
 _MAX_PARTIAL_BYTES = 256 * 2**20
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def to_float(stored, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What numbers loaded from a cache are, in fp32; exact, like `torch.Tensor.float`."""
-    if FORMAT == "e5m2":  # a half without its last byte
-        bits = stored.to(tl.uint16) << 8
-        found = bits.to(tl.float16, bitcast=True).to(tl.float32)
-    elif FORMAT == "e4m3":  # a half's exponent counts from 8 less
-        bits = stored.to(tl.uint16)
-        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        found = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-        found = tl.where((bits & 0x7F) == 0x7F, float("nan"), found)
-    else:
-        found = stored.to(tl.float32)
-    return found
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -171,45 +153,6 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     tl.store(kv_ptr + out + cell, kv, mask=used)
     if WITH_KK:
         tl.store(kk_ptr + out + cell, kk, mask=used)
-
-
-_FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-
-
-@dataclass(frozen=True)
-class CacheTable:
-    """The caches of the layers with a state, as the kernel finds them: addresses and strides.
-
-    Holds the caches, so that the addresses stay good.
-    """
-
-    caches: Sequence[Tensor]  # L, each [blocks, H, bs, 2 D]; bytes where numbers have 8 bits
-    addresses: Tensor  # [L] int64
-    scales: Tensor  # [L, 2] float32, of stored keys and values
-    dtype: torch.dtype  # of the caches
-
-    @classmethod
-    def of(cls, caches: Sequence[Tensor], scales: Tensor | None = None) -> CacheTable:
-        """Copy the addresses to the device and wait for it; done once for an adapter's layers.
-
-        Args:
-            caches: The caches.
-            scales: What stored keys and values are multiplied with, `[L, 2]` float32; None: 1.
-        """
-        device, addresses = caches[0].device, torch.tensor([cache.data_ptr() for cache in caches])
-        if scales is None:
-            scales = torch.ones(len(caches), 2, device=device)
-        return cls(
-            caches=tuple(raw(cache) for cache in caches),
-            addresses=addresses.to(device),
-            scales=scales.contiguous(),
-            dtype=caches[0].dtype,
-        )
-
-    @property
-    def format(self) -> str:
-        """The form of the caches' numbers, in the words of `to_float`."""
-        return _FORMATS.get(self.dtype, "plain")
 
 
 def unusable(caches: Sequence[Tensor], layout: BlockLayout, rank: int) -> str | None:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pte_vllm.kernels.cache_numbers import raw
-from pte_vllm.kernels.fold_triton import CacheTable, to_float
+from pte_vllm.kernels.cache_triton import CacheTable, to_float
 from pte_vllm.kernels.keep_torch import ProbedCache
 from pte_vllm.method import keep
 
@@ -115,7 +115,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     SCORES: tl.constexpr,  # whether to write scores from known totals, or totals
     DIM: tl.constexpr,
     HALF: tl.constexpr,
-    FORMAT: tl.constexpr,  # as `fold_triton.to_float`
+    FORMAT: tl.constexpr,  # as `cache_triton.to_float`
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):

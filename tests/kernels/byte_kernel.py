@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pte_vllm.kernels.fold_triton import to_float
+from pte_vllm.kernels.cache_triton import to_float
 
 
 @triton.jit

@@ -188,7 +188,8 @@ def rope_table(numbers: int, positions: int, device: str) -> RopeTable | None:
 
 def check(case: Case, device: str) -> float:
     """Relative error of the kernel against the definition; asserts that it is small."""
-    from pte_vllm.kernels.fold_triton import CacheTable, evicted_moments, unusable
+    from pte_vllm.kernels.cache_triton import CacheTable
+    from pte_vllm.kernels.fold_triton import evicted_moments, unusable
 
     torch.manual_seed(0)
     pool = case.seqs * case.blocks

@@ -70,7 +70,7 @@ def check(case: Case, device: str) -> float:
 
     A sequence has `case.blocks` blocks of candidates, and one block less of newest tokens.
     """
-    from pte_vllm.kernels.fold_triton import CacheTable
+    from pte_vllm.kernels.cache_triton import CacheTable
     from pte_vllm.kernels.keep_triton import expected_scores_triton, put_triton, take_triton
 
     torch.manual_seed(0)

@@ -58,7 +58,7 @@ def count(layers: int, seqs: int) -> dict[str, int]:
     from pte_vllm.engine.keeping import KeptTokens, Selection
     from pte_vllm.engine.ranks import Ranks
     from pte_vllm.engine.sequences import FoldingSequence
-    from pte_vllm.kernels.fold_triton import CacheTable
+    from pte_vllm.kernels.cache_triton import CacheTable
     from pte_vllm.kernels.keep_torch import ProbedCache
     from pte_vllm.method.plan import FoldPlan
 

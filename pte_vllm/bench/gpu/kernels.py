@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pte_vllm.kernels.cache_layout import BlockLayout, RopeTable, read_evicted
-from pte_vllm.kernels.fold_triton import CacheTable, evicted_moments
+from pte_vllm.kernels.cache_triton import CacheTable
+from pte_vllm.kernels.fold_triton import evicted_moments
 from pte_vllm.kernels.modulate import modulate_slices
 from pte_vllm.kernels.modulate_triton import modulate_slices_
 from pte_vllm.method import reference
