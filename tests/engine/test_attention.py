@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -102,3 +105,36 @@ def test_cuda_backends_are_found_by_module_and_name() -> None:
     assert backend.get_name() == "CUSTOM"
     assert issubclass(backend.get_builder_cls(), attention.GapCuttingBuilder)
     assert backend.get_builder_cls() is backend.get_builder_cls()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache", "flash_reads_8_bits", "chosen"),
+    [
+        (torch.bfloat16, "auto", False, "FlashAttention"),
+        (torch.float32, "auto", True, "TritonAttention"),
+        (torch.bfloat16, "fp8", True, "FlashAttention"),
+        (torch.bfloat16, "fp8", False, "TritonAttention"),
+        (torch.bfloat16, "fp8_e5m2", True, "TritonAttention"),
+    ],
+)
+def test_backend_that_reads_the_cache(
+    dtype: torch.dtype,
+    cache: str,
+    flash_reads_8_bits: bool,
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM's FlashAttention takes `fp8` where its library can, and never `fp8_e5m2`."""
+    from vllm.v1.attention.backends import flash_attn
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=dtype), cache_config=SimpleNamespace(cache_dtype=cache)
+    )
+    monkeypatch.setattr(attention, "get_current_vllm_config_or_none", lambda: config)
+    monkeypatch.setattr(attention, "_has_flash_attention", lambda: True)
+    monkeypatch.setattr(
+        *(flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *args: flash_reads_8_bits)
+    )
+    assert attention.cuda_backend() == f"PTE{chosen}Backend"
+    monkeypatch.setattr(attention, "_has_flash_attention", lambda: False)
+    assert attention.cuda_backend() == "PTETritonAttentionBackend"
