@@ -117,6 +117,7 @@ class PTEManager(FullAttentionManager):
                     num_tokens = (whole + gap) * self.block_size
         else:
             more = self._count_due(request_id, total_computed_tokens)
+            num_tokens = self._within_step(request_id, num_tokens, num_tokens_main_model)
         return more + super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -127,6 +128,19 @@ class PTEManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
+
+    def _within_step(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> int:
+        """Return for how many tokens blocks are held, of those that a draft looks ahead to.
+
+        No step goes past the next fold, so drafts beyond it are dropped, and need no place.
+        """
+        plan = self.plans[request_id]
+        end = num_tokens_main_model
+        if not plan.bounded:
+            return num_tokens
+        if not plan.is_boundary(end):
+            end = plan.next_boundary(end)
+        return min(num_tokens, end)
 
     def _count_due(self, request_id: str, num_computed: int) -> int:
         """Note which blocks the next chunk's fold needs for kept tokens; return what they take.
@@ -164,6 +178,7 @@ class PTEManager(FullAttentionManager):
             self.new_block_ids = [i for i in self.new_block_ids if i not in written]
             own = blocks[plan.pinned_blocks : plan.pinned_blocks + plan.keep_blocks]
             self._moved[request_id] = [block.block_id for block in own]
+        num_tokens = self._within_step(request_id, num_tokens, num_tokens_main_model)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def take_moved(self) -> dict[str, list[int]]:

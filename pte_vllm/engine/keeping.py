@@ -101,6 +101,8 @@ class Taken:
     """The blocks that it goes into, `[S, k]` int64."""
     cells: Tensor
     """`[L, S, H, K, 2 D]` in the cache's dtype."""
+    drafted: Tensor | None
+    """The same of layers that draft."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,9 @@ class KeptTokens:
     probed: ProbedCache | None
     """None where the engine has no probes: then no request may ask for the score `expected`.
     Requests of an adapter that brings probes are scored by those."""
+    drafting: Sequence[Tensor] = ()
+    """Of the layers of a head that drafts. Drafts are checked, so what they attend to need not be
+    theirs: they keep what the model's last layer keeps."""
     table: CacheTable | None = None
     """Where the kernels of a GPU find the caches; None where they do not apply."""
 
@@ -127,6 +132,7 @@ class KeptTokens:
         ranks: Ranks,
         probes: Probes | None,
         scale: float,
+        drafting: Sequence[Tensor] = (),
     ) -> KeptTokens:
         """Put the probes on the device of the caches.
 
@@ -149,7 +155,14 @@ class KeptTokens:
 
             if unusable(caches, layout, rank=1) is None:
                 table = CacheTable.of(caches, scales)
-        return cls(caches=tuple(caches), layout=layout, ranks=ranks, probed=probed, table=table)
+        return cls(
+            caches=tuple(caches),
+            layout=layout,
+            ranks=ranks,
+            probed=probed,
+            drafting=tuple(drafting),
+            table=table,
+        )
 
     @torch.inference_mode()
     def keep(
@@ -187,11 +200,15 @@ class KeptTokens:
         for selection, record in zip(alike, packed(marks.transpose(0, 1)), strict=True):
             selection.sequence.survivals.append(to_host(record))
         cells = self._take(candidates, kept)
+        drafted = None
+        if self.drafting:
+            last = kept[-1:].expand(len(self.drafting), *kept.shape[1:])
+            drafted = keep_torch.take(self.drafting, self.layout, candidates, last)
         own = block_ids(names, [s.places() for s in alike])
         for i, name in enumerate(names):
             if name in moved:
                 own[i] = async_tensor_h2d(moved[name], device=own.device, dtype=own.dtype)
-        return Taken(own=own, cells=cells)
+        return Taken(own=own, cells=cells, drafted=drafted)
 
     def _put(self, taken: Taken) -> None:
         """Write what was taken; every fold of the step has read by now."""
@@ -203,6 +220,8 @@ class KeptTokens:
             put_cpu(library, self.caches, self.layout, taken.own, taken.cells)
         else:
             keep_torch.put(self.caches, self.layout, taken.own, taken.cells)
+        if taken.drafted is not None:
+            keep_torch.put(self.drafting, self.layout, taken.own, taken.drafted)
 
     def _choose(self, alike: list[Selection], candidates: Tensor, block_ids: BlockIds) -> Tensor:
         """Return which candidates stay, `[L, S, H, K]` int64."""

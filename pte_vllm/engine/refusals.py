@@ -11,8 +11,8 @@ from pte_vllm.method.options import EngineConfig
 _ROUTER = "servers that balance outside share no adapters: run servers of their own behind a router"
 
 _REASONS = {
-    "--speculative-config": "only drafts without a KV cache of their own are supported, method "
-    "ngram: a draft model's cache would not fold",
+    "--speculative-config": "drafts come from n-grams or from an EAGLE head, whose layers have the "
+    "model's blocks: name the method, ngram, eagle or eagle3",
     "--async-scheduling": "with --speculative-config a step is planned before it is known which "
     "drafts the one before accepted",
     "--pipeline-parallel-size": "states, and what was kept, would lie in parts on several stages, "
@@ -38,7 +38,7 @@ _REASONS = {
 }
 
 PARTLY = {
-    "--speculative-config": "only ngram",
+    "--speculative-config": "ngram, eagle and eagle3",
     "--data-parallel-size": "not for mixtures of experts",
     "--async-scheduling": "not with drafts",
     "--kv-cache-dtype": "fp8, fp8_e4m3 and fp8_e5m2 with one scale for a layer; vLLM's own kernels "
@@ -46,8 +46,10 @@ PARTLY = {
 }
 """What works, and its bounds."""
 
-SUPPORTED_DRAFTS = ("ngram",)
-"""Methods of --speculative-config whose drafts come from the tokens themselves."""
+EAGLE = ("eagle", "eagle3")
+"""Methods of --speculative-config whose drafts come from a head over the model's hidden states."""
+SUPPORTED_DRAFTS = ("ngram", *EAGLE)
+"""Methods of --speculative-config that folds go with."""
 
 _PLAIN_CACHES = ("auto", "bfloat16", "float16", "float32", "half")
 FLOAT8_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")

@@ -112,6 +112,11 @@ class PTERunnerMixin(ABC):
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if len(kv_cache_config.kv_cache_groups) > 1:
+            raise ValueError(
+                "PTE supports one kind of KV cache, and this model has several, or the head of "
+                "--speculative-config has other KV heads than the model"
+            )
         (group,) = kv_cache_config.kv_cache_groups
         self.pte_block_size = group.kv_cache_spec.block_size
         num_blocks = kv_cache_config.num_blocks - 1  # as the scheduler reports from the first step
@@ -123,9 +128,11 @@ class PTERunnerMixin(ABC):
                     f"{attn_group.kernel_block_size}; set --block-size to the latter for PTE"
                 )
         layers = self.compilation_config.static_forward_context
-        paged = PagedCaches.of({layer_of(name): layers[name] for name in group.layer_names})
+        names = {layer_of(name): name for name in group.layer_names}
+        own = range(self.model_config.get_num_layers(self.parallel_config))  # others draft
+        paged = PagedCaches.of({i: layers[names[i]] for i in own})
         self.pte_evicted = EvictedBlocks(
-            paged=paged, rope=self._find_rope(group.layer_names[0]), ranks=self.pte_ranks
+            paged=paged, rope=self._find_rope(names[0]), ranks=self.pte_ranks
         )
         file = self.pte_engine.probes
         self.pte_kept = KeptTokens.of(
@@ -133,7 +140,8 @@ class PTERunnerMixin(ABC):
             self.pte_evicted.rope,
             ranks=self.pte_ranks,
             probes=None if file is None else Probes.load(file),
-            scale=layers[group.layer_names[0]].impl.scale,
+            scale=layers[names[0]].impl.scale,
+            drafting=[layers[name].kv_cache for i, name in names.items() if i not in own],
         )
 
     def _find_rope(self, attention_name: str) -> RopeTable | None:

@@ -27,6 +27,8 @@ class PTERunnerV1Mixin(PTERunnerMixin):
     def _update_states(self, scheduler_output: SchedulerOutput) -> Callable | None:
         orders = self._begin_step(scheduler_output)
         result = super()._update_states(scheduler_output)
+        if self.pte_kept.drafting:
+            self._end_tables()
         self._start_sequences(scheduler_output, orders)
         scheduled = scheduler_output.num_scheduled_tokens
         self._publish(
@@ -34,6 +36,17 @@ class PTERunnerV1Mixin(PTERunnerMixin):
             for request_id in self.input_batch.req_ids
         )
         return result
+
+    def _end_tables(self) -> None:
+        """Let each row of the block table end with vLLM's null block.
+
+        A head may draft past the next fold, where a sequence holds no block yet. What the row has
+        there would be a block of the request before.
+        """
+        table, rows = self.input_batch.block_table[0], self.input_batch.num_reqs
+        ends = table.num_blocks_per_row[:rows]
+        inside = (ends < table.block_table.np.shape[1]).nonzero()[0]
+        table.block_table.np[inside, ends[inside]] = 0
 
     def _start_sequences(self, scheduler_output: SchedulerOutput, orders: SnapshotOrders) -> None:
         for new in scheduler_output.scheduled_new_reqs:

@@ -80,6 +80,41 @@ def make_tiny_model(
     _tokenizer().save_pretrained(directory)
 
 
+def calm_down(model: Path, directory: Path, share: float = 0.15) -> None:
+    """Copy a tiny model, and have its layers add only a share of what they did.
+
+    What it says next then depends most on the token before.
+    """
+    shutil.copytree(model, directory)
+    weights = load_file(directory / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor *= share
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
+def make_eagle_head(model: Path, directory: Path, *, seed: int = 0) -> None:
+    """Write a draft head in EAGLE's form for a calm model of llama's architecture.
+
+    It says what the last token alone makes likely. Its layer disturbs that by what it attends to.
+    """
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(model)
+    config.num_hidden_layers = 1
+    size = config.hidden_size
+    layer = LlamaForCausalLM(config).float().model.layers[0]
+    weights = {f"layers.0.{name}": 0.3 * tensor for name, tensor in layer.state_dict().items()}
+    del weights["layers.0.input_layernorm.weight"]  # an EAGLE head has none
+    weights["layers.0.post_attention_layernorm.weight"] = torch.ones(size)
+    weights["fc.weight"] = torch.cat([torch.eye(size), 0.02 * torch.randn(size, size)], 1)
+    directory.mkdir(parents=True)
+    config.save_pretrained(directory)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        directory / "model.safetensors",
+    )
+
+
 def _tokenizer() -> PreTrainedTokenizerFast:
     """Bytes as tokens, after <s> and </s>."""
     symbols = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]

@@ -1,4 +1,4 @@
-"""With n-gram drafts a step verifies several tokens at once; log-probs stay the replay's."""
+"""With drafts a step verifies several tokens at once; log-probs stay the replay's."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 
 from tests.engine.kept import assert_selected
 from tests.harness.engine import BLOCK, Engine, Job, lora
-from tests.harness.models import random_tokens
+from tests.harness.models import calm_down, make_eagle_head, random_tokens
 from tests.harness.parity import assert_parity
 
 WINDOW = 2 * BLOCK
 LENGTH = WINDOW + 5 * BLOCK + 5
-DRAFTS = {
+NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": 5,
     "prompt_lookup_min": 1,
@@ -22,20 +22,29 @@ DRAFTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tiny: Callable[[str], Path]) -> Path:
-    return tiny("llama")
+@pytest.fixture(scope="module", params=["ngram", "eagle"])
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def engine(model: Path, probes: Path) -> Iterator[Engine]:
+def model(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("calm")
+    calm_down(tiny("llama"), directory / "model")
+    make_eagle_head(directory / "model", directory / "head")
+    return directory / "model"
+
+
+@pytest.fixture(scope="module")
+def engine(method: str, model: Path, probes: Path) -> Iterator[Engine]:
+    head = {"method": method, "model": str(model.parent / "head"), "num_speculative_tokens": 4}
     made = Engine(
         model,
         window_tokens=WINDOW,
         lora_rank=8,
         probes=probes,
         max_num_seqs=16,
-        speculative_config=DRAFTS,
+        speculative_config=NGRAM if method == "ngram" else head,
         # In a process of its own: where vLLM's n-grams were imported, no other engine starts.
         distributed_executor_backend="mp",
     )
@@ -51,7 +60,10 @@ def test_mixed_batch(
     adapters: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Greedy requests run into loops, which n-grams foresee; sampled ones mostly do not."""
+    """What a calm model says runs into loops, which n-grams foresee.
+
+    The head foresees what depends on the last token alone.
+    """
     given = [
         lora("ridge", adapters(model, rank=8, rule="ridge", features="squared"), 1),
         lora("paper", adapters(model, rank=8, rule="paper", layers=[0, 2]), 2),
@@ -64,11 +76,20 @@ def test_mixed_batch(
         for more in options
     ]
     drafts: list[int] = []
-    schedule = engine.scheduler.schedule
+    lengths: dict[str, int] = {}
+    accepted = 0
+    schedule, requests = engine.scheduler.schedule, engine.scheduler.requests
 
     def watched(*args: object, **kwargs: object) -> object:
+        nonlocal accepted
+        for name, before in lengths.items():
+            if name in requests:
+                accepted += max(0, requests[name].num_tokens - before - 1)
         output = schedule(*args, **kwargs)
-        drafts.extend(map(len, output.scheduled_spec_decode_tokens.values()))
+        verified = output.scheduled_spec_decode_tokens
+        drafts.extend(map(len, verified.values()))
+        lengths.clear()
+        lengths.update({name: requests[name].num_tokens for name in verified})
         return output
 
     def on_step(step: int, request_ids: list[str]) -> None:
@@ -79,7 +100,11 @@ def test_mixed_batch(
     engine.run(jobs, on_step)
     engine.check_idle()
     assert max(drafts) > 1, "no draft was verified"
+    assert accepted > len(drafts) // 20, f"{accepted} of {sum(drafts)} tokens were accepted"
     folding = [job for job in jobs if job.options.get("pte_window") != 0]
     worst = assert_parity(model, folding, WINDOW, min_folds=4)
     chosen = assert_selected([job for job in folding if job.keeps], WINDOW)
-    print(f"{len(drafts)} verifications, {chosen} choices, max |Δ log p| {worst:.1e}")
+    print(
+        f"{len(drafts)} verifications accepted {accepted} of {sum(drafts)} tokens, "
+        f"{chosen} choices, max |Δ log p| {worst:.1e}"
+    )
