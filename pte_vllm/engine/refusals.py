@@ -33,6 +33,7 @@ _REASONS = {
     "--weight-transfer-config": "the base model of a server does not change; push adapters with "
     "PUT /pte/v1/adapters/{name}, or have them loaded from a directory with POST "
     "/v1/load_lora_adapter",
+    "VLLM_USE_V2_MODEL_RUNNER": "an EAGLE head was tried with Model Runner V1 only",
     "VLLM_LORA_ENABLE_DUAL_STREAM": "ranks add up A x, and two streams would mix up their sums",
     "--enable-dbo": "dual-batch overlap splits a step that has one set of gaps",
 }
@@ -144,6 +145,8 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
             ),
             "--fully-sharded-loras": lora.fully_sharded_loras if lora is not None else False,
             "--enable-dbo": parallel.enable_dbo,
+            "VLLM_USE_V2_MODEL_RUNNER": vllm_config.use_v2_model_runner
+            and getattr(vllm_config.speculative_config, "method", None) in EAGLE,
             "VLLM_LORA_ENABLE_DUAL_STREAM": lora is not None
             and parallel.tensor_parallel_size > 1
             and envs.VLLM_LORA_ENABLE_DUAL_STREAM,

@@ -38,15 +38,16 @@ class PTERunnerV1Mixin(PTERunnerMixin):
         return result
 
     def _end_tables(self) -> None:
-        """Let each row of the block table end with vLLM's null block.
+        """Let vLLM's null block stand behind each row of the block table.
 
         A head may draft past the next fold, where a sequence holds no block yet. What the row has
         there would be a block of the request before.
         """
         table, rows = self.input_batch.block_table[0], self.input_batch.num_reqs
-        ends = table.num_blocks_per_row[:rows]
-        inside = (ends < table.block_table.np.shape[1]).nonzero()[0]
-        table.block_table.np[inside, ends[inside]] = 0
+        ends, width = table.num_blocks_per_row[:rows], table.block_table.np.shape[1]
+        for beyond in range(-(-self.num_spec_tokens // self.pte_block_size)):
+            row = (ends + beyond < width).nonzero()[0]
+            table.block_table.np[row, ends[row] + beyond] = 0
 
     def _start_sequences(self, scheduler_output: SchedulerOutput, orders: SnapshotOrders) -> None:
         for new in scheduler_output.scheduled_new_reqs:
