@@ -80,7 +80,7 @@ def make_tiny_model(
     _tokenizer().save_pretrained(directory)
 
 
-def calm_down(model: Path, directory: Path, share: float = 0.15) -> None:
+def calm_down(model: Path, directory: Path, share: float = 0.003) -> None:
     """Copy a tiny model, and have its layers add only a share of what they did.
 
     What it says next then depends most on the token before.
@@ -103,10 +103,10 @@ def make_eagle_head(model: Path, directory: Path, *, seed: int = 0) -> None:
     config.num_hidden_layers = 1
     size = config.hidden_size
     layer = LlamaForCausalLM(config).float().model.layers[0]
-    weights = {f"layers.0.{name}": 0.3 * tensor for name, tensor in layer.state_dict().items()}
+    weights = {f"layers.0.{name}": 0.03 * tensor for name, tensor in layer.state_dict().items()}
     del weights["layers.0.input_layernorm.weight"]  # an EAGLE head has none
     weights["layers.0.post_attention_layernorm.weight"] = torch.ones(size)
-    weights["fc.weight"] = torch.cat([torch.eye(size), 0.02 * torch.randn(size, size)], 1)
+    weights["fc.weight"] = torch.cat([torch.eye(size), 0.005 * torch.randn(size, size)], 1)
     directory.mkdir(parents=True)
     config.save_pretrained(directory)
     save_file(

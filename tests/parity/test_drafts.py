@@ -100,7 +100,8 @@ def test_mixed_batch(
     engine.run(jobs, on_step)
     engine.check_idle()
     assert max(drafts) > 1, "no draft was verified"
-    assert accepted > len(drafts) // 20, f"{accepted} of {sum(drafts)} tokens were accepted"
+    least = 5 if temperature else len(drafts) // 10
+    assert accepted > least, f"{accepted} of {sum(drafts)} tokens were accepted"
     folding = [job for job in jobs if job.options.get("pte_window") != 0]
     worst = assert_parity(model, folding, WINDOW, min_folds=4)
     chosen = assert_selected([job for job in folding if job.keeps], WINDOW)
