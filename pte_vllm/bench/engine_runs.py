@@ -73,7 +73,9 @@ def _throughput(args: argparse.Namespace, turns: Turns) -> None:
 def _lora(args: argparse.Namespace, turns: Turns) -> None:
     # As many blocks as all sequences need whole: five engines share the memory.
     whole = -(-(args.prompt + args.tokens) // BLOCK_TOKENS) + 1
-    common: dict[str, Any] = {"max_num_seqs": args.seqs, "num_blocks": args.seqs * whole + 1}
+    least = ArmSpec.max_model_len // BLOCK_TOKENS  # vLLM wants room for the longest sequence
+    num_blocks = max(args.seqs * whole + 1, least)
+    common: dict[str, Any] = {"max_num_seqs": args.seqs, "num_blocks": num_blocks}
     bounded = {"window_tokens": args.window, **common}
     specs = [
         turns.spec("vLLM, base model", **common),
