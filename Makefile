@@ -2,8 +2,8 @@ PYTHON ?= python3.11
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 ARGS ?=
-# One more than CI has cores: tests of servers wait for most of their time.
-JOBS ?= 3
+# Twice the cores of a small machine: tests of servers wait for most of their time.
+JOBS ?= 4
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint coverage format bench lock hooks release clean

@@ -15,6 +15,7 @@ from tests.harness.engine import BLOCK
 from tests.harness.server import Server
 
 
+@pytest.mark.slow
 def test_quick(
     shared: Callable[..., Server],
     tiny: Callable[[str], Path],

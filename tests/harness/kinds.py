@@ -70,7 +70,7 @@ KINDS = {
         env=_NO_LOADS_BY_PATH,
     ),
     "engines_of_ranks": Kind(
-        modules=("server/test_engines",),
+        modules=(),  # of those above, one uses it too
         flags=(*_FLAGS, *("--data-parallel-size", "2", "--tensor-parallel-size", "2")),
         env=_NO_LOADS_BY_PATH,
     ),

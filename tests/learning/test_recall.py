@@ -139,6 +139,7 @@ def test_arms_are_trained_scored_and_kept(
         main([*words, *flags, "--train-text", str(tmp_path / "short.txt")])
 
 
+@pytest.mark.slow
 def test_text_beside_answers_is_learned_from(tiny: Tiny, adapters: Callable[..., Path]) -> None:
     """With text the adapter comes nearer to the full cache on it than without."""
     path = tiny("llama")
