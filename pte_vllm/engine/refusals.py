@@ -11,8 +11,8 @@ from pte_vllm.method.options import EngineConfig
 _ROUTER = "servers that balance outside share no adapters: run servers of their own behind a router"
 
 _REASONS = {
-    "--speculative-config": "drafts come from n-grams or from an EAGLE head, whose layers have the "
-    "model's blocks: name the method, ngram, eagle or eagle3",
+    "--speculative-config": "drafts come from n-grams, or from a head whose layers share the "
+    "model's blocks: name the method, ngram, eagle, eagle3 or mtp",
     "--async-scheduling": "with --speculative-config a step is planned before it is known which "
     "drafts the one before accepted",
     "--pipeline-parallel-size": "states, and what was kept, would lie in parts on several stages, "
@@ -33,13 +33,13 @@ _REASONS = {
     "--weight-transfer-config": "the base model of a server does not change; push adapters with "
     "PUT /pte/v1/adapters/{name}, or have them loaded from a directory with POST "
     "/v1/load_lora_adapter",
-    "VLLM_USE_V2_MODEL_RUNNER": "an EAGLE head was tried with Model Runner V1 only",
+    "VLLM_USE_V2_MODEL_RUNNER": "heads that draft were tried with Model Runner V1 only",
     "VLLM_LORA_ENABLE_DUAL_STREAM": "ranks add up A x, and two streams would mix up their sums",
     "--enable-dbo": "dual-batch overlap splits a step that has one set of gaps",
 }
 
 PARTLY = {
-    "--speculative-config": "ngram, eagle and eagle3",
+    "--speculative-config": "ngram, eagle, eagle3 and mtp",
     "--data-parallel-size": "not for mixtures of experts",
     "--async-scheduling": "not with drafts",
     "--kv-cache-dtype": "fp8, fp8_e4m3 and fp8_e5m2 with one scale for a layer; vLLM's own kernels "
@@ -47,9 +47,9 @@ PARTLY = {
 }
 """What works, and its bounds."""
 
-EAGLE = ("eagle", "eagle3")
+HEADS = ("eagle", "eagle3", "mtp")
 """Methods of --speculative-config whose drafts come from a head over the model's hidden states."""
-SUPPORTED_DRAFTS = ("ngram", *EAGLE)
+SUPPORTED_DRAFTS = ("ngram", *HEADS)
 """Methods of --speculative-config that folds go with."""
 
 _PLAIN_CACHES = ("auto", "bfloat16", "float16", "float32", "half")
@@ -146,7 +146,7 @@ def check_vllm_config(vllm_config: Any, engine: EngineConfig) -> None:
             "--fully-sharded-loras": lora.fully_sharded_loras if lora is not None else False,
             "--enable-dbo": parallel.enable_dbo,
             "VLLM_USE_V2_MODEL_RUNNER": vllm_config.use_v2_model_runner
-            and getattr(vllm_config.speculative_config, "method", None) in EAGLE,
+            and getattr(vllm_config.speculative_config, "method", None) in HEADS,
             "VLLM_LORA_ENABLE_DUAL_STREAM": lora is not None
             and parallel.tensor_parallel_size > 1
             and envs.VLLM_LORA_ENABLE_DUAL_STREAM,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Sequence
@@ -113,6 +114,29 @@ def make_eagle_head(model: Path, directory: Path, *, seed: int = 0) -> None:
         {name: tensor.contiguous() for name, tensor in weights.items()},
         directory / "model.safetensors",
     )
+
+
+def add_mtp_layer(model: Path, *, seed: int = 0) -> None:
+    """Make a calm model of Qwen2's architecture one of MiMo's, which is Qwen2 and a draft layer.
+
+    The layer says what `make_eagle_head` says. transformers still reads the model as a Qwen2.
+    """
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(model)
+    config.num_hidden_layers = 1
+    size = config.hidden_size
+    layer = Qwen2ForCausalLM(config).float().model.layers[0]
+    own = {name: 0.03 * tensor for name, tensor in layer.state_dict().items()}
+    own["input_proj.weight"] = torch.cat([0.005 * torch.randn(size, size), torch.eye(size)], 1)
+    norms = ("token_layernorm", "hidden_layernorm", "final_layernorm")
+    for norm in (*norms, "input_layernorm", "post_attention_layernorm"):
+        own[f"{norm}.weight"] = torch.ones(size)
+    weights = load_file(model / "model.safetensors")
+    weights |= {f"model.mtp_layers.0.{name}": tensor for name, tensor in own.items()}
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    fields = json.loads((model / "config.json").read_text())
+    fields |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    (model / "config.json").write_text(json.dumps(fields))
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
