@@ -91,7 +91,7 @@ def serve(
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     from pte_vllm.server.early import check_early
-    from pte_vllm.server.ending import Ending
+    from pte_vllm.server.ending import Ending, wait_for_api_servers
     from pte_vllm.server.sharing.directory import share_among
 
     command = ServeSubcommand()
@@ -107,6 +107,7 @@ def serve(
         args.additional_config[EngineConfig.KEY]["probes"] = _probes(model, engine)
         share_among(args, until)
         watch_coordinator()
+        wait_for_api_servers()
         if _runs_here(args):
             import uvloop
 

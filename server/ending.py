@@ -10,6 +10,10 @@ from typing import Any
 
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
+from vllm.v1.utils import APIServerProcessManager
+
+GRACE_S = 10.0
+"""How long the first process waits for each of several API servers to answer what runs."""
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
 
@@ -25,6 +29,21 @@ class Ending:
     def exit_status(self) -> int:
         """What the process ends with."""
         return 0 if self.was_stopped else 1
+
+
+def wait_for_api_servers() -> None:
+    """Have vLLM wait when it stops several API servers: each has to answer what runs by way of it.
+
+    vLLM 0.32 kills them after `--shutdown-timeout`, which is 0 unless it is given, and so while
+    they write. Call it once, in the process that starts them.
+    """
+    stop = APIServerProcessManager.shutdown
+
+    @functools.wraps(stop)
+    def shutdown(self: APIServerProcessManager, timeout: float | None = None) -> None:
+        stop(self, None if timeout is None else timeout + GRACE_S)
+
+    setattr(APIServerProcessManager, "shutdown", shutdown)  # noqa: B010
 
 
 def answer_at_shutdown(engine: EngineClient, ending: Ending) -> None:

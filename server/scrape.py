@@ -58,17 +58,19 @@ class ServiceCollector(Collector):
         catalog = self._service.registry.catalog
         versions = [len(catalog.versions(name)) for name in catalog.names()]
         self._adapters, self._versions = len(versions), sum(versions)
-        if self._pending is None and time.monotonic() - self._at > MIN_INTERVAL_S:
+        at, _ = self._service.totals.get()
+        if self._pending is None and time.monotonic() - at > MIN_INTERVAL_S:
             self._pending = asyncio.create_task(self._ask(self._service))
         if self._pending is not None:
             # One question at a time: a worker that hangs is not asked again.
             await asyncio.wait([self._pending], timeout=PATIENCE_S)
+        self._at, self._totals = self._service.totals.get()
 
     async def _ask(self, service: Service) -> None:
         try:
             if not service.engine.errored:
-                self._totals = await service.engines.counters()
-                self._at = time.monotonic()
+                asked = time.monotonic()
+                service.totals.put(asked, await service.engines.counters())
         except Exception as error:  # a dead engine must not take its metrics along
             logger.warning("/metrics: the worker did not answer: %s", error)
         finally:

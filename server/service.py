@@ -24,6 +24,7 @@ from pte_vllm.server.finished import FinishedReader
 from pte_vllm.server.options import ServiceConfig
 from pte_vllm.server.others import Others
 from pte_vllm.server.sharing.directory import Sharing, num_api_servers
+from pte_vllm.server.sharing.totals import Totals
 from pte_vllm.server.written import MAX_BYTES, Written
 
 
@@ -52,6 +53,8 @@ class Service:
     """Has the tokens of requests that keep some."""
     others: Others
     """Follows what other API servers do."""
+    totals: Totals
+    """What the workers counted, as of the last scrape."""
     listeners: Listeners = field(default_factory=Listeners)
 
     @property
@@ -91,6 +94,7 @@ def make_service(
         written=Written(
             engine, sharing.ended_tokens(max_count=config.keep_thoughts, max_bytes=MAX_BYTES)
         ),
+        totals=sharing.totals(),
         others=Others(engine, registry.catalog, sharing.aborts(), count=num_api_servers(args) - 1),
     )
 

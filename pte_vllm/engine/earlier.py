@@ -89,7 +89,12 @@ class EarlierRequest:
             ValueError: If something differs; the message names it.
         """
         name, path = adapter if adapter is not None else (None, None)
-        if (name, path) != (self.adapter, self.adapter_path):
+        if name == self.adapter and path != self.adapter_path:
+            raise ValueError(
+                f"pte_state_id: {options.state_id} ran with other files of {name}, which were "
+                "deleted since: leave pte_state_id out"
+            )
+        if name != self.adapter:
             raise ValueError(
                 f"pte_state_id: {options.state_id} ran with {self.adapter or 'no adapter'}, this "
                 f"request with {name or 'none'}: name {self.adapter or 'the base model'} as model"

@@ -214,7 +214,7 @@ def check_cpu_cache(dtype: str, block_size: int) -> None:
         _get_attn_isa(torch.bfloat16, block_size, None, dtype)
     except NotImplementedError as error:
         raise UnsupportedError(
-            f"--kv-cache-dtype {dtype} is not supported on this machine: {error}"
+            f"--kv-cache-dtype {dtype} is not supported on this machine: {error} Use auto"
         ) from error
 
 
@@ -245,7 +245,7 @@ def _draft_method(config: Any) -> str:
     method = config.get("method") if isinstance(config, Mapping) else config.method
     if method in SUPPORTED_DRAFTS:
         return ""
-    return method or "with a draft model"
+    return f"method {method}" if method else "with a draft model"
 
 
 def _unreadable(dtype: str) -> str | None:

@@ -63,10 +63,12 @@ class Catalog:
             return
         rows = {row.engine_name: row for row in self._shared.rows()}
         served = {v.engine_name: v for family in self._versions.values() for v in family.values()}
-        for name in served.keys() - rows.keys():
-            self._drop(served[name])
-            self._names.pop(name, None)
-        for name in rows.keys() - served.keys():
+        for name, version in served.items():
+            row, number = rows.get(name), dict.__getitem__(self._names, name).lora_int_id
+            if row is None or row.adapter_id != number:  # deleted; it may have been pushed again
+                self._drop(version)
+                del self._names[name]
+        for name in rows.keys() - self._names.keys():
             version = Version(**rows[name].about["version"])
             lora = LoRARequest(name, rows[name].adapter_id, version.path)
             dict.__setitem__(self._names, name, lora)

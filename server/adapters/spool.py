@@ -160,7 +160,10 @@ class Spool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise ValueError(f"--pte-spool {self.root} is used by another server") from None
+            raise ValueError(
+                f"--pte-spool {self.root} is used by another server: stop it, or choose another "
+                "directory"
+            ) from None
         self._lock = lock
         for leftover in (self.root / "incoming").iterdir():
             shutil.rmtree(leftover)

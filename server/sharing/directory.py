@@ -12,6 +12,7 @@ from pte_vllm.server.sharing.aborts import Aborts
 from pte_vllm.server.sharing.counts import Counts
 from pte_vllm.server.sharing.ended_tokens import EndedTokens
 from pte_vllm.server.sharing.exclusive import Exclusive
+from pte_vllm.server.sharing.totals import Totals
 from pte_vllm.server.sharing.versions import SharedVersions
 
 
@@ -59,6 +60,10 @@ class Sharing:
     def ended_tokens(self, *, max_count: int, max_bytes: int) -> EndedTokens:
         """Return the tokens of requests that have ended, within these bounds."""
         return EndedTokens(self._file("tokens.db"), max_count=max_count, max_bytes=max_bytes)
+
+    def totals(self) -> Totals:
+        """Return the worker's totals."""
+        return Totals(self._file("totals.db"))
 
     def exclusive(self, name: str) -> Exclusive:
         """Return the lock of this name."""

@@ -41,6 +41,8 @@ class ResetOptions(BaseModel):
 class AbortOptions(BaseModel):
     """The body of an abort."""
 
+    model_config = ConfigDict(extra="forbid")  # a misspelled field would end everything
+
     request_ids: list[str] | None = None
     """The requests to end, by the ids that clients know; null or an empty list ends all."""
 

@@ -162,7 +162,7 @@ def _serve_args(**changes: object) -> Namespace:
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
-        ({"speculative_config": {"method": "medusa"}}, "--speculative-config medusa"),
+        ({"speculative_config": {"method": "medusa"}}, "--speculative-config method medusa"),
         ({"speculative_config": {"model": "x"}}, "--speculative-config with a draft model"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"data_parallel_rank": 0}, "--data-parallel-rank 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -179,6 +180,27 @@ def test_aborts_reach_the_other(
     server.wait_idle()
 
 
+def test_counters_never_go_back(server: Server, both: tuple[httpx.Client, httpx.Client]) -> None:
+    """Each API server asks the engines at most once a second; they show the newest of all."""
+
+    def folds(client: httpx.Client) -> float:
+        text = client.get("/metrics").text
+        return sum(map(float, re.findall(r"^pte_folds_total\{.*\} (\S+)$", text, re.MULTILINE)))
+
+    body = {"model": "base", "prompt": PROMPT, "max_tokens": 1500, "ignore_eos": True, "n": 4}
+    before = shown = folds(both[0])
+    with ThreadPoolExecutor(1) as pool:
+        url = f"{server.url}/v1/completions"
+        asked = pool.submit(httpx.post, url, json=body, timeout=300)
+        i = 0
+        while not asked.done():
+            found = folds(both[i % 2])
+            assert found >= shown
+            shown, i = found, i + 1
+        assert asked.result().status_code == 200
+    assert shown > before
+
+
 def test_metrics_are_those_of_both(both: tuple[httpx.Client, httpx.Client]) -> None:
     def read(client: httpx.Client) -> dict[str, float]:
         families = text_string_to_metric_families(client.get("/metrics").text)
@@ -205,8 +227,25 @@ def test_metrics_are_those_of_both(both: tuple[httpx.Client, httpx.Client]) -> N
 
 @pytest.mark.slow  # to start the server once more
 @pytest.mark.ends_server
-def test_a_killed_one_ends_all(server: Server) -> None:
-    assert_killed_process_ends(server, "APIServer_")
+def test_a_stop_answers_what_runs(shared: Callable[..., Server]) -> None:
+    """Whichever API server a request came to, its client gets what there is."""
+    server = shared("engines")
+    body = {"model": "base", "prompt": PROMPT, "max_tokens": 3500, "ignore_eos": True}
+    url = f"{server.url}/v1/completions"
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(httpx.post, url, json=body, timeout=300) for _ in range(6)]
+        server.wait_running(6)
+        server.processes()[0].terminate()
+        reasons = [one.result(120).json()["choices"][0]["finish_reason"] for one in asked]
+    assert reasons == ["abort"] * 6
+    assert server._process is not None
+    assert server._process.wait(60) == 0, server.log.read_text()[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.ends_server
+def test_a_killed_one_ends_all(shared: Callable[..., Server]) -> None:
+    assert_killed_process_ends(shared("engines"), "APIServer_")
 
 
 @pytest.mark.slow

@@ -237,6 +237,7 @@ def test_resets_and_what_they_refuse(server: Server) -> None:
         ("/pause?mode=later", None, "mode"),
         ("/abort_requests", None, "body"),
         ("/abort_requests", {"request_ids": "mine"}, "request_ids"),
+        ("/abort_requests", {"request_idz": ["mine"]}, "request_idz"),
     ):
         answer = post(server, path, body, headers=ADMIN)
         assert answer.status_code == 400 and message in answer.text, answer.text

@@ -6,19 +6,25 @@ import asyncio
 import pickle
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
+from vllm.utils.counter import AtomicCounter
 
 from pte_vllm.engine.earlier import EarlierRequest, EarlierRequests
 from pte_vllm.engine.request_log import KEPT_ROWS, RequestLog
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.requests import RequestOptions
 from pte_vllm.server.access.admission import Admission, BusyError
-from pte_vllm.server.adapters.spool import Spool
+from pte_vllm.server.adapters.catalog import Catalog
+from pte_vllm.server.adapters.spool import Spool, Version
 from pte_vllm.server.sharing.aborts import Abort, Aborts
 from pte_vllm.server.sharing.counts import Counts
 from pte_vllm.server.sharing.ended_tokens import EndedTokens
 from pte_vllm.server.sharing.exclusive import Exclusive
+from pte_vllm.server.sharing.totals import Totals
 from pte_vllm.server.sharing.versions import AdapterNumbers, ServedVersion, SharedVersions
 
 
@@ -144,6 +150,60 @@ def test_versions_and_their_numbers(tmp_path: Path) -> None:
     one.remove("a@1")
     assert other.changed() and not other.changed()
     assert other.rows() == []
+
+
+def _catalog(file: Path) -> Catalog:
+    """Return the catalog of one process, over what it reads of vLLM's list of LoRAs."""
+    models: Any = SimpleNamespace(
+        lora_requests={}, lora_id_counter=AtomicCounter(0), is_base_model=lambda name: False
+    )
+    return Catalog(models, SharedVersions(file))
+
+
+def _version(digest: str) -> Version:
+    return Version(
+        name="zed",
+        number=1,
+        sha256=digest,
+        num_bytes=1,
+        created_s=0.0,
+        rule=None,
+        path=f"/zed@1-{digest}",
+    )
+
+
+def test_a_version_that_was_deleted_and_pushed_again(tmp_path: Path) -> None:
+    """The other process may look only once, when the name has other files already."""
+    one, other = (_catalog(tmp_path / "versions.db") for _ in range(2))
+
+    def serve(catalog: Catalog, version: Version, number: int) -> None:
+        catalog._names[version.engine_name] = LoRARequest("zed@1", number, version.path)
+        catalog.add(version, None)
+
+    serve(one, _version("old"), 1)
+    lora = other.resolve("zed").lora
+    assert lora is not None and lora.lora_path == "/zed@1-old"
+    one.retire(_version("old"))
+    del one._names["zed@1"]
+    serve(one, _version("new"), 2)
+    for catalog in (one, other):
+        for name in ("zed", "zed@1"):
+            found = catalog.resolve(name).lora
+            assert found is not None
+            assert (found.lora_int_id, found.lora_path) == (2, "/zed@1-new")
+    other.retire(_version("new"))
+    with pytest.raises(LookupError):
+        one.resolve("zed")
+
+
+def test_totals_never_go_back(tmp_path: Path) -> None:
+    one, other = (Totals(tmp_path / "totals.db") for _ in range(2))
+    assert one.get() == (float("-inf"), None)
+    one.put(2.0, {"folds": {"ridge": 2}})
+    other.put(1.0, {"folds": {"ridge": 1}})  # it was asked for first, and came last
+    assert one.get() == other.get() == (2.0, {"folds": {"ridge": 2}})
+    other.put(3.0, {"folds": {"ridge": 3}})
+    assert one.get() == (3.0, {"folds": {"ridge": 3}})
 
 
 def test_aborts_reach_the_others_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
