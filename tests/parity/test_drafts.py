@@ -8,13 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.engine.kept import assert_selected
+from tests.harness.drafting import add_mtp_layer, calm_down, make_eagle_head
 from tests.harness.engine import BLOCK, Engine, Job, lora
-from tests.harness.models import (
-    add_mtp_layer,
-    calm_down,
-    make_eagle_head,
-    random_tokens,
-)
+from tests.harness.models import random_tokens
 from tests.harness.parity import assert_parity
 
 WINDOW = 2 * BLOCK
