@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pte_vllm.engine.request_ids import find_external, find_id
-from pte_vllm.engine.request_log import RequestLog
+from pte_vllm.engine.shared_log import SharedLog
 from pte_vllm.method.names import Evict, KeepScore
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.requests import RequestOptions
@@ -91,8 +91,8 @@ class EarlierRequest:
         name, path = adapter if adapter is not None else (None, None)
         if name == self.adapter and path != self.adapter_path:
             raise ValueError(
-                f"pte_state_id: {options.state_id} ran with other files of {name}, which were "
-                "deleted since: leave pte_state_id out"
+                f"pte_state_id: {options.state_id} ran with other files of {name} than it has now: "
+                "leave pte_state_id out"
             )
         if name != self.adapter:
             raise ValueError(
@@ -142,9 +142,9 @@ class EarlierRequests:
     def __init__(self) -> None:
         self._by_id: OrderedDict[str, EarlierRequest] = OrderedDict()
         self._engines: OrderedDict[str, int] = OrderedDict()
-        self._log: RequestLog | None = None
+        self._log: SharedLog | None = None
 
-    def share(self, log: RequestLog) -> None:
+    def share(self, log: SharedLog) -> None:
         """Remember what all API servers note, from now on, instead of this process's requests."""
         self._log = log
 
@@ -195,10 +195,11 @@ class EarlierRequests:
         if self._log is None:
             self._take(request_id, what)
         else:  # it comes back from the log, in its place among those of the others
-            self._log.append(request_id, asdict(what) if isinstance(what, EarlierRequest) else what)
+            note = asdict(what) if isinstance(what, EarlierRequest) else what
+            self._log.append([request_id, note])
 
     def _catch_up(self) -> None:
-        for request_id, note in self._log.unread() if self._log is not None else ():
+        for _, (request_id, note) in self._log.unread() if self._log is not None else ():
             self._take(request_id, EarlierRequest(**note) if isinstance(note, dict) else note)
 
     def _take(self, request_id: str, what: EarlierRequest | int | None) -> None:

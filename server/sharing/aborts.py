@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pte_vllm.engine.request_log import connect
+from pte_vllm.engine.shared_log import SharedLog, connect
 
 _KEPT = 1024
+"""The newest questions whose answers stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,44 +29,26 @@ class Aborts:
     """
 
     def __init__(self, file: Path) -> None:
-        self._database = connect(file)
-        for columns in (
-            "asked(number INTEGER PRIMARY KEY AUTOINCREMENT, asker INTEGER, request_ids TEXT)",
-            "done(number INTEGER, aborted INTEGER)",
-        ):
-            self._database.execute(f"CREATE TABLE IF NOT EXISTS {columns}")
-        self._read = 0
-        self.unread()  # what was asked for before is none of this process's requests
+        self._asked = SharedLog(file)
+        self._database = connect(file, "done(number INTEGER, aborted INTEGER)")
+        self._asked.unread()  # what was asked for before is none of this process's requests
 
     def ask(self, request_ids: list[str] | None) -> int:
         """Ask the others to abort requests, None is all; return the number of the question."""
-        cursor = self._database.execute(
-            "INSERT INTO asked(asker, request_ids) VALUES (?, ?)",
-            (os.getpid(), json.dumps(request_ids)),
-        )
-        number = cursor.lastrowid
-        assert number is not None
-        for table in ("asked", "done"):
-            self._database.execute(f"DELETE FROM {table} WHERE number <= ?", (number - _KEPT,))
-        return number
+        return self._asked.append([os.getpid(), request_ids])
 
     def unread(self) -> list[Abort]:
         """Return what the others asked for since the last call."""
-        rows = self._database.execute(
-            "SELECT number, asker, request_ids FROM asked WHERE number > ? ORDER BY number",
-            (self._read,),
-        ).fetchall()
-        if rows:
-            self._read = rows[-1][0]
         return [
-            Abort(number=number, request_ids=json.loads(request_ids))
-            for number, asker, request_ids in rows
+            Abort(number=number, request_ids=request_ids)
+            for number, (asker, request_ids) in self._asked.unread()
             if asker != os.getpid()
         ]
 
     def done(self, number: int, aborted: int) -> None:
         """Tell that this process has done what a question asks, for so many requests."""
         self._database.execute("INSERT INTO done VALUES (?, ?)", (number, aborted))
+        self._database.execute("DELETE FROM done WHERE number <= ?", (number - _KEPT,))
 
     def answers(self, number: int) -> list[int]:
         """Return how many requests each process aborted that has answered a question."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pte_vllm.engine.request_log import connect
+from pte_vllm.engine.shared_log import connect
 
 
 class Counts:
@@ -15,10 +15,7 @@ class Counts:
     """
 
     def __init__(self, file: Path | None) -> None:
-        self._database = connect(file or ":memory:")
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS counts(key TEXT PRIMARY KEY, value INTEGER)"
-        )
+        self._database = connect(file, "counts(key TEXT PRIMARY KEY, value INTEGER)")
 
     def add(self, key: str, number: int) -> None:
         """Add a number, which may be negative."""

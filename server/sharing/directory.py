@@ -7,7 +7,7 @@ from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
 
-from pte_vllm.engine.request_log import RequestLog
+from pte_vllm.engine.shared_log import SharedLog
 from pte_vllm.server.sharing.aborts import Aborts
 from pte_vllm.server.sharing.counts import Counts
 from pte_vllm.server.sharing.ended_tokens import EndedTokens
@@ -74,10 +74,10 @@ class Sharing:
         file = self._file("versions.db")
         return SharedVersions(file) if file is not None else None
 
-    def request_log(self) -> RequestLog | None:
+    def request_log(self) -> SharedLog | None:
         """Return the notes about requests; None for the only API server."""
         file = self._file("requests.db")
-        return RequestLog(file) if file is not None else None
+        return SharedLog(file) if file is not None else None
 
     def aborts(self) -> Aborts | None:
         """Return what is to be aborted by whoever runs it; None for the only API server."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from pathlib import Path
 
-from pte_vllm.engine.request_log import connect
+from pte_vllm.engine.shared_log import connect
 
 
 class EndedTokens:
@@ -18,11 +18,8 @@ class EndedTokens:
     """
 
     def __init__(self, file: Path | None, *, max_count: int, max_bytes: int) -> None:
-        self._database = connect(file or ":memory:")
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS ended"
-            "(number INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT UNIQUE, tokens BLOB)"
-        )
+        number = "number INTEGER PRIMARY KEY AUTOINCREMENT"
+        self._database = connect(file, f"ended({number}, request_id TEXT UNIQUE, tokens BLOB)")
         self._max_count, self._max_bytes = max_count, max_bytes
 
     def put(self, request_id: str, tokens: array[int]) -> None:

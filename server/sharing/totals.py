@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.engine.request_log import connect
+from pte_vllm.engine.shared_log import connect
 
 
 class Totals:
@@ -17,10 +17,8 @@ class Totals:
     """
 
     def __init__(self, file: Path | None) -> None:
-        self._database = connect(file or ":memory:")
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS totals(only INTEGER PRIMARY KEY, asked REAL, totals TEXT)"
-        )
+        table = "totals(only INTEGER PRIMARY KEY, asked REAL, totals TEXT)"
+        self._database = connect(file, table)
 
     def put(self, asked: float, totals: dict[str, Any]) -> None:
         """Remember totals, unless there are some that were asked for later.

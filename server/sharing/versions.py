@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pte_vllm.engine.request_log import connect
+from pte_vllm.engine.shared_log import connect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,11 @@ class SharedVersions:
     """
 
     def __init__(self, file: Path) -> None:
-        self._database = connect(file)
-        for columns in (
+        self._database = connect(
+            file,
             "versions(engine_name TEXT PRIMARY KEY, adapter_id INTEGER, about TEXT)",
             "numbers(name TEXT PRIMARY KEY, value INTEGER)",
-        ):
-            self._database.execute(f"CREATE TABLE IF NOT EXISTS {columns}")
+        )
         self._seen: int | None = None
 
     def changed(self) -> bool:

@@ -1,4 +1,4 @@
-"""Two engines behind one API server answer as one does, also where each has two ranks."""
+"""Two engines, with an API server each, answer as one does, also where each has two ranks."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.counter import AtomicCounter
 
 from pte_vllm.engine.earlier import EarlierRequest, EarlierRequests
-from pte_vllm.engine.request_log import KEPT_ROWS, RequestLog
+from pte_vllm.engine.shared_log import SharedLog
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.requests import RequestOptions
 from pte_vllm.server.access.admission import Admission, BusyError
@@ -38,7 +38,7 @@ def _request(pin_tokens: int, keep_tokens: int = 0) -> EarlierRequest:
 def _two_tables(directory: Path) -> tuple[EarlierRequests, EarlierRequests]:
     tables = EarlierRequests(), EarlierRequests()
     for table in tables:
-        table.share(RequestLog(directory / "requests.db"))
+        table.share(SharedLog(directory / "requests.db"))
     return tables
 
 
@@ -52,6 +52,15 @@ def test_earlier_requests_of_all(tmp_path: Path) -> None:
     other.forget("cmpl-a")
     with pytest.raises(ValueError, match="forgotten"):
         one.get("cmpl-a")
+
+
+def test_a_name_may_have_other_files_by_now() -> None:
+    request, options = _request(1), RequestOptions()
+    request.check(options, adapter=("a@1", "/a"), adapter_rule=None, prompt=range(120))
+    with pytest.raises(ValueError, match="ran with other files of a@1 than it has now"):
+        request.check(options, adapter=("a@1", "/b"), adapter_rule=None, prompt=range(120))
+    with pytest.raises(ValueError, match="ran with a@1, this request with b@1"):
+        request.check(options, adapter=("b@1", "/b"), adapter_rule=None, prompt=range(120))
 
 
 def test_the_newest_of_a_name_counts(tmp_path: Path) -> None:
@@ -69,12 +78,12 @@ def test_the_newest_of_a_name_counts(tmp_path: Path) -> None:
 
 
 def test_old_notes_leave(tmp_path: Path) -> None:
-    log = RequestLog(tmp_path / "requests.db")
-    for number in range(KEPT_ROWS + 600):
-        log.append("cmpl-a-0", number)
-    notes = [note for _, note in RequestLog(tmp_path / "requests.db").unread()]
-    assert KEPT_ROWS <= len(notes) < KEPT_ROWS + 600
-    assert notes[-1] == KEPT_ROWS + 599
+    log = SharedLog(tmp_path / "requests.db", keep=1000)
+    numbers = [log.append(i) for i in range(1600)]
+    assert numbers == list(range(1, 1601))
+    notes = SharedLog(tmp_path / "requests.db").unread()
+    assert 1000 <= len(notes) < 1600
+    assert notes[-1] == (1600, 1599)
 
 
 def test_samples_are_counted_together(tmp_path: Path) -> None:
