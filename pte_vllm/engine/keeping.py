@@ -132,7 +132,6 @@ class KeptTokens:
         ranks: Ranks,
         probes: Probes | None,
         scale: float,
-        drafting: Sequence[Tensor] = (),
     ) -> KeptTokens:
         """Put the probes on the device of the caches.
 
@@ -160,7 +159,7 @@ class KeptTokens:
             layout=layout,
             ranks=ranks,
             probed=probed,
-            drafting=tuple(drafting),
+            drafting=paged.drafting,
             table=table,
         )
 

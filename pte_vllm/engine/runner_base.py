@@ -33,7 +33,7 @@ from pte_vllm.engine.lora.install import install_views
 from pte_vllm.engine.lora.manager import PTELoRAManager
 from pte_vllm.engine.lora.slots import TokenSlots
 from pte_vllm.engine.messages import PoolReport, SequenceStart, SnapshotOrders
-from pte_vllm.engine.paged import PagedCaches
+from pte_vllm.engine.paged import PagedCaches, only_group
 from pte_vllm.engine.ranks import Ranks
 from pte_vllm.engine.refusals import check_vllm_config
 from pte_vllm.engine.sequences import FoldingSequence, Snapshot
@@ -112,12 +112,7 @@ class PTERunnerMixin(ABC):
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        if len(kv_cache_config.kv_cache_groups) > 1:
-            raise ValueError(
-                "PTE supports one kind of KV cache, and this model has several, or the head of "
-                "--speculative-config has other KV heads than the model"
-            )
-        (group,) = kv_cache_config.kv_cache_groups
+        group = only_group(kv_cache_config)
         self.pte_block_size = group.kv_cache_spec.block_size
         num_blocks = kv_cache_config.num_blocks - 1  # as the scheduler reports from the first step
         self.pte_report = PoolReport(usable_blocks=num_blocks, free_blocks=num_blocks)
@@ -129,8 +124,8 @@ class PTERunnerMixin(ABC):
                 )
         layers = self.compilation_config.static_forward_context
         names = {layer_of(name): name for name in group.layer_names}
-        own = range(self.model_config.get_num_layers(self.parallel_config))  # others draft
-        paged = PagedCaches.of({i: layers[names[i]] for i in own})
+        num_layers = self.model_config.get_num_layers(self.parallel_config)
+        paged = PagedCaches.of({i: layers[name] for i, name in names.items()}, num_layers)
         self.pte_evicted = EvictedBlocks(
             paged=paged, rope=self._find_rope(names[0]), ranks=self.pte_ranks
         )
@@ -141,7 +136,6 @@ class PTERunnerMixin(ABC):
             ranks=self.pte_ranks,
             probes=None if file is None else Probes.load(file),
             scale=layers[names[0]].impl.scale,
-            drafting=[layers[name].kv_cache for i, name in names.items() if i not in own],
         )
 
     def _find_rope(self, attention_name: str) -> RopeTable | None:

@@ -90,7 +90,7 @@ class TrialAttention:
         Raises:
             RuntimeError: unless they come back exactly.
         """
-        paged = PagedCaches.of({0: self.layer})
+        paged = PagedCaches.of({0: self.layer}, 1)
         cache, block_size = paged.caches[0], self.spec.block_size
         order = torch.tensor([3, 1], device=cache.device)
         within = torch.arange(block_size, device=cache.device)

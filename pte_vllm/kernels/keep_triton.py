@@ -1,8 +1,7 @@
 """Kept tokens on a GPU: scores, and copies of what is kept, in a few launches for all that select.
 
 Definition: `keep_torch`, whose shapes and letters these are. Candidates are read from the paged
-cache twice, once for what each probe attends to in all and once for its shares. All arithmetic is
-fp32 ("ieee", no TF32), whatever the cache holds.
+cache twice: for all that a probe attends to, and for its shares. All is computed in fp32, no TF32.
 """
 
 from __future__ import annotations

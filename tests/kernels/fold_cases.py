@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Case:
     """Whether each layer has scales of its own for keys and values."""
 
 
-SMALL = (
+_PLAIN = (
     Case(rank=8, dim=64, heads=2, blocks=1, block_size=16, seqs=2, layers=1),
     Case(
         rank=24,
@@ -78,31 +78,11 @@ SMALL = (
         layout="BLHNC",
         with_kk=False,
     ),
-    Case(
-        rank=8,
-        dim=64,
-        heads=2,
-        blocks=2,
-        block_size=16,
-        seqs=1,
-        layers=2,
-        dtype=torch.float8_e4m3fn,
-        scales=True,
-    ),
-    Case(
-        rank=24,
-        dim=80,
-        heads=1,
-        blocks=3,
-        block_size=16,
-        seqs=2,
-        layers=2,
-        dtype=torch.float8_e5m2,
-        rotary=32,
-        layout="BLHNC",
-        scales=True,
-        features="squared",
-    ),
+)
+SMALL = (
+    *_PLAIN,
+    replace(_PLAIN[0], dtype=torch.float8_e4m3fn, scales=True, blocks=2, layers=2),
+    replace(_PLAIN[1], dtype=torch.float8_e5m2, scales=True, seqs=2, rotary=32, layout="BLHNC"),
 )
 LARGE = tuple(
     Case(

@@ -25,7 +25,7 @@ from tests.kernels.fold_cases import (
 
 PROBES = 35
 
-SMALL = (
+_PLAIN = (
     Case(rank=8, dim=64, heads=2, blocks=2, block_size=16, seqs=2, layers=1),
     Case(rank=8, dim=80, heads=1, blocks=3, block_size=16, seqs=1, layers=2, layout="HND"),
     Case(
@@ -41,20 +41,11 @@ SMALL = (
     ),
     Case(rank=8, dim=64, heads=1, blocks=3, block_size=16, seqs=2, layers=1, rotary=0),
     Case(rank=8, dim=80, heads=2, blocks=2, block_size=16, seqs=1, layers=1, rotary=32),
+)
+SMALL = (
+    *_PLAIN,
     *(
-        Case(
-            rank=8,
-            dim=dim,
-            heads=2,
-            blocks=2,
-            block_size=16,
-            seqs=1,
-            layers=2,
-            rotary=32,
-            dtype=dtype,
-            layout="HND",
-            scales=True,
-        )
+        replace(_PLAIN[-1], dim=dim, dtype=dtype, layers=2, layout="HND", scales=True)
         for dim, dtype in ((80, torch.float8_e4m3fn), (64, torch.float8_e5m2))
     ),
 )
