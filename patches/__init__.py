@@ -14,6 +14,6 @@ if TYPE_CHECKING:
 
 def all_patches() -> list[Patch]:
     """Return every patch, in the order of application."""
-    from pte_vllm.patches import p01_request_options, p02_waits_on_cpu
+    from pte_vllm.patches import p01_request_options, p02_waits_on_cpu, p03_drafts_on_cpu
 
-    return [p01_request_options.PATCH, p02_waits_on_cpu.PATCH]
+    return [p01_request_options.PATCH, p02_waits_on_cpu.PATCH, p03_drafts_on_cpu.PATCH]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from pte_vllm.compat.upstream import source_sha256
 
@@ -24,7 +23,7 @@ class Patch:
 
     name: str
     target: str
-    """The function, as `module.Class.function`."""
+    """The function, as `module.Class.function` or `module.function`."""
     upstream: str
     """The path of its file, at the version that `sha256` was taken from."""
     why: str
@@ -35,8 +34,7 @@ class Patch:
 
     def _owner(self) -> tuple[Any, str]:
         owner, _, attribute = self.target.rpartition(".")
-        module, _, class_name = owner.rpartition(".")
-        return resolve_obj_by_qualname(f"{module}.{class_name}"), attribute
+        return pkgutil.resolve_name(owner), attribute
 
     def _live(self) -> Callable[..., Any]:
         owner, attribute = self._owner()

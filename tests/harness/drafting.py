@@ -10,17 +10,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
+CYCLE = 7
+"""Tokens after which a calm model says again what it said."""
 
-def calm_down(model: Path, directory: Path, share: float = 0.003) -> None:
-    """Copy a tiny model, and have its layers add only a share of what they did.
 
-    What it says next then depends most on the token before.
+def calm_down(model: Path, directory: Path, *, share: float = 0.003, boost: float = 16.0) -> None:
+    """Copy a tiny model, and have it count: after token `t` it mostly says the next of its cycle.
+
+    Its layers add only a share of what they did. What it says next then depends most on the token
+    before, also when it is sampled: at other tokens its logits stay what they were, and the next
+    of the cycle has `boost` more.
     """
     shutil.copytree(model, directory)
     weights = load_file(directory / "model.safetensors")
     for name, tensor in weights.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             tensor *= share
+    size, hidden = weights["lm_head.weight"].shape
+    seen = torch.nn.functional.normalize(weights["model.embed_tokens.weight"]) * hidden**0.5
+    token = torch.arange(size)
+    following = token - token % CYCLE + (token + 1) % CYCLE
+    following = torch.where(following < size, following, token - token % CYCLE)
+    weights["lm_head.weight"][following] += boost * seen / hidden
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
 
 

@@ -70,10 +70,7 @@ def test_mixed_batch(
     adapters: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What a calm model says runs into loops, which n-grams foresee.
-
-    The head foresees what depends on the last token alone.
-    """
+    """A calm model counts, which n-grams and heads foresee, however it is sampled."""
     given = [
         lora("ridge", adapters(model, rank=8, rule="ridge", features="squared"), 1),
         lora("paper", adapters(model, rank=8, rule="paper", layers=[0, 2]), 2),
@@ -110,8 +107,7 @@ def test_mixed_batch(
     engine.run(jobs, on_step)
     engine.check_idle()
     assert drafts, "no draft was verified"
-    least = 5 if temperature else len(drafts) // 10
-    assert accepted > least, f"{accepted} of {sum(drafts)} tokens were accepted"
+    assert accepted > len(drafts) // 10, f"{accepted} of {sum(drafts)} tokens were accepted"
     folding = [job for job in jobs if job.options.get("pte_window") != 0]
     worst = assert_parity(model, folding, WINDOW, min_folds=4)
     chosen = assert_selected([job for job in folding if job.keeps], WINDOW)
