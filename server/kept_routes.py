@@ -108,11 +108,12 @@ def _tell(
     """Return what the last fold of a record left, to the heads that were asked for."""
     at = positions_at(record, plan, len(record), *sizes)
     held = held_by(at, layer=layer, head=head)
+    pinned_to = plan.pinned_blocks * plan.block_size
     told: dict[str, Any] = {
         "fold": at.folds,
-        "at": plan.first_fold + (at.folds - 1) * plan.stride if at.folds else None,
-        "pinned": [0, plan.pinned_blocks * plan.block_size],
-        "evicted": [at.evicted.start, at.evicted.stop],
+        "at": plan.fold_at(at.folds - 1) if at.folds else None,
+        "pinned": [0, pinned_to],
+        "evicted": [at.evicted[0][0], at.evicted[-1][1]] if at.folds else [pinned_to, pinned_to],
         "heads": held.heads,
         "positions": held.positions,
         "before": held.before,

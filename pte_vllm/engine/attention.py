@@ -22,8 +22,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from pte_vllm.engine.cache import PTESpec, check_spec
-from pte_vllm.method.blocks import Spans
 from pte_vllm.method.options import EngineConfig
+from pte_vllm.method.spans import Spans
 
 
 @dataclass

@@ -154,8 +154,9 @@ class PTEManager(FullAttentionManager):
             return 0
         if not plan.selects(plan.folds(num_computed) - 1):
             return 0
-        places = range(plan.pinned_blocks, plan.pinned_blocks + plan.keep_blocks)
-        due = [i for i in places if blocks[i].ref_cnt > 1 or blocks[i].block_hash is not None]
+        due = [
+            i for i in plan.kept_places if blocks[i].ref_cnt > 1 or blocks[i].block_hash is not None
+        ]
         if due:
             self._due[request_id] = due
         return sum(blocks[i].ref_cnt > 1 for i in due)  # the others come back to the pool first
@@ -176,8 +177,7 @@ class PTEManager(FullAttentionManager):
             # request's earlier in this step, and be on that list.
             written = {block.block_id for block in fresh}
             self.new_block_ids = [i for i in self.new_block_ids if i not in written]
-            own = blocks[plan.pinned_blocks : plan.pinned_blocks + plan.keep_blocks]
-            self._moved[request_id] = [block.block_id for block in own]
+            self._moved[request_id] = [blocks[i].block_id for i in plan.kept_places]
         num_tokens = self._within_step(request_id, num_tokens, num_tokens_main_model)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 

@@ -16,6 +16,7 @@ from pte_vllm.engine.shared_log import SharedLog
 from pte_vllm.method.names import Evict, KeepScore
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.requests import RequestOptions
+from pte_vllm.method.spans import Spans
 
 MAX_EARLIER = 4096
 """How many requests are remembered; each takes a few hundred bytes."""
@@ -42,6 +43,11 @@ class EarlierRequest:
     choices: int
     num_prompt_tokens: int
     prompt_hash: int
+    pin_spans: Spans = ()
+
+    def __post_init__(self) -> None:
+        spans = tuple((first, end) for first, end in self.pin_spans)  # JSON knows lists only
+        object.__setattr__(self, "pin_spans", spans)
 
     @classmethod
     def of(
@@ -67,6 +73,7 @@ class EarlierRequest:
             choices=choices,
             num_prompt_tokens=len(prompt),
             prompt_hash=hash(tuple(prompt)),
+            pin_spans=plan.pin_spans,
         )
 
     def check(
@@ -113,7 +120,21 @@ class EarlierRequest:
                     f"{option} is {given}, but {options.state_id} ran with {before}: leave it out, "
                     "or leave out pte_state_id"
                 )
+        told = options.pin_spans[: len(self.pin_spans)]
+        if options.pin_spans and told != self.pin_spans:
+            raise ValueError(
+                f"pte_pin_spans begin with {list(told)}, but {options.state_id} ran with "
+                f"{list(self.pin_spans)}: send these first and new ones after them, or leave out "
+                "pte_pin_spans or pte_state_id"
+            )
         count = self.num_prompt_tokens
+        later = options.pin_spans[len(self.pin_spans) :]
+        if later and later[0][0] < count:
+            raise ValueError(
+                f"pte_pin_spans: [{later[0][0]}, {later[0][1]}) begins within the {count} tokens "
+                f"of the prompt of {options.state_id}, which ran without it: leave it out, or "
+                "leave out pte_state_id"
+            )
         if len(prompt) < count or hash(tuple(prompt[:count])) != self.prompt_hash:
             raise ValueError(
                 f"pte_state_id: the prompt must begin with the {count} tokens of the prompt of "
@@ -128,6 +149,7 @@ class EarlierRequest:
             state_id=None,
             window_tokens=self.window_tokens,
             pin_tokens=self.pin_tokens,
+            pin_spans=options.pin_spans or self.pin_spans,
             rule=self.rule,
             evict=None if self.evict == "oldest" else self.evict,
             evict_seed=self.evict_seed if drawn else None,

@@ -30,6 +30,7 @@ from pte_vllm.kernels.keep_torch import ProbedCache
 from pte_vllm.method import keep
 from pte_vllm.method.keep_marks import packed, unpacked_on
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.spans import blocks_of
 
 if TYPE_CHECKING:
     from pte_vllm.kernels.cache_triton import CacheTable
@@ -55,7 +56,7 @@ class Selection:
     @property
     def at(self) -> int:
         """The position of the first token after the fold."""
-        return self.plan.first_fold + self.fold * self.plan.stride
+        return self.plan.fold_at(self.fold)
 
     @property
     def shape(self) -> tuple[str, int, int, int, int]:
@@ -72,10 +73,9 @@ class Selection:
 
     def candidates(self) -> list[int]:
         """Return the logical blocks of what was kept before and of what leaves, in that order."""
-        first, plan = self.plan.pinned_blocks, self.plan
-        leaves = first + self.fold * plan.evict_blocks
-        before = range(first, first + plan.kept_blocks(self.fold))
-        return [*before, *range(leaves, leaves + plan.evict_blocks)]
+        plan = self.plan
+        before = plan.kept_places[: plan.kept_blocks(self.fold)]
+        return [*before, *blocks_of(plan.oldest(self.fold))]
 
     def newest(self) -> list[int]:
         """Return the logical blocks of the newest tokens, as many as leave."""
@@ -84,8 +84,7 @@ class Selection:
 
     def places(self) -> list[int]:
         """Return the logical blocks in whose places the kept tokens lie."""
-        first = self.plan.pinned_blocks
-        return list(range(first, first + self.plan.keep_blocks))
+        return list(self.plan.kept_places)
 
     def forced(self) -> Tensor | None:
         """Return which candidates it has to keep, as packed marks; None: it chooses."""

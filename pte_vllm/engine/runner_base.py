@@ -13,7 +13,7 @@ and `runner_v2.py` read those and call what is here. The order of a step is the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,8 +154,8 @@ class PTERunnerMixin(ABC):
         """
 
     @abstractmethod
-    def _move_kept(self, request_id: str, first: int, block_ids: list[int]) -> None:
-        """Note that the blocks from logical block `first` on are others from this step on."""
+    def _move_kept(self, request_id: str, places: Sequence[int], block_ids: Sequence[int]) -> None:
+        """Note that these logical blocks are others from this step on."""
 
     @abstractmethod
     def pte_known_requests(self) -> set[str]:
@@ -223,7 +223,7 @@ class PTERunnerMixin(ABC):
         self.pte_kept.keep(selections, self._block_ids, moved)
         for selection in selections:
             if (own := moved.get(selection.request_id)) is not None:
-                self._move_kept(selection.request_id, selection.plan.pinned_blocks, own)
+                self._move_kept(selection.request_id, selection.plan.kept_places, own)
         for sequence in due.values():
             plan = sequence.plan
             self.pte_pool.counters.add_fold(

@@ -14,7 +14,7 @@ from pte_vllm.engine.failures import FiniteCheck
 from pte_vllm.engine.runner_base import PTERunnerMixin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -89,12 +89,13 @@ class PTERunnerV1Mixin(PTERunnerMixin):
         ids = [[own[block] for block in row] for own, row in zip(held, blocks, strict=True)]
         return async_tensor_h2d(ids, device=self.device, dtype=torch.int64)
 
-    def _move_kept(self, request_id: str, first: int, block_ids: list[int]) -> None:
-        own = slice(first, first + len(block_ids))
-        self.requests[request_id].block_ids[0][own] = block_ids
+    def _move_kept(self, request_id: str, places: Sequence[int], block_ids: Sequence[int]) -> None:
+        own = self.requests[request_id].block_ids[0]
+        for place, block_id in zip(places, block_ids, strict=True):
+            own[place] = block_id
         row = self.input_batch.req_id_to_index.get(request_id)
         if row is not None:  # else vLLM makes a row from the list above
-            self.input_batch.block_table[0].block_table.np[row, own] = block_ids
+            self.input_batch.block_table[0].block_table.np[row, list(places)] = block_ids
 
     def pte_known_requests(self) -> set[str]:
         return set(self.requests)

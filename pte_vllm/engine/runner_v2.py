@@ -8,7 +8,7 @@ an order of its own, which `prepare_inputs` tells.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -109,11 +109,11 @@ class PTERunnerV2Mixin(PTERunnerMixin):
         table = self.block_tables.block_tables[0].gpu  # [max_num_reqs, blocks] int32
         return table[where_d[:, :1], where_d[:, 1:]].long()
 
-    def _move_kept(self, request_id: str, first: int, block_ids: list[int]) -> None:
+    def _move_kept(self, request_id: str, places: Sequence[int], block_ids: Sequence[int]) -> None:
         row = self.req_states.req_id_to_index[request_id]
         table = self.block_tables.block_tables[0].gpu
-        ids = async_tensor_h2d(block_ids, device=self.device, dtype=table.dtype)
-        table[row, first : first + len(block_ids)] = ids
+        moved = async_tensor_h2d([places, block_ids], device=self.device, dtype=torch.int64)
+        table[row, moved[0]] = moved[1].to(table.dtype)
 
     def pte_known_requests(self) -> set[str]:
         return self.pte_preempted.union(self.req_states.req_id_to_index)

@@ -99,6 +99,7 @@ class PTESchedulerMixin:
         return {
             "pte": {
                 "pin_tokens": plan.pin_tokens,
+                **({"pin_spans": plan.pin_spans} if plan.pin_spans else {}),
                 "folds": folded // plan.evict_blocks,
                 "folded_tokens": folded * plan.block_size,
             }
@@ -148,7 +149,7 @@ class PTESchedulerMixin:
         if not plan.bounded or (num_new_tokens == 1 and not in_flight):
             return num_new_tokens
         processed = max(0, num_computed_tokens - in_flight)
-        room = plan.pinned_blocks + plan.window_blocks + 1 + plan.folded_blocks(processed)
+        room = plan.most_pinned_blocks + plan.window_blocks + 1 + plan.folded_blocks(processed)
         end = min(plan.next_boundary(num_computed_tokens), room * plan.block_size)
         return max(0, min(num_new_tokens, end - num_computed_tokens))
 

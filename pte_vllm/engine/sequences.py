@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from pte_vllm.engine.thoughts import Thoughts
-from pte_vllm.method.blocks import HeldBlocks, blocks_of
+from pte_vllm.method.blocks import HeldBlocks
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.reference import UPDATE_RULES, LayerEncoder, Sums
+from pte_vllm.method.spans import blocks_of
 from pte_vllm.method.weight import NO_STATE, StateWeight
 
 IDENTITY_SLOT = 0

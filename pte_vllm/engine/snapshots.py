@@ -55,6 +55,10 @@ def derived_hash(request: Request, plan: FoldPlan, block: int, probes: bytes = b
     if plan.keep_blocks:
         score = plan.keep_score.encode()
         numbers += struct.pack("<q8sq", plan.keep_blocks, score, plan.evict_seed) + probes
+    end = (block + 1) * plan.block_size
+    for first, last in plan.pin_spans:
+        if first < end:  # what begins later changes nothing here
+            numbers += struct.pack("<2q", first, min(last, end))
     name = hashlib.sha256(b"pte" + numbers + request.block_hashes[block]).digest()
     return cast("BlockHash", name)
 
@@ -89,8 +93,7 @@ class SnapshotIndex:
             return
         processed = request.num_computed_tokens - request.num_in_flight_tokens
         selected = _selected(plan, folded)
-        after = plan.pinned_blocks + folded if selected else 0
-        self._name_blocks(request, plan, after, min(processed, request.num_tokens))
+        self._name_blocks(request, plan, min(processed, request.num_tokens), selected=selected)
         key = self._state_key(request, plan, folded)
         run = self._name_kept(request, plan, key) if selected else 0
         if run is None:  # it kept what it took up, whose state is here already, or gone for good
@@ -127,17 +130,19 @@ class SnapshotIndex:
                 continue
             # The state serves tokens [start, end); a hit that ended at `end` would owe a fold.
             start = self._boundary(plan, folded)
-            end = min(longest // plan.block_size, start + plan.evict_blocks - 1)
-            blocks = prefix[: plan.pinned_blocks]
+            before_next = plan.next_boundary(start * plan.block_size) // plan.block_size - 1
+            end = min(longest // plan.block_size, before_next)
+            kept: dict[int, KVCacheBlock] = {}
             if _selected(plan, folded):
-                kept = self._find_kept(plan, key)
-                if kept is None:
+                found = self._find_kept(plan, key)
+                if found is None:
                     continue
-                blocks = [*blocks, *kept]
+                kept = dict(zip(plan.kept_places, found, strict=True))
+            blocks = prefix[: plan.pinned_blocks]
             for first, last in HeldBlocks(plan, folded // plan.evict_blocks).spans:
                 first = max(first, min(len(blocks), last))
                 gap = [self._manager.block_pool.null_block] * (first - len(blocks))
-                window = self._cached(request, plan, first, min(last, end))
+                window = self._cached(request, plan, range(first, min(last, end)), kept)
                 blocks = [*blocks, *gap, *window]
                 if len(blocks) < min(last, end):
                     break
@@ -171,29 +176,37 @@ class SnapshotIndex:
 
     def _boundary(self, plan: FoldPlan, folded: int) -> int:
         """Return the first block after the fold that made it `folded` blocks."""
-        return plan.first_fold // plan.block_size + folded - plan.evict_blocks
+        return plan.fold_at(folded // plan.evict_blocks - 1) // plan.block_size
 
     def _state_key(self, request: Request, plan: FoldPlan, folded: int) -> bytes:
-        # What is drawn may lie anywhere before the boundary.
-        oldest = plan.evict == "oldest"
-        end = plan.pinned_blocks + folded if oldest else self._boundary(plan, folded)
+        # What is drawn may lie anywhere before the boundary, and so may what later questions leave.
+        in_order = plan.evict == "oldest" and not plan.pin_spans
+        end = plan.pinned_blocks + folded if in_order else self._boundary(plan, folded)
         return derived_hash(request, plan, end - 1, self._probes)
 
-    def _name_blocks(self, request: Request, plan: FoldPlan, after: int, num_tokens: int) -> None:
-        """Name the blocks of a sequence that ends: those past `first_fold`, from `after` on."""
+    def _name_blocks(
+        self, request: Request, plan: FoldPlan, num_tokens: int, *, selected: bool
+    ) -> None:
+        """Name the blocks past `first_fold` of a sequence that ends, those that it still holds."""
         first = max(
             plan.first_fold // plan.block_size,
-            after,
             self._manager.num_cached_block.get(request.request_id, 0),
         )
         last = num_tokens // plan.block_size
         pool = self._manager.block_pool
         if first >= last or pool.enable_kv_cache_events:
             return  # events would tell others of blocks under names they do not know
-        names = [derived_hash(request, plan, i, self._probes) for i in range(first, last)]
+        blocks = list(self._manager.req_to_blocks[request.request_id])
+        if selected:  # what lies there are kept tokens, which have names of their own
+            for place in plan.kept_places:
+                blocks[place] = pool.null_block
+        names = [
+            b"" if blocks[i].is_null else derived_hash(request, plan, i, self._probes)
+            for i in range(first, last)
+        ]
         pool.cache_full_blocks(
             request=cast("Request", SimpleNamespace(block_hashes=[*[b""] * first, *names])),
-            blocks=self._manager.req_to_blocks[request.request_id],
+            blocks=blocks,
             num_cached_blocks=first,
             num_full_blocks=last,
             block_size=plan.block_size,
@@ -207,8 +220,7 @@ class SnapshotIndex:
             The run that names them; None where they keep the names of an earlier run's, which the
             sequence took up and has not written into.
         """
-        places = range(plan.pinned_blocks, plan.pinned_blocks + plan.keep_blocks)
-        own = [self._manager.req_to_blocks[request.request_id][i] for i in places]
+        own = [self._manager.req_to_blocks[request.request_id][i] for i in plan.kept_places]
         pool = self._manager.block_pool
         if pool.enable_kv_cache_events or any(block.block_hash is not None for block in own):
             return None
@@ -235,10 +247,15 @@ class SnapshotIndex:
             found += hit
         return found
 
-    def _cached(self, request: Request, plan: FoldPlan, first: int, end: int) -> list[KVCacheBlock]:
-        """Blocks `[first, end)` of the window, up to the first that is gone."""
+    def _cached(
+        self, request: Request, plan: FoldPlan, places: range, kept: dict[int, KVCacheBlock]
+    ) -> list[KVCacheBlock]:
+        """Return the blocks of these places, up to the first that is gone; `kept` has some."""
         found: list[KVCacheBlock] = []
-        for i in range(first, end):
+        for i in places:
+            if i in kept:
+                found.append(kept[i])
+                continue
             past = i * plan.block_size >= plan.first_fold
             name = derived_hash(request, plan, i, self._probes) if past else request.block_hashes[i]
             hit = self._manager.block_pool.get_cached_block(name, [self._manager.kv_cache_group_id])

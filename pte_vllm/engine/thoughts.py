@@ -164,8 +164,8 @@ class Thoughts:
             events.append(
                 {
                     "fold": i + 1,
-                    "at": plan.first_fold + i * plan.stride,
-                    **({"blocks": spans[0]} if plan.evict == "oldest" else {"spans": spans}),
+                    "at": plan.fold_at(i),
+                    **({"blocks": spans[0]} if len(spans) == 1 else {"spans": spans}),
                     "rho": rho[i] if i < len(rho) else None,
                     "num_tokens": self.num_tokens,
                 }

@@ -4,19 +4,17 @@ Cache manager, attention, folding and replay read the blocks from here as lists 
 the plan evicts. A span is a half-open range of logical blocks; block i holds the tokens
 `[i * block_size, (i + 1) * block_size)`.
 
-Kept tokens (`method.keep`) lie in the places of the first blocks that were evicted, those right
-after the pinned ones. So a place that is held there is no longer the block of that number.
+Kept tokens (`method.keep`) lie in the places of the first blocks that were evicted; in a plan
+without later questions these are the ones right after the pinned blocks. So a place that is held
+there is no longer the block of that number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from pte_vllm.method.plan import UNBOUNDED, FoldPlan
-
-Span = tuple[int, int]
-Spans = tuple[Span, ...]
-"""Half-open ranges in ascending order. None is empty, and no two touch."""
+from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.spans import UNBOUNDED, Span, Spans, blocks_of, runs, without
 
 _ALL: Spans = ((0, UNBOUNDED),)
 
@@ -34,6 +32,7 @@ class HeldBlocks:
 
     def __init__(self, plan: FoldPlan, folds: int = 0) -> None:
         self._plan = plan
+        self._places = frozenset(plan.kept_places)
         self.folds = 0
         """How many folds lie behind."""
         self.spans: Spans = _ALL
@@ -55,7 +54,12 @@ class HeldBlocks:
         if folds < self.folds:
             self.folds, self.spans = 0, _ALL
         evicted: Spans = ()
-        if self._plan.evict == "oldest":
+        if self._plan.turns is not None:
+            for fold in range(self.folds, folds):
+                leaves = self._plan.oldest(fold)
+                self.spans = without(self.spans, self.freed(leaves))
+                evicted += leaves
+        elif self._plan.evict == "oldest":
             first, step = self._plan.pinned_blocks, self._plan.evict_blocks
             if folds:
                 evicted = ((first + self.folds * step, first + folds * step),)
@@ -71,6 +75,8 @@ class HeldBlocks:
 
     def freed(self, evicted: Spans) -> Spans:
         """Return what of `evicted` is no place for kept tokens."""
+        if self._plan.turns is not None:
+            return runs(block for block in blocks_of(evicted) if block not in self._places)
         places = self._plan.pinned_blocks + self._plan.keep_blocks
         spans = ((max(first, places), end) for first, end in evicted)
         return tuple((first, end) for first, end in spans if first < end)
@@ -97,39 +103,6 @@ def held_spans(plan: FoldPlan, pos: int) -> Spans:
     """
     *before, (first, _) = HeldBlocks(plan, plan.folds(pos)).spans
     return (*before, (first, pos // plan.block_size + 1))
-
-
-def blocks_of(spans: Iterable[Span]) -> list[int]:
-    """Return the blocks of the spans one by one, in their order."""
-    return [block for first, end in spans for block in range(first, end)]
-
-
-def runs(blocks: Iterable[int]) -> Spans:
-    """Return ascending blocks as spans."""
-    found: list[Span] = []
-    for block in blocks:
-        if found and found[-1][1] == block:
-            found[-1] = found[-1][0], block + 1
-        else:
-            found.append((block, block + 1))
-    return tuple(found)
-
-
-def without(spans: Spans, evicted: Spans) -> Spans:
-    """Return what stays of `spans` when `evicted`, which lies within them, leaves."""
-    kept: list[Span] = []
-    rest = iter((*evicted, (UNBOUNDED, UNBOUNDED)))
-    first_out, end_out = next(rest)
-    for begin, end in spans:
-        first = begin
-        while end_out <= end and first_out < end:
-            if first < first_out:
-                kept.append((first, first_out))
-            first = end_out
-            first_out, end_out = next(rest)
-        if first < end:
-            kept.append((first, end))
-    return tuple(kept)
 
 
 def _cuts(spans: Sequence[Span]) -> Spans:

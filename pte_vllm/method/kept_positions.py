@@ -17,6 +17,7 @@ from torch import Tensor
 from pte_vllm.method.keep_marks import marks_of_fold
 from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.spans import Spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class KeptPositions:
 
     folds: int
     """How many folds lie behind, this one included; 0 is the sequence before any of them."""
-    evicted: range
+    evicted: Spans
     """The tokens that left the window at this fold, so that every head held them before."""
     candidates: Tensor  # [L, H, C] int64
     kept: Tensor  # [L, H, A] int64
@@ -65,17 +66,15 @@ def kept_positions(
     Raises:
         ValueError: If the record does not fit the plan and the model; the message names the fold.
     """
-    start = plan.pinned_blocks * plan.block_size
+    size = plan.block_size
     none = torch.empty(num_layers, num_heads, 0, dtype=torch.int64)
-    yield KeptPositions(
-        folds=0, evicted=range(start, start), candidates=none, kept=none, dropped=none
-    )
+    yield KeptPositions(folds=0, evicted=(), candidates=none, kept=none, dropped=none)
     kept = none
     for fold, data in enumerate(record):
         marks = marks_of_fold(data, plan, fold, num_layers, num_heads)
-        first = start + fold * plan.stride
-        evicted = range(first, first + plan.stride)
-        leaves = torch.arange(evicted.start, evicted.stop).expand(num_layers, num_heads, -1)
+        evicted = tuple((first * size, end * size) for first, end in plan.oldest(fold))
+        leaves = torch.cat([torch.arange(*span) for span in evicted])
+        leaves = leaves.expand(num_layers, num_heads, -1)
         candidates = torch.cat((kept, leaves), -1)
         if marks is None:
             kept, dropped = candidates, none

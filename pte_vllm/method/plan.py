@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pte_vllm.method.names import EVICTS, KEEP_SCORES, Evict, KeepScore
-
-UNBOUNDED = 2**62
-"""A position no sequence reaches; boundaries of a plan without a window lie there."""
+from pte_vllm.method.spans import UNBOUNDED, Spans, blocks_of
+from pte_vllm.method.turns import TurnFolds, blocks_around, turn_folds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +26,9 @@ class FoldPlan:
     `[(pinned_blocks + folded_blocks(pos)) * bs, pos]`; the thought state holds what lies between.
     With `random` as many blocks leave at the same positions, but which ones is drawn. With
     `keep_tokens` some of what has left stays after all, per KV head (`method.keep`), in blocks
-    between the pinned ones and the window. What follows from the fields alone is computed once:
-    every step asks for it, of every sequence.
+    between the pinned ones and the window. With `pin_spans` the sequence is a conversation, whose
+    newest question is pinned beside the first (`turns.py`). What follows from the fields alone is
+    computed once: every step asks for it, of every sequence.
 
     Raises:
         ValueError: If a value is out of range; the message names the option.
@@ -51,6 +51,8 @@ class FoldPlan:
     """How many evicted tokens each KV head keeps, a multiple of `block_size`; 0 keeps none."""
     keep_score: KeepScore = "expected"
     """By which score of `method.keep` they are chosen."""
+    pin_spans: Spans = ()
+    """Tokens of later questions, each pinned from its start until the next one begins."""
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -80,6 +82,22 @@ class FoldPlan:
         if not 0 <= self.evict_seed < 2**63:
             raise ValueError(f"evict seed must lie in [0, 2**63), got {self.evict_seed}")
         self._check_keep()
+        if self.pin_spans:
+            self._check_pin_spans()
+
+    def _check_pin_spans(self) -> None:
+        if not self.bounded:
+            raise ValueError("pin spans need a window: full attention evicts nothing")
+        if self.evict != "oldest":
+            raise ValueError(f"pin spans need evict oldest, got {self.evict}")
+        before = self.pin_tokens
+        for first, end in self.pin_spans:
+            if not before <= first < end:
+                raise ValueError(
+                    f"pin spans must be ranges [start, end) in order, past the {self.pin_tokens} "
+                    f"tokens that are pinned anyway; [{first}, {end}) is empty or begins too early"
+                )
+            before = end
 
     def _check_keep(self) -> None:
         if self.keep_score not in KEEP_SCORES:
@@ -128,7 +146,28 @@ class FoldPlan:
         """The position of the first token that is computed after a fold."""
         if not self.bounded:
             return UNBOUNDED
+        if self.turns is not None:
+            return self.turns.position(0, self.stride)
         return (self.pinned_blocks + self.window_blocks) * self.block_size
+
+    @cached_property
+    def turns(self) -> TurnFolds | None:
+        """The folds of a plan with later questions; None of one without."""
+        if not self.pin_spans:
+            return None
+        return turn_folds(
+            self.pin_spans,
+            pinned_blocks=self.pinned_blocks,
+            window_blocks=self.window_blocks,
+            evict_blocks=self.evict_blocks,
+            block_size=self.block_size,
+        )
+
+    @cached_property
+    def most_pinned_blocks(self) -> int:
+        """The most blocks that are pinned at once: the first ones and those of one question."""
+        spans = (blocks_around(span, self.block_size) for span in self.pin_spans)
+        return self.pinned_blocks + max((end - first for first, end in spans), default=0)
 
     @cached_property
     def stride(self) -> int:
@@ -139,6 +178,8 @@ class FoldPlan:
         """Return the number of folds before the token at `pos` is computed."""
         if pos < self.first_fold:
             return 0
+        if self.turns is not None:
+            return self.turns.count(pos, self.stride)
         return 1 + (pos - self.first_fold) // self.stride
 
     def folded_blocks(self, pos: int) -> int:
@@ -148,6 +189,28 @@ class FoldPlan:
     def kept_blocks(self, folds: int) -> int:
         """Return the number of blocks that hold kept tokens after that many folds."""
         return min(self.keep_blocks, folds * self.evict_blocks)
+
+    def fold_at(self, fold: int) -> int:
+        """Return the position of the first token after a fold, counted from 0."""
+        if self.turns is not None:
+            return self.turns.position(fold, self.stride)
+        return self.first_fold + fold * self.stride
+
+    def oldest(self, fold: int) -> Spans:
+        """Return which blocks leave at a fold of a plan that evicts the oldest."""
+        if self.turns is not None:
+            return self.turns.leaving(fold, self.evict_blocks)
+        first = self.pinned_blocks + fold * self.evict_blocks
+        return ((first, first + self.evict_blocks),)
+
+    @cached_property
+    def kept_places(self) -> tuple[int, ...]:
+        """The blocks in whose places kept tokens lie: the first `keep_blocks` that leave."""
+        if self.turns is None:
+            return tuple(range(self.pinned_blocks, self.pinned_blocks + self.keep_blocks))
+        folds = -(-self.keep_blocks // self.evict_blocks)
+        gone = [block for fold in range(folds) for block in blocks_of(self.oldest(fold))]
+        return tuple(gone[: self.keep_blocks])
 
     def selects(self, fold: int) -> bool:
         """Return whether a fold, counted from 0, has more candidates than it may keep.
@@ -160,10 +223,14 @@ class FoldPlan:
         """Return the first boundary after `pos`, past which no chunk from `pos` may go."""
         if pos < self.first_fold:
             return self.first_fold
+        if self.turns is not None:
+            return self.fold_at(self.folds(pos))
         return self.first_fold + ((pos - self.first_fold) // self.stride + 1) * self.stride
 
     def is_boundary(self, pos: int) -> bool:
         """Return whether a fold comes right before the token at `pos`."""
+        if pos >= self.first_fold and self.turns is not None:
+            return self.fold_at(self.folds(pos) - 1) == pos
         return pos >= self.first_fold and (pos - self.first_fold) % self.stride == 0
 
     def held_blocks(self, pos: int) -> int:
@@ -177,7 +244,7 @@ class FoldPlan:
         blocks = -(-num_tokens // self.block_size)
         if not self.bounded:
             return blocks
-        return min(blocks, self.pinned_blocks + self.keep_blocks + self.window_blocks + 1)
+        return min(blocks, self.most_pinned_blocks + self.keep_blocks + self.window_blocks + 1)
 
     def leaving(self, fold: int) -> tuple[int, ...]:
         """Return which blocks of the full window leave at a fold, ascending.

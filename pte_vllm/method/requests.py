@@ -13,10 +13,12 @@ from pte_vllm.method.kept_record import KeptRecord, record_from_json, record_to_
 from pte_vllm.method.names import EVICTS, KEEP_SCORES, RULE_NAMES, Evict, KeepScore
 from pte_vllm.method.options import EngineConfig, as_int, check_choice
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.spans import Spans
 
 REQUEST_OPTIONS = (
     "pte_window",
     "pte_pin_tokens",
+    "pte_pin_spans",
     "pte_update",
     "pte_evict",
     "pte_evict_seed",
@@ -36,6 +38,8 @@ class RequestOptions:
     """`pte_window` sets it; None is the engine's window, 0 is unbounded."""
     pin_tokens: int | None = None
     """`pte_pin_tokens` sets it; None is the engine's default, which is the whole prompt."""
+    pin_spans: Spans = ()
+    """`pte_pin_spans` sets it: later questions, each pinned until the next one begins."""
     rule: str | None = None
     """`pte_update` sets it; None is the adapter's rule."""
     evict: Evict | None = None
@@ -77,6 +81,8 @@ class RequestOptions:
                 raise ValueError(
                     f"pte_pin_tokens must not be negative, got {given['pte_pin_tokens']}"
                 )
+        if given.get("pte_pin_spans") is not None:
+            options["pin_spans"] = _as_spans(given["pte_pin_spans"])
         if given.get("pte_update") is not None:
             check_choice("pte_update", given["pte_update"], RULE_NAMES)
             options["rule"] = given["pte_update"]
@@ -121,6 +127,7 @@ class RequestOptions:
         given = {
             "pte_window": self.window_tokens,
             "pte_pin_tokens": self.pin_tokens,
+            "pte_pin_spans": list(map(list, self.pin_spans)) or None,
             "pte_update": self.rule,
             "pte_evict": self.evict,
             "pte_evict_seed": self.evict_seed,
@@ -151,6 +158,7 @@ class RequestOptions:
             raise ValueError(
                 f"pte_pin_tokens is {pin_tokens}, beyond the prompt of {num_prompt_tokens} tokens"
             )
+        self._check_spans(pin_tokens, num_prompt_tokens)
         window_tokens = engine.window_tokens if self.window_tokens is None else self.window_tokens
         keep_tokens, keep_score = self._keep(engine, window_tokens)
         drawn = self.evict == "random" or (keep_tokens > 0 and keep_score == "random")
@@ -174,17 +182,42 @@ class RequestOptions:
                 evict_seed=self.evict_seed or 0,
                 keep_tokens=keep_tokens,
                 keep_score=keep_score if keep_tokens else FoldPlan.keep_score,
+                pin_spans=self.pin_spans if window_tokens else (),
             )
         except ValueError as error:
             option = "pte_keep" if str(error).startswith("keep") else "pte_window"
             raise ValueError(f"{option}: {error}") from error
         limit = engine.max_prompt_tokens
-        if plan.bounded and limit is not None and pin_tokens > limit:
+        most = pin_tokens + max((end - first for first, end in plan.pin_spans), default=0)
+        if plan.bounded and limit is not None and most > limit:
             raise ValueError(
-                f"{pin_tokens} pinned tokens exceed this server's --pte-max-prompt-tokens {limit}; "
+                f"{most} pinned tokens exceed this server's --pte-max-prompt-tokens {limit}; "
                 "send a smaller pte_pin_tokens, so that the rest of the prompt counts as thoughts"
             )
         return plan
+
+    def _check_spans(self, pin_tokens: int, num_prompt_tokens: int) -> None:
+        """Raise ValueError unless spans lie in order, past the first pinned tokens, in the prompt.
+
+        That is so whatever the window, so that a request is not refused for its window alone.
+        """
+        before = pin_tokens
+        for first, end in self.pin_spans:
+            if first >= end:
+                raise ValueError(f"pte_pin_spans: [{first}, {end}) is empty")
+            if first < before:
+                what = "pte_pin_tokens" if before == pin_tokens else "the span before it"
+                hint = " (without pte_pin_tokens the whole prompt)" * (self.pin_tokens is None)
+                raise ValueError(
+                    f"pte_pin_spans: [{first}, {end}) begins before token {before}, where {what} "
+                    f"ends{hint}"
+                )
+            before = end
+        if before > max(num_prompt_tokens, pin_tokens):
+            raise ValueError(
+                f"pte_pin_spans: a span ends at {before}, beyond the prompt of {num_prompt_tokens} "
+                "tokens"
+            )
 
     def _keep(self, engine: EngineConfig, window_tokens: int) -> tuple[int, KeepScore]:
         """Return how many tokens the request keeps, and by which score.
@@ -235,6 +268,29 @@ def request_plan(
     """
     options = RequestOptions.of(params)
     return options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=block_size)
+
+
+def _as_spans(value: Any) -> Spans:
+    """Read `[[400, 450], [900, 960]]`, or the same without inner brackets, or "400-450,900-960".
+
+    vLLM's `vllm_xargs` take lists of numbers only, and headers words.
+
+    Raises:
+        ValueError: If it is nothing of these.
+    """
+    form = "pte_pin_spans must be pairs of numbers as in [[400, 450], [900, 960]]"
+    if isinstance(value, str):
+        value = [part.split("-") for part in value.split(",") if part.strip()]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{form}, got {value!r:.99}")
+    if value and not any(isinstance(one, list | tuple) for one in value):
+        if len(value) % 2:
+            raise ValueError(f"{form}, got {len(value)} numbers")
+        value = list(zip(value[::2], value[1::2], strict=True))
+    if any(not isinstance(one, list | tuple) or len(one) != 2 for one in value):
+        raise ValueError(f"{form}, got {value!r:.99}")
+    first_and_end = [[as_int("pte_pin_spans", number) for number in one] for one in value]
+    return tuple((first, end) for first, end in first_and_end)
 
 
 def _as_bool(name: str, value: Any) -> bool:

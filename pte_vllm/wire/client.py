@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from pte_vllm.adapter.hashes import content_hash, file_hashes
 from pte_vllm.method.kept_record import KeptRecord, record_to_json
 from pte_vllm.method.names import Evict, KeepScore
+from pte_vllm.method.spans import Spans
 from pte_vllm.wire.expected import Expected, Group, RolloutMismatch, choices_of
+from pte_vllm.wire.pins import pins_of, pins_of_each
 from pte_vllm.wire.records import Request
 from pte_vllm.wire.rollout import InFlight, Rollout
 from pte_vllm.wire.transport import CONFLICT, ServerError, Transport, bearer
@@ -99,7 +101,8 @@ class RolloutClient:
         adapter: str | None = None,
         sampling: Mapping[str, Any] | None = None,
         window_tokens: int | None = None,
-        pin_tokens: int | None = None,
+        pin_tokens: int | Sequence[int] | None = None,
+        pin_spans: Sequence[Spans] | None = None,
         rule: str | None = None,
         evict: Evict | None = None,
         evict_seed: int | None = None,
@@ -121,7 +124,8 @@ class RolloutClient:
             adapter: `name`, which is its newest version, or `name@version`; None is the base model.
             sampling: `max_tokens`, `temperature`, `seed` and others that docs/api.md lists.
             window_tokens: the window of these sequences; None takes the server's.
-            pin_tokens: how many tokens at the start are never folded; None pins the prompt.
+            pin_tokens: how many tokens at the start are never folded; None pins each prompt.
+            pin_spans: of each prompt, later questions, each pinned until the next one begins.
             rule: the rule by which folds add up; None takes the adapter's.
             evict: which blocks of a full window leave, `oldest` or `random`; None is `oldest`.
             evict_seed: what random blocks are drawn by; None is 0.
@@ -142,13 +146,14 @@ class RolloutClient:
             raise ValueError(f"group_ids must be {len(prompts)} different names, got {names}")
         if n < 1:
             raise ValueError(f"n must be positive, got {n}")
+        pins = pins_of_each(pin_tokens, pin_spans, len(prompts))
         groups = {
             name: Group(
                 prompt=prompt if isinstance(prompt, str) else list(cast(Sequence[int], prompt)),
                 missing=set(range(n)),
-                pin_tokens=pin_tokens,
+                **pin,
             )
-            for name, prompt in zip(names, prompts, strict=True)
+            for name, prompt, pin in zip(names, prompts, pins, strict=True)
         }
         texts = {isinstance(group.prompt, str) for group in groups.values()}
         if len(texts) > 1:
@@ -159,7 +164,6 @@ class RolloutClient:
             "n": n,
             **policy,
             "sampling": dict(sampling or {}),
-            "pin_tokens": pin_tokens,
             "update": rule,
             "min_weight_version": min_weight_version,
             "in_flight": in_flight,
@@ -169,6 +173,7 @@ class RolloutClient:
         def body(missing: dict[str, Group]) -> dict[str, Any]:
             return {
                 **options,
+                **pins_of(missing.values()),
                 "prompts" if texts == {True} else "token_ids": [g.prompt for g in missing.values()],
                 "group_id": list(missing),
                 "samples": [sorted(group.missing) for group in missing.values()],
@@ -189,7 +194,8 @@ class RolloutClient:
         *,
         adapter: str | None = None,
         window_tokens: int | None = None,
-        pin_tokens: int | None = None,
+        pin_tokens: int | Sequence[int] | None = None,
+        pin_spans: Sequence[Spans] | None = None,
         rule: str | None = None,
         evict: Evict | None = None,
         evict_seed: int | None = None,
@@ -206,6 +212,7 @@ class RolloutClient:
         also name the k most probable tokens in each place, up to the server's `--max-logprobs`.
         """
         groups: dict[str, Group] = {}
+        pins = pins_of_each(pin_tokens, pin_spans, len(token_ids))
         for i, (tokens, num_prompt) in enumerate(zip(token_ids, prompt_tokens, strict=True)):
             if not 0 < num_prompt < len(tokens):
                 raise ValueError(f"prompt_tokens {num_prompt}: sequence {i} has {len(tokens)}")
@@ -214,13 +221,12 @@ class RolloutClient:
                 prompt=ids[:num_prompt],
                 answer=ids[num_prompt:],
                 missing={0},
-                pin_tokens=pin_tokens,
+                **pins[i],
             )
         policy: dict[str, Any] = {"adapter": adapter, "window_tokens": window_tokens}
         policy |= choices_of(evict, evict_seed, keep_tokens, keep_score)
         options = {
             **policy,
-            "pin_tokens": pin_tokens,
             "update": rule,
             "min_weight_version": min_weight_version,
             **({"top_logprobs": top_logprobs} if top_logprobs else {}),  # older servers refuse it
@@ -230,6 +236,7 @@ class RolloutClient:
         def body(missing: dict[str, Group]) -> dict[str, Any]:
             return {
                 **options,
+                **pins_of(missing.values()),
                 **({"kept": [records[g] for g in missing]} if kept else {}),
                 "token_ids": [[*g.prompt, *(g.answer or ())] for g in missing.values()],
                 "prompt_tokens": [len(group.prompt) for group in missing.values()],

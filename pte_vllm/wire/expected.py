@@ -9,6 +9,7 @@ from typing import Any
 
 from pte_vllm.method.names import Evict, KeepScore
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.spans import Spans
 from pte_vllm.wire.rollout import Rollout
 
 
@@ -34,6 +35,8 @@ class Group:
     """Indices of the samples that are still to come."""
     pin_tokens: int | None = None
     """How many tokens at the start are never folded; None pins the prompt."""
+    pin_spans: Spans = ()
+    """Tokens of later questions, each pinned until the next one begins."""
     answer: list[int] | None = None
     """The given completion, where it is scored."""
 
@@ -126,6 +129,7 @@ class Expected:
             block_size=default["block_size"],
             evict=self.evict or "oldest",
             evict_seed=self.evict_seed or 0,
+            pin_spans=group.pin_spans if window_tokens else (),
         )
 
 

@@ -21,9 +21,9 @@ class FoldEvent:
 
     at: _Count
     blocks: Annotated[tuple[_Count, _Count] | None, _present] = None
-    """They are `[first, end)`; None where blocks were drawn at random."""
+    """They are `[first, end)`; None where they are several ranges, or were drawn at random."""
     spans: Annotated[tuple[tuple[_Count, _Count], ...] | None, _present] = None
-    """Those that were drawn, as ranges `[first, end)` in order; None otherwise."""
+    """The ranges `[first, end)` in order, where `blocks` is None."""
     rho: Annotated[float, Field(ge=0)] | None = None
     """‖ΔS‖ / ‖S‖, the mean over layers with a state; None without a state, or where it is
     unknown. Records of earlier versions lack it."""
@@ -51,9 +51,9 @@ def fold_events(
     for i in range(num_folds(plan, num_tokens)):
         spans = held.fold_to(i + 1)
         where: dict[str, Any] = {"spans": spans}
-        if plan.evict == "oldest":
+        if plan.evict == "oldest" and len(spans) == 1:
             where = {"blocks": spans[0]}
-        at, value = plan.first_fold + i * plan.stride, None if rho is None else rho[i]
+        at, value = plan.fold_at(i), None if rho is None else rho[i]
         events.append(FoldEvent(at=at, **where, rho=value))
     return tuple(events)
 

@@ -123,6 +123,11 @@ class Rollout(_Fields):
                 f"plan: {self.plan.pin_tokens} pinned tokens, but the prompt has "
                 f"{len(self.prompt_ids)}"
             )
+        if self.plan.pin_spans and self.plan.pin_spans[-1][1] > len(self.prompt_ids):
+            raise ValueError(
+                f"plan: a pinned span ends at {self.plan.pin_spans[-1][1]}, but the prompt has "
+                f"{len(self.prompt_ids)} tokens"
+            )
         self._check_kept()
         self._check_top()
         self._check_rho()

@@ -31,6 +31,8 @@ def _without_defaults(plan: FoldPlan, write: SerializerFunctionWrapHandler) -> d
         del values["evict"]
         if plan.keep_score != "random":
             del values["evict_seed"]
+    if not plan.pin_spans:
+        del values["pin_spans"]
     if not plan.keep_tokens:
         del values["keep_tokens"], values["keep_score"]
     return values

@@ -37,6 +37,7 @@ LOGPROBS_MODE = "processed_logprobs"
 FIELDS = {
     "pte_window": "window_tokens",
     "pte_pin_tokens": "pin_tokens",
+    "pte_pin_spans": "pin_spans",
     "pte_update": "update",
     "pte_evict": "evict",  # and the seed, which begins so
     "pte_keep_score": "keep_score",

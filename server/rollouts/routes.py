@@ -16,6 +16,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from pte_vllm.method.requests import request_plan
+from pte_vllm.method.spans import Spans
 from pte_vllm.server.adapters.catalog import Resolved
 from pte_vllm.server.rollouts.generation import check_logprobs_mode, resolve, stream, validate
 from pte_vllm.server.rollouts.in_flight import Job, Outcome, render
@@ -34,16 +35,16 @@ async def rollouts(body: RolloutRequest, request: Request) -> Response:
     adapter = resolve(state, body)
     prompts: Sequence[str | list[int]] = body.token_ids or body.prompts or ()
     jobs: list[Job] = []
-    for prompt, group_id, wanted in zip(
-        prompts, body.group_ids(len(prompts)), body.wanted(len(prompts)), strict=True
+    count = len(prompts)
+    for prompt, (pin_tokens, pin_spans), group_id, wanted in zip(
+        prompts, body.pins(count), body.group_ids(count), body.wanted(count), strict=True
     ):
         rendered = await render(state, prompt)
         # Said in any case: a default of the server is for requests that tell no question from
         # its answer.
-        pin_tokens = (
-            len(rendered["prompt_token_ids"]) if body.pin_tokens is None else body.pin_tokens
-        )
-        options = _xargs(body, pin_tokens)
+        if pin_tokens is None:
+            pin_tokens = len(rendered["prompt_token_ids"])
+        options = _xargs(body, pin_tokens, pin_spans)
         for index in wanted:
             seed = sample_seed(body.sampling.seed, group_id, index)
             params = _sampling_params(state, body.sampling, rendered, seed, options)
@@ -62,20 +63,21 @@ async def score(body: ScoreRequest, request: Request) -> Response:
     _check_top(state, body.top_logprobs)
     adapter = resolve(state, body)
     jobs: list[Job] = []
-    kept = body.kept or [None] * len(body.token_ids)
-    for tokens, num_prompt, group_id, record in zip(
-        *(body.token_ids, body.prompt_tokens, body.group_ids(len(body.token_ids)), kept),
+    count = len(body.token_ids)
+    kept = body.kept or [None] * count
+    for tokens, num_prompt, (pin_tokens, pin_spans), group_id, record in zip(
+        *(body.token_ids, body.prompt_tokens, body.pins(count), body.group_ids(count), kept),
         strict=True,
     ):
         # To the engine all tokens are prompt: what is pinned has to be said.
-        pin_tokens = num_prompt if body.pin_tokens is None else body.pin_tokens
+        options = _xargs(body, num_prompt if pin_tokens is None else pin_tokens, pin_spans)
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
             prompt_logprobs=body.top_logprobs,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=_xargs(body, pin_tokens) | ({"pte_kept": record} if record else {}),
+            extra_args=options | ({"pte_kept": record} if record else {}),
         )
         rendered = await render(state, tokens)
         validate(state, rendered, params, adapter)
@@ -108,11 +110,14 @@ def sample_seed(seed: int | None, group_id: str, index: int) -> int | None:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _xargs(body: RolloutRequest | ScoreRequest, pin_tokens: int) -> dict[str, Any]:
+def _xargs(
+    body: RolloutRequest | ScoreRequest, pin_tokens: int, pin_spans: Spans
+) -> dict[str, Any]:
     """Return the options of a plan that a request gives, by vLLM's `vllm_xargs` names."""
     given = {
         "pte_window": body.window_tokens,
         "pte_pin_tokens": pin_tokens,
+        "pte_pin_spans": list(map(list, pin_spans)) or None,
         "pte_update": body.rule,
         "pte_evict": body.evict,
         "pte_evict_seed": body.evict_seed,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pte_vllm.method.spans import Spans
 from pte_vllm.wire.rollout import InFlight
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -38,9 +39,12 @@ class _Request(_Strict):
     adapter: str | None = None
     """`name` (its newest version), `name@version`, or null: the base model."""
     window_tokens: int | None = None
-    pin_tokens: int | None = None
+    pin_tokens: int | list[int] | None = None
     rule: str | None = Field(None, alias="update")
-    """The three options of a plan mean what `pte_window`, `pte_pin_tokens` and `pte_update` do."""
+    """The three options of a plan mean what `pte_window`, `pte_pin_tokens` and `pte_update` do; a
+    list says it of each sequence."""
+    pin_spans: list[list[tuple[int, int]]] | None = None
+    """As `pte_pin_spans`, of each sequence; null: none has later questions."""
     evict: str | None = None
     evict_seed: int | None = None
     """As `pte_evict` and `pte_evict_seed`."""
@@ -50,6 +54,20 @@ class _Request(_Strict):
     min_weight_version: int | None = Field(None, ge=0)
     group_id: GroupId | list[GroupId] | None = None
     """A name for each sequence, a plain string if there is one; "0", "1", ... by default."""
+
+    def pins(self, count: int) -> list[tuple[int | None, Spans]]:
+        """Return `pin_tokens` and `pin_spans` of each of `count` sequences.
+
+        Raises:
+            ValueError: If there are not as many.
+        """
+        given = self.pin_tokens
+        tokens = list(given) if isinstance(given, list) else [given] * count
+        spans = [()] * count if self.pin_spans is None else list(map(tuple, self.pin_spans))
+        for name, values in (("pin_tokens", tokens), ("pin_spans", spans)):
+            if len(values) != count:
+                raise ValueError(f"{name} has {len(values)} entries for {count} sequences")
+        return list(zip(tokens, spans, strict=True))
 
     def group_ids(self, count: int) -> list[str]:
         """Return the names of `count` groups; ValueError unless they are as many, and different."""
@@ -88,6 +106,7 @@ class RolloutRequest(_Request):
         if not count:
             raise ValueError("there are no prompts")
         self.group_ids(count)
+        self.pins(count)
         wanted = self.wanted(count)
         for indices in wanted:
             if len(set(indices)) != len(indices) or any(i >= self.n for i in indices):
@@ -131,4 +150,5 @@ class ScoreRequest(_Request):
             if prompt >= len(tokens):
                 raise ValueError(f"prompt_tokens {prompt}: a sequence has {len(tokens)} tokens")
         self.group_ids(len(self.token_ids))
+        self.pins(len(self.token_ids))
         return self

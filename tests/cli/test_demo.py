@@ -162,7 +162,7 @@ def test_tables_lines_and_plot(tmp_path):
 
 def test_the_demo_shows_what_is_forgotten_and_what_is_remembered(smollm2, tmp_path, capsys):
     """The whole demo: on the real model, with the probes that the package brings."""
-    count, seed = 8, "trial"
+    count, seed = 6, "trial"
     options = ["--model", str(smollm2), "--out", str(tmp_path), "--questions", str(count)]
     # With room to spare: which questions are answered depends on rounding, and so on the CPU.
     options += ["--keep", "192", "--seed", seed]

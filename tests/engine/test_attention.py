@@ -11,8 +11,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from pte_vllm.engine import attention
 from pte_vllm.engine.attention import Gaps, cut_gaps
-from pte_vllm.method.blocks import HeldBlocks, blocks_of, held_spans
+from pte_vllm.method.blocks import HeldBlocks, held_spans
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.spans import blocks_of
 
 BLOCK, WIDTH, MAX_REQS = 16, 12, 5
 

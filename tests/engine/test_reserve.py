@@ -76,7 +76,7 @@ def questions(count: int, tokens: int, adapter=None, **options) -> list[Job]:
     return [Job(random_tokens(20, 500, i), tokens, adapter, dict(options)) for i in range(count)]
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True])
+@pytest.mark.parametrize("async_scheduling", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_full_pool_computes_nothing_twice(
     async_scheduling: bool,
     model: Path,

@@ -85,6 +85,7 @@ class Job:
             window_tokens=self.options.get("pte_window", window_tokens),
             evict_ratio=evict_ratio,
             block_size=BLOCK,
+            pin_spans=tuple(self.options.get("pte_pin_spans", ())),
             **drawn(self.options),
         )
 

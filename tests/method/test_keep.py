@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pte_vllm.method import keep
-from pte_vllm.method.blocks import HeldBlocks, blocks_of, held_spans
+from pte_vllm.method.blocks import HeldBlocks, held_spans
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.rope import rotate, unrotate
+from pte_vllm.method.spans import blocks_of
 
 
 def test_expected_scores_are_shares_of_attention_times_norms() -> None:

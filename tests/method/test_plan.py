@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pte_vllm.method.blocks import HeldBlocks, blocks_of, held_spans, runs
+from pte_vllm.method.blocks import HeldBlocks, held_spans
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.spans import blocks_of, runs
 
 
 @st.composite

@@ -50,7 +50,7 @@ def test_adapter_of_the_embedding_that_comes_later(
     assert_embedding_adapter(engine, model, tmp_path)
 
 
-@pytest.mark.parametrize("reason", ["asked", "no compiler"])
+@pytest.mark.parametrize("reason", ["asked", pytest.param("no compiler", marks=pytest.mark.slow)])
 def test_eager(
     model: Path, adapters: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:

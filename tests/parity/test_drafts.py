@@ -62,7 +62,7 @@ def engine(method: str, model: Path, probes: Path) -> Iterator[Engine]:
     made.close()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 0.7])
 def test_mixed_batch(
     temperature: float,
     engine: Engine,

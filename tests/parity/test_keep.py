@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ARCHITECTURES
 from tests.engine.kept import assert_selected
 from tests.harness.engine import BLOCK, Engine, Job, lora
 from tests.harness.models import random_tokens
@@ -18,7 +17,10 @@ LENGTH = WINDOW + 5 * BLOCK + 5
 DRAWN = {"pte_keep_score": "random", "pte_evict_seed": 7}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", *(pytest.param(a, marks=pytest.mark.slow) for a in ("qwen2", "qwen3"))],
+)
 def test_mixed_batch(
     architecture: str, tiny: Callable[[str], Path], adapters: Callable[..., Path], probes: Path
 ) -> None:

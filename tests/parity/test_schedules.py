@@ -170,7 +170,7 @@ def test_thoughts_in_the_prompt(
         assert worst <= 2e-4
 
 
-@pytest.mark.parametrize("chunk", [16, 50])
+@pytest.mark.parametrize("chunk", [pytest.param(16, marks=pytest.mark.slow), 50])
 def test_small_prefill_chunks(
     model: Path, make_jobs: Callable[[], list[Job]], probes: Path, chunk: int
 ) -> None:

@@ -26,24 +26,30 @@ Evicted = tuple[Tensor, Tensor]
 def walk(num_tokens: int, plan: FoldPlan) -> tuple[Tensor, list[tuple[int, list[int]]]]:
     """Token by token: what each one sees `[T, T]`, and at which position each fold takes which."""
     size = plan.block_size
-    pinned_end = math.ceil(plan.pin_tokens / size) * size
     evict_blocks = max(1, round(plan.evict_ratio * plan.window_tokens / size))
     visible = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
-    window: list[int] = []  # positions, in order
+    gone: set[int] = set()
     folds: list[tuple[int, list[int]]] = []
     for position in range(num_tokens):
-        if plan.window_tokens and len(window) == plan.window_tokens:
+        questions = [(0, plan.pin_tokens), *[s for s in plan.pin_spans if s[0] <= position][-1:]]
+        pinned = {
+            token
+            for first, end in questions
+            for token in range(first // size * size, math.ceil(end / size) * size)
+        }
+        room = 0 if position in pinned else size
+        while plan.window_tokens and position % size == 0:
+            window = [t for t in range(position) if t not in pinned and t not in gone]
+            if len(window) + room <= plan.window_tokens:
+                break
             blocks = [window[i : i + size] for i in range(0, len(window), size)]
             chosen = range(evict_blocks)
             if plan.evict == "random":
                 chosen = _draw(plan.evict_seed, len(folds), len(blocks) - 1, evict_blocks)
             taken = [token for i in chosen for token in blocks[i]]
             folds.append((position, taken))
-            window = sorted(set(window) - set(taken))
-        if position >= pinned_end:
-            window.append(position)
-        visible[position, :pinned_end] = True
-        visible[position, window] = True
+            gone.update(taken)
+        visible[position] = torch.tensor([t not in gone for t in range(num_tokens)])
     return visible.tril(), folds
 
 

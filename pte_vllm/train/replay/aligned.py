@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.spans import Spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ class AlignedBatch:
 
         Args:
             sequences: token ids of question and thoughts.
-            plans: one plan for each sequence; they may differ in `pin_tokens` only.
+            plans: one plan for each sequence; they may differ in `pin_tokens` only. Later questions
+                must lie equally far from the blocks that are pinned at the start.
             wanted: which tokens' log-probs are asked for; None: all but the first.
 
         Raises:
@@ -48,19 +50,24 @@ class AlignedBatch:
             raise ValueError(f"{len(sequences)} sequences and {len(plans)} plans")
         if any(not tokens for tokens in sequences):
             raise ValueError("a sequence is empty")
-        if len({replace(p, pin_tokens=0) for p in plans}) > 1:
-            raise ValueError(
-                "plans of one batch must share window, evict ratio, block size, evict, its seed, "
-                "and what is kept"
-            )
         first = plans[0]
         pinned_blocks = max(p.pinned_blocks for p in plans)
-        # What is drawn is counted from the end of the pinned blocks, so it is the same columns.
-        plan = replace(first, pin_tokens=pinned_blocks * first.block_size)
         if first.bounded:
             left = [(pinned_blocks - p.pinned_blocks) * first.block_size for p in plans]
         else:
             left = [0] * len(plans)
+        # What is drawn is counted from the end of the pinned blocks, so it is the same columns.
+        pinned = pinned_blocks * first.block_size
+        in_columns = {
+            replace(p, pin_tokens=pinned, pin_spans=_moved(p.pin_spans, shift, pinned))
+            for p, shift in zip(plans, left, strict=True)
+        }
+        if len(in_columns) > 1:
+            raise ValueError(
+                "plans of one batch must share window, evict ratio, block size, evict, its seed, "
+                "what is kept, and where later questions lie after the pinned blocks"
+            )
+        (plan,) = in_columns
         lengths = [len(tokens) for tokens in sequences]
         columns = max(shift + length for shift, length in zip(left, lengths, strict=True))
         ids = torch.zeros(len(sequences), columns, dtype=torch.int64)
@@ -95,3 +102,9 @@ class AlignedBatch:
         token = torch.arange(int(self.lengths.max()), device=values.device)[None]
         column = (token + self.left[:, None]).clamp(max=values.shape[1] - 1)
         return torch.where(token < self.lengths[:, None], values.gather(1, column), 0)
+
+
+def _moved(spans: Spans, shift: int, pinned: int) -> Spans:
+    """Move spans right; what of them lies in the blocks that are pinned anyway is left out."""
+    moved = ((max(first + shift, pinned), end + shift) for first, end in spans)
+    return tuple((first, end) for first, end in moved if first < end)

@@ -6,10 +6,13 @@ size, m evicted tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from pte_vllm.method.blocks import HeldBlocks, Spans, runs
+from pte_vllm.method.blocks import HeldBlocks
+from pte_vllm.method.spans import Spans, blocks_of, runs
 from pte_vllm.models.rope_check import undo_rope
 from pte_vllm.train.replay.aligned import AlignedBatch
 from pte_vllm.train.replay.fold_chain import ThoughtStates
@@ -46,24 +49,37 @@ class Folding:
             What the fold was for each sequence that goes on, by its number.
         """
         batch, plan = self._batch, self._batch.plan
-        number = self.held.folds
-        # What the cache holds are the pinned tokens, the kept ones and the full window, in order.
-        first = plan.pinned_blocks + plan.kept_blocks(number)
-        places = _tokens(runs(first + i for i in plan.leaving(number)), plan.block_size)
+        number, size = self.held.folds, plan.block_size
+        # The cache holds these blocks in this order; a place for kept tokens counts as its block.
+        *earlier, (newest, _) = self.held.spans
+        before = blocks_of([*earlier, (newest, start // size)])
+        place_of = {block: place for place, block in enumerate(before)}
         spans = self.held.fold_to(number + 1)
+        leaves = blocks_of(spans)
+        places = _tokens(runs(place_of[block] for block in leaves), size)
         rho = self._encode(cache, places, spans)
         kept = None
         if self._keeping is None:
             cache.drop(places)
-        else:
-            kept = self._keeping.choose(cache, number, start)
-            if kept is not None:
-                cache.select((plan.pinned_blocks * plan.block_size, places[-1][1]), kept.places)
+        elif plan.selects(number):
+            own = {block: len(before) + i for i, block in enumerate(plan.kept_places)}
+            chosen_from = [*plan.kept_places[: plan.kept_blocks(number)], *leaves]
+            candidates = self._columns([place_of[block] for block in chosen_from])
+            kept = self._keeping.choose(cache, candidates, number, start)
+            stays = (block for block in before if block in own or block not in leaves)
+            order = self._columns([own.get(block, place_of[block]) for block in stays])
+            cache.select(candidates, kept.places, order)
         going_on = batch.left + batch.lengths > start
         return {
             b: self._record(b, number, start, spans, rho[:, b], kept)
             for b in going_on.nonzero()[:, 0].tolist()
         }
+
+    def _columns(self, blocks: Sequence[int]) -> Tensor:
+        """Return the places of the tokens of blocks one by one, `[n]` int64."""
+        size, device = self._batch.plan.block_size, self._batch.ids.device
+        first = torch.tensor(blocks, device=device)[:, None] * size
+        return (first + torch.arange(size, device=device)).flatten()
 
     def _encode(self, cache: WindowCache, places: Spans, spans: Spans) -> Tensor:
         """Fold tokens in `places` of the cache, blocks `spans`, into the states; returns ρ."""

@@ -129,18 +129,14 @@ class Keeping:
         return of_folds[fold] if fold < len(of_folds) else None
 
     @torch.no_grad()
-    def choose(self, cache: WindowCache, fold: int, start: int) -> Kept | None:
+    def choose(self, cache: WindowCache, candidates: Tensor, fold: int, start: int) -> Kept:
         """Choose what stays at a fold, counted from 0, before column `start`.
 
         Args:
             cache: Everything that is held, candidates and window, before anything leaves.
-
-        Returns:
-            None where all candidates stay.
+            candidates: The places of the candidates in it, `[C]`; more than may stay.
         """
-        if not self._plan.selects(fold):
-            return None
-        scores = self._scores(cache, fold, start)
+        scores = self._scores(cache, candidates, fold, start)
         keep_tokens = self._plan.keep_tokens
         chosen = [keep.best(of_layer, keep_tokens) for of_layer in scores]
         own = keep.survival(torch.stack(chosen), scores[0].shape[-1])  # [L, B, H, C]
@@ -152,19 +148,20 @@ class Keeping:
         agreed = (own & used).sum((0, 2, 3)) / own[:, 0].sum()
         return Kept(marks=used, places=keep.places(used, keep_tokens), agreement=agreed)
 
-    def _scores(self, cache: WindowCache, fold: int, start: int) -> Sequence[Tensor]:
+    def _scores(
+        self, cache: WindowCache, candidates: Tensor, fold: int, start: int
+    ) -> Sequence[Tensor]:
         """Score the candidates of each layer, `[B, H, C]` each."""
         plan, device = self._plan, self._batch.ids.device
-        size, shape = num_candidates(plan, fold), self._shape
+        shape = self._shape
         if plan.keep_score == "random":
             rows = torch.ones(len(self._batch.ids), dtype=torch.int64, device=device)
             layers = torch.arange(shape.num_layers, device=device)
             drawn = keep.random_scores(
-                rows * plan.evict_seed, rows * fold, layers, shape.num_kv_heads, size
+                rows * plan.evict_seed, rows * fold, layers, shape.num_kv_heads, len(candidates)
             )
             return list(drawn)
         assert self._queries is not None
-        first = plan.pinned_blocks * plan.block_size
         positions = keep.probe_positions(
             start - self._batch.left,
             self._queries.shape[2],
@@ -178,8 +175,8 @@ class Keeping:
             found.append(
                 keep.expected_scores(
                     probes,
-                    keys[:, :, first : first + size],
-                    values[:, :, first : first + size],
+                    keys[:, :, candidates],
+                    values[:, :, candidates],
                     keys[:, :, -plan.stride :],
                     scale_of(self._base, i, shape),
                 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pte_vllm.method.blocks import Spans
+from pte_vllm.method.spans import Spans
 from pte_vllm.train.replay.window_cache import WindowCache
 
 

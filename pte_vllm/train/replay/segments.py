@@ -148,7 +148,7 @@ def _replay(run: _Run, chunk_tokens: int | None, known: int) -> ReplayResult:
     for start, end in plan.segments(batch.ids.shape[1]):
         if start < known:
             continue
-        if plan.folds(start) > run.folding.held.folds:
+        while plan.folds(start) > run.folding.held.folds:
             for b, fold in run.folding.fold(run.cache, start).items():
                 folds[b].append(fold)
             if run.memory is not None and final is not None:

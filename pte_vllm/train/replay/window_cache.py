@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from pte_vllm.method.blocks import Span, Spans, without
+from pte_vllm.method.spans import Spans, without
 
 
 class WindowLayer(DynamicLayer):
@@ -88,18 +88,19 @@ class WindowCache(Cache):
             k, v = (torch.cat([t[:, :, :0], *_parts(t, stay)], 2) for t in layer.past)
             layer.past = layer.keys, layer.values = k, v
 
-    def select(self, span: Span, places: Tensor) -> None:
-        """Keep some tokens of a half-open range of the committed ones, and all outside of it.
+    def select(self, candidates: Tensor, places: Tensor, order: Tensor) -> None:
+        """Put some of the committed tokens, which differ by head, in the places of others.
 
         Args:
-            span: the range.
-            places: which of it each KV head of each layer keeps, `[layers, B, H, K]`, ascending.
+            candidates: the places of those that heads choose from, `[C]`.
+            places: which of these each KV head of each layer keeps, `[layers, B, H, K]`, ascending.
+            order: what the cache holds then, `[t]`: a place is that of a token as it was, and
+                `num_tokens + k` the k-th of the K that are kept.
         """
-        first, end = span
         for layer, chosen in zip(self.layers, places, strict=True):
             assert layer.past is not None
             k, v = (
-                torch.cat((t[:, :, :first], gathered(t[:, :, first:end], chosen), t[:, :, end:]), 2)
+                torch.cat((t, gathered(t[:, :, candidates], chosen)), 2)[:, :, order]
                 for t in layer.past
             )
             layer.past = layer.keys, layer.values = k, v

@@ -1,0 +1,90 @@
+"""Conversations: the newest question stays, everything between folds, and nothing is lost by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.harness.conversations import WINDOW, Conversation, conversations, talk
+from tests.harness.engine import Engine
+from tests.harness.models import random_tokens
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, probes: Path) -> Iterator[Engine]:
+    engine = Engine(model, window_tokens=WINDOW, lora_rank=8, probes=probes, num_blocks=600)
+    yield engine
+    engine.check_idle()
+    engine.close()
+
+
+@pytest.fixture
+def started(model: Path, adapters: Callable[..., Path]) -> list[Conversation]:
+    return conversations(model, adapters)
+
+
+def test_twelve_turns_of_five_conversations(
+    engine: Engine, model: Path, started: list[Conversation]
+) -> None:
+    most = dict.fromkeys(range(len(started)), 0)
+
+    def on_step(step: int, request_ids: list[str]) -> None:
+        engine.scheduler.pte_check_integrity()
+        for i, name in enumerate(request_ids):
+            most[i] = max(most[i], engine.scheduler.pte_manager.num_held_blocks(f"{name}"))
+
+    talk(engine, started, on_step)
+    for i, conversation in enumerate(started):
+        worst = conversation.assert_parity(model)
+        plan = conversation.jobs[-1].plan(WINDOW)
+        # Hits take the place of most of the history.
+        cached = [job.cached_tokens / len(job.prompt) for job in conversation.jobs[1:]]
+        print(
+            f"conversation {i}: {len(conversation.history)} tokens, "
+            f"{plan.folds(len(conversation.history) - 1)} folds, at most {most[i]} blocks of "
+            f"{plan.peak_blocks(10**6)}, {sum(cached) / len(cached):.2f} cached, "
+            f"max |Δ log p| {worst:.1e}"
+        )
+        assert sum(cached) / len(cached) > 0.5
+        assert most[i] <= plan.peak_blocks(10**6)
+
+
+def test_preempted(engine: Engine, model: Path, started: list[Conversation]) -> None:
+    preempted = 0
+
+    def on_step(step: int, request_ids: list[str]) -> None:
+        nonlocal preempted
+        if step % 23 == 22 and len(engine.scheduler.running) > 1:
+            engine.preempt(preempted % 2 - 1)
+            preempted += 1
+
+    talk(engine, started, on_step)
+    assert preempted > 10
+    for conversation in started:
+        conversation.assert_parity(model)
+
+
+def test_forks(engine: Engine, model: Path, started: list[Conversation]) -> None:
+    """Two answers to one question, each of which goes on by itself."""
+    for conversation in started:
+        for _ in range(6):
+            engine.run([conversation.next_turn()])
+            conversation.finish_turn()
+        last = conversation.jobs[-1]
+        question = random_tokens(20, 500, 77)
+        branches = []
+        for seed in (1, 2):
+            prompt = conversation.history + question
+            spans = (*last.options["pte_pin_spans"], (len(conversation.history), len(prompt)))
+            options = last.options | {"pte_pin_spans": spans}
+            branches.append(replace(last, prompt=prompt, options=options, seed=seed, max_tokens=99))
+        engine.run(branches)
+        assert branches[0].tokens != branches[1].tokens
+        for branch in branches:
+            conversation.jobs.append(branch)
+            conversation.finish_turn()
+            conversation.assert_parity(model)
+            conversation.jobs.pop()
