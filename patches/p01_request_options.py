@@ -16,6 +16,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.v1.engine import EngineCoreRequest
 
 from pte_vllm.adapter.files import read_pte_config
+from pte_vllm.engine.chat_pins import with_pins
 from pte_vllm.engine.earlier import EARLIER, EarlierRequest
 from pte_vllm.engine.headers import with_headers
 from pte_vllm.engine.loads import loading
@@ -27,8 +28,10 @@ from pte_vllm.method.requests import REQUEST_OPTIONS, RequestOptions
 from pte_vllm.patches.base import Patch
 
 
-def check_request(vllm_config: Any, request: EngineCoreRequest) -> None:
+def check_request(vllm_config: Any, request: EngineCoreRequest, tokenizer: Any) -> None:
     """Check the PTE options of a request, and remember it for those that continue it.
+
+    What a chat pins becomes numbers, by the tokenizer's template.
 
     Its prefix blocks are kept apart where its options change what they hold. The options of an
     earlier request that it continues take the place of `pte_state_id`.
@@ -41,14 +44,20 @@ def check_request(vllm_config: Any, request: EngineCoreRequest) -> None:
     if engine is None or params is None:
         return
     try:
-        _check(engine, vllm_config, request, params)
+        _check(engine, vllm_config, request, params, tokenizer)
     except VLLMValidationError:
         raise
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
 
 
-def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, params: Any) -> None:
+def _check(
+    engine: EngineConfig,
+    vllm_config: Any,
+    request: EngineCoreRequest,
+    params: Any,
+    tokenizer: Any,
+) -> None:
     params.extra_args = with_headers(params.extra_args)  # params are the request's own
     options = RequestOptions.parse(params.extra_args)
     cache, prompt, lora = vllm_config.cache_config, request.prompt_token_ids, request.lora_request
@@ -57,17 +66,22 @@ def _check(engine: EngineConfig, vllm_config: Any, request: EngineCoreRequest, p
     num_prompt_tokens = len(prompt)
     _check_allowed(params)
     adapter = (lora.lora_name, lora.lora_path) if lora is not None else None
-    if (state_id := options.state_id) is not None:
-        earlier = EARLIER.get(state_id)
+    says_pins = options.pin is not None or options.pin_tokens is not None
+    state_id = options.state_id
+    earlier = None if state_id is None else EARLIER.get(state_id)
+    given = options
+    options = with_pins(options, engine, tokenizer=tokenizer, prompt=prompt, earlier=earlier)
+    if earlier is not None:
         rule = _adapter_rule(request) if options.rule is not None else None
         earlier.check(options, adapter=adapter, adapter_rule=rule, prompt=prompt)
         options = earlier.apply(options)
         if request.data_parallel_rank is None:  # to the engine that has its state
-            request.data_parallel_rank = EARLIER.engine_of(state_id)
-        others = {k: v for k, v in params.extra_args.items() if k not in REQUEST_OPTIONS}
+            request.data_parallel_rank = EARLIER.engine_of(str(state_id))
+    if options != given:
+        others = {k: v for k, v in (params.extra_args or {}).items() if k not in REQUEST_OPTIONS}
         params.extra_args = {**others, **options.to_args()}
     plan = options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=cache.block_size)
-    if engine.require_pin_tokens and plan.bounded and options.pin_tokens is None:
+    if engine.require_pin_tokens and plan.bounded and not (says_pins or earlier is not None):
         raise ValueError(
             "pte_pin_tokens is missing, and this server runs with --pte-require-pin-tokens: send "
             "the length of the question in tokens, as an option or as the header X-PTE-Pin-Tokens, "
@@ -161,7 +175,7 @@ def _wrap(original: Callable[..., EngineCoreRequest]) -> Callable[..., EngineCor
     @wraps(original)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> EngineCoreRequest:
         request = original(self, *args, **kwargs)
-        check_request(self.vllm_config, request)
+        check_request(self.vllm_config, request, self.tokenizer)
         return request
 
     return process_inputs

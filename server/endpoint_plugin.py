@@ -12,9 +12,11 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.datastructures import State
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
+from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from pte_vllm import __version__
+from pte_vllm.engine.chat_pins import use_template
 from pte_vllm.method.names import FEATURES, RULE_NAMES
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.method.requests import REQUEST_OPTIONS
@@ -134,6 +136,7 @@ class PTEEndpointPlugin:
         state.pte_keys = Keys(args)
         config = EngineConfig.from_vllm(engine_client.vllm_config) if engine_client else None
         if engine_client is not None and config is not None:
+            use_template(load_chat_template(args.chat_template))
             found = make_service(engine_client, config, state.openai_serving_models, args)
             await found.registry.restore()
             found.others.follow()

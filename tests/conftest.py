@@ -29,7 +29,6 @@ settings.register_profile("any-machine", deadline=None)  # a busy one may take s
 settings.load_profile("any-machine")
 
 CACHE = Path(__file__).parent.parent / ".cache"
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 class OneServerOneProcess(LoadScopeScheduling):

@@ -11,6 +11,7 @@ Keys = Literal["unrotated", "rotated"]
 Features = Literal["linear", "squared"]
 Evict = Literal["oldest", "random"]
 KeepScore = Literal["expected", "random"]
+Pin = Literal["prompt", "first_and_last_user"]
 Init = Literal["aligned", "aligned_mean", "aligned_key", "random"]
 
 RULE_NAMES: tuple[str, ...] = get_args(RuleName)
@@ -20,4 +21,5 @@ KEYS: tuple[str, ...] = get_args(Keys)
 FEATURES: tuple[str, ...] = get_args(Features)
 EVICTS: tuple[str, ...] = get_args(Evict)
 KEEP_SCORES: tuple[str, ...] = get_args(KeepScore)
+PINS: tuple[str, ...] = get_args(Pin)
 INITS: tuple[str, ...] = get_args(Init)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pte_vllm.method.kept_record import KeptRecord, record_from_json, record_to_json
-from pte_vllm.method.names import EVICTS, KEEP_SCORES, RULE_NAMES, Evict, KeepScore
+from pte_vllm.method.names import EVICTS, KEEP_SCORES, PINS, RULE_NAMES, Evict, KeepScore, Pin
 from pte_vllm.method.options import EngineConfig, as_int, check_choice
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.spans import Spans
 
 REQUEST_OPTIONS = (
     "pte_window",
+    "pte_pin",
     "pte_pin_tokens",
     "pte_pin_spans",
     "pte_update",
@@ -36,6 +37,8 @@ class RequestOptions:
 
     window_tokens: int | None = None
     """`pte_window` sets it; None is the engine's window, 0 is unbounded."""
+    pin: Pin | None = None
+    """`pte_pin` sets it: what is pinned in words; the API server turns it into numbers."""
     pin_tokens: int | None = None
     """`pte_pin_tokens` sets it; None is the engine's default, which is the whole prompt."""
     pin_spans: Spans = ()
@@ -75,6 +78,9 @@ class RequestOptions:
             options["window_tokens"] = as_int("pte_window", given["pte_window"])
             if options["window_tokens"] < 0:
                 raise ValueError(f"pte_window must not be negative, got {given['pte_window']}")
+        if given.get("pte_pin") is not None:
+            check_choice("pte_pin", given["pte_pin"], PINS)
+            options["pin"] = given["pte_pin"]
         if given.get("pte_pin_tokens") is not None:
             options["pin_tokens"] = as_int("pte_pin_tokens", given["pte_pin_tokens"])
             if options["pin_tokens"] < 0:
@@ -123,7 +129,7 @@ class RequestOptions:
         return cls(window_tokens=0) if params is None else cls.parse(params.extra_args)
 
     def to_args(self) -> dict[str, Any]:
-        """Return the options in the form that `parse` reads, without `pte_state_id`."""
+        """Return the options as `parse` reads them, without `pte_pin` and `pte_state_id`."""
         given = {
             "pte_window": self.window_tokens,
             "pte_pin_tokens": self.pin_tokens,

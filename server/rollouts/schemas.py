@@ -43,7 +43,7 @@ class _Request(_Strict):
     rule: str | None = Field(None, alias="update")
     """The three options of a plan mean what `pte_window`, `pte_pin_tokens` and `pte_update` do; a
     list says it of each sequence."""
-    pin_spans: list[list[tuple[int, int]]] | None = None
+    pin_spans: list[list[Annotated[list[int], Field(min_length=2, max_length=2)]]] | None = None
     """As `pte_pin_spans`, of each sequence; null: none has later questions."""
     evict: str | None = None
     evict_seed: int | None = None
@@ -63,7 +63,8 @@ class _Request(_Strict):
         """
         given = self.pin_tokens
         tokens = list(given) if isinstance(given, list) else [given] * count
-        spans = [()] * count if self.pin_spans is None else list(map(tuple, self.pin_spans))
+        given_spans = [[]] * count if self.pin_spans is None else self.pin_spans
+        spans = [tuple((first, end) for first, end in of_one) for of_one in given_spans]
         for name, values in (("pin_tokens", tokens), ("pin_spans", spans)):
             if len(values) != count:
                 raise ValueError(f"{name} has {len(values)} entries for {count} sequences")

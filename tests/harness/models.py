@@ -77,10 +77,10 @@ def make_tiny_model(
         elif name.endswith(("q_norm.weight", "k_norm.weight")):  # Qwen3; one by default
             torch.nn.init.uniform_(parameter, 1.0, 3.0)  # unit norms leave attention flat
     model.save_pretrained(directory)
-    _tokenizer().save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes as tokens, after <s> and </s>."""
     symbols = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocab = {symbol: i for i, symbol in enumerate(symbols)}

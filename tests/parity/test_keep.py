@@ -17,10 +17,10 @@ LENGTH = WINDOW + 5 * BLOCK + 5
 DRAWN = {"pte_keep_score": "random", "pte_evict_seed": 7}
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    ["llama", *(pytest.param(a, marks=pytest.mark.slow) for a in ("qwen2", "qwen3"))],
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3")]
+
+
+@pytest.mark.parametrize("architecture", ["llama", *SLOW])
 def test_mixed_batch(
     architecture: str, tiny: Callable[[str], Path], adapters: Callable[..., Path], probes: Path
 ) -> None:
