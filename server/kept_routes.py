@@ -11,9 +11,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, HTTPException, Query, Request
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
+from pte_vllm.method.blocks import HeldBlocks
 from pte_vllm.method.kept_positions import held_by, positions_at
 from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.spans import Spans, runs, without
+from pte_vllm.method.turns import blocks_around
 from pte_vllm.server.service import Service, service
 from pte_vllm.server.thought_routes import known
 
@@ -109,10 +112,13 @@ def _tell(
     at = positions_at(record, plan, len(record), *sizes)
     held = held_by(at, layer=layer, head=head)
     pinned_to = plan.pinned_blocks * plan.block_size
+    window, questions = _held_besides(plan, at.folds)
     told: dict[str, Any] = {
         "fold": at.folds,
         "at": plan.fold_at(at.folds - 1) if at.folds else None,
         "pinned": [0, pinned_to],
+        "questions": questions,
+        "window": window,
         "evicted": [at.evicted[0][0], at.evicted[-1][1]] if at.folds else [pinned_to, pinned_to],
         "heads": held.heads,
         "positions": held.positions,
@@ -127,3 +133,25 @@ def _tell(
             for one in chosen
         ]
     return told
+
+
+def _held_besides(plan: FoldPlan, folds: int) -> tuple[Spans, Spans]:
+    """Return what is held besides kept and first pinned tokens right after a fold, as tokens.
+
+    These are the thoughts of the window, and the newest question of a conversation.
+    """
+    if not folds:
+        return (), ()
+    size, at = plan.block_size, plan.fold_at(folds - 1)
+    *before, (newest, _) = HeldBlocks(plan, folds).spans
+    blocks = (*before, (newest, at // size)) if newest < at // size else tuple(before)
+    kept = runs(sorted(plan.kept_places[: plan.kept_blocks(folds)]))
+    window = without(without(blocks, kept), ((0, plan.pinned_blocks),) * (plan.pinned_blocks > 0))
+    asked = [span for span in plan.pin_spans if span[0] <= at][-1:]
+    questions = [blocks_around(span, size) for span in asked]
+    own = [(max(first, plan.pinned_blocks), min(end, at // size)) for first, end in questions]
+    own = [(first, end) for first, end in own if first < end]
+    return (
+        tuple((first * size, end * size) for first, end in without(window, tuple(own))),
+        tuple((first * size, end * size) for first, end in own),
+    )

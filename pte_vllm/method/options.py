@@ -19,30 +19,10 @@ from pte_vllm.method.names import (
     RULE_NAMES,
     KeepScore,
 )
+from pte_vllm.method.option_values import as_int, check_choice
 from pte_vllm.method.plan import FoldPlan
 
 FORMAT_VERSION = 1
-
-
-def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError, naming the option, unless its value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{option} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def as_int(option: str, value: object) -> int:
-    """Return an integer option; HTTP clients also send 128.0 and "128".
-
-    Raises:
-        ValueError: If it is anything else; the message names the option.
-    """
-    if isinstance(value, str) and value.strip().lstrip("-").isdigit():
-        value = int(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{option} must be an integer, got {value!r}")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)

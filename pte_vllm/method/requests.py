@@ -11,7 +11,8 @@ from typing import Any
 
 from pte_vllm.method.kept_record import KeptRecord, record_from_json, record_to_json
 from pte_vllm.method.names import EVICTS, KEEP_SCORES, PINS, RULE_NAMES, Evict, KeepScore, Pin
-from pte_vllm.method.options import EngineConfig, as_int, check_choice
+from pte_vllm.method.option_values import as_bool, as_int, as_spans, check_choice
+from pte_vllm.method.options import EngineConfig
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.spans import Spans
 
@@ -88,7 +89,7 @@ class RequestOptions:
                     f"pte_pin_tokens must not be negative, got {given['pte_pin_tokens']}"
                 )
         if given.get("pte_pin_spans") is not None:
-            options["pin_spans"] = _as_spans(given["pte_pin_spans"])
+            options["pin_spans"] = as_spans(given["pte_pin_spans"])
         if given.get("pte_update") is not None:
             check_choice("pte_update", given["pte_update"], RULE_NAMES)
             options["rule"] = given["pte_update"]
@@ -115,7 +116,7 @@ class RequestOptions:
             except ValueError as error:
                 raise ValueError(f"pte_kept: {error}") from error
         if given.get("pte_return_kept") is not None:
-            options["return_kept"] = _as_bool("pte_return_kept", given["pte_return_kept"])
+            options["return_kept"] = as_bool("pte_return_kept", given["pte_return_kept"])
         if given.get("pte_state_id") is not None:
             state_id = given["pte_state_id"]
             if not isinstance(state_id, str) or not 0 < len(state_id) <= 512:
@@ -274,38 +275,3 @@ def request_plan(
     """
     options = RequestOptions.of(params)
     return options.plan(engine, num_prompt_tokens=num_prompt_tokens, block_size=block_size)
-
-
-def _as_spans(value: Any) -> Spans:
-    """Read `[[400, 450], [900, 960]]`, or the same without inner brackets, or "400-450,900-960".
-
-    vLLM's `vllm_xargs` take lists of numbers only, and headers words.
-
-    Raises:
-        ValueError: If it is nothing of these.
-    """
-    form = "pte_pin_spans must be pairs of numbers as in [[400, 450], [900, 960]]"
-    if isinstance(value, str):
-        value = [part.split("-") for part in value.split(",") if part.strip()]
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{form}, got {value!r:.99}")
-    if value and not any(isinstance(one, list | tuple) for one in value):
-        if len(value) % 2:
-            raise ValueError(f"{form}, got {len(value)} numbers")
-        value = list(zip(value[::2], value[1::2], strict=True))
-    if any(not isinstance(one, list | tuple) or len(one) != 2 for one in value):
-        raise ValueError(f"{form}, got {value!r:.99}")
-    first_and_end = [[as_int("pte_pin_spans", number) for number in one] for one in value]
-    return tuple((first, end) for first, end in first_and_end)
-
-
-def _as_bool(name: str, value: Any) -> bool:
-    """Read true or false, also as vLLM's `vllm_xargs` (1 and 0) and headers (words) carry them.
-
-    Raises:
-        ValueError: If it is neither; the message names the option.
-    """
-    words = {"true": True, "1": True, "false": False, "0": False}
-    if isinstance(value, bool | int | str) and str(value).lower() in words:
-        return words[str(value).lower()]
-    raise ValueError(f"{name} must be true or false, got {value!r:.99}")

@@ -179,13 +179,8 @@ class RolloutClient:
                 "samples": [sorted(group.missing) for group in missing.values()],
             }
 
-        return self._records(
-            Request(
-                path="/pte/v1/rollouts",
-                expected=Expected(groups=groups, rule=rule, **policy),
-                body=body,
-            )
-        )
+        expected = Expected(groups=groups, rule=rule, **policy)
+        return self._records(Request(path="/pte/v1/rollouts", expected=expected, body=body))
 
     def score(
         self,
@@ -216,13 +211,8 @@ class RolloutClient:
         for i, (tokens, num_prompt) in enumerate(zip(token_ids, prompt_tokens, strict=True)):
             if not 0 < num_prompt < len(tokens):
                 raise ValueError(f"prompt_tokens {num_prompt}: sequence {i} has {len(tokens)}")
-            ids = list(tokens)
-            groups[str(i)] = Group(
-                prompt=ids[:num_prompt],
-                answer=ids[num_prompt:],
-                missing={0},
-                **pins[i],
-            )
+            question, answer = list(tokens[:num_prompt]), list(tokens[num_prompt:])
+            groups[str(i)] = Group(prompt=question, answer=answer, missing={0}, **pins[i])
         policy: dict[str, Any] = {"adapter": adapter, "window_tokens": window_tokens}
         policy |= choices_of(evict, evict_seed, keep_tokens, keep_score)
         options = {

@@ -76,9 +76,10 @@ async function readMore(id, end, isWanted) {
 function runsOf(kept) {
   // [class, positions] of tokens that follow each other and are alike.
   const end = kept.at ?? kept.pinned[1], at = new Map(kept.positions.map((p, i) => [p, i])), runs = [];
+  const lies = (spans, position) => spans.some(([first, last]) => first <= position && position < last);
   for (let position = 0; position < end; position++) {
     const i = at.get(position);
-    const kind = position < kept.pinned[1] ? "pinned" : position >= kept.evicted[1] ? "window"
+    const kind = lies([kept.pinned, ...kept.questions], position) ? "pinned" : lies(kept.window, position) ? "window"
       : i === undefined ? "gone" : !kept.after[i] ? "dropped" : kept.after[i] < kept.before[i] ? "kept fewer" : "kept";
     if (runs.at(-1)?.[0] !== kind) runs.push([kind, []]);
     runs.at(-1)[1].push(position);

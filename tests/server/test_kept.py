@@ -72,6 +72,8 @@ def test_kept_is_what_the_record_says(server: Server, plan: dict) -> None:
         assert found["pinned"] == [0, 2 * BLOCK]
         if at.folds:
             assert found["at"] == record.fold_events[at.folds - 1].at
+            assert found["window"] == [[found["evicted"][1], found["at"]]]
+        assert found["questions"] == []
         before, after = (Counter(t.flatten().tolist()) for t in (at.candidates, at.kept))
         assert dict(zip(found["positions"], found["before"], strict=True)) == before
         held = dict(zip(found["positions"], found["after"], strict=True))

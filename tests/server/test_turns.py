@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,12 @@ def test_stateless_and_continued_turns_say_the_same(server: Server) -> None:
     assert plan.folds(len(prompt)) >= 10
     kept = server.get(f"/pte/v1/thoughts/{before}/kept")
     assert kept["keep_tokens"] == BLOCK and kept["positions"]
+    # The strip of the page: what is pinned, in the window and kept is what is held.
+    asked = (spans[-1][0] // BLOCK * BLOCK, -(-spans[-1][1] // BLOCK) * BLOCK)
+    assert kept["questions"] == [list(asked)]
+    lists = [kept["pinned"], *kept["questions"], *kept["window"]]
+    held = BLOCK + sum(end - first for first, end in lists)
+    assert held == BLOCK * (replace(plan, keep_tokens=BLOCK).held_blocks(kept["at"]) - 1)
 
 
 def test_scores_and_rollouts_of_conversations_are_the_replay(server: Server) -> None:
