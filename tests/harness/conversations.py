@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,15 @@ QUESTIONS = (45, 10, 70, 33)
 class Conversation:
     """One conversation, turn by turn."""
 
-    def __init__(self, seed: int, adapter: LoRARequest | None, **options: Any) -> None:
+    def __init__(
+        self,
+        seed: int,
+        adapter: LoRARequest | None,
+        *,
+        answers: Sequence[int] = ANSWERS,
+        **options: Any,
+    ) -> None:
+        self._answers = answers
         self._seed, self._adapter, self._options = seed, adapter, options
         self.history: list[int] = []
         self.spans: list[tuple[int, int]] = []
@@ -36,7 +44,7 @@ class Conversation:
         self.spans.append((len(self.history), len(prompt)))
         job = Job(
             prompt,
-            ANSWERS[(turn + self._seed) % 5],
+            self._answers[(turn + self._seed) % len(self._answers)],
             self._adapter,
             self._options
             | {"pte_pin_tokens": self.spans[0][1], "pte_pin_spans": tuple(self.spans[1:])},
@@ -88,9 +96,10 @@ def talk(
     engine: Engine,
     of: list[Conversation],
     on_step: Callable[[int, list[str]], None] | None = None,
+    turns: int = TURNS,
 ) -> None:
     """Let conversations go on, side by side, for all their turns."""
-    for _ in range(TURNS):
+    for _ in range(turns):
         engine.run([conversation.next_turn() for conversation in of], on_step)
         for conversation in of:
             conversation.finish_turn()

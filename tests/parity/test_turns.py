@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.harness.conversations import WINDOW, Conversation, conversations, talk
-from tests.harness.engine import Engine
+from tests.harness.engine import BLOCK, Engine, lora
 from tests.harness.models import random_tokens
 
 
 @pytest.fixture(scope="module")
 def engine(model: Path, probes: Path) -> Iterator[Engine]:
-    engine = Engine(model, window_tokens=WINDOW, lora_rank=8, probes=probes, num_blocks=600)
+    engine = Engine(
+        model, window_tokens=WINDOW, lora_rank=8, probes=probes, num_blocks=600, max_model_len=8192
+    )
     yield engine
     engine.check_idle()
     engine.close()
@@ -54,6 +56,24 @@ def test_twelve_turns_of_five_conversations(
     bound = max(c.jobs[-1].plan(WINDOW).peak_blocks(10**6) for c in started)
     print(f"at most {most} blocks at once, {bound} may be held")
     assert 0 < most <= bound
+
+
+@pytest.mark.slow
+def test_a_hundred_turns(engine: Engine, model: Path, adapters: Callable[..., Path]) -> None:
+    """The longest question has 70 tokens: what is held stays within the bound to the end."""
+    adapter = lora("ridge", adapters(model, rank=8, rule="ridge", features="squared"), 1)
+    started = [Conversation(7, adapter, answers=(9, 2, 14), pte_keep=BLOCK)]
+    held: list[int] = []
+
+    def on_step(step: int, request_ids: list[str]) -> None:
+        manager = engine.scheduler.pte_manager
+        held.extend(manager.num_held_blocks(r.request_id) for r in engine.scheduler.running)
+
+    talk(engine, started, on_step, turns=100)
+    plan = started[0].jobs[-1].plan(WINDOW)
+    print(f"{len(started[0].history)} tokens, {max(held)} blocks of {plan.peak_blocks(10**6)}")
+    assert max(held[-100:]) <= max(held) <= plan.peak_blocks(10**6) <= 13
+    started[0].assert_parity(model)
 
 
 def test_preempted(engine: Engine, model: Path, started: list[Conversation]) -> None:
