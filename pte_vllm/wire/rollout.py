@@ -123,10 +123,10 @@ class Rollout(_Fields):
                 f"plan: {self.plan.pin_tokens} pinned tokens, but the prompt has "
                 f"{len(self.prompt_ids)}"
             )
-        if self.plan.pin_spans and self.plan.pin_spans[-1][1] > len(self.prompt_ids):
+        if self.plan.pin_spans and self.plan.pin_spans[-1][1] > self._num_tokens:
             raise ValueError(
-                f"plan: a pinned span ends at {self.plan.pin_spans[-1][1]}, but the prompt has "
-                f"{len(self.prompt_ids)} tokens"
+                f"plan: a pinned span ends at {self.plan.pin_spans[-1][1]}, but there are "
+                f"{self._num_tokens} tokens"
             )
         self._check_kept()
         self._check_top()

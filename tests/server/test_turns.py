@@ -13,12 +13,17 @@ import pytest
 import torch
 
 from pte_vllm.adapter.format import Adapter
+from pte_vllm.adapter.probes import Probes
+from pte_vllm.method.keep_marks import marks_of
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.train.replay.keeping import Keeper
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.segments import log_probs
 from pte_vllm.wire.client import RolloutClient
+from pte_vllm.wire.episode import join_turns
+from pte_vllm.wire.rollout import Rollout
 from tests.harness.engine import BLOCK
-from tests.harness.models import byte_tokenizer, random_tokens
+from tests.harness.models import TINY_LAYERS, byte_tokenizer, random_tokens
 from tests.harness.parity import TOLERANCE, load_model
 from tests.harness.server import IGNORE_EOS, WINDOW, Server
 
@@ -34,12 +39,13 @@ def server(
     serve: Callable[..., Server],
     tiny: Callable[[str], Path],
     adapters: Callable[..., Path],
+    probes: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Server:
     model = tiny("qwen3")
     file = tmp_path_factory.mktemp("chat") / "template.jinja"
     file.write_text(TEMPLATE)
-    flags = ["--chat-template", str(file), "--pte-keep", str(BLOCK)]
+    flags = ["--chat-template", str(file), "--pte-keep", str(BLOCK), "--pte-probes", str(probes)]
     return serve(model, {"ridge": adapters(model, rank=8, rule="ridge")}, flags=flags)
 
 
@@ -141,6 +147,55 @@ def test_scores_and_rollouts_of_conversations_are_the_replay(server: Server) -> 
             assert again == record and again.plan.pin_spans == spans
     finally:
         attached.detach()
+
+
+def test_an_episode_of_turns_is_one_record(server: Server) -> None:
+    """Each turn goes on from the tokens of the one before; one replay says all log-probs."""
+    turns: list[Rollout] = []
+    spans: list[tuple[int, int]] = []
+    history: list[int] = []
+    options: dict[str, Any] = {"adapter": "ridge", "keep_tokens": BLOCK}
+    with RolloutClient(server.url) as client:
+        for turn in range(5):
+            question = random_tokens(30 + 8 * turn, 500, 40 + turn)
+            spans.append((len(history), len(history) + len(question)))
+            (record,) = client.rollouts(
+                [history + question],
+                sampling={"max_tokens": 50 + 20 * turn, "ignore_eos": True, "seed": turn},
+                pin_tokens=spans[0][1],
+                pin_spans=[tuple(spans[1:])],
+                **options,
+            )
+            turns.append(record)
+            history = list(record.token_ids)
+    episode = join_turns(turns)
+    assert list(episode.token_ids) == history and episode.plan == turns[-1].plan
+    assert episode.plan.pin_spans == tuple(spans[1:])
+    assert sum(episode.mask) == sum(len(turn.completion_ids) for turn in turns)
+    assert Rollout.from_json(episode.to_line()) == episode
+    model = PTEModel(load_model(server.model), Adapter.load(server.adapters["ridge"]))
+    try:
+        assert episode.kept is not None
+        marks = marks_of(episode.kept, episode.plan, TINY_LAYERS, 2)
+        keeper = Keeper(model, Probes.load(server.probes))
+        found = log_probs(model, history, episode.plan, keeper=keeper, marks=[marks]).logprobs[0]
+    finally:
+        model.detach()
+    said = torch.tensor(episode.logprobs)
+    sampled = torch.tensor(episode.mask, dtype=torch.bool)
+    expected = found[len(episode.prompt_ids) : len(history)]
+    assert (said - expected)[sampled].abs().max().item() <= TOLERANCE
+    for wrong, message in (
+        (turns[1:] + turns[:1], "turn 1 does not begin with"),
+        ([replace(turns[0], adapter=None), *turns[1:]], "turn 0 ran with no adapter"),
+        ([turns[0], *turns[2:]], None),  # a turn left out is what the environment said
+        ([], "at least one turn"),
+    ):
+        if message is None:
+            assert len(join_turns(wrong).token_ids) == len(history)
+            continue
+        with pytest.raises(ValueError, match=message):
+            join_turns(wrong)
 
 
 def test_chat_pins_its_first_and_newest_question(server: Server) -> None:

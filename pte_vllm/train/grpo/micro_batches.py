@@ -76,12 +76,14 @@ def split(
     counts = [sum(trained_marks(s.rollout, options)) for s in samples]
     weights = token_weights(counts, options.loss_level)
 
-    def kind(i: int) -> tuple[int, float, int, str, int, int, str, bool]:
+    def kind(i: int) -> tuple[object, ...]:
         """Return what the rollouts of one micro-batch must share."""
         plan = samples[i].rollout.plan
         idle = options.kl_coef == 0 and (not counts[i] or samples[i].advantage == 0)
         choices = plan.evict, plan.evict_seed, plan.keep_tokens, plan.keep_score
-        return plan.window_tokens, plan.evict_ratio, plan.block_size, *choices, idle
+        pinned = plan.pinned_blocks * plan.block_size
+        questions = tuple((first - pinned, end - pinned) for first, end in plan.pin_spans)
+        return plan.window_tokens, plan.evict_ratio, plan.block_size, *choices, questions, idle
 
     parts: list[list[int]] = []
     for i in sorted(range(len(samples)), key=lambda i: (kind(i), _shape(samples[i]))):
