@@ -255,7 +255,7 @@ def test_options_in_headers(server: Server) -> None:
 @pytest.mark.parametrize(
     ("header", "value", "message"),
     [
-        ("X-PTE-Pin", "5", "unknown option 'pte_pin'"),
+        ("X-PTE-Pins", "5", "unknown option 'pte_pins'"),
         ("X-PTE-Pin-Tokens", "all", "pte_pin_tokens must be an integer"),
         ("X-PTE-Pin-Tokens", "999", "beyond the prompt"),
         ("X-PTE-Window", "33", "multiple"),
