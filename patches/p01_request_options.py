@@ -85,7 +85,7 @@ def _check(
         raise ValueError(
             "pte_pin_tokens is missing, and this server runs with --pte-require-pin-tokens: send "
             "the length of the question in tokens, as an option or as the header X-PTE-Pin-Tokens, "
-            "or pte_window 0 for full attention"
+            "or pte_pin prompt or first_and_last_user, or pte_window 0 for full attention"
         )
     if plan.bounded and request.resumable:
         raise ValueError("streaming input sessions need full attention: send pte_window 0")

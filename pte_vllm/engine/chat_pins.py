@@ -63,14 +63,22 @@ def with_pins(
         )
     numbers = replace(options, pin=None)
     if options.pin == "prompt":
-        return numbers if earlier is not None else replace(numbers, pin_tokens=len(prompt))
-    if options.pin is None:
-        says = options.pin_tokens is not None or bool(options.pin_spans)
-        drawn = "random" in (options.evict, earlier.evict if earlier is not None else None)
-        if says or drawn or (earlier is None and engine.pin_tokens is not None):
-            return numbers
+        if earlier is not None:
+            raise ValueError(
+                f"pte_pin is prompt, but {options.state_id} goes on with what it pinned: leave out "
+                "pte_pin or pte_state_id"
+            )
+        return replace(numbers, pin_tokens=len(prompt))
     marks = marks_of_chat(tokenizer)
     questions = marks.questions(prompt) if marks is not None else ()
+    if options.pin is None:
+        drawn = "random" in (options.evict, earlier.evict if earlier is not None else None)
+        if drawn or options.pin_spans and (earlier is not None or options.pin_tokens is not None):
+            return numbers
+        if earlier is None and (options.pin_tokens is not None or engine.pin_tokens is not None):
+            return numbers
+        if options.pin_spans:  # said without what comes before them
+            return replace(numbers, pin_tokens=questions[0][1]) if questions else numbers
     if not questions:
         if options.pin is None:
             return numbers

@@ -1,7 +1,7 @@
 """The ids that vLLM gives to requests, and which of them a client means.
 
 A route of vLLM makes an id for each prompt, the external id: that of the response, and for
-completions `{response}-{prompt}`. The engine's id is `[{choice}_]{external}[-{8 hex digits}]`, with
+completions `{response}-{prompt}`, and `{response}_{step}` of `/v1/responses`. The engine's id is `[{choice}_]{external}[-{8 hex digits}]`, with
 a choice where a prompt has several, and random digits unless the server is told to leave them out.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 _RANDOM = re.compile(r"-[0-9a-f]{8}$")
 _CHOICE = re.compile(r"^(\d+)_(.+)$", re.DOTALL)
 _NUMBERS = re.compile(r"(-\d+){0,2}$")
+_RESPONSE = re.compile(r"^(resp_.+)_\d+$", re.DOTALL)
 _PROMPT = re.compile(r"^(cmpl-.+)-(\d+)$", re.DOTALL)
 
 
@@ -39,11 +40,14 @@ class RequestId:
         """Return what a client may call this request.
 
         Choice c is `{response}-{c}`, the first also `{response}`, and of a completion's prompt
-        p > 0 `{response}-{p}-{c}`.
+        p > 0 `{response}-{p}-{c}`. A step of `/v1/responses` is `{response}`.
         """
         choice = self.choice or 0
         names = {str(self), f"{self.external}-{choice}"}
         prompt = _PROMPT.match(self.external)
+        response = _RESPONSE.match(self.external)
+        if response is not None and choice == 0:  # of several steps the newest is found
+            names.add(response[1])
         if prompt is not None and prompt[2] == "0":
             names.add(f"{prompt[1]}-{choice}")
             if choice == 0:

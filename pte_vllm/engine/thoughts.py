@@ -91,6 +91,7 @@ class Thoughts:
             "state_bytes": self.state_bytes,
             **({"ended_s": self.ended_s} if self.ended_s is not None else {}),
             **({"keep_tokens": self.plan.keep_tokens} if self.plan.keep_tokens else {}),
+            **({"pin_spans": self.plan.pin_spans} if self.plan.pin_spans else {}),
         }
 
     def summary(self, name: str) -> dict[str, Any]:
@@ -104,6 +105,7 @@ class Thoughts:
             "num_tokens": self.num_tokens,
             "pin_tokens": self.plan.pin_tokens,
             "window_tokens": self.plan.window_tokens,
+            **({"pin_spans": self.plan.pin_spans} if self.plan.pin_spans else {}),
             **self._choices(),
             "folds": self.folds,
             "folded_tokens": self.folded_blocks * self.plan.block_size,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import Any
 
-from pte_vllm.method.spans import Spans
+from pte_vllm.method.spans import Span, Spans
 
 _QUESTION, _ANSWER, _RESULT = "QQQQQQ", "AAAAAA", "RRRRRR"
 """Contents that are found again in what a template makes of them."""
@@ -69,12 +69,15 @@ class ChatMarks:
         """Return the tokens of each question, as ranges `[start, end)` in order."""
         headers = _places(token_ids, self.header)
         starts = [start for start in headers if self._is_user(token_ids, start)]
-        spans = []
+        spans: list[Span] = []
         for start, end in pairwise([*starts, len(token_ids)]):
             body = start + len(self.header)
             # The message ends with the first of the tokens that come after each.
             stop = next((i for i in range(body, end) if token_ids[i] == self.answer_header[0]), end)
-            spans.append((start, stop + _alike(token_ids[stop:end], self.answer_header)))
+            begin, stop = start, stop + _alike(token_ids[stop:end], self.answer_header)
+            if spans and spans[-1][1] == start:  # two messages in a row are one question
+                begin, _ = spans.pop()
+            spans.append((begin, stop))
         return tuple(spans)
 
     def _is_user(self, token_ids: Sequence[int], start: int) -> bool:

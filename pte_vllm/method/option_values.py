@@ -39,7 +39,10 @@ def as_spans(value: Any) -> Spans:
     Raises:
         ValueError: If it is nothing of these.
     """
-    form = "pte_pin_spans must be pairs of numbers as in [[400, 450], [900, 960]]"
+    form = (
+        "pte_pin_spans must be pairs of numbers: [400, 450, 900, 960] in vllm_xargs, "
+        "400-450,900-960 in a header"
+    )
     if isinstance(value, str):
         value = [part.split("-") for part in value.split(",") if part.strip()]
     if not isinstance(value, list | tuple):

@@ -192,14 +192,18 @@ class RequestOptions:
                 pin_spans=self.pin_spans if window_tokens else (),
             )
         except ValueError as error:
-            option = "pte_keep" if str(error).startswith("keep") else "pte_window"
+            options = {"keep": "pte_keep", "pin": "pte_pin_spans"}
+            option = options.get(str(error).partition(" ")[0], "pte_window")
             raise ValueError(f"{option}: {error}") from error
         limit = engine.max_prompt_tokens
         most = pin_tokens + max((end - first for first, end in plan.pin_spans), default=0)
         if plan.bounded and limit is not None and most > limit:
             raise ValueError(
-                f"{most} pinned tokens exceed this server's --pte-max-prompt-tokens {limit}; "
-                "send a smaller pte_pin_tokens, so that the rest of the prompt counts as thoughts"
+                f"{most} pinned tokens exceed this server's --pte-max-prompt-tokens {limit}"
+                + ", the first question and the longest later one" * bool(plan.pin_spans)
+                + "; send a smaller pte_pin_tokens"
+                + " and pte_pin_spans" * bool(plan.pin_spans)
+                + ", so that the rest of the prompt counts as thoughts"
             )
         return plan
 

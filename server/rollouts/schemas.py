@@ -150,6 +150,11 @@ class ScoreRequest(_Request):
         for tokens, prompt in zip(self.token_ids, self.prompt_tokens, strict=True):
             if prompt >= len(tokens):
                 raise ValueError(f"prompt_tokens {prompt}: a sequence has {len(tokens)} tokens")
+        for prompt, (pin_tokens, _) in zip(
+            self.prompt_tokens, self.pins(len(self.token_ids)), strict=True
+        ):
+            if pin_tokens is not None and pin_tokens > prompt:
+                raise ValueError(f"pin_tokens is {pin_tokens}, beyond prompt_tokens {prompt}")
         self.group_ids(len(self.token_ids))
         self.pins(len(self.token_ids))
         return self

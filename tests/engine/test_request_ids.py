@@ -50,3 +50,12 @@ def test_both_sides_of_the_engine_mean_the_same_request() -> None:
         assert found is not None and find_external(name, sent) in found, name
     for name in ("cmpl-b-2", "cmpl-b-1-2", "cmpl", "cmpl-c"):
         assert find_id(name, ids) is None and find_external(name, sent) is None, name
+
+
+def test_a_response_is_its_newest_step() -> None:
+    """`/v1/responses` numbers the steps of a response; a client knows the response only."""
+    steps = ["resp_12ab_0-01234567", "resp_12ab_1-01234567", "resp_12_0-01234567"]
+    assert find_id("resp_12ab", steps) == steps[1]
+    assert find_id("resp_12ab_0", steps) == steps[0]
+    assert find_external("resp_12ab", [("resp_12ab_1", 1), ("resp_12ab_0", 1)]) == "resp_12ab_1"
+    assert find_external("resp_12a", [("resp_12ab_0", 1)]) is None

@@ -81,6 +81,19 @@ def test_questions_reach_from_their_header_to_that_of_the_answer(
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_messages_of_a_user_in_a_row_are_one_question(
+    name: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    template = TEMPLATES[name]
+    marks = ChatMarks.of(tokenizer, template)
+    assert marks is not None
+    chat = [*CHAT[:2], {"role": "user", "content": "more"}, *CHAT[2:]]
+    ids = _ids(tokenizer, chat, template)
+    texts = [tokenizer.decode(ids[first:end]) for first, end in marks.questions(ids)]
+    assert len(texts) == 3 and "First?" in texts[0] and "more" in texts[0]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_the_first_turn_is_one_question(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """So the first turn's plan is that of the turns that come after it."""
     template = TEMPLATES[name]

@@ -186,8 +186,9 @@ def test_an_episode_of_turns_is_one_record(server: Server) -> None:
     expected = found[len(episode.prompt_ids) : len(history)]
     assert (said - expected)[sampled].abs().max().item() <= TOLERANCE
     for wrong, message in (
-        (turns[1:] + turns[:1], "turn 1 does not begin with"),
+        (turns[1:] + turns[:1], "turn 0 has another plan"),
         ([replace(turns[0], adapter=None), *turns[1:]], "turn 0 ran with no adapter"),
+        ([turns[1], *turns[1:]], "turn 1 does not begin with the"),
         ([turns[0], *turns[2:]], None),  # a turn left out is what the environment said
         ([], "at least one turn"),
     ):
@@ -247,6 +248,10 @@ def _rendered(messages: list[dict[str, str]], *, answered: bool | None = None) -
         ({"pte_pin_tokens": 50, "pte_pin_spans": "100-x"}, "must be an integer, got 'x'"),
         ({"pte_pin_tokens": 50, "pte_pin_spans": "100-120", "pte_evict": "random"}, "evict oldest"),
         ({"pte_pin": "prompt", "pte_pin_tokens": 5}, "leave one of them out"),
+        (
+            {"pte_evict": "random", "pte_pin_tokens": 5, "pte_pin_spans": [9, 12]},
+            "pte_pin_spans: pin spans need evict oldest",
+        ),
         ({"pte_pin": "all"}, "pte_pin must be one of prompt, first_and_last_user"),
         ({"pte_pin": "first_and_last_user"}, "no user message is found"),
     ],
