@@ -1,8 +1,9 @@
 """The ids that vLLM gives to requests, and which of them a client means.
 
 A route of vLLM makes an id for each prompt, the external id: that of the response, and for
-completions `{response}-{prompt}`, and `{response}_{step}` of `/v1/responses`. The engine's id is `[{choice}_]{external}[-{8 hex digits}]`, with
-a choice where a prompt has several, and random digits unless the server is told to leave them out.
+completions `{response}-{prompt}`, and `{response}_{step}` of `/v1/responses`. The engine's id is
+`[{choice}_]{external}[-{8 hex digits}]`, with a choice where a prompt has several, and random
+digits unless the server is told to leave them out.
 """
 
 from __future__ import annotations
