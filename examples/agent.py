@@ -4,7 +4,8 @@
     pte-vllm model fetch qwen2.5-coder-0.5b .cache/models/qwen2.5-coder-0.5b --source packages
     pte-vllm adapter fetch qwen2.5-coder-0.5b-words .cache/words
     pte-vllm serve .cache/models/qwen2.5-coder-0.5b --block-size 32 --max-model-len 16384 \
-        --pte-window 256 --pte-keep 64 --pte-probes .cache/words/pte_probes.safetensors
+        --pte-window 256 --pte-keep 64 --pte-probes .cache/words/pte_probes.safetensors \
+        --enable-auto-tool-choice --tool-call-parser hermes
     python examples/agent.py --turns 50
 
 In each turn the user asks for a number to be booked. The model calls a tool, reads what it
@@ -73,8 +74,10 @@ class Agent:
         answered = self._send(max_tokens=60, tools=[TOOL], tool_choice="none")
         text = answered.choices[0].message.content or ""
         self.messages.append({"role": "assistant", "content": text})
-        held = self._routes.get(f"/pte/v1/thoughts/{answered.id}").raise_for_status().json()
-        return text, answered.usage.prompt_tokens, held["held_blocks"]
+        known = self._routes.get("/pte/v1/requests").raise_for_status().json()
+        records = [*known["running"], *known["finished"]]
+        most = [r["peak_blocks"] for r in records if answered.id in r["request_id"]]
+        return text, answered.usage.prompt_tokens, max(most, default=0)
 
     def _send(self, **options: Any) -> Any:
         return self._client.chat.completions.create(
@@ -100,7 +103,8 @@ def main() -> None:
         amount = 7 * turn % 50 + 1
         text, tokens, blocks = agent.ask(f"Book {amount}, please.", account)
         right += str(account.balance) in text.replace(",", "")
-        print(f"turn {turn:3d}  {tokens:6d} tokens of history  {blocks:4d} blocks  {text:.60}")
+        said = " ".join(text.split())
+        print(f"turn {turn:3d}  {tokens:6d} tokens of history  {blocks:4d} blocks  {said:.60}")
     print(f"{right} of {options.turns} answers name the balance, {account.balance} in the end")
 
 
