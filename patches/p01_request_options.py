@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -24,7 +25,7 @@ from pte_vllm.method.keep_marks import marks_of
 from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.options import EngineConfig, check_rule_fits
 from pte_vllm.method.plan import FoldPlan
-from pte_vllm.method.requests import REQUEST_OPTIONS, RequestOptions
+from pte_vllm.method.requests import LOGPROBS_MODE, REQUEST_OPTIONS, RequestOptions
 from pte_vllm.patches.base import Patch
 
 
@@ -77,6 +78,8 @@ def _check(
         options = earlier.apply(options)
         if request.data_parallel_rank is None:  # to the engine that has its state
             request.data_parallel_rank = EARLIER.engine_of(str(state_id))
+    if options.record is not None:
+        options = _recorded(options, params, vllm_config)
     if options != given:
         others = {k: v for k, v in (params.extra_args or {}).items() if k not in REQUEST_OPTIONS}
         params.extra_args = {**others, **options.to_args()}
@@ -97,6 +100,11 @@ def _check(
             f"the request may hold {peak} KV cache blocks, but the pool has {usable}; lower "
             "max_tokens, pte_window or pte_pin_tokens"
         )
+    if options.record is not None and plan.pin_tokens > num_prompt_tokens:
+        raise ValueError(
+            f"pte_record: a record begins with its question, but this server pins "
+            f"{plan.pin_tokens} tokens and the prompt has {num_prompt_tokens}: send pte_pin_tokens"
+        )
     if options.kept:
         _check_kept(options.kept, plan, vllm_config)
         # What is kept changes later blocks, and their names do not tell it.
@@ -116,6 +124,22 @@ def _check(
         prompt=prompt,
     )
     EARLIER.add(request.request_id, continued)
+
+
+def _recorded(options: RequestOptions, params: Any, vllm_config: Any) -> RequestOptions:
+    """Return the options of a request whose answer is recorded, and ask for what a record has.
+
+    Raises:
+        ValueError: If this server, or the request, cannot have its answer recorded.
+    """
+    mode = vllm_config.model_config.logprobs_mode
+    if mode != LOGPROBS_MODE:
+        raise ValueError(
+            f"pte_record needs --logprobs-mode {LOGPROBS_MODE}; this server runs with {mode}"
+        )
+    if params.logprobs is None:
+        params.logprobs = 0  # that of the sampled token alone; the route shows what it was asked
+    return replace(options, return_kept=True)
 
 
 def _num_engines(parallel: Any) -> int:

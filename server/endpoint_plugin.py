@@ -20,7 +20,14 @@ from pte_vllm.engine.chat_pins import use_template
 from pte_vllm.method.names import FEATURES, RULE_NAMES
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.method.requests import REQUEST_OPTIONS
-from pte_vllm.server import adapter_routes, kept_routes, page, text_only, thought_routes
+from pte_vllm.server import (
+    adapter_routes,
+    kept_routes,
+    page,
+    record_routes,
+    text_only,
+    thought_routes,
+)
 from pte_vllm.server.access.auth import Keys, admit_admin
 from pte_vllm.server.access.guard import Guard
 from pte_vllm.server.access.limits import BodyLimit
@@ -106,7 +113,7 @@ class PTEEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, and what bounds and guards them."""
         before = len(app.routes)
-        parts = (adapter_routes, rollout_routes, thought_routes, kept_routes)
+        parts = (adapter_routes, rollout_routes, thought_routes, kept_routes, record_routes)
         for ours in (router, *(part.router for part in parts)):
             app.include_router(ours, prefix="/pte/v1", tags=["pte"])
         app.include_router(page.router)

@@ -23,6 +23,7 @@ from pte_vllm.server.failures import say_why
 from pte_vllm.server.finished import FinishedReader
 from pte_vllm.server.options import ServiceConfig
 from pte_vllm.server.others import Others
+from pte_vllm.server.recorder import Recorder
 from pte_vllm.server.sharing.directory import Sharing, num_api_servers
 from pte_vllm.server.sharing.totals import Totals
 from pte_vllm.server.written import MAX_BYTES, Written
@@ -49,6 +50,8 @@ class Service:
     """Reads ρ of each fold."""
     kept: FinishedReader[KeptRecord]
     """Reads what each fold kept, of rollouts that keep tokens."""
+    recorder: Recorder
+    """Has records of answers whose requests asked for it."""
     written: Written
     """Has the tokens of requests that keep some."""
     others: Others
@@ -82,6 +85,8 @@ def make_service(
         Loads(models, registry, engines, keep=options.keep_loaded).install()
         Resolving(models).install()
     say_why(engine)
+    rho: FinishedReader[list[float]] = FinishedReader(engines, "pte_rho")
+    kept: FinishedReader[KeptRecord] = FinishedReader(engines, "pte_kept")
     return Service(
         engine=engine,
         engines=engines,
@@ -89,8 +94,9 @@ def make_service(
         spool=spool,
         registry=registry,
         admission=Admission(options.max_rollouts, sharing.counts("admission")),
-        rho=FinishedReader(engines, "pte_rho"),
-        kept=FinishedReader(engines, "pte_kept"),
+        rho=rho,
+        kept=kept,
+        recorder=Recorder(engine, config, registry.catalog, kept, rho, sharing.records()),
         written=Written(
             engine, sharing.ended_tokens(max_count=config.keep_thoughts, max_bytes=MAX_BYTES)
         ),

@@ -5,9 +5,12 @@ Standard library only, as `options.py`.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pte_vllm.method.spans import Spans
+
+_NAME = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 
 
 def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
@@ -55,6 +58,19 @@ def as_spans(value: Any) -> Spans:
         raise ValueError(f"{form}, got {value!r:.99}")
     first_and_end = [[as_int("pte_pin_spans", number) for number in one] for one in value]
     return tuple((first, end) for first, end in first_and_end)
+
+
+def as_name(option: str, value: object) -> str:
+    """Return a name of 1 to 128 of `A-Z a-z 0-9 . _ : @ -`, which can stand in a URL.
+
+    Raises:
+        ValueError: If it is anything else; the message names the option.
+    """
+    if not isinstance(value, str) or _NAME.fullmatch(value) is None:
+        raise ValueError(
+            f"{option} must be a name of 1 to 128 of A-Z a-z 0-9 . _ : @ -, got {value!r:.160}"
+        )
+    return value
 
 
 def as_bool(name: str, value: Any) -> bool:

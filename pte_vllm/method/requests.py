@@ -11,7 +11,7 @@ from typing import Any
 
 from pte_vllm.method.kept_record import KeptRecord, record_from_json, record_to_json
 from pte_vllm.method.names import EVICTS, KEEP_SCORES, PINS, RULE_NAMES, Evict, KeepScore, Pin
-from pte_vllm.method.option_values import as_bool, as_int, as_spans, check_choice
+from pte_vllm.method.option_values import as_bool, as_int, as_name, as_spans, check_choice
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.spans import Spans
@@ -28,8 +28,12 @@ REQUEST_OPTIONS = (
     "pte_keep_score",
     "pte_kept",
     "pte_return_kept",
+    "pte_record",
     "pte_state_id",
 )
+
+LOGPROBS_MODE = "processed_logprobs"
+"""vLLM's `--logprobs-mode` under which log-probs are those of the sampled distribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,8 @@ class RequestOptions:
     """`pte_kept` sets it: what the first folds have to keep, as an earlier run recorded it."""
     return_kept: bool = False
     """`pte_return_kept` sets it: the engine remembers what was kept until it is asked for it."""
+    record: str | None = None
+    """`pte_record` sets it: the name under which the API server keeps a record of the answer."""
     state_id: str | None = None
     """`pte_state_id` names an earlier request to continue; the API server resolves it."""
 
@@ -117,6 +123,8 @@ class RequestOptions:
                 raise ValueError(f"pte_kept: {error}") from error
         if given.get("pte_return_kept") is not None:
             options["return_kept"] = as_bool("pte_return_kept", given["pte_return_kept"])
+        if given.get("pte_record") is not None:
+            options["record"] = as_name("pte_record", given["pte_record"])
         if given.get("pte_state_id") is not None:
             state_id = given["pte_state_id"]
             if not isinstance(state_id, str) or not 0 < len(state_id) <= 512:
@@ -142,6 +150,7 @@ class RequestOptions:
             "pte_keep_score": self.keep_score,
             "pte_kept": record_to_json(self.kept) or None,
             "pte_return_kept": self.return_kept or None,
+            "pte_record": self.record,
         }
         return {name: value for name, value in given.items() if value is not None}
 

@@ -13,15 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from pte_vllm.adapter.hashes import content_hash, file_hashes
 from pte_vllm.method.kept_record import KeptRecord, record_to_json
 from pte_vllm.method.names import Evict, KeepScore
 from pte_vllm.method.spans import Spans
 from pte_vllm.wire.expected import Expected, Group, RolloutMismatch, choices_of
 from pte_vllm.wire.pins import pins_of, pins_of_each
+from pte_vllm.wire.pushing import Pushes
 from pte_vllm.wire.records import Request
 from pte_vllm.wire.rollout import InFlight, Rollout
-from pte_vllm.wire.transport import CONFLICT, ServerError, Transport, bearer
+from pte_vllm.wire.transport import ServerError, Transport, bearer
 
 if TYPE_CHECKING:
     from pte_vllm.adapter.format import Adapter
@@ -241,6 +241,26 @@ class RolloutClient:
         by_group = {record.group_id: record for record in self._records(request)}
         return [by_group[group_id] for group_id in groups]
 
+    def records(self, name: str, *, drop: bool = True) -> list[Rollout]:
+        """Return the records of requests that were sent with `pte_record` and this name.
+
+        Any route of the API takes the option, also as the header `X-PTE-Record`. The records come
+        in the order in which the answers ended; `wire.episode.join_turns` joins an episode's.
+
+        Args:
+            name: what the requests gave.
+            drop: whether the server is to forget them.
+
+        Raises:
+            ServerError: if there are none (404), or the server refuses or stays away.
+            ValueError: if a record is malformed.
+        """
+        path = f"/pte/v1/records/{name}"
+        found = [Rollout.from_json(r) for r in self._http.json("GET", path)["records"]]
+        if drop:
+            self._http.json("DELETE", path)
+        return found
+
     def push(self, adapter: Adapter | str | Path, name: str, version: int | None = None) -> int:
         """Make an adapter version `version` of `name`, by default the next; return its number.
 
@@ -260,35 +280,10 @@ class RolloutClient:
             if not isinstance(adapter, str | Path):
                 adapter.save(scratch)
                 adapter = scratch
+            pushes = Pushes(self._http, self._admin_headers)
             if version is not None:
-                return self._push_directory(Path(adapter), name, version)
-            return self._push_next(Path(adapter), name)
-
-    def _push_next(self, path: Path, name: str) -> int:
-        """Push under the first number that is free."""
-        number = 0
-        while True:
-            # Decided before it is sent, so that a retry cannot push the same files twice.
-            known = self.adapters().get(name)
-            number = max(number, known["newest"] if known is not None else 0) + 1
-            try:
-                return self._push_directory(path, name, number)
-            except ServerError as error:
-                if error.status != CONFLICT:  # somebody else's push took the number
-                    raise
-
-    def _push_directory(self, path: Path, name: str, version: int) -> int:
-        hashes = file_hashes(path)
-        if not hashes:
-            raise FileNotFoundError(f"{path} holds no adapter")
-        reply = self._http.json(
-            "PUT",
-            f"/pte/v1/adapters/{name}",
-            headers=self._admin_headers,
-            data={"sha256": content_hash(hashes), "version": str(version)},
-            files={file: (file, (path / file).read_bytes()) for file in hashes},
-        )
-        return int(reply["version"])
+                return pushes.push(Path(adapter), name, version)
+            return pushes.push_next(Path(adapter), name, self.adapters)
 
     def _records(self, request: Request) -> Iterator[Rollout]:
         if not request.expected.missing():

@@ -20,6 +20,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pte_vllm.engine.earlier import ONLY_CHECKED
+from pte_vllm.method.requests import LOGPROBS_MODE
 from pte_vllm.server.access.admission import BusyError, too_many
 from pte_vllm.server.adapters.catalog import ConflictError, Resolved
 from pte_vllm.server.metrics import counted
@@ -33,7 +34,6 @@ logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form i
 KEEP_ALIVE_S = 10.0
 """A blank line goes out this often while nothing finishes."""
 
-LOGPROBS_MODE = "processed_logprobs"
 FIELDS = {
     "pte_window": "window_tokens",
     "pte_pin_tokens": "pin_tokens",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pte_vllm.engine.shared_log import SharedLog
 from pte_vllm.server.sharing.aborts import Aborts
+from pte_vllm.server.sharing.answer_records import RecordStore
 from pte_vllm.server.sharing.counts import Counts
 from pte_vllm.server.sharing.ended_tokens import EndedTokens
 from pte_vllm.server.sharing.exclusive import Exclusive
@@ -60,6 +61,10 @@ class Sharing:
     def ended_tokens(self, *, max_count: int, max_bytes: int) -> EndedTokens:
         """Return the tokens of requests that have ended, within these bounds."""
         return EndedTokens(self._file("tokens.db"), max_count=max_count, max_bytes=max_bytes)
+
+    def records(self) -> RecordStore:
+        """Return the records of answers."""
+        return RecordStore(self._file("records.db"))
 
     def totals(self) -> Totals:
         """Return the worker's totals."""
