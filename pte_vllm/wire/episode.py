@@ -64,6 +64,36 @@ def join_turns(turns: Sequence[Rollout]) -> Rollout:
     )
 
 
+def join_episodes(records: Sequence[Rollout]) -> list[Rollout]:
+    """Return the records of one or several conversations, each joined as far as it goes on.
+
+    A record continues the conversation whose tokens it begins with, the longest such. Where a chat
+    template or a harness rewrote what was said, or another agent speaks, a new one begins; all that
+    comes before its answer is then its prompt, so that no token counts twice.
+
+    Args:
+        records: in the order in which the answers ended, each of one sample.
+    """
+    found: list[Rollout] = []
+    for record in records:
+        if not record.completion_ids:
+            continue
+        fitting = [
+            place
+            for place, before in enumerate(found)
+            if record.prompt_ids[: len(before.token_ids)] == before.token_ids
+        ]
+        for place in sorted(fitting, key=lambda at: len(found[at].token_ids), reverse=True):
+            try:
+                found[place] = join_turns([found[place], record])
+                break
+            except ValueError:  # another plan: what was pinned is not what it pins
+                continue
+        else:
+            found.append(record)
+    return found
+
+
 def _check_goes_on(turns: Sequence[Rollout], number: int) -> None:
     """Raise ValueError unless a turn has the adapter and the plan of the last one."""
     turn, last = turns[number], turns[-1]

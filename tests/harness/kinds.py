@@ -11,6 +11,11 @@ from dataclasses import dataclass, field
 NO_KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
 """For tests of growth: oneDNN keeps up to 1,024 kernels that it compiled, one for each size of a
 matrix, whatever the server does."""
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+"""Of the kind `chat`: headers begin with a special token of the tiny models."""
 API_KEY, ADMIN_KEY = "key-of-users-5cd1", "key-of-admins-8e07"
 KEEP_THOUGHTS = 12
 """`--pte-keep-thoughts` of the kinds `open` and `admin`."""
@@ -49,6 +54,7 @@ KINDS = {
             *("server/test_server", "server/test_thoughts", "server/test_token_clients"),
             *("server/test_trainer_contracts", "server/test_trl_client", "server/test_stop"),
             *("server/test_errors", "server/test_kept", "eval/test_run", "eval/test_experiment"),
+            "server/test_records",
         ),
         flags=_FLAGS,
         env={"VLLM_LORA_RESOLVER_CACHE_DIR": "{directory}/adapters"},
@@ -63,6 +69,13 @@ KINDS = {
         flags=_FLAGS,
         env={"PTE_ADMIN_KEY": ADMIN_KEY},
         key=ADMIN_KEY,
+    ),
+    "chat": Kind(  # of the tiny models, whose own template has no special tokens
+        modules=("server/test_turns", "server/test_environments"),
+        flags=(
+            *("--chat-template", "{directory}/template.jinja", "--pte-keep", "32"),
+            *("--pte-probes", "{directory}/probes.safetensors"),
+        ),
     ),
     "engines": Kind(  # with two API servers, which is vLLM's default
         modules=("server/test_engines", "server/test_api_servers"),

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.harness.kinds import ADMIN_KEY, KINDS, Kind
+from tests.harness.kinds import ADMIN_KEY, CHAT_TEMPLATE, KINDS, Kind
 from tests.harness.models import write_probes
 from tests.harness.server import Server
 
@@ -42,6 +42,7 @@ class SharedServers:
         directory = self._make_directory()
         (directory / "admin-key").write_text(f"{ADMIN_KEY}\n")
         (directory / "adapters").mkdir()
+        (directory / "template.jinja").write_text(CHAT_TEMPLATE)
         write_probes(directory / "probes.safetensors")
         # In memory where there is such a place: a version is synced before it is served, which
         # takes seconds on a busy disk, and some samples that it should meet last no longer.

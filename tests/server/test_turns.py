@@ -27,26 +27,12 @@ from tests.harness.models import TINY_LAYERS, byte_tokenizer, random_tokens
 from tests.harness.parity import TOLERANCE, load_model
 from tests.harness.server import IGNORE_EOS, WINDOW, Server
 
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-"""Its headers begin with a special token of the tiny model."""
-
 
 @pytest.fixture(scope="module")
 def server(
-    serve: Callable[..., Server],
-    tiny: Callable[[str], Path],
-    adapters: Callable[..., Path],
-    probes: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    shared: Callable[..., Server], tiny: Callable[[str], Path], adapters: Callable[..., Path]
 ) -> Server:
-    model = tiny("qwen3")
-    file = tmp_path_factory.mktemp("chat") / "template.jinja"
-    file.write_text(TEMPLATE)
-    flags = ["--chat-template", str(file), "--pte-keep", str(BLOCK), "--pte-probes", str(probes)]
-    return serve(model, {"ridge": adapters(model, rank=8, rule="ridge")}, flags=flags)
+    return shared("chat", {"ridge": adapters(tiny("qwen3"), rank=8, rule="ridge")})
 
 
 def _post(server: Server, path: str, body: dict[str, Any]) -> httpx.Response:

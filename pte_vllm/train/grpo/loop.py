@@ -5,6 +5,7 @@
     OUT/checkpoints/    the newest ones (`run.checkpoint` says what they hold)
     OUT/metrics.jsonl   numbers by step; OUT/tensorboard/ the same
     OUT/training.png    reward, length and drift
+    OUT/environment.log what an environment printed
     OUT/adapter/        after the last step
 
 A run that was interrupted or killed goes on from its newest checkpoint with the same command. Every
@@ -17,6 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +26,9 @@ from rich.console import Console
 from pte_vllm.adapter.format import Adapter
 from pte_vllm.train.data.questions import Problem, QuestionStream, prompt_ids
 from pte_vllm.train.data.sources import open_stream
+from pte_vllm.train.environments.process import EnvironmentFailed, EnvironmentWorker
+from pte_vllm.train.environments.tasks import TaskSource
+from pte_vllm.train.grpo.episodes import EpisodeSampler
 from pte_vllm.train.grpo.learner import Learner, StepResult
 from pte_vllm.train.grpo.loss import DriftError
 from pte_vllm.train.grpo.publishing import Publisher, RolloutSource
@@ -39,6 +44,7 @@ from pte_vllm.train.run.start import ADAPTER, StartedRun, learning_rate, load_to
 from pte_vllm.wire.client import ServerError
 
 INITIAL = "initial"
+ENVIRONMENT_LOG = "environment.log"
 
 
 def main(options: GrpoRun) -> int:
@@ -47,7 +53,7 @@ def main(options: GrpoRun) -> int:
     try:
         with connect(run.server) as client:
             return 0 if train(run, client) else 130
-    except (ServerError, DriftError, FloatingPointError) as error:
+    except (ServerError, DriftError, EnvironmentFailed, FloatingPointError) as error:
         print(f"pte-vllm: error: {error}", file=sys.stderr)
         return 2
 
@@ -68,10 +74,33 @@ def train(run: GrpoRun, source: RolloutSource, *, stream: QuestionStream | None 
         OSError: if a file cannot be read or written.
         ServerError: if the server refuses, or stays away.
         DriftError: if server and replay do not compute the same policy.
+        EnvironmentFailed: if the environment cannot be played.
 
     Before an error leaves here, the steps that were done are saved.
     """
     run = resumed(run)
+    with ExitStack() as until:
+        worker: EnvironmentWorker | None = None
+        if run.data.source == "verifiers" and stream is None:
+            keys = {run.server.admin_key_env} - {None}
+            worker = until.enter_context(
+                EnvironmentWorker(
+                    run.environment,
+                    log=run.run.directory / ENVIRONMENT_LOG,
+                    hidden={str(name) for name in keys},
+                )
+            )
+            tasks = TaskSource(str(run.environment.taskset), worker.num_tasks)
+            stream = QuestionStream(tasks, seed=run.data.seed)
+        return _train(run, source, stream, worker)
+
+
+def _train(
+    run: GrpoRun,
+    source: RolloutSource,
+    stream: QuestionStream | None,
+    worker: EnvironmentWorker | None,
+) -> bool:
     console = Console(stderr=True, highlight=False)
     directory, tokenizer = run.run.directory, load_tokenizer(run.model.base)
     if stream is None:
@@ -83,7 +112,7 @@ def train(run: GrpoRun, source: RolloutSource, *, stream: QuestionStream | None 
     else:
         start.model.save_pretrained(directory / INITIAL)
     metrics = MetricsLog(directory, step=start.state.step, tensorboard=run.run.tensorboard)
-    trainer = _Trainer(run, source, stream, tokenizer, start, metrics)
+    trainer = _Trainer(run, source, stream, tokenizer, start, metrics, worker)
     try:
         finished = trainer.run_steps(start.state, console)
     finally:
@@ -116,7 +145,9 @@ class _Trainer:
         tokenizer: Any,
         start: StartedRun,
         metrics: MetricsLog,
+        worker: EnvironmentWorker | None,
     ) -> None:
+        self._worker = worker
         self._run, self._source, self._stream, self._tokenizer = run, source, stream, tokenizer
         self._model, self._optimizer = start.model, start.optimizer
         self._checkpoints, self._metrics = start.checkpoints, metrics
@@ -141,7 +172,7 @@ class _Trainer:
             Signals() as signals,
             ProgressBar(console, title="grpo", done=state.step, total=last) as bar,
         ):
-            sampler = Sampler(run, self._source, publisher, self._tokenizer, note=bar.note)
+            sampler = self._sampler(publisher, bar.note)
             if state.step < last or not self._has_pushed_last():
                 publisher.publish(self._model.adapter())
             step, position = state.step, self._stream.state()
@@ -169,6 +200,11 @@ class _Trainer:
                 self._save(step, publisher.version, position)
                 bar.note(f"interrupted after step {step}: saved; the same command goes on")
         return step == last
+
+    def _sampler(self, publisher: Publisher, note: Callable[[str], None]) -> Sampler:
+        if self._worker is not None:
+            return EpisodeSampler(self._run, self._source, publisher, self._worker, note=note)
+        return Sampler(self._run, self._source, publisher, self._tokenizer, note=note)
 
     def _step(
         self, step: int, sampler: Sampler, publisher: Publisher, signals: Signals

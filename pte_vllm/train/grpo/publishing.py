@@ -36,6 +36,8 @@ class RolloutSource(Protocol):
         group_ids: Sequence[str] | None = ...,
     ) -> Iterator[Rollout]: ...
 
+    def records(self, name: str) -> list[Rollout]: ...
+
 
 class Publisher:
     """Keeps the server at the learner's adapter, under versions that only rise.

@@ -29,7 +29,7 @@ from pte_vllm.wire.transport import ServerError
 
 _UNKNOWN = (404, 409)
 """HTTP status of a server that lacks the adapter, or its version."""
-_MAX_RECOVERIES = 5
+MAX_RECOVERIES = 5
 """Most times that the adapter is pushed again for one batch; then the run gives up."""
 
 
@@ -90,7 +90,7 @@ class Sampler:
             rounds += 1
             problems = stream.take(wanted - found)
             # Over all of a step's rounds: questions that replace others get no smaller window.
-            longest = max(longest, *(len(prompt_ids(p, self._tokenizer)) for p in problems))
+            longest = max(longest, self._longest(problems))
             window = self._run.plan.window_for(longest)
             answers = self._current(self._ask(problems, f"{step}.{rounds}", window))
             seen += answers
@@ -117,6 +117,10 @@ class Sampler:
             window_tokens=self._run.plan.window_for(longest),
         )
 
+    def _longest(self, problems: Sequence[Problem]) -> int:
+        """Return how many tokens the longest question has."""
+        return max(len(prompt_ids(problem, self._tokenizer)) for problem in problems)
+
     def _current(self, samples: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         """Give samples the current version, as a later answer may have met a restarted server."""
         return [replace(s, rollout=self._publisher.as_current(s.rollout)) for s in samples]
@@ -128,14 +132,14 @@ class Sampler:
         open_groups = {f"{label}.{i}": problem for i, problem in enumerate(problems)}
         order = list(open_groups)
         done: dict[str, list[ScoredRollout]] = {}
-        for attempt in range(_MAX_RECOVERIES + 1):
+        for attempt in range(MAX_RECOVERIES + 1):
             try:
                 for group_id, members in self._complete_groups(open_groups, label, window_tokens):
                     problem = open_groups.pop(group_id)
                     done[group_id] = [self._sample(problem, rollout) for rollout in members]
                 break
             except ServerError as error:
-                if error.status not in _UNKNOWN or attempt == _MAX_RECOVERIES:
+                if error.status not in _UNKNOWN or attempt == MAX_RECOVERIES:
                     raise
                 self._note(f"the server lacks {self._publisher.engine_name}: pushing it again")
                 check_plan(self._run, self._source.wait_ready(self._run.server.retry_s))

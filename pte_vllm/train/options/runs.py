@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pte_vllm.train.options.distilling import DistillOptions, KeepStageOptions
+from pte_vllm.train.options.environments import EnvironmentOptions
 from pte_vllm.train.options.parsing import Options, RunOptions
 from pte_vllm.train.options.sections import (
     AdapterOptions,
@@ -42,6 +43,7 @@ DATA_SOURCES = Literal[
     "reasoning-gym",
     "memory",
     "ledger",
+    "verifiers",
 ]
 REWARD_NAMES = Literal["auto", "math", "reasoning-gym", "exact", "memory", "ledger"]
 
@@ -195,6 +197,8 @@ class GrpoRun(RunOptions):
     """The algorithm."""
     data: DataOptions
     """Questions and their reward."""
+    environment: EnvironmentOptions = EnvironmentOptions()
+    """An environment of the verifiers library, for data.source verifiers."""
     run: GrpoOutputOptions = GrpoOutputOptions()
     """Output."""
 
@@ -205,7 +209,25 @@ class GrpoRun(RunOptions):
                 f"--grpo.overlong_tokens {self.grpo.overlong_tokens} must not exceed "
                 f"--sampling.max_tokens {self.sampling.max_tokens}"
             )
+        if self.data.source == "verifiers":
+            self._check_environment()
+        elif self.environment.taskset is not None:
+            raise ValueError("--environment.taskset needs --data.source verifiers")
         return self
+
+    def _check_environment(self) -> None:
+        if self.environment.taskset is None:
+            raise ValueError("--environment.taskset is missing: which taskset of verifiers?")
+        if self.plan.window_tokens == "prompt":
+            raise ValueError(
+                "--plan.window_tokens prompt follows the questions of a step, and an environment "
+                "asks its own: give a number, such as --plan.window_tokens 1024"
+            )
+        if self.grpo.overlong_tokens:
+            raise ValueError(
+                "--grpo.overlong_tokens is a penalty of single answers: leave it out with "
+                "--data.source verifiers, or have the environment's reward do it"
+            )
 
 
 class DistillRun(RunOptions):
@@ -236,6 +258,8 @@ class DistillRun(RunOptions):
     def _check(self) -> Self:
         if self.distill.data == "samples" and self.data is None:
             raise ValueError("--data.source is missing: --distill.data samples asks its questions")
+        if self.data is not None and self.data.source == "verifiers":
+            raise ValueError("--data.source verifiers is for train grpo: it has no questions alone")
         if self.keep.steps and not (self.plan.keep_tokens and self.plan.probes):
             raise ValueError(
                 "--keep.steps trains the probes of --plan.probes, by which --plan.keep_tokens "

@@ -1,0 +1,1 @@
+"""What runs in the process that plays episodes: its path has this folder, and `verifiers`."""
