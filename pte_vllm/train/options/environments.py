@@ -26,8 +26,8 @@ class EnvironmentOptions(Options):
     max_turns: Count = 16
     """Most answers of the model in one episode."""
     renderer: dict[str, Any] = Field(default_factory=dict)
-    """What writes messages as tokens, for models that the library does not know by their name:
-    name=default,tool_parser=qwen3 is the model's chat template."""
+    """What writes messages as tokens; without name it is the model's chat template, and
+    tool_parser=qwen3 reads calls of tools. Models that the library knows need nothing."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Anything else of the library's env table, such as id and timeout."""
     max_concurrent: Count = 64
