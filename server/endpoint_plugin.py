@@ -33,6 +33,7 @@ from pte_vllm.server.access.guard import Guard
 from pte_vllm.server.access.limits import BodyLimit
 from pte_vllm.server.access.option_headers import OptionHeaders
 from pte_vllm.server.beam_search import refuse_beam_search
+from pte_vllm.server.before_streams import check_before_streams
 from pte_vllm.server.client_errors import mend_client_errors
 from pte_vllm.server.ending import Ending, answer_at_shutdown
 from pte_vllm.server.options import ServiceConfig
@@ -152,6 +153,7 @@ class PTEEndpointPlugin:
             )
             refuse_beam_search(state)
             mend_client_errors(state)
+            check_before_streams(engine_client, state)
             state.pte_service = found
             COLLECTOR.watch(found)
             answer_at_shutdown(engine_client, getattr(args, "pte_ending", None) or Ending())
