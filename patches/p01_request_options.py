@@ -122,6 +122,7 @@ def _check(
         adapter=adapter,
         choices=params.n,
         prompt=prompt,
+        is_told=_is_told(params),
     )
     EARLIER.add(request.request_id, continued)
 
@@ -140,6 +141,16 @@ def _recorded(options: RequestOptions, params: Any, vllm_config: Any) -> Request
     if params.logprobs is None:
         params.logprobs = 0  # that of the sampled token alone; the route shows what it was asked
     return replace(options, return_kept=True)
+
+
+def _is_told(params: Any) -> bool:
+    """Return whether the answer tells what was pinned and folded.
+
+    It does for a request that sent PTE options, is a chat with earlier turns, or wants log-probs of
+    what may be pinned. Other answers are vLLM's, unchanged.
+    """
+    given = params.extra_args or {}
+    return params.prompt_logprobs is not None or any(name in given for name in REQUEST_OPTIONS)
 
 
 def _num_engines(parallel: Any) -> int:

@@ -40,6 +40,7 @@ from pte_vllm.server.options import ServiceConfig
 from pte_vllm.server.rollouts import routes as rollout_routes
 from pte_vllm.server.scrape import COLLECTOR, RefreshOnScrape
 from pte_vllm.server.service import make_service, service
+from pte_vllm.server.told import FoldsInStreams, tell_folds
 from pte_vllm.server.trainers import control
 from pte_vllm.server.trainers import routes as trainer_routes
 from pte_vllm.server.trainers.tokens import serving_tokens
@@ -135,6 +136,7 @@ class PTEEndpointPlugin:
         )
         app.add_middleware(RefreshOnScrape)
         app.add_middleware(OptionHeaders)
+        app.add_middleware(FoldsInStreams)
         app.add_middleware(Guard, only_below="/" if is_ours else "/pte")
 
     async def init_state(
@@ -153,6 +155,7 @@ class PTEEndpointPlugin:
             )
             refuse_beam_search(state)
             mend_client_errors(state)
+            tell_folds(engine_client, config, found.block_size)
             check_before_streams(engine_client, state)
             state.pte_service = found
             COLLECTOR.watch(found)

@@ -14,6 +14,7 @@ from typing import Any
 from pte_vllm.engine.request_ids import find_external, find_id
 from pte_vllm.engine.shared_log import SharedLog
 from pte_vllm.method.names import Evict, KeepScore
+from pte_vllm.method.options import EngineConfig
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.requests import RequestOptions
 from pte_vllm.method.spans import Spans
@@ -44,6 +45,8 @@ class EarlierRequest:
     num_prompt_tokens: int
     prompt_hash: int
     pin_spans: Spans = ()
+    is_told: bool = False
+    """Whether its answer tells what was pinned and folded."""
 
     def __post_init__(self) -> None:
         spans = tuple((first, end) for first, end in self.pin_spans)  # JSON knows lists only
@@ -58,6 +61,7 @@ class EarlierRequest:
         adapter: tuple[str, str] | None,
         choices: int,
         prompt: Sequence[int],
+        is_told: bool = False,
     ) -> EarlierRequest:
         """Make what is remembered of a request that was accepted; `adapter` is name and path."""
         return cls(
@@ -74,6 +78,21 @@ class EarlierRequest:
             num_prompt_tokens=len(prompt),
             prompt_hash=hash(tuple(prompt)),
             pin_spans=plan.pin_spans,
+            is_told=is_told,
+        )
+
+    def plan(self, engine: EngineConfig, block_size: int) -> FoldPlan:
+        """Return its plan again; of the engine it has the part of a window that a fold takes."""
+        return FoldPlan(
+            pin_tokens=self.pin_tokens,
+            window_tokens=self.window_tokens,
+            evict_ratio=engine.evict_ratio,
+            block_size=block_size,
+            evict=self.evict,
+            evict_seed=self.evict_seed,
+            keep_tokens=self.keep_tokens,
+            keep_score=self.keep_score,
+            pin_spans=self.pin_spans,
         )
 
     def check(
@@ -201,10 +220,14 @@ class EarlierRequests:
             )
         return self._by_id[request_id]
 
+    def exactly(self, external: str) -> EarlierRequest | None:
+        """Return the request that is remembered by this id, a route's; None without one."""
+        self._catch_up()
+        return self._by_id.get(external)
+
     def keeps_tokens(self, external: str) -> bool:
         """Return whether a request that is remembered by this id, a route's, keeps tokens."""
-        self._catch_up()
-        request = self._by_id.get(external)
+        request = self.exactly(external)
         return request is not None and request.keep_tokens > 0
 
     def forget(self, name: str) -> None:

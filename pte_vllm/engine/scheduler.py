@@ -18,12 +18,11 @@ from pte_vllm.engine.failures import ATTRIBUTE as FAILURES
 from pte_vllm.engine.failures import StepFailures
 from pte_vllm.engine.messages import PoolReport, SequenceStart
 from pte_vllm.engine.orphans import end_with_parent
-from pte_vllm.engine.request_ids import RequestId
 from pte_vllm.engine.reserve import WindowReserve
 from pte_vllm.engine.snapshots import SnapshotIndex
 from pte_vllm.engine.waiting import sleep_while_waiting
 from pte_vllm.method.options import EngineConfig, PTEConfig
-from pte_vllm.method.requests import REQUEST_OPTIONS, RequestOptions
+from pte_vllm.method.requests import RequestOptions
 from pte_vllm.method.weight import weigh_state
 
 if TYPE_CHECKING:
@@ -74,36 +73,10 @@ class PTESchedulerMixin:
         super().add_request(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Also tell a client that asked how much of its request was pinned and folded.
-
-        The dict of a KV connector is what vLLM hands through to the response as it is, and with
-        PTE there is no connector.
-        """
-        folds = self._folds_of(request)
         if request.status != RequestStatus.FINISHED_ERROR:
             self.pte_snapshots.end(request)
-        kv_params, ec_params = super()._free_request(request, *args, **kwargs)
-        return kv_params or folds, ec_params
-
-    def _folds_of(self, request: Request) -> dict[str, Any] | None:
-        """Return it for one that sent PTE options, or wants log-probs of what may be pinned."""
-        params = request.sampling_params
-        given = getattr(params, "extra_args", None) or {}
-        scored = params is not None and params.prompt_logprobs is not None
-        if not scored and not any(name in given for name in REQUEST_OPTIONS):
-            return None
-        if RequestId.parse(request.request_id).choice is not None:
-            return None  # the response has one dict for all its choices
-        plan = self.pte_plans[request.request_id]
-        folded = plan.folded_blocks(max(0, request.num_tokens - 2))  # the last was never computed
-        return {
-            "pte": {
-                "pin_tokens": plan.pin_tokens,
-                **({"pin_spans": plan.pin_spans} if plan.pin_spans else {}),
-                "folds": folded // plan.evict_blocks,
-                "folded_tokens": folded * plan.block_size,
-            }
-        }
+        found: tuple[Any, Any] = super()._free_request(request, *args, **kwargs)
+        return found
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)

@@ -11,13 +11,15 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.harness.engine import BLOCK
 from tests.harness.models import random_tokens
 from tests.harness.server import IGNORE_EOS, Server
 from tests.server.under_way import post
 
 PROMPT = random_tokens(60, 500, 4)
 CHAT = [{"role": "user", "content": "Hello"}]
-WINDOW = {"pte_window": 2 * 32}
+WINDOW = {"pte_window": 2 * BLOCK}
+"""A window of two blocks, of which a fold takes one."""
 
 COMPLETIONS = {"prompt": PROMPT, "max_tokens": 9}
 BODIES: dict[str, dict[str, Any]] = {
@@ -146,3 +148,94 @@ def test_a_stream_that_its_client_leaves_is_aborted(server: Server) -> None:
             if first["id"] in record["request_id"]
         ]
         assert len(found) == n and all(record["num_tokens"] < 3000 for record in found)
+
+
+def _told(server: Server, route: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the events of a stream tell, and an event after which nothing else is told."""
+    answer = post(server, route, body)
+    assert answer.status_code == 200, answer.text
+    if not body["stream"]:
+        return [answer.json()]
+    lines = (line.removeprefix("data: ") for line in answer.text.splitlines())
+    return [event for event in (json.loads(line) for line in lines if line.startswith("{"))]
+
+
+def _folds(found: dict[str, Any]) -> dict[str, int]:
+    return {name: found[name] for name in ("folds", "folded_tokens")}
+
+
+@pytest.mark.parametrize("route", BODIES)
+def test_the_end_of_a_stream_tells_what_was_folded(server: Server, route: str) -> None:
+    """In the words of an answer that is sent whole."""
+    length = {"max_output_tokens": 150} if route == "/v1/responses" else {"max_tokens": 150}
+    if route in SEVERAL:
+        length |= {"ignore_eos": True}
+    events = _told(server, route, _body(route, WINDOW, **length))
+    telling = [event for event in events if "kv_transfer_params" in json.dumps(event)]
+    if route == "/v1/responses":
+        (end,) = (event for event in telling if event["response"]["kv_transfer_params"])
+        assert end["type"] == "response.completed"
+        name, told = end["response"]["id"], end["response"]["kv_transfer_params"]["pte"]
+    else:
+        (end,) = telling
+        told = end["kv_transfer_params"]["pte"]
+        first = events[0]
+        name = first.get("id") or first.get("request_id") or first["message"]["id"]
+        if route == "/v1/messages":
+            assert end["type"] == "message_delta"
+        else:
+            assert end["choices"][0]["finish_reason"] == "length"
+    server.wait_idle()
+    found = server.get(f"/pte/v1/thoughts/{name}")
+    assert told == {"pin_tokens": found["pin_tokens"], **_folds(found)}
+    if route in SEVERAL:
+        assert told["folds"] > 0
+    plain = _told(server, route, _body(route, {}, **length))
+    assert not any((event.get("response") or event).get("kv_transfer_params") for event in plain)
+
+
+@pytest.mark.parametrize("route", SEVERAL)
+@pytest.mark.parametrize("stream", [True, False])
+def test_several_choices_tell_what_each_folded(server: Server, route: str, stream: bool) -> None:
+    length = {"max_tokens": 300, "temperature": 1.0, "seed": 3}
+    if route != "/inference/v1/generate":
+        length |= {"stop": ["a", "e"]}  # choices of different lengths
+    body = _body(route, WINDOW, n=3, **length) | {"stream": stream}
+    answers = _told(server, route, body)
+    (told,) = (found["pte"] for a in answers if (found := a.get("kv_transfer_params")))
+    assert [choice["index"] for choice in told["choices"]] == [0, 1, 2]
+    assert all(choice["folded_tokens"] == choice["folds"] * BLOCK for choice in told["choices"])
+    name = answers[0].get("id") or answers[0]["request_id"]
+    server.wait_idle()
+    for choice in told["choices"]:
+        found = server.get(f"/pte/v1/thoughts/{name}-{choice['index']}")
+        assert told["pin_tokens"] == found["pin_tokens"]
+        # The engine may have been a token ahead when a stop string ended the answer.
+        assert found["folds"] - 1 <= choice["folds"] <= found["folds"]
+    if stream:
+        last = [a for a in answers if any(c.get("finish_reason") for c in a["choices"])][-1]
+        assert last["kv_transfer_params"]["pte"] == told
+
+
+def test_each_of_several_prompts_tells_its_folds(server: Server) -> None:
+    for n in (1, 2):
+        body = _body(
+            "/v1/completions",
+            WINDOW,
+            n=n,
+            prompt=[PROMPT, PROMPT[:20], [*PROMPT, *PROMPT]],
+            max_tokens=130,
+            **IGNORE_EOS,
+        )
+        events = _told(server, "/v1/completions", body)
+        told = {
+            event["choices"][0]["index"] // n: event["kv_transfer_params"]["pte"]
+            for event in events
+            if event.get("kv_transfer_params")
+        }
+        assert {number: found["pin_tokens"] for number, found in told.items()} == {
+            0: 60,
+            1: 20,
+            2: 120,
+        }
+        assert all(("choices" in found) == (n > 1) for found in told.values())

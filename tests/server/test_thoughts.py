@@ -174,7 +174,9 @@ def test_folds_in_the_response(server: Server) -> None:
     )
     assert chat.kv_transfer_params["pte"]["folds"] == finished(server, chat.id)["folds"] > 0
     assert complete(server, "paper", 5).kv_transfer_params is None
-    assert complete(server, "paper", 5, n=2, pte_window=64).kv_transfer_params is None
+    several = complete(server, "paper", 150, n=2, pte_window=2 * BLOCK).kv_transfer_params["pte"]
+    assert [choice["index"] for choice in several.pop("choices")] == [0, 1]
+    assert several == {"pin_tokens": len(PROMPT)}
 
 
 def _follow(lines: Iterator[str]) -> Iterator[tuple[str, dict]]:
