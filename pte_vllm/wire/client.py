@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from pte_vllm.method.kept_record import KeptRecord, record_to_json
-from pte_vllm.method.names import Evict, KeepScore
+from pte_vllm.method.names import Evict, KeepScore, Pin
 from pte_vllm.method.spans import Spans
 from pte_vllm.wire.expected import Expected, Group, RolloutMismatch, choices_of
 from pte_vllm.wire.pins import pins_of, pins_of_each
@@ -103,6 +103,7 @@ class RolloutClient:
         window_tokens: int | None = None,
         pin_tokens: int | Sequence[int] | None = None,
         pin_spans: Sequence[Spans] | None = None,
+        pin: Pin | None = None,
         rule: str | None = None,
         evict: Evict | None = None,
         evict_seed: int | None = None,
@@ -126,6 +127,7 @@ class RolloutClient:
             window_tokens: the window of these sequences; None takes the server's.
             pin_tokens: how many tokens at the start are never folded; None pins each prompt.
             pin_spans: of each prompt, later questions, each pinned until the next one begins.
+            pin: the same in words, of each prompt: `prompt`, or `first_and_last_user`.
             rule: the rule by which folds add up; None takes the adapter's.
             evict: which blocks of a full window leave, `oldest` or `random`; None is `oldest`.
             evict_seed: what random blocks are drawn by; None is 0.
@@ -146,7 +148,7 @@ class RolloutClient:
             raise ValueError(f"group_ids must be {len(prompts)} different names, got {names}")
         if n < 1:
             raise ValueError(f"n must be positive, got {n}")
-        pins = pins_of_each(pin_tokens, pin_spans, len(prompts))
+        pins = pins_of_each(pin, pin_tokens, pin_spans, len(prompts))
         groups = {
             name: Group(
                 prompt=prompt if isinstance(prompt, str) else list(cast(Sequence[int], prompt)),
@@ -191,6 +193,7 @@ class RolloutClient:
         window_tokens: int | None = None,
         pin_tokens: int | Sequence[int] | None = None,
         pin_spans: Sequence[Spans] | None = None,
+        pin: Pin | None = None,
         rule: str | None = None,
         evict: Evict | None = None,
         evict_seed: int | None = None,
@@ -207,7 +210,7 @@ class RolloutClient:
         also name the k most probable tokens in each place, up to the server's `--max-logprobs`.
         """
         groups: dict[str, Group] = {}
-        pins = pins_of_each(pin_tokens, pin_spans, len(token_ids))
+        pins = pins_of_each(pin, pin_tokens, pin_spans, len(token_ids))
         for i, (tokens, num_prompt) in enumerate(zip(token_ids, prompt_tokens, strict=True)):
             if not 0 < num_prompt < len(tokens):
                 raise ValueError(f"prompt_tokens {num_prompt}: sequence {i} has {len(tokens)}")

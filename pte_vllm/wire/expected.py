@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pte_vllm.method.names import Evict, KeepScore
+from pte_vllm.method.names import Evict, KeepScore, Pin
 from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.spans import Spans
 from pte_vllm.wire.rollout import Rollout
@@ -37,6 +37,8 @@ class Group:
     """How many tokens at the start are never folded; None pins the prompt."""
     pin_spans: Spans = ()
     """Tokens of later questions, each pinned until the next one begins."""
+    pin: Pin | None = None
+    """What is pinned in words; None: the numbers say it."""
     answer: list[int] | None = None
     """The given completion, where it is scored."""
 
@@ -99,6 +101,7 @@ class Expected:
         self, record: Rollout, group: Group, default_plan: Mapping[str, Any]
     ) -> str | None:
         """Say which of plan, adapter, rule and top tokens differs, if one does."""
+        group = _in_numbers(group, record)
         expected = self._plan(group, len(record.prompt_ids), default_plan)
         if record.plan != expected:
             return f"plan is {record.plan}, asked for was {expected}"
@@ -131,6 +134,17 @@ class Expected:
             evict_seed=self.evict_seed or 0,
             pin_spans=group.pin_spans if window_tokens else (),
         )
+
+
+def _in_numbers(group: Group, record: Rollout) -> Group:
+    """Return what was asked for with the pins in numbers.
+
+    Where user messages lie the server finds out, by the chat template; they lie in the prompt.
+    """
+    spans = record.plan.pin_spans
+    if group.pin != "first_and_last_user" or (spans and spans[-1][1] > len(record.prompt_ids)):
+        return group
+    return replace(group, pin_tokens=record.plan.pin_tokens, pin_spans=spans)
 
 
 def choices_of(

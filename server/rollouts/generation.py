@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
@@ -19,8 +19,10 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from pte_vllm.engine.chat_pins import with_pins
 from pte_vllm.engine.earlier import ONLY_CHECKED
-from pte_vllm.method.requests import LOGPROBS_MODE
+from pte_vllm.method.requests import LOGPROBS_MODE, RequestOptions
+from pte_vllm.method.spans import Spans
 from pte_vllm.server.access.admission import BusyError, too_many
 from pte_vllm.server.adapters.catalog import ConflictError, Resolved
 from pte_vllm.server.metrics import counted
@@ -43,6 +45,7 @@ FIELDS = {
     "pte_keep_score": "keep_score",
     "pte_kept": "kept",
     "pte_keep": "keep_tokens",
+    "pte_pin": "pin",  # last, as other names begin so
 }
 """Fields of a request by the names that the same options have in `vllm_xargs`."""
 
@@ -90,10 +93,57 @@ def validate(
     except VLLMValidationError as error:
         if error.parameter != "vllm_xargs":
             raise
-        message = str(error.args[0])
-        for name, field in FIELDS.items():
-            message = message.replace(name, field)
-        raise HTTPException(400, message) from error
+        raise HTTPException(400, _with_fields(str(error.args[0]))) from error
+
+
+def pins_in_numbers(
+    service: Service,
+    body: RolloutRequest | ScoreRequest,
+    prompt: Sequence[int],
+    given: tuple[int | None, Spans],
+) -> tuple[int, Spans]:
+    """Return how many tokens at the start of a sequence are pinned, and which later spans.
+
+    They are said to the engine in any case: a default of the server is for requests that tell no
+    question from its answer.
+
+    Args:
+        service: whose chat template tells questions apart.
+        body: the request.
+        prompt: the tokens of the question, or of the conversation up to the answer.
+        given: what the request says of this sequence in numbers.
+
+    Raises:
+        HTTPException: 400 if `pin` asks for what cannot be found in the prompt, or pinned.
+    """
+    pin_tokens, pin_spans = given
+    if body.pin is None:
+        return len(prompt) if pin_tokens is None else pin_tokens, pin_spans
+    try:
+        found = with_pins(
+            RequestOptions(pin=body.pin),
+            service.config,
+            tokenizer=service.engine.input_processor.tokenizer,
+            prompt=prompt,
+            earlier=None,
+        )
+    except ValueError as error:
+        raise HTTPException(400, _with_fields(str(error))) from error
+    assert found.pin_tokens is not None
+    if found.pin_spans and body.evict == "random":
+        raise HTTPException(
+            400,
+            f"pin is {body.pin}, and evict random draws from all that a window holds: leave one of "
+            "them out, or send pin prompt",
+        )
+    return found.pin_tokens, found.pin_spans
+
+
+def _with_fields(message: str) -> str:
+    """Write a message about options with the names of their fields here."""
+    for name, field in FIELDS.items():
+        message = message.replace(name, field)
+    return message
 
 
 def stream(service: Service, jobs: list[Job]) -> Response:

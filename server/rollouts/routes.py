@@ -18,7 +18,13 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from pte_vllm.method.requests import request_plan
 from pte_vllm.method.spans import Spans
 from pte_vllm.server.adapters.catalog import Resolved
-from pte_vllm.server.rollouts.generation import check_logprobs_mode, resolve, stream, validate
+from pte_vllm.server.rollouts.generation import (
+    check_logprobs_mode,
+    pins_in_numbers,
+    resolve,
+    stream,
+    validate,
+)
 from pte_vllm.server.rollouts.in_flight import Job, Outcome, render
 from pte_vllm.server.rollouts.schemas import RolloutRequest, Sampling, ScoreRequest
 from pte_vllm.server.service import Service, service
@@ -36,15 +42,12 @@ async def rollouts(body: RolloutRequest, request: Request) -> Response:
     prompts: Sequence[str | list[int]] = body.token_ids or body.prompts or ()
     jobs: list[Job] = []
     count = len(prompts)
-    for prompt, (pin_tokens, pin_spans), group_id, wanted in zip(
+    for prompt, given, group_id, wanted in zip(
         prompts, body.pins(count), body.group_ids(count), body.wanted(count), strict=True
     ):
         rendered = await render(state, prompt)
-        # Said in any case: a default of the server is for requests that tell no question from
-        # its answer.
-        if pin_tokens is None:
-            pin_tokens = len(rendered["prompt_token_ids"])
-        options = _xargs(body, pin_tokens, pin_spans)
+        pins = pins_in_numbers(state, body, rendered["prompt_token_ids"], given)
+        options = _xargs(body, *pins)
         for index in wanted:
             seed = sample_seed(body.sampling.seed, group_id, index)
             params = _sampling_params(state, body.sampling, rendered, seed, options)
@@ -65,12 +68,13 @@ async def score(body: ScoreRequest, request: Request) -> Response:
     jobs: list[Job] = []
     count = len(body.token_ids)
     kept = body.kept or [None] * count
-    for tokens, num_prompt, (pin_tokens, pin_spans), group_id, record in zip(
+    for tokens, num_prompt, given, group_id, record in zip(
         *(body.token_ids, body.prompt_tokens, body.pins(count), body.group_ids(count), kept),
         strict=True,
     ):
         # To the engine all tokens are prompt: what is pinned has to be said.
-        options = _xargs(body, num_prompt if pin_tokens is None else pin_tokens, pin_spans)
+        pins = pins_in_numbers(state, body, tokens[:num_prompt], given)
+        options = _xargs(body, *pins)
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pte_vllm.method.names import Pin
 from pte_vllm.method.spans import Spans
 from pte_vllm.wire.rollout import InFlight
 
@@ -45,6 +46,8 @@ class _Request(_Strict):
     list says it of each sequence."""
     pin_spans: list[list[Annotated[list[int], Field(min_length=2, max_length=2)]]] | None = None
     """As `pte_pin_spans`, of each sequence; null: none has later questions."""
+    pin: Pin | None = None
+    """As `pte_pin`, of each sequence, in place of the numbers."""
     evict: str | None = None
     evict_seed: int | None = None
     """As `pte_evict` and `pte_evict_seed`."""
@@ -59,9 +62,14 @@ class _Request(_Strict):
         """Return `pin_tokens` and `pin_spans` of each of `count` sequences.
 
         Raises:
-            ValueError: If there are not as many.
+            ValueError: If there are not as many, or `pin` says it already.
         """
         given = self.pin_tokens
+        for name in ("pin_tokens", "pin_spans") if self.pin is not None else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"pin {self.pin} says what is pinned, and so does {name}: leave one of them out"
+                )
         tokens = list(given) if isinstance(given, list) else [given] * count
         given_spans = [[]] * count if self.pin_spans is None else self.pin_spans
         spans = [tuple((first, end) for first, end in of_one) for of_one in given_spans]

@@ -25,6 +25,13 @@ MAX_ROLLOUTS = 22
 """`--pte-max-rollouts` of the kind `loaded`."""
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+"""Of the kind `chat`. Its headers begin with a special token of the tiny model."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """How a shared server is started.
@@ -58,6 +65,13 @@ KINDS = {
         ),
         flags=_FLAGS,
         env={"VLLM_LORA_RESOLVER_CACHE_DIR": "{directory}/adapters"},
+    ),
+    "chat": Kind(
+        modules=("server/test_turns", "server/test_chat_pins"),
+        flags=(
+            *("--chat-template", "{directory}/template.jinja", "--pte-keep", "32"),
+            *("--pte-probes", "{directory}/probes.safetensors"),
+        ),
     ),
     "admin": Kind(
         modules=(

@@ -160,6 +160,16 @@ def test_an_episode_of_turns_is_one_record(server: Server) -> None:
     assert episode.plan.pin_spans == tuple(spans[1:])
     assert sum(episode.mask) == sum(len(turn.completion_ids) for turn in turns)
     assert Rollout.from_json(episode.to_line()) == episode
+    with RolloutClient(server.url) as client:  # spans past the first question, as in the record
+        (scored,) = client.score(
+            [history],
+            [len(episode.prompt_ids)],
+            pin_tokens=spans[0][1],
+            pin_spans=[tuple(spans[1:])],
+            kept=[episode.kept],
+            **options,
+        )
+    assert scored.plan == episode.plan and scored.kept == episode.kept
     model = PTEModel(load_model(server.model), Adapter.load(server.adapters["ridge"]))
     try:
         assert episode.kept is not None
@@ -171,7 +181,8 @@ def test_an_episode_of_turns_is_one_record(server: Server) -> None:
     said = torch.tensor(episode.logprobs)
     sampled = torch.tensor(episode.mask, dtype=torch.bool)
     expected = found[len(episode.prompt_ids) : len(history)]
-    assert (said - expected)[sampled].abs().max().item() <= TOLERANCE
+    for found in (expected, torch.tensor(scored.logprobs)):
+        assert (said - found)[sampled].abs().max().item() <= TOLERANCE
     for wrong, message in (
         (turns[1:] + turns[:1], "turn 0 has another plan"),
         ([replace(turns[0], adapter=None), *turns[1:]], "turn 0 ran with no adapter"),

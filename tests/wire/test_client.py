@@ -72,7 +72,7 @@ def refuse(status: int, message: str, **headers: str) -> Step:
     return lambda handler, body: send(handler, status, {"error": {"message": message}}, **headers)
 
 
-def record(prompt: list[int], group_id: str, index: int) -> dict[str, Any]:
+def record(prompt: list[int], group_id: str, index: int, **pins: Any) -> dict[str, Any]:
     plan = FoldPlan(pin_tokens=len(prompt), window_tokens=64, block_size=16)
     rollout = Rollout(
         prompt_ids=tuple(prompt),
@@ -87,10 +87,11 @@ def record(prompt: list[int], group_id: str, index: int) -> dict[str, Any]:
         index=index,
         num_preempted=0,
     )
-    return rollout.to_json()
+    line = rollout.to_json()
+    return line | {"plan": line["plan"] | pins}
 
 
-def answer(count: int | None = None, *, then: bytes = b"", cut: bool = False) -> Step:
+def answer(count: int | None = None, *, then: bytes = b"", cut: bool = False, **pins: Any) -> Step:
     """Stream the first `count` of the samples asked for; `cut` drops the connection after them."""
 
     def step(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
@@ -98,7 +99,8 @@ def answer(count: int | None = None, *, then: bytes = b"", cut: bool = False) ->
         handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
         lines = [
-            json.dumps(record(prompt, group_id, index)).encode() + b"\n\n"  # a blank: keep-alive
+            json.dumps(record(prompt, group_id, index, **pins)).encode()
+            + b"\n\n"  # a blank: keep-alive
             for prompt, group_id, wanted in zip(
                 body["token_ids"], body["group_id"], body["samples"], strict=True
             )
@@ -135,6 +137,27 @@ def test_imports_neither_vllm_nor_torch() -> None:
     code = "import sys, pte_vllm.wire.client; print(*{'vllm', 'torch'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_pins_in_words(script: Script, client: RolloutClient) -> None:
+    """They are said once for all prompts; a record has them in numbers, within its prompt."""
+
+    def ask(pin: Any, pins: dict[str, Any]) -> FoldPlan:
+        script.steps = [answer(**pins)]
+        (found,) = client.rollouts([[5, 6, 7, 8]], pin=pin)
+        return found.plan
+
+    numbers = {"pin_tokens": 2, "pin_spans": [(3, 4)]}
+    assert ask("first_and_last_user", numbers).pin_spans == ((3, 4),)
+    assert ask("prompt", {}).pin_tokens == 4
+    for pin, pins in (("first_and_last_user", {"pin_spans": [(4, 5)]}), ("prompt", numbers)):
+        with pytest.raises(RolloutMismatch, match="plan is"):
+            ask(pin, pins)
+    assert {"pin", "pin_tokens", "pin_spans"} & set(script.bodies[0]) == {"pin"}
+    with pytest.raises(ValueError, match="pin must be one of prompt, first_and_last_user"):
+        ask("all", {})
+    with pytest.raises(ValueError, match="pin prompt says what is pinned"):
+        client.rollouts([[5]], pin="prompt", pin_tokens=1)
 
 
 def test_resumes_with_what_is_missing(script: Script, client: RolloutClient) -> None:
