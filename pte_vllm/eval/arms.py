@@ -12,11 +12,28 @@ from typing import Any
 
 from pte_vllm.method.names import Evict, KeepScore
 from pte_vllm.method.plan import FoldPlan
+from pte_vllm.method.spans import Spans
 
 FULL = "full"
 """The key of the arm with the full cache, which all others are compared with."""
 SINK_TOKENS = 4
 """Pinned tokens of the control with attention sinks (StreamingLLM, arXiv 2309.17453)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pins:
+    """What a server pins of a prompt that says nothing of it, where that is not the whole of it."""
+
+    pin_tokens: int
+    """How many tokens at the start."""
+    pin_spans: Spans = ()
+    """The tokens of later questions, each pinned until the next one begins."""
+    by_questions: bool = True
+    """Whether user messages tell it; none are looked for where blocks leave at random."""
+
+    def __post_init__(self) -> None:
+        spans = tuple((first, end) for first, end in self.pin_spans)  # JSON knows lists only
+        object.__setattr__(self, "pin_spans", spans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +101,13 @@ class Arm:
         return f"window {self.window_tokens}, {memory}"
 
     def plan(
-        self, prompt_tokens: int, *, block_size: int, evict_ratio: float, seed: int = 0
+        self,
+        prompt_tokens: int,
+        *,
+        block_size: int,
+        evict_ratio: float,
+        seed: int = 0,
+        pins: Pins | None = None,
     ) -> FoldPlan:
         """Return the plan of one answer.
 
@@ -93,9 +116,13 @@ class Arm:
             block_size: tokens in a block of the server's KV cache.
             evict_ratio: part of a full window that one fold frees.
             seed: of what this answer draws, for the controls that evict or keep at random.
+            pins: what the server pins of the prompt; None: the whole of it.
         """
+        if pins is None or (pins.by_questions and self.evict == "random"):
+            pins = Pins(pin_tokens=prompt_tokens)
         plan = FoldPlan(
-            pin_tokens=prompt_tokens,
+            pin_tokens=pins.pin_tokens,
+            pin_spans=pins.pin_spans if self.window_tokens else (),
             window_tokens=self.window_tokens,
             evict_ratio=evict_ratio,
             block_size=block_size,
@@ -141,19 +168,21 @@ class Arm:
 
 
 def with_sinks(plan: FoldPlan) -> FoldPlan:
-    """Return a plan that pins the first tokens only, and gives the window the question's blocks.
+    """Return a plan that pins the first tokens only, and gives the window the questions' blocks.
 
     It holds as many blocks as `plan` does. Folds are `evict_ratio` of the larger window.
     """
     pinned = min(SINK_TOKENS, plan.pin_tokens)
-    freed = plan.pinned_blocks - -(-pinned // plan.block_size)
-    return replace(
-        plan, pin_tokens=pinned, window_tokens=plan.window_tokens + freed * plan.block_size
-    )
+    freed = plan.most_pinned_blocks - -(-pinned // plan.block_size)
+    window_tokens = plan.window_tokens + freed * plan.block_size
+    return replace(plan, pin_tokens=pinned, pin_spans=(), window_tokens=window_tokens)
 
 
 def peak_tokens(plan: FoldPlan, num_tokens: int) -> int:
     """Return the most KV room that a sequence of `num_tokens` takes, in tokens."""
+    if plan.pin_spans:  # what is pinned changes from question to question
+        starts = range(0, num_tokens, plan.block_size)
+        return max(map(plan.held_blocks, starts), default=0) * plan.block_size
     # Most is held by the last token, or where the window was full for the last time: what is kept
     # grows up to there.
     last = num_tokens - 1

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pte_vllm import __version__
+from pte_vllm.eval.arms import Pins
 from pte_vllm.eval.options import RunOptions
 from pte_vllm.eval.pairs import equal_pairs, pairs_markdown, pairs_table
 from pte_vllm.eval.results import Row, difference, full_of
@@ -28,11 +29,12 @@ def write_report(
     rows: Sequence[Row],
     facts: ServerFacts,
     weights: Mapping[str, int],
+    pins: Mapping[str, Mapping[str, Pins]],
     out: Path,
     console: Console,
 ) -> None:
     """Write `results.json`, `table.md` and both plots below `out`, and print the tables."""
-    found = [_entry(row, rows, facts, weights) for row in rows]
+    found = [_entry(row, rows, facts, weights, pins.get(row.benchmark, {})) for row in rows]
     pairs = equal_pairs(rows, found, block_tokens=facts.block_size)
     summary = {
         "version": __version__,
@@ -73,7 +75,11 @@ def write_report(
 
 
 def _entry(
-    row: Row, rows: Sequence[Row], facts: ServerFacts, weights: Mapping[str, int]
+    row: Row,
+    rows: Sequence[Row],
+    facts: ServerFacts,
+    weights: Mapping[str, int],
+    pins: Mapping[str, Pins],
 ) -> dict[str, Any]:
     """Return a row as JSON values: what the table shows, and accuracy by problem."""
     entry: dict[str, Any] = {
@@ -90,7 +96,7 @@ def _entry(
     arm, state_bytes = row.arm, 0
     if arm is not None and arm.adapter and arm.adapter in weights and arm.window_tokens:
         state_bytes = weights[arm.adapter]
-    tokens = row.peak_tokens(block_size=facts.block_size, evict_ratio=facts.evict_ratio)
+    tokens = row.peak_tokens(block_size=facts.block_size, evict_ratio=facts.evict_ratio, pins=pins)
     token_bytes = facts.kv_bytes_per_token
     full = full_of(rows, row)
     return entry | {

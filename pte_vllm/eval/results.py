@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from pte_vllm.eval.arms import FULL, Arm, peak_tokens
+from pte_vllm.eval.arms import FULL, Arm, Pins, peak_tokens
 
 INTERRUPTED = "interrupted"
 """The reason of a row whose task was not begun, or not asked to the end."""
@@ -145,18 +145,20 @@ class Row:
         """Return the share of answers that reached the limit of their length."""
         return mean_of([float(a.cut) for a in self.answers]).value
 
-    def peak_tokens(self, *, block_size: int, evict_ratio: float) -> float:
-        """Return the mean of the most KV room an answer takes, in tokens, without states."""
-        arm = self.arm or Arm(window_tokens=0)
-        return mean_of(
-            [
-                peak_tokens(
-                    arm.plan(answer.prompt_tokens, block_size=block_size, evict_ratio=evict_ratio),
-                    answer.prompt_tokens + answer.answer_tokens,
-                )
-                for answer in self.answers
-            ]
-        ).value
+    def peak_tokens(
+        self, *, block_size: int, evict_ratio: float, pins: Mapping[str, Pins] | None = None
+    ) -> float:
+        """Return the mean of the most KV room an answer takes, in tokens, without states.
+
+        `pins` has what is pinned of problems, by their keys; of others the whole prompt is.
+        """
+        arm, known = self.arm or Arm(window_tokens=0), pins or {}
+        sizes: dict[str, Any] = {"block_size": block_size, "evict_ratio": evict_ratio}
+        peaks = []
+        for answer in self.answers:
+            plan = arm.plan(answer.prompt_tokens, pins=known.get(answer.problem), **sizes)
+            peaks.append(peak_tokens(plan, answer.prompt_tokens + answer.answer_tokens))
+        return mean_of(peaks).value
 
     def solved_within(self, num_tokens: int) -> float:
         """Return the share solved by answers that ended within so many tokens, by problem."""

@@ -16,13 +16,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from pte_vllm.eval.arms import Arm, make_arms
+from pte_vllm.eval.arms import Arm, Pins, make_arms
+from pte_vllm.eval.asking import find_pins, find_problems, make_tasks
 from pte_vllm.eval.options import RunOptions
 from pte_vllm.eval.report import write_report
 from pte_vllm.eval.results import INTERRUPTED, Cell, Row, rows_of
@@ -32,12 +32,10 @@ from pte_vllm.eval.serving import (
     ServerFacts,
     Watch,
     ask,
-    count_prompts,
     default_block_size,
     key_from,
     started,
 )
-from pte_vllm.eval.tasks import problems_of, problems_under
 from pte_vllm.eval.weights import in_kv_tokens, state_bytes
 
 PROMPT_ROOM = 1024
@@ -56,7 +54,7 @@ def run(options: RunOptions) -> int:
     """
     # A file has room for a table; a terminal has what it has.
     console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 150)
-    problems = {name: _problems(options, name) for name in options.benchmarks}
+    problems = {name: find_problems(options, name) for name in options.benchmarks}
     counts = ", ".join(f"{name}: {len(found)} problems" for name, found in problems.items())
     console.print(counts)
     if options.model is not None:  # a mistake shows before a server starts
@@ -76,8 +74,9 @@ def run(options: RunOptions) -> int:
                 f"takes {facts.max_model_len} tokens in all (its --max-model-len)"
             )
         console.print(f"{len(arms)} memories, {answers} answers")
-        rows = _ask_all(options, facts, arms, process)
-    write_report(options, rows, facts, weights, options.out, console)
+        pins = find_pins(options, facts, arms)
+        rows = _ask_all(options, facts, arms, pins, process)
+    write_report(options, rows, facts, weights, pins, options.out, console)
     if rows and all(row.answers and not row.accuracy().value for row in rows):
         console.print(
             "No answer was right under any memory. Does the judge see what the model says? "
@@ -87,18 +86,6 @@ def run(options: RunOptions) -> int:
         console.print("The run was interrupted: the same command goes on where it stopped.")
         return 130
     return 1 if any(row.error for row in rows) else 0
-
-
-def _problems(options: RunOptions, name: str) -> Any:
-    return problems_of(
-        name,
-        options.limit,
-        options.data,
-        options.data_seed,
-        options.template,
-        options.judge,
-        options.system,
-    )
 
 
 @contextmanager
@@ -200,7 +187,13 @@ def _check_windows(options: RunOptions, block_size: int) -> None:
                 raise ValueError(text)
 
 
-def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: Any) -> list[Row]:
+def _ask_all(
+    options: RunOptions,
+    facts: ServerFacts,
+    arms: list[Arm],
+    pins: dict[str, dict[str, Pins]],
+    process: Any,
+) -> list[Row]:
     """Ask what the logs do not have yet, and read all rows from them."""
     os.environ.setdefault("INSPECT_DISABLE_MODEL_API_WARNING", "1")
     from inspect_ai import eval_set
@@ -209,7 +202,7 @@ def _ask_all(options: RunOptions, facts: ServerFacts, arms: list[Arm], process: 
     with Watch(facts.url, process) as watch:
         try:
             _, found = eval_set(
-                _tasks(options, facts, cells),
+                make_tasks(options, facts, cells, pins),
                 log_dir=str(logs),
                 log_dir_allow_dirty=True,  # further arms may join a sweep later
                 retry_attempts=0,
@@ -245,49 +238,6 @@ def _cells(options: RunOptions, arms: Sequence[Arm | None]) -> list[Cell]:
         for seed in options.seeds
         for arm in arms
     ]
-
-
-def _tasks(options: RunOptions, facts: ServerFacts, cells: Sequence[Cell]) -> list[Any]:
-    from inspect_ai.model import GenerateConfig, get_model
-
-    key = key_from(options.api_key_env) or "none"
-    prompt_tokens: dict[str, int] = {}
-    if any(cell.arm is not None and cell.arm.sinks for cell in cells):
-        for name in options.benchmarks:
-            prompts = {k: problem.prompt for k, problem in _problems(options, name).items()}
-            prompt_tokens |= count_prompts(facts, prompts, api_key=key)
-    made = []
-    for cell in cells:
-        arm = cell.arm
-        model = get_model(
-            f"openai-api/pte/{(arm and arm.adapter) or facts.models[0]}",
-            base_url=f"{facts.url}/v1",
-            api_key=key,
-            config=GenerateConfig(max_connections=options.concurrency),
-        )
-        task = problems_under(
-            benchmark=cell.benchmark,
-            arm=asdict(arm) if arm is not None else None,
-            limit=options.limit,
-            data=options.data,
-            data_seed=options.data_seed,
-            template=options.template,
-            judge=options.judge,
-            system=options.system,
-            epochs=options.epochs,
-            pass_at=list(options.pass_at),
-            max_tokens=cell.max_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=cell.seed,
-            block_size=facts.block_size,
-            evict_ratio=facts.evict_ratio,
-            knows_keep="pte_keep" in facts.options,
-            prompt_tokens=prompt_tokens if arm is not None and arm.sinks else None,
-        )
-        task.model = model
-        made.append(task)
-    return made
 
 
 def _with_summaries(log: Any) -> Any:

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,8 @@ class ServerFacts:
     """Most tokens of question and answer; None where the server does not say."""
     options: tuple[str, ...] = ()
     """Names of the request options that it knows."""
+    pin_tokens: int | None = None
+    """What it pins of every sequence (`--pte-pin-tokens`); None: questions."""
 
 
 def key_from(variable: str | None) -> str | None:
@@ -105,34 +107,8 @@ def ask(url: str, *, api_key: str | None = None) -> ServerFacts:
         max_model_len=found["max_model_len"],
         dtype=found.get("dtype", "bfloat16"),
         options=tuple(found["request_options"]),
+        pin_tokens=found["plan"].get("pin_tokens"),
     )
-
-
-def count_prompts(
-    facts: ServerFacts,
-    prompts: Mapping[str, Sequence[Mapping[str, str]]],
-    *,
-    api_key: str | None = None,
-) -> dict[str, int]:
-    """Return how many tokens the server makes of each chat, by its key.
-
-    Raises:
-        ValueError: if the server refuses.
-        DeadServer: if it does not answer.
-    """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    counts = {}
-    with httpx.Client(trust_env=False, timeout=60.0, headers=headers) as client:
-        for key, messages in prompts.items():
-            body = {"model": facts.models[0], "messages": list(messages)}
-            try:
-                reply = client.post(f"{facts.url}/tokenize", json=body)
-            except httpx.HTTPError as error:
-                raise DeadServer(f"--url: {facts.url} does not answer: {error}") from error
-            if reply.status_code != 200:
-                raise ValueError(f"--sinks: {facts.url}/tokenize answers {reply.text[:200]}")
-            counts[key] = int(reply.json()["count"])
-    return counts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from inspect_ai.model import (
 from inspect_ai.scorer import Score, Scorer, Target, accuracy, scorer, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
-from pte_vllm.eval.arms import Arm
+from pte_vllm.eval.arms import Arm, Pins
 from pte_vllm.eval.benchmarks import load_problems
 from pte_vllm.eval.results import Cell
 from pte_vllm.train.data.questions import Problem
@@ -77,6 +77,7 @@ def problems_under(
     evict_ratio: float = 0.25,
     knows_keep: bool = False,
     prompt_tokens: Mapping[str, int] | None = None,
+    pins: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Task:
     """Make the task that asks the problems of a benchmark under one arm.
 
@@ -99,6 +100,7 @@ def problems_under(
         evict_ratio: part of a full window that one fold frees there.
         knows_keep: whether the server knows `pte_keep`.
         prompt_tokens: tokens of each question by problem, for the control with attention sinks.
+        pins: fields of `Pins` by problem, of those that are not pinned whole, for the same control.
     """
     problems = problems_of(benchmark, limit, data, data_seed, template, judge, system)
     samples = [
@@ -118,6 +120,7 @@ def problems_under(
             evict_ratio=evict_ratio,
             knows_keep=knows_keep,
             prompt_tokens=dict(prompt_tokens or {}),
+            pins=dict(pins or {}),
         ),
         scorer=judged(problems.__getitem__),
         epochs=Epochs(epochs, reducers),
@@ -150,6 +153,7 @@ def answer_under(
     evict_ratio: float,
     knows_keep: bool,
     prompt_tokens: dict[str, int],
+    pins: dict[str, Any],
 ) -> Solver:
     """Answer once, with the request options of an arm and a seed for each problem and epoch.
 
@@ -161,11 +165,13 @@ def answer_under(
         own = sample_seed(seed, state.sample_id, state.epoch)
         body: dict[str, Any] = {}
         if chosen is not None:
+            own_pins = pins.get(str(state.sample_id))
             plan = chosen.plan(
                 prompt_tokens.get(str(state.sample_id), 0),
                 block_size=block_size,
                 evict_ratio=evict_ratio,
                 seed=own,
+                pins=None if own_pins is None else Pins(**own_pins),
             )
             body["vllm_xargs"] = chosen.request_args(plan, knows_keep=knows_keep)
         return await generate(state, seed=own, extra_body=body)

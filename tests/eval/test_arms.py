@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from pte_vllm.eval.arms import Arm, make_arms, peak_tokens
+from pte_vllm.eval.arms import Arm, Pins, make_arms, peak_tokens
+from pte_vllm.eval.prompts import has_turns
 
 BLOCK = 32
 
@@ -118,3 +120,42 @@ def test_peak_is_the_most_that_is_held(sinks: bool, num_tokens: int) -> None:
     held = max(plan.held_blocks(pos) for pos in range(num_tokens))
     assert peak_tokens(plan, num_tokens) == held * BLOCK
     assert plan.peak_blocks(500) == 6  # with and without sinks
+
+
+@pytest.mark.parametrize("num_tokens", [1, 95, 300, 301, 340, 700])
+def test_peak_of_a_chat_of_several_turns(num_tokens: int) -> None:
+    """Its first question and its newest one are pinned, in every arm that pins questions."""
+    pins = Pins(pin_tokens=40, pin_spans=((150, 170), (280, 340)))
+    options: dict[str, Any] = {"block_size": BLOCK, "evict_ratio": 0.25, "pins": pins}
+    peaks = {}
+    for name, arm in {
+        "plain": Arm(window_tokens=96),
+        "keep": Arm(window_tokens=96, keep_tokens=64),
+        "sinks": Arm(window_tokens=96, sinks=True),
+        "random": Arm(window_tokens=96, evict="random"),
+        "full": Arm(window_tokens=0),
+    }.items():
+        plan = arm.plan(340, **options)
+        held = max(plan.held_blocks(pos) for pos in range(num_tokens))
+        assert peak_tokens(plan, num_tokens) == held * BLOCK, name
+        peaks[name] = held
+    assert peaks["plain"] <= peaks["keep"] <= peaks["full"]
+    plan = Arm(window_tokens=96).plan(340, **options)
+    assert (plan.pin_tokens, plan.pin_spans) == (40, pins.pin_spans)
+    sinks = Arm(window_tokens=96, sinks=True).plan(340, **options)
+    assert (sinks.pin_tokens, sinks.pin_spans) == (4, ())
+    assert sinks.peak_blocks(700) == plan.peak_blocks(700)
+    # No questions are looked for where blocks leave at random.
+    assert Arm(window_tokens=96, evict="random").plan(340, **options).pin_tokens == 340
+    fixed = Pins(pin_tokens=7, by_questions=False)
+    options["pins"] = fixed
+    assert Arm(window_tokens=96, evict="random").plan(340, **options).pin_tokens == 7
+
+
+def test_which_chats_have_turns() -> None:
+    def chat(*roles: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": "a"} for role in roles]
+
+    assert not any(map(has_turns, (chat("user"), chat("system", "user"), chat("user", "user"))))
+    assert has_turns(chat("user", "assistant", "user")) and has_turns(chat("user", "assistant"))
+    assert has_turns(chat("system", "user", "system", "user"))
