@@ -23,7 +23,6 @@ from pte_vllm.engine.earlier import EARLIER
 from pte_vllm.engine.headers import with_headers
 from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.options import EngineConfig
-from pte_vllm.method.requests import RequestOptions
 from pte_vllm.server.adapters.catalog import Catalog, Resolved
 from pte_vllm.server.finished import FinishedReader
 from pte_vllm.server.sharing.answer_records import RecordStore
@@ -144,11 +143,11 @@ class Recorder:
         reason = _REASONS.get(choice.finish_reason)
         if reason is None:  # an error of the engine's, which the client is told
             return
-        earlier = EARLIER.get(request_id)
+        earlier = EARLIER.exactly(request_id)
+        if earlier is None:
+            raise LookupError("how it folded is not known any more")
         prompt, answer = tuple(result.prompt_token_ids or ()), tuple(choice.token_ids)
-        plan = earlier.apply(RequestOptions()).plan(
-            self._config, num_prompt_tokens=len(prompt), block_size=self._block_size
-        )
+        plan = earlier.plan(self._config, self._block_size)
         own = request_id if count == 1 else f"{index}_{request_id}"
         length = len(prompt) + len(answer)
         folds = num_folds(plan, length)

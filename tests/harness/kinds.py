@@ -25,13 +25,6 @@ MAX_ROLLOUTS = 22
 """`--pte-max-rollouts` of the kind `loaded`."""
 
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-"""Of the kind `chat`. Its headers begin with a special token of the tiny model."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """How a shared server is started.
@@ -67,7 +60,7 @@ KINDS = {
         env={"VLLM_LORA_RESOLVER_CACHE_DIR": "{directory}/adapters"},
     ),
     "chat": Kind(
-        modules=("server/test_turns", "server/test_chat_pins"),
+        modules=("server/test_turns", "server/test_chat_pins", "server/test_environments"),
         flags=(
             *("--chat-template", "{directory}/template.jinja", "--pte-keep", "32"),
             *("--pte-probes", "{directory}/probes.safetensors"),
@@ -83,13 +76,6 @@ KINDS = {
         flags=_FLAGS,
         env={"PTE_ADMIN_KEY": ADMIN_KEY},
         key=ADMIN_KEY,
-    ),
-    "chat": Kind(  # of the tiny models, whose own template has no special tokens
-        modules=("server/test_turns", "server/test_environments"),
-        flags=(
-            *("--chat-template", "{directory}/template.jinja", "--pte-keep", "32"),
-            *("--pte-probes", "{directory}/probes.safetensors"),
-        ),
     ),
     "engines": Kind(  # with two API servers, which is vLLM's default
         modules=("server/test_engines", "server/test_api_servers"),
