@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 HOST = "127.0.0.1"
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
@@ -89,16 +89,19 @@ class ProcessGroup:
     def __enter__(self) -> ProcessGroup:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.env,
-                # Not a session of its own: Linux divides the CPU by session first, then by nice.
-                process_group=0,
-            )
+            self._process = self._start(log)
         return self
+
+    def _start(self, log: BinaryIO) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=self.env,
+            # Not a session of its own: Linux divides the CPU by session first, then by nice.
+            process_group=0,
+        )
 
     def __exit__(
         self,

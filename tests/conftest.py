@@ -16,6 +16,7 @@ from tests.harness.kinds import KIND_OF_MODULE
 if TYPE_CHECKING:
     from tests.harness.server import Server
     from tests.harness.shared import SharedServers
+    from tests.harness.zygote import Zygote
 
 # Before anything imports torch: several test processes share the machine, and OpenMP threads that
 # spin against each other cost far more than they give.
@@ -52,12 +53,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def zygote() -> Zygote | None:
+    """From which test servers are forked; None where coverage counts what a process runs."""
+    from tests.harness.zygote import Zygote
+
+    return None if "COVERAGE_PROCESS_CONFIG" in os.environ else Zygote()
+
+
+@pytest.fixture(scope="session")
 def _shared_servers(
-    tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, zygote: Zygote | None
 ) -> Iterator[SharedServers]:
     from tests.harness.shared import SharedServers
 
-    servers = SharedServers(lambda: tiny("qwen3"), lambda: tmp_path_factory.mktemp("shared"))
+    make_directory = lambda: tmp_path_factory.mktemp("shared")  # noqa: E731
+    servers = SharedServers(lambda: tiny("qwen3"), make_directory, zygote)
     yield servers
     servers.close()
 

@@ -1,4 +1,4 @@
-"""Kinds of servers that modules of tests share: a start costs half a minute of a CPU.
+"""Kinds of servers that modules of tests share: a start by command costs half a minute of a CPU.
 
 Every test process imports this before it knows what it will run, so it imports nothing large.
 """
@@ -34,12 +34,14 @@ class Kind:
         flags: of `pte-vllm serve`, after those of every test server.
         env: added to the environment. In flags and env {directory} is one of this server's own.
         key: opens every route, where there are keys.
+        by_command: the command line starts it, not a zygote.
     """
 
     modules: tuple[str, ...]
     flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     key: str | None = None
+    by_command: bool = False
 
 
 _FLAGS = (
@@ -95,6 +97,7 @@ KINDS = {
         ),
         env={"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO"},  # /server_info, log
         key=ADMIN_KEY,
+        by_command=True,
     ),
     "loaded": Kind(
         modules=("server/test_in_flight", "server/test_interrupt", "faults/test_clients"),

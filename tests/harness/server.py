@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 import openai
@@ -16,6 +16,7 @@ import psutil
 
 from pte_vllm import launch
 from tests.harness.engine import BLOCK
+from tests.harness.zygote import Forked, Zygote
 
 WINDOW = 4 * BLOCK
 IGNORE_EOS = {"ignore_eos": True, "return_token_ids": True}
@@ -27,6 +28,8 @@ class Server(launch.Server):
     """The server, with what tests ask of it.
 
     `adapters` are served with `--lora-modules`; `key` goes with each request of its own methods.
+    `zygote`: starts its processes, where they would read no other environment early; else the
+    command line does.
     """
 
     def __init__(
@@ -38,8 +41,9 @@ class Server(launch.Server):
         flags: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         key: str | None = None,
+        zygote: Zygote | None = None,
     ) -> None:
-        self.model = model
+        self.model, self._zygote = model, zygote
         self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.adapters = dict(adapters)
         named = [f"{name}={path}" for name, path in adapters.items()]
@@ -63,6 +67,11 @@ class Server(launch.Server):
                 **(env or {}),
             },
         )
+
+    def _start(self, log: BinaryIO) -> Any:
+        if self._zygote is None or not self._zygote.fits(self.env):
+            return super()._start(log)
+        return Forked(self._zygote, self.command, self.env, log.fileno())
 
     @property
     def spool(self) -> Path:

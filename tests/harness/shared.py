@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from tests.harness.kinds import ADMIN_KEY, CHAT_TEMPLATE, KINDS, Kind
 from tests.harness.models import write_probes
 from tests.harness.server import Server
+from tests.harness.zygote import Zygote
 
 
 class SharedServers:
@@ -19,10 +20,13 @@ class SharedServers:
     Args:
         model: what they serve.
         make_directory: makes a directory for the files of one server.
+        zygote: starts them, where it is not to be done by command.
     """
 
-    def __init__(self, model: Callable[[], Path], make_directory: Callable[[], Path]) -> None:
-        self._model, self._make_directory = model, make_directory
+    def __init__(
+        self, model: Callable[[], Path], make_directory: Callable[[], Path], zygote: Zygote | None
+    ) -> None:
+        self._model, self._make_directory, self._zygote = model, make_directory, zygote
         self._running: dict[str, Server] = {}
         self._exit = ExitStack()
 
@@ -57,6 +61,7 @@ class SharedServers:
             flags=["--pte-spool", str(spool), *flags],
             env={name: value.format(directory=directory) for name, value in kind.env.items()},
             key=kind.key,
+            zygote=None if kind.by_command else self._zygote,
         )
         self._exit.enter_context(server).wait_ready()
         return server

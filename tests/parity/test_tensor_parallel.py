@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.engine.kept import assert_selected
 from tests.harness.engine import BLOCK, Engine, Job, lora
 from tests.harness.models import random_tokens
 from tests.harness.parity import assert_parity
+from tests.harness.zygote import Zygote
 from tests.parity.embedding import assert_embedding_adapter
 
 WINDOW = 2 * BLOCK
@@ -21,16 +23,20 @@ DRAWN = {"pte_keep_score": "random", "pte_evict_seed": 7}
 # The tiny models have two KV heads: of four ranks two hold the same one.
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def engine(
-    request: pytest.FixtureRequest, tiny: Callable[[str], Path], probes: Path
+    request: pytest.FixtureRequest,
+    tiny: Callable[[str], Path],
+    probes: Path,
+    zygote: Zygote | None,
 ) -> Iterator[Engine]:
-    made = Engine(
-        tiny("llama"),
-        window_tokens=WINDOW,
-        lora_rank=8,
-        probes=probes,
-        max_num_seqs=16,
-        ranks=request.param,
-    )
+    with zygote.spawning() if zygote is not None else nullcontext():
+        made = Engine(
+            tiny("llama"),
+            window_tokens=WINDOW,
+            lora_rank=8,
+            probes=probes,
+            max_num_seqs=16,
+            ranks=request.param,
+        )
     yield made
     made.close()
 

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from tests.harness.server import Server
+from tests.harness.zygote import Zygote
 
 CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+def serve(
+    tmp_path_factory: pytest.TempPathFactory, zygote: Zygote | None
+) -> Iterator[Callable[..., Server]]:
     """Starts a server that is ready; after the module it must become idle, and ends."""
     started: list[Server] = []
     with ExitStack() as servers:
@@ -30,7 +33,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
         ) -> Server:
             directory = tmp_path_factory.mktemp("server")
             flags = ["--pte-spool", str(directory / "spool"), *flags]
-            server = Server(model, adapters or {}, log=directory / "log", flags=flags, env=env)
+            log = directory / "log"
+            server = Server(model, adapters or {}, log=log, flags=flags, env=env, zygote=zygote)
             servers.enter_context(server).wait_ready()
             started.append(server)
             return server

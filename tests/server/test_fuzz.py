@@ -16,6 +16,7 @@ from schemathesis.checks import not_a_server_error
 from pte_vllm.wire.client import RolloutClient
 from tests.harness.models import random_tokens
 from tests.harness.server import Server
+from tests.harness.zygote import Zygote
 
 FUZZ = settings(
     max_examples=15,
@@ -33,11 +34,12 @@ def server(
     tiny: Callable[[str], Path],
     adapters: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
+    zygote: Zygote | None,
 ) -> Iterator[Server]:
     model, directory = tiny("llama"), tmp_path_factory.mktemp("fuzz")
     flags = ["--pte-spool", str(directory / "spool"), "--max-model-len", "256"]
     served = {"paper": adapters(model, rank=8, rule="paper")}
-    with Server(model, served, log=directory / "log", flags=flags) as server:
+    with Server(model, served, log=directory / "log", flags=flags, zygote=zygote) as server:
         server.wait_ready()
         yield server
 
