@@ -201,11 +201,13 @@ class Forked:
 def main() -> None:
     """Run the zygote, and after a fork the command: the only end of this function."""
     before = dict(os.environ)
+    gc.disable()
     for name in IMPORTED:
         importlib.import_module(name)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"imports began {len(threads) - 1} threads, which no fork has"
     added = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    gc.enable()
     gc.collect()
     gc.freeze()  # shared for good, and nothing for the collector to look through
     setproctitle.getproctitle()  # it looks for the command line now, beside the first environment
