@@ -119,28 +119,29 @@ class Stem:
 
 
 class Zygote(Stem):
-    """The process from which all others come; it ends with the one that made it."""
+    """The process from which all others come; it begins with the first and ends with its maker."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        super().__init__(ours)
         torch = importlib.util.find_spec("torch")
         assert torch is not None and torch.origin is not None
         # vLLM has every engine core and worker load it first.
         openmp = sorted(Path(torch.origin).parent.glob("lib/libgomp*.so*"))
         self.environ = {"LD_PRELOAD": ":".join(map(str, openmp[:1])), **os.environ}
-        with theirs:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    f"from {__name__} import main; main()",
-                    str(theirs.fileno()),
-                ],
-                pass_fds=[theirs.fileno()],
-                env=self.environ,
-                process_group=0,  # Ctrl-C is for the one that asks
-            )
-        super().__init__(ours)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, command: Command, fds: Sequence[int]) -> int:
+        if self._process is None:
+            with self._theirs as theirs:
+                words = ["-c", f"from {__name__} import main; main()", str(theirs.fileno())]
+                self._process = subprocess.Popen(
+                    [sys.executable, *words],
+                    pass_fds=[theirs.fileno()],
+                    env=self.environ,
+                    process_group=0,  # Ctrl-C is for the one that asks
+                )
+        return super().start(command, fds)
 
     @contextmanager
     def spawning(self) -> Iterator[None]:
