@@ -52,7 +52,7 @@ def test_what_must_overflow_is_refused_by_every_load(
 
 def _failed(answer: httpx.Response) -> list[dict[str, Any]]:
     """Return the errors of a plain answer, of a stream, or of lines of rollouts."""
-    lines = (line.removeprefix("data: ") for line in answer.text.splitlines())
+    lines = (line.removeprefix("data: ") for line in answer.text.split("\n"))
     found = [json.loads(line) for line in lines if line.startswith("{")]
     return [body["error"] for body in found if "error" in body]
 

@@ -156,7 +156,7 @@ def _told(server: Server, route: str, body: dict[str, Any]) -> list[dict[str, An
     assert answer.status_code == 200, answer.text
     if not body["stream"]:
         return [answer.json()]
-    lines = (line.removeprefix("data: ") for line in answer.text.splitlines())
+    lines = (line.removeprefix("data: ") for line in answer.text.split("\n"))
     return [event for event in (json.loads(line) for line in lines if line.startswith("{"))]
 
 
