@@ -30,6 +30,7 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 settings.register_profile("any-machine", deadline=None)  # a busy one may take seconds for anything
 settings.load_profile("any-machine")
 
+_UNFREEZE = gc.unfreeze
 gc.disable()  # while the tests are imported
 CACHE = Path(__file__).parent.parent / ".cache"
 
@@ -64,6 +65,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None
+
+
+def pytest_unconfigure() -> None:
+    """Let what was kept be collected at the end, or libraries report it as leaked."""
+    _UNFREEZE()
 
 
 @pytest.fixture(scope="session")
