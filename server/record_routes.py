@@ -11,9 +11,10 @@ router = APIRouter()
 
 
 @router.get("/records/{name}")
-async def get_records(name: str, request: Request) -> Response:
-    """Tell the records of a name, in the order in which their answers ended."""
-    lines = service(request).recorder.store.get(name)
+async def get_records(name: str, request: Request, drop: bool = False) -> Response:
+    """Tell the records of a name in the order in which their answers ended; `drop` forgets them."""
+    store = service(request).recorder.store
+    lines = store.take(name) if drop else store.get(name)
     if not lines:
         raise _unknown(name)
     return Response(b'{"records":[' + b",".join(lines) + b"]}", media_type="application/json")

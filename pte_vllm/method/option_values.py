@@ -10,7 +10,7 @@ from typing import Any
 
 from pte_vllm.method.spans import Spans
 
-_NAME = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
+_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._:@-]{1,128}")
 
 
 def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
@@ -61,14 +61,15 @@ def as_spans(value: Any) -> Spans:
 
 
 def as_name(option: str, value: object) -> str:
-    """Return a name of 1 to 128 of `A-Z a-z 0-9 . _ : @ -`, which can stand in a URL.
+    """Return a name of 1 to 128 of `A-Z a-z 0-9 . _ : @ -`, not only dots, for a URL.
 
     Raises:
         ValueError: If it is anything else; the message names the option.
     """
     if not isinstance(value, str) or _NAME.fullmatch(value) is None:
         raise ValueError(
-            f"{option} must be a name of 1 to 128 of A-Z a-z 0-9 . _ : @ -, got {value!r:.160}"
+            f"{option} must be a name of 1 to 128 of A-Z a-z 0-9 . _ : @ -, and not only dots, "
+            f"got {value!r:.160}"
         )
     return value
 

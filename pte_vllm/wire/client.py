@@ -258,11 +258,8 @@ class RolloutClient:
             ServerError: if there are none (404), or the server refuses or stays away.
             ValueError: if a record is malformed.
         """
-        path = f"/pte/v1/records/{name}"
-        found = [Rollout.from_json(r) for r in self._http.json("GET", path)["records"]]
-        if drop:
-            self._http.json("DELETE", path)
-        return found
+        path = f"/pte/v1/records/{name}" + "?drop=true" * drop
+        return [Rollout.from_json(record) for record in self._http.json("GET", path)["records"]]
 
     def push(self, adapter: Adapter | str | Path, name: str, version: int | None = None) -> int:
         """Make an adapter version `version` of `name`, by default the next; return its number.

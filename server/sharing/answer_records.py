@@ -54,6 +54,15 @@ class RecordStore:
         )
         return [bytes(line) for (line,) in rows]
 
+    def take(self, name: str) -> list[bytes]:
+        """Return the records of a name, and forget these, and no others that end meanwhile."""
+        rows = self._database.execute(
+            "SELECT number, line FROM records WHERE name = ? ORDER BY number", (name,)
+        ).fetchall()
+        for number, _ in rows:
+            self._database.execute("DELETE FROM records WHERE number = ?", (number,))
+        return [bytes(line) for _, line in rows]
+
     def drop(self, name: str) -> int:
         """Forget the records of a name; return how many there were."""
         return self._database.execute("DELETE FROM records WHERE name = ?", (name,)).rowcount

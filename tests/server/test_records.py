@@ -146,7 +146,7 @@ def test_an_episode_of_requests_is_one_record(server: Server) -> None:
     assert _off_by(server, episode) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a/b", "x" * 129, 5])
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "..", "x" * 129, 5])
 def test_bad_names_are_refused(server: Server, name: Any) -> None:
     body = _completion("", vllm_xargs={"pte_record": name})
     answer = _post(server, "/v1/completions", body)
@@ -171,4 +171,5 @@ def test_records_leave_for_newer_ones(tmp_path: Path) -> None:
     assert store.get("a") == [b"\x02" * 40] and other.get("b") == [b"\x03" * 40]
     with pytest.raises(ValueError, match="exceeds the room"):
         store.add("a", b"x" * 101)
+    assert other.take("a") == [b"\x02" * 40] and store.get("a") == []
     assert other.drop("b") == 1 and store.get("b") == [] and store.drop("b") == 0

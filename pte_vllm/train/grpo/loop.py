@@ -79,9 +79,13 @@ def train(run: GrpoRun, source: RolloutSource, *, stream: QuestionStream | None 
     Before an error leaves here, the steps that were done are saved.
     """
     run = resumed(run)
+    console = Console(stderr=True, highlight=False)
+    console.print(f"server: {run.server.url}", soft_wrap=True)
+    check_plan(run, source.wait_ready(run.server.retry_s))  # before anything that takes long
     with ExitStack() as until:
         worker: EnvironmentWorker | None = None
         if run.data.source == "verifiers" and stream is None:
+            console.print(f"environment: {run.environment.taskset}, in a process that starts now")
             keys = {run.server.admin_key_env} - {None}
             worker = until.enter_context(
                 EnvironmentWorker(
@@ -92,7 +96,7 @@ def train(run: GrpoRun, source: RolloutSource, *, stream: QuestionStream | None 
             )
             tasks = TaskSource(str(run.environment.taskset), worker.num_tasks)
             stream = QuestionStream(tasks, seed=run.data.seed)
-        return _train(run, source, stream, worker)
+        return _train(run, source, stream, worker, console)
 
 
 def _train(
@@ -100,8 +104,9 @@ def _train(
     source: RolloutSource,
     stream: QuestionStream | None,
     worker: EnvironmentWorker | None,
+    console: Console,
 ) -> bool:
-    console = Console(stderr=True, highlight=False)
+    console.print(f"model: {run.model.base}", soft_wrap=True)
     directory, tokenizer = run.run.directory, load_tokenizer(run.model.base)
     if stream is None:
         stream = open_stream(run.data, keep=_short_enough(run, tokenizer))

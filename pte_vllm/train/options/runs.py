@@ -223,6 +223,13 @@ class GrpoRun(RunOptions):
                 "--plan.window_tokens prompt follows the questions of a step, and an environment "
                 "asks its own: give a number, such as --plan.window_tokens 1024"
             )
+        defaults = DataOptions(source="verifiers")
+        for name in ("path", "task", "task_options", "reward", "prompt_template", "system"):
+            if getattr(self.data, name) != getattr(defaults, name):
+                raise ValueError(
+                    f"--data.{name} has no meaning for --data.source verifiers, whose environment "
+                    "asks and rewards itself: leave it out, or see --environment.taskset_options"
+                )
         if self.grpo.overlong_tokens:
             raise ValueError(
                 "--grpo.overlong_tokens is a penalty of single answers: leave it out with "
