@@ -29,7 +29,8 @@ from pte_vllm.adapter.calibration import Spans
 from pte_vllm.adapter.init import init_adapter
 from pte_vllm.method.options import PTEConfig
 from pte_vllm.train.data.memory_tasks import NODES, fact_token, node_token
-from pte_vllm.train.experiments.memory_base import BaseConfig, build
+from pte_vllm.train.experiments.memory_base import BaseConfig
+from pte_vllm.train.experiments.small_llama import build
 from pte_vllm.train.run.log import METRICS_FILE, read_metrics, series, smooth
 
 VALUES = 16

@@ -54,6 +54,10 @@ GROUP = Group(
             later("pte_vllm.train.experiments.recall"),
             "facts in plain text, on a real model",
         ),
+        ("experiment", "turns"): (
+            later("pte_vllm.train.experiments.turns"),
+            "what conversations of many turns remember, on generated tasks",
+        ),
         ("experiment", "thoughts"): (
             later("pte_vllm.eval.experiment"),
             "a real model's own thoughts, distilled into every kind of memory",

@@ -24,13 +24,15 @@ NOISE_TOKENS = 16
 PIN_TOKENS = 8
 """How many tokens the instruction has."""
 
-_BOS = 0
 _INSTRUCTION = 1  # one id for each task
-_MAX_TASKS = 7
+_MAX_TASKS = 7  # the last three ids are markers of conversations
 _NODE = _INSTRUCTION + _MAX_TASKS
 _NOISE = _NODE + NODES
 _FACT = _NOISE + NOISE_TOKENS
 VOCABULARY = _FACT + NODES * NODES
+BOS = 0
+USER, ASSISTANT, RESULT = range(_NODE - 3, _NODE)
+"""Tokens that no task of this module uses; conversations do (`turn_tasks`)."""
 
 
 def node_token(node: int) -> int:
@@ -99,7 +101,7 @@ def _passkey(rng: random.Random, facts: int) -> Body:
     pairs = [(key, rng.randrange(NODES)) for key in keys]
     body = []
     for pair in pairs:
-        body += [*_noise(rng, rng.randrange(4)), fact_token(*pair)]
+        body += [*noise(rng, rng.randrange(4)), fact_token(*pair)]
     rng.shuffle(pairs)
     return body, [list(pair) for pair in pairs], set(keys)
 
@@ -112,7 +114,7 @@ def _state(rng: random.Random, facts: int) -> Body:
     variables = rng.sample(range(NODES), max(1, facts // 3))
     body, values = [], dict.fromkeys(variables, 0)
     for turn in range(ASSIGNMENTS):
-        body += _noise(rng, 8 if turn else 0)
+        body += noise(rng, 8 if turn else 0)
         for variable in rng.sample(variables, len(variables)):
             values[variable] = rng.randrange(NODES)
             body.append(fact_token(variable, values[variable]))
@@ -134,7 +136,8 @@ def _chase(rng: random.Random, facts: int) -> Body:
     return [fact_token(*pair) for pair in pairs], questions, {key for key, _ in pairs}
 
 
-def _noise(rng: random.Random, count: int) -> list[int]:
+def noise(rng: random.Random, count: int) -> list[int]:
+    """Return tokens that say nothing."""
     return [_NOISE + rng.randrange(NOISE_TOKENS) for _ in range(count)]
 
 
@@ -171,8 +174,8 @@ class Task:
             raise ValueError(f"facts must lie in [1, {MAX_FACTS}], got {facts}")
         index = list(TASKS).index(self.name)
         body, questions, asked = self.body(rng, facts)
-        ids = [_BOS] + [_INSTRUCTION + index] * (PIN_TOKENS - 1) + body
-        fill = _distractors(rng, gap_tokens, asked) if self.distractors else _noise(rng, gap_tokens)
+        ids = [BOS] + [_INSTRUCTION + index] * (PIN_TOKENS - 1) + body
+        fill = _distractors(rng, gap_tokens, asked) if self.distractors else noise(rng, gap_tokens)
         ids += fill
         answers = [False] * len(ids)
         for question in questions:

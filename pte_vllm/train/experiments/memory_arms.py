@@ -21,6 +21,7 @@ from pte_vllm.method.weight import weigh_state
 from pte_vllm.train.data.memory_tasks import PIN_TOKENS, TASKS, MemorySequence, sample_batch
 from pte_vllm.train.experiments.supervised import Schedule, score_answers, train_answers
 from pte_vllm.train.replay.aligned import AlignedBatch
+from pte_vllm.train.replay.keeping import Keeper
 from pte_vllm.train.replay.modeling import PTEModel
 from pte_vllm.train.replay.segments import Backward
 
@@ -28,6 +29,7 @@ BLOCK_TOKENS = 8
 WINDOW_TOKENS = 16
 EVICT_RATIO = 0.5
 _CALIBRATION_SAMPLES = 32
+_SPANS = Spans(pinned_tokens=PIN_TOKENS, recall_tokens=4, local_tokens=WINDOW_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +113,8 @@ def longest_tokens(budget: Budget) -> int:
     )
 
 
-def make_adapter(base: Any, arm: MemoryArm, budget: Budget, seed: int) -> Adapter | None:
-    """Make a fresh adapter, calibrated on sequences of the tasks; None where none is trained."""
-    if not arm.trained:
-        return None
+def calibration_ids(budget: Budget, seed: int) -> torch.Tensor:
+    """Make sequences `[N, T]` of the tasks, on which a fresh adapter is calibrated."""
     rng = random.Random(f"calibration {seed}")
     gap = budget.gap_tokens[1]
     samples = sample_batch(
@@ -122,7 +122,15 @@ def make_adapter(base: Any, arm: MemoryArm, budget: Budget, seed: int) -> Adapte
     )
     tokens = min(len(sample.ids) for sample in samples)
     # All end with their questions: cut the longer ones after the instruction.
-    ids = torch.tensor([s.ids[:PIN_TOKENS] + s.ids[PIN_TOKENS - tokens :] for s in samples])
+    return torch.tensor([s.ids[:PIN_TOKENS] + s.ids[PIN_TOKENS - tokens :] for s in samples])
+
+
+def make_adapter(
+    base: Any, arm: MemoryArm, ids: torch.Tensor, spans: Spans, seed: int
+) -> Adapter | None:
+    """Make a fresh adapter, calibrated on `ids: [N, T]`; None where none is trained."""
+    if not arm.trained:
+        return None
     adapter = init_adapter(
         base,
         ids,
@@ -130,7 +138,7 @@ def make_adapter(base: Any, arm: MemoryArm, budget: Budget, seed: int) -> Adapte
         target_modules=arm.target_modules,
         seed=seed,
         base_model="memory-base",
-        spans=Spans(pinned_tokens=PIN_TOKENS, recall_tokens=4, local_tokens=WINDOW_TOKENS),
+        spans=spans,
     )
     if arm.adapter == "lora":
         return replace(adapter, pte=None, encoders={})
@@ -165,6 +173,29 @@ Progress = Callable[[int, float], None]
 """A function that is called with each step and its loss."""
 
 
+def train_arm(
+    model: PTEModel,
+    arm: MemoryArm,
+    next_batch: Callable[[], AlignedBatch],
+    *,
+    steps: int,
+    learning_rate: float,
+    keeper: Keeper | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[float], float]:
+    """Train an arm, if there is anything to train; returns the loss by step, and the seconds."""
+    if not arm.trained:
+        return [], 0.0
+    began = time.monotonic()
+    schedule = Schedule(
+        steps=steps, learning_rate=learning_rate, warmup_steps=20, final_fraction=0.05
+    )
+    losses = train_answers(
+        model, next_batch, schedule, backward=arm.backward, progress=progress, keeper=keeper
+    )
+    return losses, time.monotonic() - began
+
+
 def run_arm(
     base: Any, arm: MemoryArm, budget: Budget, seed: int, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -182,21 +213,14 @@ def run_arm(
         return batch_of(samples, arm.window_tokens)
 
     torch.manual_seed(seed)
-    model = PTEModel(base, make_adapter(base, arm, budget, seed))
+    model = PTEModel(base, make_adapter(base, arm, calibration_ids(budget, seed), _SPANS, seed))
     try:
-        began = time.monotonic()
-        losses: list[float] = []
-        if arm.trained:
-            schedule = Schedule(
-                steps=budget.steps,
-                learning_rate=budget.learning_rate,
-                warmup_steps=20,
-                final_fraction=0.05,
-            )
-            losses = train_answers(
-                model, next_batch, schedule, backward=arm.backward, progress=progress
-            )
-        seconds = time.monotonic() - began
+        losses, seconds = train_arm(
+            *(model, arm, next_batch),
+            steps=budget.steps,
+            learning_rate=budget.learning_rate,
+            progress=progress,
+        )
         first, *others = budget.eval_facts
         cells = [(gap, first) for gap in budget.eval_gaps]
         cells += [(budget.eval_gaps[1], facts) for facts in others]

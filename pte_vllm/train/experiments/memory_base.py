@@ -1,205 +1,63 @@
-"""The base model of the memory experiment: a small Llama that solves the tasks with full attention.
-
-It is trained from scratch in a few minutes, then frozen and kept in a folder named by its options.
-
-Shapes: B sequences, T tokens, N answers, d hidden size.
-"""
+"""The base model of the memory experiment: it solves the tasks with full attention."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import random
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from pte_vllm.train.data.memory_tasks import TASKS, MemorySequence, sample_batch
+from pte_vllm.train.experiments.small_llama import SmallLlama, accuracy_of
 
-from pte_vllm.train.data.memory_tasks import (
-    NODES,
-    TASKS,
-    VOCABULARY,
-    MemorySequence,
-    fact_token,
-    node_token,
-    sample_batch,
-)
+_EXAM_SEQUENCES = 48
+"""Of each task."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseConfig:
-    """The sizes of the model, and its training."""
+class BaseConfig(SmallLlama):
+    """The sizes of the model, and its training on gaps of growing length."""
 
-    layers: int = 2
-    hidden_size: int = 64
-    heads: int = 2
-    kv_heads: int = 1
-    head_dim: int = 64
-    rope_theta: float = 1000.0
     max_gap_tokens: int = 128
     """The longest gap that the model is trained on, and must solve."""
     max_facts: int = 24
-    steps: int = 3000
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    target_accuracy: float = 0.985
-    """Training ends early once every task reaches it at the longest gap, three times in a row."""
     tasks: tuple[str, ...] = tuple(TASKS)
-    seed: int = 0
-
-    def key(self) -> str:
-        """Return a short name for these options, a hash of them."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def build(config: BaseConfig) -> Any:
-    """Make a LlamaForCausalLM with random weights.
+class MemoryCourse:
+    """The memory tasks, with gaps that grow."""
 
-    The embedding of a fact starts as the sum of two vectors, one for its key and one for its value,
-    and so do the vectors of the nodes: facts about a node look alike from the start.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    first_length = 16.0
 
-    torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=config.hidden_size,
-            intermediate_size=2 * config.hidden_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=4096,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            initializer_range=config.hidden_size**-0.5,
-            tie_word_embeddings=False,
-            bos_token_id=0,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    )
-    with torch.no_grad():
-        weight = model.model.embed_tokens.weight
-        weight.normal_(std=1.0)
-        key, value = torch.randn(2, NODES, config.hidden_size)
-        for node in range(NODES):
-            weight[node_token(node)] = key[node]
-            first = fact_token(node, 0)
-            weight[first : first + NODES] = (key[node] + value) / math.sqrt(2)
-    return model
+    def __init__(self, config: BaseConfig) -> None:
+        self._config = config
+        self.longest = float(config.max_gap_tokens)
+        # Which of two facts is the later one is learned last: more of that.
+        self._mixture = (*config.tasks, *(task for task in config.tasks if task == "state"))
 
-
-def collate(samples: Sequence[MemorySequence]) -> tuple[Tensor, Tensor]:
-    """Return ids `[B, T]`, padded on the right with 0, and answers `[B, T]` as booleans."""
-    length = max(len(sample.ids) for sample in samples)
-    ids = torch.tensor([s.ids + [0] * (length - len(s.ids)) for s in samples])
-    wanted = torch.tensor([s.answers + [False] * (length - len(s.ids)) for s in samples])
-    return ids, wanted
-
-
-def answer_logits(model: Any, ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute with full attention logits `[N, V]` of the answers, and the right answers `[N]`."""
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, d]
-    logits: Tensor = model.lm_head(hidden[:, :-1][wanted[:, 1:]])
-    return logits, ids[:, 1:][wanted[:, 1:]]
-
-
-@torch.no_grad()
-def full_accuracy(
-    model: Any, task: str, *, gap_tokens: int, facts: int = 6, size: int = 48, seed: int = 1
-) -> float:
-    """Compute the share of right answers under full attention."""
-    rng = random.Random(f"{seed} {task} {gap_tokens} {facts}")
-    samples = sample_batch(
-        rng, size, gap_tokens=(gap_tokens, gap_tokens), tasks=[task], facts=facts
-    )
-    logits, answers = answer_logits(model, *collate(samples))
-    return float((logits.argmax(-1) == answers).float().mean())
-
-
-Progress = Callable[[int, float, dict[str, float]], None]
-"""A function that is called with the step, its loss and the last accuracies by task."""
-
-
-def pretrain(config: BaseConfig, progress: Progress | None = None) -> tuple[Any, dict[str, Any]]:
-    """Train the base model; returns it, frozen, and what it reached."""
-    model = build(config).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
-    )
-    rng = random.Random(config.seed)
-    # Which of two facts is the later one is learned last: more of that.
-    mixture = (*config.tasks, *(task for task in config.tasks if task == "state"))
-    began, solved, reached = time.monotonic(), 0, dict.fromkeys(config.tasks, 0.0)
-    step, longest = 0, 16.0
-    for step in range(1, config.steps + 1):
-        rate = min(1.0, step / 100) * max(0.05, 1 - step / config.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * rate
-        gap = rng.randint(round(longest) // 2, round(longest))
-        samples = sample_batch(
+    def batch(self, rng: random.Random, length: float) -> Sequence[MemorySequence]:
+        """Make the sequences of one step; gaps are alike within it: little padding."""
+        gap = rng.randint(round(length) // 2, round(length))
+        return sample_batch(
             rng,
-            config.batch_size,
-            gap_tokens=(gap // 2, gap),  # alike within a batch: little padding
-            tasks=mixture,
-            facts=rng.randint(3, config.max_facts),
+            self._config.batch_size,
+            gap_tokens=(gap // 2, gap),
+            tasks=self._mixture,
+            facts=rng.randint(3, self._config.max_facts),
         )
-        logits, answers = answer_logits(model, *collate(samples))
-        loss = F.cross_entropy(logits, answers)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        # Short gaps first: the look-up is learned in fewer tokens, then carried to longer ones.
-        if float(loss.detach()) < 0.5:
-            longest = min(config.max_gap_tokens, longest * 1.02)
-        if step % 100 == 0:
-            gap = config.max_gap_tokens
-            reached = {task: full_accuracy(model, task, gap_tokens=gap) for task in config.tasks}
-            solved = solved + 1 if min(reached.values()) >= config.target_accuracy else 0
-        if progress is not None:
-            progress(step, float(loss.detach()), reached)
-        if solved == 3:
-            break
-    model.eval().requires_grad_(False)
-    report = {
-        "steps": step,
-        "seconds": round(time.monotonic() - began, 1),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "accuracy": reached,
-    }
-    return model, report
 
-
-def load(folder: Path) -> Any:
-    """Load the model that `ensure_base` left, and freeze it."""
-    from transformers import LlamaForCausalLM
-
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval().requires_grad_(False)
-
-
-def ensure_base(
-    config: BaseConfig, out: Path, progress: Progress | None = None
-) -> tuple[Path, dict[str, Any]]:
-    """Train the base model of `config`, unless an earlier run left it.
-
-    Returns:
-        Its folder, and the report of its training.
-    """
-    folder = out / f"base-{config.key()}"
-    note = folder / "report.json"
-    if not note.exists():  # it is written last: where it is, the rest is whole
-        model, report = pretrain(config, progress)
-        model.save_pretrained(folder)
-        note.write_text(json.dumps({"config": asdict(config), **report}, indent=1) + "\n")
-    report = json.loads(note.read_text())
-    return folder, report
+    def exam(self, model: Any) -> dict[str, float]:
+        """Compute by task the share of right answers at the longest gap, with six facts."""
+        gap = self._config.max_gap_tokens
+        return {
+            task: accuracy_of(
+                model,
+                sample_batch(
+                    random.Random(f"1 {task} {gap} 6"),
+                    _EXAM_SEQUENCES,
+                    gap_tokens=(gap, gap),
+                    tasks=[task],
+                ),
+            )
+            for task in self._config.tasks
+        }
