@@ -20,6 +20,10 @@ GROUP = Group(
             later("pte_vllm.eval.fidelity"),
             "how well windows and adapters predict such answers",
         ),
+        ("turns",): (
+            later("pte_vllm.eval.turns"),
+            "what chats of many turns remember, and the KV blocks that they hold",
+        ),
     },
 )
 main = GROUP.main
