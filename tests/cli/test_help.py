@@ -13,8 +13,8 @@ COMMANDS = (
     *("adapter fetch", "adapter push-hub", "adapter pull"),
     *("bench", "bench throughput", "bench soak", "bench gpu", "bench train"),
     *("train", "train grpo", "train distill", "train memory-curve"),
-    *("train experiment memory", "train experiment recall"),
-    *("eval", "eval thoughts", "eval fidelity"),
+    *("train experiment memory", "train experiment recall", "train experiment turns"),
+    *("eval", "eval thoughts", "eval fidelity", "eval turns"),
 )
 _CODE = """
 import sys
@@ -62,7 +62,9 @@ def test_help(command: str) -> None:
             "--model.base: the model directory ./nowhere does",
         ),
         ("train distill --model.base ./nowhere", "--model.base: the model directory ./nowhere"),
+        ("train experiment turns --jobs 0", "--jobs must be positive, got 0"),
         ("eval nothing", "there is no such command"),
+        ("eval turns --url http://a --turns 5", "5 turns have no room"),
         ("eval thoughts ./nowhere OUT", "MODEL: the model directory ./nowhere does not exist"),
         ("eval fidelity ./nowhere THOUGHTS", "MODEL: the model directory ./nowhere does not exist"),
         ("eval fidelity M T --window 64,x", "'x' is not a number from 1"),
