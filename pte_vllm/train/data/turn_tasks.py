@@ -155,7 +155,7 @@ def _places(
     low, high = distances
     if not 1 <= low <= high or facts < 1:
         raise ValueError(f"facts and distances must be positive, got {facts} and {distances}")
-    if facts <= turns - 1 - high:
+    if high <= turns - 2:
         for _ in range(_TRIES):
             told: dict[int, int] = {}
             for _ in range(facts):

@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -112,7 +112,7 @@ def run_and_report(
     name: str,
     train_base: TrainBase,
     work: Work,
-    held: Callable[[], Mapping[str, Mapping[str, int]]],
+    longest: int,
     write: Callable[[dict[str, Any], Path, str], str],
 ) -> None:
     """Run a plan, write `name`.json and the report, and print the latter.
@@ -123,7 +123,7 @@ def run_and_report(
         name: Of the files.
         train_base: Trains the base model unless it is there.
         work: Trains and scores an arm.
-        held: Returns by arm the bytes of `kv` and of `state`.
+        longest: How many tokens the longest scored sequence has.
         write: Writes the report of a result into a directory, under a name; returns its text.
     """
     from rich.console import Console
@@ -137,7 +137,7 @@ def run_and_report(
         "seconds": round(time.monotonic() - began, 1),
         "base": base_report,
         "budget": asdict(plan.budget),
-        "bytes": held(),
+        "bytes": held_bytes(plan, longest),
         "runs": records,
     }
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -191,6 +191,18 @@ def run(
                 )
                 progress.advance(bar)
     return report, [found[arm.name, seed] for arm, seed in order]
+
+
+def held_bytes(plan: Plan, longest: int) -> dict[str, dict[str, int]]:
+    """Count by arm the bytes of `kv` and of `state` that a sequence holds at most, in fp32."""
+    base = plan.base
+    return {
+        arm.name: {
+            "kv": arm.kv_bytes(base.layers, base.kv_heads * base.head_dim, longest),
+            "state": arm.state_bytes(base.layers),
+        }
+        for arm in plan.arms
+    }
 
 
 def start_worker() -> None:

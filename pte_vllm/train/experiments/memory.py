@@ -24,7 +24,6 @@ from pte_vllm.train.experiments.arm_runs import (
 if TYPE_CHECKING:
     from pte_vllm.train.experiments.memory_arms import Budget, MemoryArm
     from pte_vllm.train.experiments.memory_base import BaseConfig
-    from pte_vllm.train.experiments.memory_plans import Plan
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,6 +50,7 @@ def main(args: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; also for the workers
     from pte_vllm.train.experiments import memory_plans as plans
     from pte_vllm.train.experiments import memory_report
+    from pte_vllm.train.experiments.memory_arms import longest_tokens
 
     plan, name = plans.FULL_PLAN, "memory"
     if options.quick:
@@ -64,24 +64,10 @@ def main(args: Sequence[str]) -> int:
         name=name,
         train_base=_train_base,
         work=_work,
-        held=lambda: _bytes(plan),
+        longest=longest_tokens(plan.budget),
         write=memory_report.write,
     )
     return 0
-
-
-def _bytes(plan: Plan) -> dict[str, dict[str, int]]:
-    """Count the bytes that a sequence of each arm holds at most, in fp32."""
-    from pte_vllm.train.experiments.memory_arms import longest_tokens
-
-    base, longest = plan.base, longest_tokens(plan.budget)
-    return {
-        arm.name: {
-            "kv": arm.kv_bytes(base.layers, base.kv_heads * base.head_dim, longest),
-            "state": arm.state_bytes(base.layers),
-        }
-        for arm in plan.arms
-    }
 
 
 def _train_base(config: BaseConfig, out: Path, show: Any) -> tuple[Path, dict[str, Any]]:

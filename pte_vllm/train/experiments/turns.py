@@ -26,7 +26,6 @@ from pte_vllm.train.experiments.arm_runs import (
 if TYPE_CHECKING:
     from pte_vllm.train.experiments.turns_arms import TurnsArm, TurnsBudget
     from pte_vllm.train.experiments.turns_base import TurnsBase
-    from pte_vllm.train.experiments.turns_plans import TurnsPlan
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,6 +52,7 @@ def main(args: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; also for the workers
     from pte_vllm.train.experiments import turns_plans as plans
     from pte_vllm.train.experiments import turns_report
+    from pte_vllm.train.experiments.turns_arms import longest_tokens
 
     plan, name = (plans.QUICK_PLAN, "quick") if options.quick else (plans.FULL_PLAN, "turns")
     plan = chosen(plan, options)
@@ -62,24 +62,10 @@ def main(args: Sequence[str]) -> int:
         name=name,
         train_base=_train_base,
         work=_work,
-        held=lambda: _bytes(plan),
+        longest=longest_tokens(plan.budget),
         write=turns_report.write,
     )
     return 0
-
-
-def _bytes(plan: TurnsPlan) -> dict[str, dict[str, int]]:
-    """Count the bytes that a conversation of each arm holds at most, in fp32."""
-    from pte_vllm.train.experiments.turns_arms import longest_tokens
-
-    base, longest = plan.base, longest_tokens(plan.budget)
-    return {
-        arm.name: {
-            "kv": arm.kv_bytes(base.layers, base.kv_heads * base.head_dim, longest),
-            "state": arm.state_bytes(base.layers),
-        }
-        for arm in plan.arms
-    }
 
 
 def _train_base(config: TurnsBase, out: Path, show: Any) -> tuple[Path, dict[str, Any]]:

@@ -67,12 +67,12 @@ class TurnsArm(MemoryArm):
 class TurnsBudget:
     """How long an arm is trained, and on what it is scored; the same for all arms."""
 
-    steps: int = 300
+    steps: int = 200
     batch_size: int = 16
     learning_rate: float = 3e-3
     turns: tuple[int, int] = (8, 12)
     """Least and most turns of a trained conversation."""
-    facts: tuple[int, int] = (2, 4)
+    facts: tuple[int, int] = (3, 6)
     """Least and most values that are told and asked for in it."""
     distances: tuple[int, int] = (1, 8)
     """Least and most turns between telling and asking that are trained."""
@@ -143,13 +143,12 @@ def _trained(budget: TurnsBudget, rng: random.Random, size: int) -> list[Convers
     """Make conversations as they are trained on, all of one layout."""
     turns = rng.randint(*budget.turns)
     low, high = budget.distances
-    facts = min(rng.randint(*budget.facts), turns - 2)
     return draw_batch(
         rng,
         size,
         turns=turns,
-        facts=facts,
-        distances=(low, max(low, min(high, turns - 1 - facts))),
+        facts=min(rng.randint(*budget.facts), turns // 2),
+        distances=(low, min(high, turns - 2)),
         tasks=budget.tasks,
     )
 
