@@ -136,7 +136,7 @@ def _run(options: argparse.Namespace) -> None:
     console = Console(stderr=True, highlight=False)
     with _server(options, console) as facts:
         jobs = _jobs(options, facts)
-        waiting = sum(len(job.talk) for job in jobs if job.found() is None)
+        waiting = sum(len(job.talk) - len(job.done()) for job in jobs)
         console.print(f"{len(jobs)} conversations, {waiting} turns to go")
         with Progress(console=console, disable=not console.is_terminal) as progress:
             count = counter(progress, "turns", waiting)
@@ -203,6 +203,7 @@ def _jobs(options: argparse.Namespace, facts: ServerFacts) -> list[Job]:
         "block_size": facts.block_size,
         "evict_ratio": facts.evict_ratio,
         "dtype": facts.dtype,
+        "probes": None if options.probes is None else str(options.probes),
     }
     return [
         Job(

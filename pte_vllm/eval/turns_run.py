@@ -1,7 +1,8 @@
 """Holds conversations with a server under each memory, turn by turn, and keeps what was said.
 
-Every conversation of every memory is one file, written when it is over. The whole history goes
-along with each turn, as chat clients send it, and the model's own answers are part of it.
+Every conversation of every memory is one file, written anew after each turn: an interrupted run
+goes on with the next one. The whole history goes along with each turn, as chat clients send it, and
+the model's own answers are part of it.
 """
 
 from __future__ import annotations
@@ -33,12 +34,29 @@ class Job:
     settings: Mapping[str, Any]
     """What it depends on; a file with other settings is made anew."""
 
-    def found(self) -> dict[str, Any] | None:
-        """Return the record of an earlier run; None where there is none of these settings."""
+    def done(self) -> list[dict[str, Any]]:
+        """Return the turns that earlier runs with these settings have held."""
         if not self.file.exists():
-            return None
+            return []
         record: dict[str, Any] = json.loads(self.file.read_text())
-        return record if record["settings"] == self.settings else None
+        return record["turns"] if record["settings"] == self.settings else []
+
+    def record(self, turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return what the file says of these turns."""
+        return {
+            "arm": self.arm.key,
+            "title": self.arm.title,
+            "seed": self.seed,
+            "settings": dict(self.settings),
+            "turns": list(turns),
+        }
+
+    def save(self, turns: Sequence[Mapping[str, Any]]) -> None:
+        """Write the file, which appears whole."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps(self.record(turns), indent=1) + "\n")
+        part.replace(self.file)
 
 
 def hold_all(
@@ -50,7 +68,7 @@ def hold_all(
     concurrency: int,
     progress: Callable[[Job, int], None],
 ) -> list[dict[str, Any]]:
-    """Hold the conversations that no earlier run has held.
+    """Hold the turns that no earlier run has held.
 
     Args:
         jobs: the conversations.
@@ -71,13 +89,10 @@ def hold_all(
     stop = threading.Event()
     try:
         with ThreadPoolExecutor(concurrency) as pool:
-            running = {}
-            for i, job in enumerate(jobs):
-                if (record := job.found()) is not None:
-                    records[i] = record
-                else:
-                    talk = _Talk(transport, facts, job, max_tokens, progress, stop)
-                    running[pool.submit(talk.hold)] = i
+            running = {
+                pool.submit(_Talk(transport, facts, job, max_tokens, progress, stop).hold): i
+                for i, job in enumerate(jobs)
+            }
             try:
                 for future in as_completed(running):
                     records[running[future]] = future.result()
@@ -117,11 +132,14 @@ class _Talk:
             self._body["vllm_xargs"] = job.arm.request_args(plan)
 
     def hold(self) -> dict[str, Any]:
-        """Go through all turns; writes the job's file, and returns what is in it."""
+        """Go through the turns that are left; writes the job's file, and returns what is in it."""
         job = self._job
         messages = [{"role": "system", "content": SYSTEM}]
-        turns = []
-        for number, turn in enumerate(job.talk, 1):
+        turns = job.done()
+        for held in turns:
+            messages.append({"role": "user", "content": held["question"]})
+            messages.append({"role": "assistant", "content": held["answer"]})
+        for number, turn in enumerate(job.talk[len(turns) :], len(turns) + 1):
             if self._stop.is_set():
                 raise InterruptedError("another conversation failed")
             messages.append({"role": "user", "content": turn.text})
@@ -140,19 +158,9 @@ class _Talk:
                     "blocks": self._blocks(reply["id"]),
                 }
             )
+            job.save(turns)
             self._progress(job, number)
-        record = {
-            "arm": job.arm.key,
-            "title": job.arm.title,
-            "seed": job.seed,
-            "settings": dict(job.settings),
-            "turns": turns,
-        }
-        job.file.parent.mkdir(parents=True, exist_ok=True)
-        part = job.file.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        part.replace(job.file)
-        return record
+        return job.record(turns)
 
     def _blocks(self, name: str) -> int | None:
         """Return the most KV blocks that a request held; None where the server does not say."""

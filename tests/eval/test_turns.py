@@ -127,3 +127,11 @@ def test_blocks_stay_flat_and_talks_are_kept(
     assert eval_command(words) == 0  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in talks} == talks
     assert "10 conversations, 0 turns to go" in capsys.readouterr().err
+    # An interrupted conversation goes on with its next turn, and says what it would have said.
+    file = tmp_path / "out" / "talks" / f"w{2 * BLOCK}-keep{BLOCK}-1.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"turns": whole["turns"][:7]}))
+    assert eval_command(words) == 0
+    assert "10 conversations, 5 turns to go" in capsys.readouterr().err
+    again = json.loads(file.read_text())
+    assert [t["answer"] for t in again["turns"]] == [t["answer"] for t in whole["turns"]]
