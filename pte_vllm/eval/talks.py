@@ -2,7 +2,10 @@
 
 Everything is drawn by a seed. Facts are about the user, their values common words that no other
 turn is about: what counts is what is remembered, and a small model errs with rare ones even if it
-sees them. The first turn tells nothing, as it is pinned for ever. Standard library only.
+sees them. The first turn tells nothing, as it is pinned for ever.
+
+Replies to all but the questions about facts are given, so that conversations are the same under
+every memory: what a small model says of itself derails some of them. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from dataclasses import dataclass
 
 SYSTEM = "You are a friendly assistant. Answer in one short sentence."
 FIRST = "Hello! I would like to talk with you about this and that. Is that all right?"
+YES = "Yes, of course. Tell me whatever you like."
+NOTED = "All right, I will remember that."
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,10 @@ _TOPICS = (
     *("caves", "baskets", "cement", "compasses", "rope", "lakes", "brooms"),
 )
 _SMALL_TALK = (
-    "Tell me something about {}.",
-    "What is interesting about {}?",
-    "What should a child know about {}?",
-    "Why do people like {}?",
+    ("Tell me something about {}.", "People have known {} for a very long time."),
+    ("What is interesting about {}?", "There is more to {} than one sees at first."),
+    ("What should a child know about {}?", "One should be careful with {}, and look closely."),
+    ("Why do people like {}?", "Many people say that {} make their days a little better."),
 )
 
 
@@ -62,6 +67,8 @@ class Turn:
     """One message of the user."""
 
     text: str
+    reply: str | None = None
+    """What the assistant said to it; None where the model is to answer."""
     wanted: str | None = None
     """The word that answers it, where it asks for a fact."""
     distance: int | None = None
@@ -95,8 +102,11 @@ def draw_talk(seed: str, *, turns: int, distances: Sequence[int]) -> list[Turn]:
     if not 2 <= turns <= len(_TOPICS):
         raise ValueError(f"--turns must lie in [2, {len(_TOPICS)}], got {turns}")
     topics = rng.sample(_TOPICS, turns)
-    talk = [Turn(text=rng.choice(_SMALL_TALK).format(topic)) for topic in topics]
-    talk[0] = Turn(text=FIRST)
+    talk = []
+    for topic in topics:
+        said, reply = rng.choice(_SMALL_TALK)
+        talk.append(Turn(text=said.format(topic), reply=reply.format(topic)))
+    talk[0] = Turn(text=FIRST, reply=YES)
     taken = {0}
     kinds = rng.sample(_KINDS, len(distances))
     for kind, distance in zip(kinds, sorted(distances, reverse=True), strict=True):
@@ -106,6 +116,6 @@ def draw_talk(seed: str, *, turns: int, distances: Sequence[int]) -> list[Turn]:
         told = free[0]
         taken |= {told, told + distance}
         value = rng.choice(kind.values.split())
-        talk[told] = Turn(text=f"Please remember that {kind.told.format(value)}.")
+        talk[told] = Turn(text=f"Please remember that {kind.told.format(value)}.", reply=NOTED)
         talk[told + distance] = Turn(text=kind.asked, wanted=value, distance=distance)
     return talk

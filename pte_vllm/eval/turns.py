@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from pte_vllm.eval.serving import ServerFacts
     from pte_vllm.eval.turns_run import Job
 
-_QUESTION_TOKENS = 40
-"""Room for a question and the markers of a turn, on a server that we start."""
+_TURN_TOKENS = 48
+"""Room for a question, a given reply and the markers of a turn, on a server that we start."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         help="windows that keep nothing (default: window + keep, which hold as many bytes)",
     )
     add("--probes", type=Path, metavar="FILE", help="of our server: the model's probes")
-    add("--max-tokens", type=int, default=32, metavar="N", help="of an answer (%(default)s)")
+    add("--max-tokens", type=int, default=24, metavar="N", help="of an answer (%(default)s)")
     add("--concurrency", type=int, default=16, metavar="N", help="conversations at once (16)")
     add("--server-flags", default="", metavar="FLAGS", help="further flags of our server")
     add("--out", type=Path, default=Path("out/eval-turns"), metavar="DIR", help="(%(default)s)")
@@ -170,7 +170,7 @@ def _server(options: argparse.Namespace, console: Console) -> Iterator[ServerFac
         extra = ["--pte-keep", str(max(options.keep)), *extra]  # it then finds or makes probes
     own = OwnServer(
         model=options.model,
-        max_model_len=512 + options.turns * (_QUESTION_TOKENS + options.max_tokens),
+        max_model_len=512 + options.turns * (_TURN_TOKENS + options.max_tokens),
         concurrency=options.concurrency,
         extra=tuple(extra),
     )

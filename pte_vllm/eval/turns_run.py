@@ -1,8 +1,8 @@
 """Holds conversations with a server under each memory, turn by turn, and keeps what was said.
 
 Every conversation of every memory is one file, written anew after each turn: an interrupted run
-goes on with the next one. The whole history goes along with each turn, as chat clients send it, and
-the model's own answers are part of it.
+goes on with the next one. The whole history goes along with each turn, as chat clients send it.
+The model's own answers are part of it, where the conversation gives none.
 """
 
 from __future__ import annotations
@@ -144,8 +144,10 @@ class _Talk:
                 raise InterruptedError("another conversation failed")
             messages.append({"role": "user", "content": turn.text})
             body = self._body | {"messages": messages}
+            if turn.reply is not None:
+                body["max_tokens"] = 1  # it is read all the same, and its blocks are counted
             reply = self._transport.json("POST", "/v1/chat/completions", json=body)
-            text = reply["choices"][0]["message"]["content"] or ""
+            text = turn.reply or reply["choices"][0]["message"]["content"] or ""
             messages.append({"role": "assistant", "content": text})
             turns.append(
                 {
