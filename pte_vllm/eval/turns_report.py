@@ -105,16 +105,16 @@ def _plot(found: dict[str, Record], path: Path) -> None:
     for title, arm in found.items():
         by_distance = arm["by_distance"]
         shares = [entry["value"] for entry in by_distance.values()]
-        line = left.plot([int(d) for d in by_distance], shares, marker="o", label=title)[0]
+        line = left.plot([int(d) for d in by_distance], shares, marker="o")[0]
         held = [(i, b) for i, b in enumerate(arm["blocks_by_turn"], 1) if b is not None]
-        right.plot([i for i, _ in held], [b for _, b in held], color=line.get_color())
+        right.plot([i for i, _ in held], [b for _, b in held], color=line.get_color(), label=title)
     left.set_xlabel("turns since the telling")
     left.set_ylabel("right answers")
     left.set_ylim(-0.03, 1.03)
-    left.legend(fontsize=8)
     right.set_xlabel("turn")
     right.set_ylabel("KV blocks, the most of any conversation")
     right.set_ylim(bottom=0)
+    right.legend(fontsize=8, loc="upper left")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
