@@ -259,7 +259,8 @@ class RolloutClient:
             ValueError: if a record is malformed.
         """
         path = f"/pte/v1/records/{name}" + "?drop=true" * drop
-        return [Rollout.from_json(record) for record in self._http.json("GET", path)["records"]]
+        told = self._http.json("GET", path, headers=self._admin_headers)
+        return [Rollout.from_json(record) for record in told["records"]]
 
     def push(self, adapter: Adapter | str | Path, name: str, version: int | None = None) -> int:
         """Make an adapter version `version` of `name`, by default the next; return its number.

@@ -77,7 +77,8 @@ CHANGE = frozenset(
         "POST /update_weight_version",
         "POST /weight_checker",  # action "reset" sets all weights to zero
         # It changes nothing, and tells what others wrote.
-        "GET /pte/v1/thoughts/{id}/tokens",
+        *("GET /pte/v1/thoughts/{id}/tokens", "GET /pte/v1/records/{name}"),
+        "DELETE /pte/v1/records/{name}",
         # It changes counters that show faults, and restarts ranks.
         "POST /fault_tolerance/apply",
     }
