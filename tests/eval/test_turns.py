@@ -14,8 +14,8 @@ from pte_vllm.cli.eval import main as eval_command
 from pte_vllm.eval import turns_report
 from pte_vllm.eval.talks import draw_talk
 from tests.harness.engine import BLOCK
+from tests.harness.kinds import CHAT_TEMPLATE
 from tests.harness.server import Server
-from tests.server.test_turns import TEMPLATE
 
 DISTANCES = (1, 2, 4, 4, 8, 8, 16, 16, 24, 24, 40, 40)
 
@@ -94,17 +94,22 @@ def test_mistakes_name_the_flag(words: list[str], message: str, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_blocks_stay_flat_and_talks_are_kept(
-    serve: Callable[..., Server],
     tiny: Callable[[str], Path],
     probes: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "template.jinja"
-    file.write_text(TEMPLATE)
-    server = serve(
-        tiny("qwen3"), {}, flags=["--chat-template", str(file), "--pte-probes", str(probes)]
-    )
+    file.write_text(CHAT_TEMPLATE)
+    flags = ["--chat-template", str(file), "--pte-probes", str(probes)]
+    log, spool = tmp_path / "server.log", ["--pte-spool", str(tmp_path / "spool")]
+    with Server(tiny("qwen3"), {}, log=log, flags=[*flags, *spool]) as server:
+        server.wait_ready()
+        _check_talks(server, tmp_path, capsys)
+        server.wait_idle()
+
+
+def _check_talks(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["turns", "--url", server.url, "--turns", "12", "--talks", "2", "--distances", "1,6"]
     words += ["--window", str(2 * BLOCK), "--keep", str(BLOCK), "--max-tokens", "20"]
     words += ["--out", str(tmp_path / "out")]
