@@ -148,9 +148,8 @@ def _run(options: argparse.Namespace) -> None:
                 concurrency=options.concurrency,
                 progress=lambda job, number: count(1),
             )
-    Console().print(
-        turns_report.write(records, facts.block_size, options.out), markup=False, highlight=False
-    )
+    told = turns_report.write(records, facts.block_size, options.out)
+    Console().print(told, markup=False, highlight=False, soft_wrap=True)  # rows stay whole
 
 
 @contextmanager
