@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from typing import Any
 
 PREFIX = "x-pte-"
+NO_PLAN = ("pte_record", "pte_return_kept")
+"""Options that say nothing of how a sequence folds, so that a continuation may have its own."""
 
 SENT: ContextVar[Mapping[str, str] | None] = ContextVar("pte_options_in_headers", default=None)
 """The options that came with the request that this task serves, by their names in `vllm_xargs`."""
@@ -34,6 +36,8 @@ def with_headers(extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """
     sent = SENT.get()
     given = dict(extra_args or {})
-    if not sent or given.get("pte_state_id") is not None:
+    if sent and given.get("pte_state_id") is not None:
+        sent = {name: value for name, value in sent.items() if name in NO_PLAN}
+    if not sent:
         return None if extra_args is None else given
     return {**sent, **{name: value for name, value in given.items() if value is not None}}
