@@ -39,7 +39,11 @@ class Job:
         if not self.file.exists():
             return []
         record: dict[str, Any] = json.loads(self.file.read_text())
-        return record["turns"] if record["settings"] == self.settings else []
+        turns: list[dict[str, Any]] = record["turns"]
+        held = [(turn["question"], turn["answer"]) for turn in turns]
+        drawn = [(t.text, t.reply or said) for t, (_, said) in zip(self.talk, held, strict=False)]
+        # The conversation may be drawn otherwise than by the version that held it.
+        return turns if record["settings"] == self.settings and held == drawn else []
 
     def record(self, turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return what the file says of these turns."""
