@@ -13,6 +13,8 @@ import tenacity
 T = TypeVar("T")
 
 RETRIED_STATUS = (429, 502, 503, 504)
+UNKNOWN = 404
+"""The HTTP status of a request for what is not there."""
 CONFLICT = 409
 """The HTTP status of a request that contradicts versions that are there."""
 _MAX_WAIT_S = 15.0

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_episodes_are_records_of_all_turns(
     run = GrpoRun.from_options(options | {"environment.path": [str(TASKSETS)]})
     with (
         RolloutClient(server.url) as client,
-        EnvironmentWorker(run.environment, log=tmp_path / "log") as worker,
+        closing(EnvironmentWorker(run.environment, log=tmp_path / "log")) as worker,
     ):
         publisher = Publisher(client, "talks")
         publisher.publish(Adapter.load(start))
@@ -132,7 +133,7 @@ def test_what_cannot_be_loaded_is_said(
 
 def test_a_worker_that_dies_ends_the_run(tmp_path: Path) -> None:
     options = EnvironmentOptions(taskset="talk", path=(str(TASKSETS),))
-    with EnvironmentWorker(options, log=tmp_path / "log") as worker:
+    with closing(EnvironmentWorker(options, log=tmp_path / "log")) as worker:
         os.kill(worker._process.pid, signal.SIGKILL)
         with pytest.raises(EnvironmentFailed, match="its process ended with status -9; see"):
             list(worker.play([{"id": "a"}]))

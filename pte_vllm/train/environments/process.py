@@ -9,8 +9,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from pte_vllm.train.options.environments import EnvironmentOptions
 
@@ -35,7 +34,7 @@ class Ended:
 
 
 class EnvironmentWorker:
-    """A process with one environment.
+    """A process with one environment; `close` it.
 
     Args:
         options: what it plays.
@@ -70,19 +69,8 @@ class EnvironmentWorker:
             self.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
-        """End the process, and what it started."""
+        """Have the process end, which ends the servers of its tools; kill it if it does not."""
         try:
             if self._process.stdin is not None:
                 self._process.stdin.close()

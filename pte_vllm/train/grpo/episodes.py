@@ -20,11 +20,10 @@ from pte_vllm.train.grpo.publishing import Publisher, RolloutSource
 from pte_vllm.train.grpo.sampling import MAX_RECOVERIES, Sampler, check_plan, step_seed
 from pte_vllm.train.options.runs import GrpoRun
 from pte_vllm.wire.episode import join_episodes
-from pte_vllm.wire.transport import ServerError
+from pte_vllm.wire.transport import UNKNOWN, ServerError
 
 _NO_KEY = "PTE_VLLM_NO_API_KEY"
 """A variable that nobody sets; the library then sends a placeholder."""
-_UNKNOWN = 404
 
 
 class EpisodeSampler(Sampler):
@@ -147,7 +146,7 @@ class EpisodeSampler(Sampler):
         try:
             records = self._source.records(name)
         except ServerError as error:
-            if error.status != _UNKNOWN:
+            if error.status != UNKNOWN:
                 raise
             records = []  # it failed before the model answered, or the server restarted
         if end.error is not None:

@@ -87,13 +87,12 @@ def train(run: GrpoRun, source: RolloutSource, *, stream: QuestionStream | None 
         if run.data.source == "verifiers" and stream is None:
             console.print(f"environment: {run.environment.taskset}, in a process that starts now")
             keys = {run.server.admin_key_env} - {None}
-            worker = until.enter_context(
-                EnvironmentWorker(
-                    run.environment,
-                    log=run.run.directory / ENVIRONMENT_LOG,
-                    hidden={str(name) for name in keys},
-                )
+            worker = EnvironmentWorker(
+                run.environment,
+                log=run.run.directory / ENVIRONMENT_LOG,
+                hidden={str(name) for name in keys},
             )
+            until.callback(worker.close)
             tasks = TaskSource(str(run.environment.taskset), worker.num_tasks)
             stream = QuestionStream(tasks, seed=run.data.seed)
         return _train(run, source, stream, worker, console)

@@ -25,9 +25,9 @@ from pte_vllm.train.grpo.publishing import Publisher, RolloutSource
 from pte_vllm.train.options.runs import GrpoRun
 from pte_vllm.train.rewards.functions import score
 from pte_vllm.wire.rollout import Rollout
-from pte_vllm.wire.transport import ServerError
+from pte_vllm.wire.transport import CONFLICT, UNKNOWN, ServerError
 
-_UNKNOWN = (404, 409)
+_LACKS_ADAPTER = (UNKNOWN, CONFLICT)
 """HTTP status of a server that lacks the adapter, or its version."""
 MAX_RECOVERIES = 5
 """Most times that the adapter is pushed again for one batch; then the run gives up."""
@@ -139,7 +139,7 @@ class Sampler:
                     done[group_id] = [self._sample(problem, rollout) for rollout in members]
                 break
             except ServerError as error:
-                if error.status not in _UNKNOWN or attempt == MAX_RECOVERIES:
+                if error.status not in _LACKS_ADAPTER or attempt == MAX_RECOVERIES:
                     raise
                 self._note(f"the server lacks {self._publisher.engine_name}: pushing it again")
                 check_plan(self._run, self._source.wait_ready(self._run.server.retry_s))

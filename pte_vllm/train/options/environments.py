@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from pte_vllm.train.options.parsing import Options
-from pte_vllm.train.options.sections import Count, Fraction
+from pte_vllm.train.options.sections import Count, Share
 
 
 class EnvironmentOptions(Options):
@@ -32,5 +32,5 @@ class EnvironmentOptions(Options):
     """Anything else of the library's env table, such as id and timeout."""
     max_concurrent: Count = 64
     """Most episodes that are played at once."""
-    max_failed: Fraction = 0.5
+    max_failed: Share = 0.5
     """The run stops where a larger part of a step's episodes fails."""
