@@ -9,7 +9,12 @@ from __future__ import annotations
 import asyncio
 from typing import Generic, TypeVar
 
+from vllm.exceptions import GenerationError
+
+from pte_vllm.method.kept_record import KeptRecord
+from pte_vllm.method.plan import FoldPlan
 from pte_vllm.server.engines import Engines
+from pte_vllm.wire.folds import num_folds, rho_of_folds
 
 Answer = TypeVar("Answer")
 
@@ -49,3 +54,42 @@ class FinishedReader(Generic[Answer]):
             for (_, answer), measured in zip(batch, found, strict=True):
                 if not answer.done():
                     answer.set_result(measured)
+
+
+async def read_kept(
+    kept: FinishedReader[KeptRecord], request_id: str, plan: FoldPlan, num_tokens: int
+) -> KeptRecord | None:
+    """Return what the folds of a finished sequence kept; None where its plan keeps nothing.
+
+    Args:
+        kept: asks the worker.
+        request_id: a name of the request.
+        plan: of the sequence.
+        num_tokens: of question and answer together.
+
+    Raises:
+        GenerationError: if the worker has forgotten it; without it nobody can replay the sequence.
+    """
+    count = num_folds(plan, num_tokens)
+    if not plan.keep_tokens or not count:
+        return None
+    found = await kept.read(request_id)
+    if found is None or len(found) < count:
+        raise GenerationError(f"{request_id}: what its folds kept is not known any more")
+    return found[:count]  # the engine may have folded once more
+
+
+async def read_rho(
+    rho: FinishedReader[list[float]], request_id: str, plan: FoldPlan, num_tokens: int
+) -> tuple[float, ...] | None:
+    """Return ρ of the folds of a finished sequence with an adapter; None where it is unknown.
+
+    Args:
+        rho: asks the worker.
+        request_id: a name of the request.
+        plan: of the sequence.
+        num_tokens: of question and answer together.
+    """
+    if not num_folds(plan, num_tokens):
+        return None
+    return rho_of_folds(plan, num_tokens, await rho.read(request_id))

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, HTTPException, Request
+from typing import Annotated
+
+from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 
 from pte_vllm.server.service import service
 
 router = APIRouter()
 
+Last = Annotated[int | None, Query(ge=0, lt=2**63)]
+
 
 @router.get("/records/{name}")
-async def get_records(name: str, request: Request, drop: bool = False) -> Response:
-    """Tell the records of a name in the order in which their answers ended; `drop` forgets them."""
-    store = service(request).recorder.store
-    lines = store.take(name) if drop else store.get(name)
+async def get_records(name: str, request: Request) -> Response:
+    """Tell the records of a name as their answers ended, and the number of the last."""
+    last, lines = service(request).recorder.store.get(name)
     if not lines:
         raise _unknown(name)
-    return Response(b'{"records":[' + b",".join(lines) + b"]}", media_type="application/json")
+    body = b'{"last":%d,"records":[%b]}' % (last, b",".join(lines))
+    return Response(body, media_type="application/json")
 
 
 @router.delete("/records/{name}")
-async def delete_records(name: str, request: Request) -> dict[str, int | str]:
-    """Forget the records of a name."""
-    count = service(request).recorder.store.drop(name)
+async def delete_records(name: str, request: Request, last: Last = None) -> dict[str, int | str]:
+    """Forget the records of a name; with `last` those that ended later stay."""
+    count = service(request).recorder.store.drop(name, last)
     if not count:
         raise _unknown(name)
     return {"deleted": name, "records": count}

@@ -24,9 +24,8 @@ from pte_vllm.engine.headers import with_headers
 from pte_vllm.method.kept_record import KeptRecord
 from pte_vllm.method.options import EngineConfig
 from pte_vllm.server.adapters.catalog import Catalog, Resolved
-from pte_vllm.server.finished import FinishedReader
+from pte_vllm.server.finished import FinishedReader, read_kept, read_rho
 from pte_vllm.server.sharing.answer_records import RecordStore
-from pte_vllm.wire.folds import num_folds, rho_of_folds
 from pte_vllm.wire.rollout import FinishReason, Rollout, WeightSpan
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose level and form it takes
@@ -41,6 +40,8 @@ _REASONS: dict[str | None, FinishReason] = {
 class _Choice:
     """What has come of one answer."""
 
+    index: int
+    """Its number among the choices of the request."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
@@ -108,20 +109,18 @@ class Recorder:
         """Yield the results; the record is there before the last of them is."""
         adapter = self._resolve(lora)  # now: its version may have left when the answer ends
         delta = params.output_kind == RequestOutputKind.DELTA
-        choices: dict[int, _Choice] = {}
+        choices = [_Choice(index) for index in range(params.n)]
+        is_whole = True
         async with aclosing(results):
             async for result in results:
                 try:
-                    for output in result.outputs:
-                        choices.setdefault(output.index, _Choice()).take(output, delta=delta)
-                    if result.finished:
-                        for index, choice in sorted(choices.items()):
-                            await self._record(
-                                name, request_id, result, adapter, index, choice, len(choices)
-                            )
+                    for output in result.outputs if is_whole else ():
+                        choices[output.index].take(output, delta=delta)
+                    for choice in choices if is_whole and result.finished else ():
+                        await self._record(name, request_id, result, adapter, choice)
                 except Exception:  # the answer is worth more than its record
                     logger.exception("%s cannot be recorded as %s", request_id, name)
-                    choices.clear()
+                    is_whole = False  # what follows would be half of one
                 yield result
 
     def _resolve(self, lora: LoRARequest | None) -> Resolved:
@@ -131,34 +130,27 @@ class Recorder:
             return Resolved(version=0, lora=lora)
 
     async def _record(
-        self,
-        name: str,
-        request_id: str,
-        result: RequestOutput,
-        adapter: Resolved,
-        index: int,
-        choice: _Choice,
-        count: int,
+        self, name: str, request_id: str, result: RequestOutput, adapter: Resolved, choice: _Choice
     ) -> None:
+        """Keep the record of one choice of a request that has finished.
+
+        Raises:
+            LookupError, GenerationError: if something of it is not known any more.
+        """
         reason = _REASONS.get(choice.finish_reason)
         if reason is None:  # an error of the engine's, which the client is told
             return
         earlier = EARLIER.exactly(request_id)
         if earlier is None:
             raise LookupError("how it folded is not known any more")
+        alone = earlier.choices == 1
+        own = request_id if alone else f"{choice.index}_{request_id}"
         prompt, answer = tuple(result.prompt_token_ids or ()), tuple(choice.token_ids)
-        plan = earlier.plan(self._config, self._block_size)
-        own = request_id if count == 1 else f"{index}_{request_id}"
-        length = len(prompt) + len(answer)
-        folds = num_folds(plan, length)
-        kept, rho = None, None
-        if plan.keep_tokens and folds and answer:
-            found = await self._kept.read(own)
-            if found is None or len(found) < folds:
-                raise LookupError("what its folds kept is not known any more")
-            kept = found[:folds]  # the engine may have folded once more
-        if adapter.lora is not None and folds:
-            rho = rho_of_folds(plan, length, await self._rho.read(own))
+        plan, length = earlier.plan(self._config, self._block_size), len(prompt) + len(answer)
+        kept = await read_kept(self._kept, own, plan, length) if answer else None
+        rho = None
+        if adapter.lora is not None:
+            rho = await read_rho(self._rho, own, plan, length)
         spans = (WeightSpan(version=adapter.version, start=0, end=len(answer)),) if answer else ()
         record = Rollout(
             prompt_ids=prompt,
@@ -173,8 +165,8 @@ class Recorder:
             rho=rho,
             kept=kept,
             group_id=name,
-            index=index,
-            num_preempted=_preemptions(result) if count == 1 else None,
+            index=choice.index,
+            num_preempted=_preemptions(result) if alone else None,
         )
         self.store.add(name, record.to_line())
 

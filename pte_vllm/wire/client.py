@@ -21,7 +21,7 @@ from pte_vllm.wire.pins import pins_of, pins_of_each
 from pte_vllm.wire.pushing import Pushes
 from pte_vllm.wire.records import Request
 from pte_vllm.wire.rollout import InFlight, Rollout
-from pte_vllm.wire.transport import ServerError, Transport, bearer
+from pte_vllm.wire.transport import UNKNOWN, ServerError, Transport, bearer
 
 if TYPE_CHECKING:
     from pte_vllm.adapter.format import Adapter
@@ -258,9 +258,16 @@ class RolloutClient:
             ServerError: if there are none (404), or the server refuses or stays away.
             ValueError: if a record is malformed.
         """
-        path = f"/pte/v1/records/{name}" + "?drop=true" * drop
-        told = self._http.json("GET", path, headers=self._admin_headers)
-        return [Rollout.from_json(record) for record in told["records"]]
+        path, headers = f"/pte/v1/records/{name}", self._admin_headers
+        told = self._http.json("GET", path, headers=headers)
+        found = [Rollout.from_json(record) for record in told["records"]]
+        if drop:  # in a request of its own, so that an answer lost on its way can be had again
+            try:
+                self._http.json("DELETE", f"{path}?last={told['last']}", headers=headers)
+            except ServerError as error:
+                if error.status != UNKNOWN:  # an attempt whose answer was lost has dropped them
+                    raise
+        return found
 
     def push(self, adapter: Adapter | str | Path, name: str, version: int | None = None) -> int:
         """Make an adapter version `version` of `name`, by default the next; return its number.

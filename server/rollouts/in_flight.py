@@ -25,8 +25,8 @@ from pte_vllm.method.plan import FoldPlan
 from pte_vllm.method.requests import RequestOptions
 from pte_vllm.server.adapters.catalog import Resolved
 from pte_vllm.server.adapters.spool import Version
+from pte_vllm.server.finished import read_kept, read_rho
 from pte_vllm.server.service import Service
-from pte_vllm.wire.folds import num_folds, rho_of_folds
 from pte_vllm.wire.rollout import InFlight, Rollout, WeightSpan
 
 _ABORT_AGAIN_S = 0.2
@@ -98,7 +98,7 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
             spans.append(WeightSpan(version=part.adapter.version, start=start, end=end))
             # A part that sampled nothing may have folded less often than the one before it.
             num_tokens = len(done.prompt_ids) + end
-            kept = await _kept(service, f"{request_id}-{parts}", job.plan, num_tokens)
+            kept = await read_kept(service.kept, f"{request_id}-{parts}", job.plan, num_tokens)
         preempted = final.metrics.num_preemptions if final.metrics is not None else None
         num_preempted = None if None in (num_preempted, preempted) else num_preempted + preempted
         if not (newer and outcome.finish_reason == "abort" and job.in_flight == "switch_rebuild"):
@@ -109,10 +109,9 @@ async def run(service: Service, request_id: str, job: Job) -> Rollout:
         part, parts = await _on_newest(service, job, done, kept), parts + 1
     num_tokens = len(done.prompt_ids) + len(done.completion_ids)
     rho = None
-    if part.adapter.lora is not None and num_folds(job.plan, num_tokens):
+    if part.adapter.lora is not None:
         # The last part knows: it folded everything before it again on its own version.
-        name = f"{request_id}-{parts}"
-        rho = rho_of_folds(job.plan, num_tokens, await service.rho.read(name))
+        rho = await read_rho(service.rho, f"{request_id}-{parts}", job.plan, num_tokens)
     return Rollout(
         prompt_ids=done.prompt_ids,
         completion_ids=done.completion_ids,
@@ -168,23 +167,6 @@ async def _generate(service: Service, request_id: str, job: Job) -> tuple[Reques
     if final.outputs[0].finish_reason == "error":
         raise GenerationError(f"{request_id}: the engine reports an error")
     return final, stopping is not None
-
-
-async def _kept(
-    service: Service, request_id: str, plan: FoldPlan, num_tokens: int
-) -> KeptRecord | None:
-    """Return what the folds of a sequence kept; None where the plan keeps nothing.
-
-    Raises:
-        GenerationError: if the worker has forgotten it; without it nobody can replay the sequence.
-    """
-    count = num_folds(plan, num_tokens)
-    if not plan.keep_tokens or not count:
-        return None
-    found = await service.kept.read(request_id)
-    if found is None or len(found) < count:
-        raise GenerationError(f"{request_id}: what its folds kept is not known any more")
-    return found[:count]  # the engine may have folded once more
 
 
 async def _on_newest(service: Service, job: Job, done: Outcome, kept: KeptRecord | None) -> Job:

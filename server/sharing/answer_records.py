@@ -47,22 +47,20 @@ class RecordStore:
             (self._max_bytes,),
         )
 
-    def get(self, name: str) -> list[bytes]:
-        """Return the records of a name in the order in which their answers ended."""
-        rows = self._database.execute(
-            "SELECT line FROM records WHERE name = ? ORDER BY number", (name,)
-        )
-        return [bytes(line) for (line,) in rows]
+    def get(self, name: str) -> tuple[int, list[bytes]]:
+        """Return the number of a name's last record, and its records, in the order of their ends.
 
-    def take(self, name: str) -> list[bytes]:
-        """Return the records of a name, and forget these, and no others that end meanwhile."""
+        The number is 0 without any.
+        """
         rows = self._database.execute(
             "SELECT number, line FROM records WHERE name = ? ORDER BY number", (name,)
         ).fetchall()
-        for number, _ in rows:
-            self._database.execute("DELETE FROM records WHERE number = ?", (number,))
-        return [bytes(line) for _, line in rows]
+        return (rows[-1][0] if rows else 0), [bytes(line) for _, line in rows]
 
-    def drop(self, name: str) -> int:
-        """Forget the records of a name; return how many there were."""
-        return self._database.execute("DELETE FROM records WHERE name = ?", (name,)).rowcount
+    def drop(self, name: str, last: int | None = None) -> int:
+        """Forget the records of a name, all or those up to a number; return how many there were."""
+        upto = "" if last is None else "AND number <= :last"
+        values = {"name": name, "last": last}
+        return self._database.execute(
+            f"DELETE FROM records WHERE name = :name {upto}", values
+        ).rowcount

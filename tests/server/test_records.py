@@ -146,6 +146,19 @@ def test_an_episode_of_requests_is_one_record(server: Server) -> None:
     assert _off_by(server, episode) <= TOLERANCE
 
 
+def test_a_continuation_is_recorded_by_its_header(server: Server) -> None:
+    """The plan is that of the earlier request; the record is this one's."""
+    first = _post(server, "/v1/completions", _completion("", vllm_xargs=PLAN)).json()
+    prompt = random_tokens(60, 500, 5) + first["choices"][0]["token_ids"]
+    body = _completion("", prompt=prompt, vllm_xargs={"pte_state_id": first["id"]}, max_tokens=9)
+    headers = {"X-PTE-Record": "later", "X-PTE-Window": "0"}
+    assert _post(server, "/v1/completions", body, **headers).status_code == 200
+    with RolloutClient(server.url) as client:
+        (record,) = client.records("later")
+    assert record.plan.keep_tokens == BLOCK and record.plan.pin_tokens == 40
+    assert record.plan.window_tokens > 0 and len(record.completion_ids) == 9
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "..", "x" * 129, 5])
 def test_bad_names_are_refused(server: Server, name: Any) -> None:
     body = _completion("", vllm_xargs={"pte_record": name})
@@ -168,8 +181,16 @@ def test_records_leave_for_newer_ones(tmp_path: Path) -> None:
     store, other = RecordStore(file, max_bytes=100), RecordStore(file, max_bytes=100)
     for number in range(4):
         (store, other)[number % 2].add("ab"[number % 2], bytes([number]) * 40)
-    assert store.get("a") == [b"\x02" * 40] and other.get("b") == [b"\x03" * 40]
+    assert store.get("a") == (3, [b"\x02" * 40]) and other.get("b") == (4, [b"\x03" * 40])
     with pytest.raises(ValueError, match="exceeds the room"):
         store.add("a", b"x" * 101)
-    assert other.take("a") == [b"\x02" * 40] and store.get("a") == []
-    assert other.drop("b") == 1 and store.get("b") == [] and store.drop("b") == 0
+    assert other.drop("b") == 1 and store.get("b") == (0, []) and store.drop("b") == 0
+
+
+def test_what_ends_meanwhile_stays() -> None:
+    """Who forgets what it was told does not forget more."""
+    store = RecordStore(None)
+    store.add("a", b"1")
+    last, told = store.get("a")
+    store.add("a", b"2")
+    assert told == [b"1"] and store.drop("a", last) == 1 and store.get("a")[1] == [b"2"]
