@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,8 +87,8 @@ def _shared_servers(
 ) -> Iterator[SharedServers]:
     from tests.harness.shared import SharedServers
 
-    make_directory = lambda: tmp_path_factory.mktemp("shared")  # noqa: E731
-    servers = SharedServers(lambda: tiny("qwen3"), make_directory, zygote)
+    make_model, make_directory = partial(tiny, "qwen3"), partial(tmp_path_factory.mktemp, "shared")
+    servers = SharedServers(make_model, make_directory, zygote)
     yield servers
     servers.close()
 

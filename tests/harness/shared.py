@@ -45,7 +45,6 @@ class SharedServers:
     def _start(self, kind: Kind) -> Server:
         directory = self._make_directory()
         (directory / "admin-key").write_text(f"{ADMIN_KEY}\n")
-        (directory / "template.jinja").write_text(CHAT_TEMPLATE)
         (directory / "adapters").mkdir()
         (directory / "template.jinja").write_text(CHAT_TEMPLATE)
         write_probes(directory / "probes.safetensors")
