@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,13 +117,12 @@ def test_headers_do_not_wait_for_the_model(server: Server, route: str) -> None:
     post(server, "/pause?mode=keep&clear_cache=false").raise_for_status()
     try:
         for leaves in (True, False):
-            started = time.monotonic()
+            # Nothing is sampled before /resume: headers that waited for it would never come.
             with httpx.stream(
-                "POST", server.url + route, json=_body(route, WINDOW), timeout=60
+                "POST", server.url + route, json=_body(route, WINDOW), timeout=300
             ) as answer:
                 assert answer.status_code == 200
                 assert answer.headers["content-type"].startswith("text/event-stream")
-                assert time.monotonic() - started < 30
                 if leaves:
                     continue
                 post(server, "/resume").raise_for_status()
@@ -138,7 +136,7 @@ def test_headers_do_not_wait_for_the_model(server: Server, route: str) -> None:
 def test_a_stream_that_its_client_leaves_is_aborted(server: Server) -> None:
     for n in (1, 3):
         body = _body("/v1/completions", WINDOW, n=n, max_tokens=3000, **IGNORE_EOS)
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as answer:
             lines = (line for line in answer.iter_lines() if line.startswith("data: {"))
             first = json.loads(next(lines).removeprefix("data: "))
         server.wait_idle()
